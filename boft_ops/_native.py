@@ -1,0 +1,141 @@
+"""Finds and loads the native library, and registers its kernels under this copy's own namespace.
+
+The library is not a Python extension: it is opened with ctypes and puts its kernels under the
+namespace that it is told. A copy without a usable library works all the same, in Triton and
+PyTorch; `status` says in a sentence what was found.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import _build, _paths
+from ._namespace import NS, PACKAGE
+
+status: str = "not looked for yet"
+library: Path | None = None
+_kernels: dict[str, frozenset[str]] = {}
+
+
+def kernels(device: str) -> frozenset[str]:
+    """The operators that the loaded library has a kernel of, on "cpu" or on "cuda"."""
+    return _kernels.get(device, frozenset())
+
+
+def load() -> bool:
+    """Open the library, if there is one that fits the sources. Never compiles, prints or raises.
+
+    Warns only where a library is there but cannot be used: one that is merely absent is no fault.
+    """
+    global status, library, _kernels
+    namespace = getattr(torch.ops, NS)
+    # Kept on torch's own object: when this package is reloaded or imported anew in one process,
+    # its kernels are registered already, and a second registration would be an error.
+    state = vars(namespace).get("_native_library")
+    if state is None:
+        faults = []
+        for path in _candidates(faults):
+            try:
+                state = _open(path)
+            except (OSError, AttributeError, RuntimeError) as error:
+                faults.append(f"broken: {path}: {error}")
+                continue
+            namespace._native_library = state
+            break
+        else:
+            status = "; ".join(faults) or _absence()
+            if faults:
+                message = f"{PACKAGE}: the native library is {status}; running without it"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return False
+    _, library, isa, _kernels = state
+    names = ", ".join(f"{len(ops)} on {device}" for device, ops in _kernels.items() if ops)
+    debug = ", debug build" if _build.read_info(library.parent).get("debug") else ""
+    status = f"loaded ({isa}; kernels: {names or 'none'}{debug})"
+    return True
+
+
+def build(verbose: bool = False) -> Path:
+    """Compile the library of this copy into the cache, where load() finds it; returns its path."""
+    source = _paths.csrc()
+    target = _build.find_torch([str(Path(torch.__file__).parent.parent)])
+    if why := _build.obstacle(source, target):
+        raise _build.BuildError(why)
+    with_cuda = _build.plan(source, target).nvcc is not None
+    folder = _cached(_build.source_hash(source), with_cuda).parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and then moved, so that no process ever opens half a library and a killed build
+    # leaves nothing that blocks the next one.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".build-") as work:
+        out = Path(work) / "out"
+        _build.compile_library(source, target, Path(work), out / _build.LIB, verbose)
+        folder.mkdir(exist_ok=True)
+        for name in (_build.INFO, _build.LIB):
+            os.replace(out / name, folder / name)
+    return folder / _build.LIB
+
+
+def _cache() -> Path:
+    if chosen := os.environ.get("BOFT_OPS_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boft_ops"
+
+
+def _cached(built_from: str, cuda: bool) -> Path:
+    # No namespace in it: one library serves every copy that has the same sources.
+    folder = f"{built_from}-{platform.machine()}-{'cuda' if cuda else 'cpu'}"
+    return _cache() / folder / _build.LIB
+
+
+def _candidates(faults: list[str]):
+    """The libraries to try, the package's own first; one built from other sources is a fault."""
+    source = _paths.csrc()
+    built_from = source and _build.source_hash(source)
+    own = _paths.HERE / _build.LIB
+    if own.is_file():
+        if source is None or _build.read_info(_paths.HERE).get("source_hash") == built_from:
+            yield own
+        else:
+            faults.append(f"stale: {own} was built from other sources than {source} ({_remedy()})")
+    for cuda in (True, False) if source else ():
+        try:
+            path = _cached(built_from, cuda)
+            if path.is_file():
+                yield path
+        except (OSError, RuntimeError):  # an unreadable cache, or no home folder to have one in
+            continue
+
+
+def _remedy() -> str:
+    return f"`python -m {PACKAGE} build`, or install again"
+
+
+def _absence() -> str:
+    if sys.platform != "linux":
+        return "absent: it is built on Linux only"
+    why = _build.read_info(_paths.HERE).get("why") or "this copy was never built"
+    if _paths.csrc() is None:
+        return f"absent: {why}"
+    return f"absent: {why}; `python -m {PACKAGE} build` compiles it"
+
+
+def _open(path: Path) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]]:
+    lib = ctypes.CDLL(str(path))
+    lib.boft_ops_isa.restype = ctypes.c_char_p
+    lib.boft_ops_kernels.restype = ctypes.c_char_p
+    lib.boft_ops_kernels.argtypes = [ctypes.c_char_p]
+    lib.boft_ops_register.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
+    names = {}
+    for device in ("cpu", "cuda"):
+        listed = (lib.boft_ops_kernels(device.encode()) or b"").decode()
+        names[device] = frozenset(filter(None, listed.split(",")))
+    message = ctypes.create_string_buffer(2048)
+    if lib.boft_ops_register(NS.encode(), message, len(message)) != 0:
+        raise RuntimeError(message.value.decode(errors="replace"))
+    return lib, path, lib.boft_ops_isa().decode(), names
