@@ -1,0 +1,108 @@
+"""python -m boft_ops [info | build | vendor DEST]: what is installed, and what to do about it."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from . import _backend, _build, _native, _paths, _vendor
+from ._namespace import NS, PACKAGE
+from ._version import __version__
+
+
+def info() -> str:
+    """What this copy is, and which backend serves which operator here."""
+    facts = {
+        "location": _paths.HERE,
+        "operators": f"torch.ops.{NS}",
+        "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {_cuda()}",
+        "triton": _triton(),
+        "native": _native.status,
+        "library": _native.library or "none",
+    }
+    if settings := [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("BOFT_OPS_")]:
+        facts["settings"] = " ".join(settings)
+    lines = [f"{PACKAGE} {__version__}", *(f"  {key:<10} {fact}" for key, fact in facts.items())]
+    rows = [("op", "device", "served by", "why not by another")]
+    for row in _backend.report():
+        others = "; ".join(f"{name}: {_brief(why)}" for name, why in row["others"].items())
+        rows.append((row["op"], row["device"], row["serving"], others))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines.append("")
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[3]]).rstrip())
+    return "\n".join(lines)
+
+
+def _brief(why: str) -> str:
+    # The library's whole story stands above the table already.
+    if _native.library is not None and _native.status in why:
+        return "no kernels for it in the native library"
+    return why.replace(_native.status, _native.status.partition(":")[0])
+
+
+def _cuda() -> str:
+    built = torch.version.cuda or torch.version.hip
+    if built is None:
+        return "built without CUDA"
+    if not torch.cuda.is_available():
+        return f"built for {built}, no device"
+    return f"built for {built}, {torch.cuda.get_device_name()}"
+
+
+def _triton() -> str:
+    if not _backend.has_triton():
+        return "not installed"
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "installed (version unknown)"
+
+
+def build(verbose: bool) -> str:
+    """Compile the library, unless this copy has one that fits."""
+    if _native.library is not None:
+        return f"nothing to build: {_native.library} is {_native.status}"
+    path = _native.build(verbose)
+    if not _native.load():
+        raise _build.BuildError(f"built {path}, but it is {_native.status}")
+    return f"built {path}: {_native.status}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser(
+        "info", help="what is installed and which backend serves which op (default)"
+    )
+    make = commands.add_parser("build", help="compile the native library of this copy into a cache")
+    make.add_argument("-v", "--verbose", action="store_true", help="show the compiler's commands")
+    copy = commands.add_parser("vendor", help="copy this package into another code base")
+    copy.add_argument("dest", metavar="DEST", type=Path, help="the copy, e.g. src/third_party/boft")
+    copy.add_argument("--force", action="store_true", help="replace an earlier copy")
+    copy.add_argument("--with-native", action="store_true", help="copy the compiled library too")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "build":
+            print(build(args.verbose))
+        elif args.command == "vendor":
+            dest = _vendor.vendor(args.dest, force=args.force, with_native=args.with_native)
+            print(f"copied to {dest}")
+            if not args.with_native:
+                print("`python -m <its dotted name> build` compiles its native library")
+        else:
+            print(info())
+    except (ValueError, OSError, _build.BuildError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
