@@ -102,6 +102,7 @@ class BuildNative(build_ext):
         except B.BuildError as error:
             B.note_absence(self.home(), str(error))
             native.give_up(str(error))
+            self.distribution.ext_modules.clear()  # or the wheel files the package under platlib
 
     def get_outputs(self):
         return [] if native.missing else [str(self.home() / name) for name in (B.LIB, B.INFO)]
@@ -116,15 +117,12 @@ class BuildNative(build_ext):
 class Wheel(bdist_wheel):
     """One wheel for every CPython: the library is no Python extension."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = bool(native.missing)
-
     def run(self):
         # Afresh: a file that left the repository would stay in the build folder and be shipped.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         # The library first: only then is it known whether there is one to tag.
-        self.run_command("build_ext")
+        if self.distribution.has_ext_modules():
+            self.run_command("build_ext")
         self.root_is_pure = bool(native.missing)
         super().run()
 
@@ -136,11 +134,9 @@ class Wheel(bdist_wheel):
 building = not {"sdist", "egg_info", "dist_info"} & set(sys.argv[1:2])
 native = Native() if building else None
 options = {}
-if native and not native.missing:
-    options["ext_modules"] = [Extension("boft_ops.libboft_native", [])]
+if native:
     options["cmdclass"] = {"build_py": BuildPy, "build_ext": BuildNative, "bdist_wheel": Wheel}
-elif native:
-    options["cmdclass"] = {"build_py": BuildPy}
+    options["ext_modules"] = [] if native.missing else [Extension("boft_ops.libboft_native", [])]
 
 setup(
     packages=[name for name, folder in FOLDERS.items() if (ROOT / folder).is_dir()]
