@@ -1,0 +1,37 @@
+"""Orthogonal butterfly finetuning (BOFT, arXiv 2311.06243): operators and layers.
+
+Functions: ``cayley``, ``butterfly_matmul``, ``multiplicative_dropout``, ``boft_linear``.
+Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiplicativeDropout``.
+Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``.
+"""
+
+from . import _paths
+
+_paths.mount_triton(__name__)
+_paths.hide_phantom_triton()
+
+from ._layer import MultiplicativeDropout  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .adapter_file import load_adapter, save_adapter  # noqa: E402
+from .butterfly import butterfly_matmul  # noqa: E402
+from .cayley import cayley  # noqa: E402
+from .dropout import multiplicative_dropout  # noqa: E402
+from .layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
+from .linear import boft_linear  # noqa: E402
+from .model import adapt, merge  # noqa: E402
+
+__all__ = [
+    "BOFTConv2d",
+    "BOFTLinear",
+    "MultiplicativeDropout",
+    "OFTLinear",
+    "__version__",
+    "adapt",
+    "boft_linear",
+    "butterfly_matmul",
+    "cayley",
+    "load_adapter",
+    "merge",
+    "multiplicative_dropout",
+    "save_adapter",
+]

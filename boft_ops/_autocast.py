@@ -1,0 +1,24 @@
+"""Autocast as torch's own linear has it: activations and weights are cast, the rotation is not."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def cast(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in the dtype that autocast gives to matmul operands (float64 stays)."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not _enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def disabled(device: str) -> AbstractContextManager:
+    """A context without autocast; free where it is off anyway."""
+    return torch.autocast(device, enabled=False) if _enabled(device) else nullcontext()
+
+
+def _enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

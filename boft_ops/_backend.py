@@ -1,0 +1,190 @@
+"""Which implementation serves an op.
+
+Every op has a *reference* in plain torch (any device, also the fallback) and may have kernels:
+``cpu`` (csrc/cpu), ``cuda`` (csrc/cuda) and ``triton`` (triton/). An ``Op`` picks one by the device
+of its first tensor and is called from the forward and backward of an autograd.Function; the same op
+is registered with torch.library, so that compiled graphs hold it as one node with a fake.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from . import _autocast, _native
+from ._namespace import NS
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+# The order of preference on each device type; the reference serves wherever nothing else does.
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+_forced = os.environ.get("BOFT_OPS_BACKEND") or None
+_ops: dict[str, Op] = {}
+
+
+class Op:
+    """One operator: its schema, its plain-torch reference, and the kernels that were found for it.
+
+    Args:
+        schema: torch.library schema, e.g. ``"cayley(Tensor skew) -> Tensor"``.
+        reference: plain-torch implementation of that schema, differentiable by autograd.
+        fake: shapes and dtypes only (FakeTensor rule).
+        triton: ``"module:function"`` under ``triton_kernels``, if there is such a kernel.
+        supports: per backend, a predicate on the op's arguments (any, if there is none).
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable,
+        fake: Callable,
+        triton: str | None = None,
+        supports: dict[str, Callable[..., bool]] | None = None,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.reference = reference
+        self._triton = triton
+        self._supports = supports or {}
+        self._library = _define(self.name, schema, reference, fake)
+        self.raw = getattr(getattr(torch.ops, NS), self.name).default
+        if triton is not None and has_triton():
+            _register(self._library, self.name, self._cuda)
+        self.missing = {b: why for b in BACKENDS if (why := self._why_missing(b))}
+        self.serving = {
+            device: next((b for b in order if b not in self.missing), "reference")
+            for device, order in PREFERENCE.items()
+        }
+        _ops[self.name] = self
+
+    def __call__(self, *args):
+        device = args[0].device.type
+        backend = self._forced(args) if _forced else self.serving.get(device, "reference")
+        if backend in self._supports and not self._supports[backend](*args):
+            backend = "reference"
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            backend = "reference"  # a gradient of gradients: kernels cannot be differentiated
+        if backend == "reference":
+            with _autocast.disabled(device):  # its matmuls define the op, never to be downcast
+                return self.reference(*args)
+        if backend == "triton" and not torch.compiler.is_compiling():
+            return self.launcher()(*args)  # straight to the launch, past the dispatcher
+        return self.raw(*args)
+
+    def _cuda(self, *args):
+        """The raw op on CUDA tensors, where Triton is the backend: what compiled graphs call."""
+        supported = self._supports.get("triton", lambda *_: True)(*args)
+        return self.launcher()(*args) if supported else self.reference(*args)
+
+    def launcher(self) -> Callable:
+        """The function that launches the Triton kernel; imports triton on first use."""
+        return _launcher(self._triton)
+
+    def _forced(self, args: tuple) -> str:
+        """The forced backend, or the reason why it cannot serve this call."""
+        if _forced not in BACKENDS:
+            raise ValueError(f"BOFT_OPS_BACKEND: expected one of {BACKENDS}, got {_forced!r}")
+        if _forced in self.missing:
+            raise RuntimeError(f"BOFT_OPS_BACKEND={_forced}: {self.name}: {self.missing[_forced]}")
+        devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            devices["triton"] = ("cuda", "cpu")
+        device = args[0].device.type
+        if _forced != "reference" and device not in devices[_forced]:
+            raise RuntimeError(
+                f"BOFT_OPS_BACKEND={_forced}: expected tensors on {' or '.join(devices[_forced])}, "
+                f"got {device}"
+            )
+        if _forced in self._supports and not self._supports[_forced](*args):
+            shapes = [f"{a.dtype} {tuple(a.shape)}" for a in args if isinstance(a, torch.Tensor)]
+            raise RuntimeError(
+                f"BOFT_OPS_BACKEND={_forced}: {self.name}: its kernel does not take {shapes}"
+            )
+        return _forced
+
+    def _why_missing(self, backend: str) -> str | None:
+        if backend == "reference":
+            return None
+        if backend == "triton":
+            if self._triton is None:
+                return "no Triton kernel of this op"
+            return None if has_triton() else "triton is not installed"
+        if not _native.kernels(backend):
+            return f"native library: {_native.status}"
+        if self.name not in _native.kernels(backend):
+            return f"no {backend} kernel of this op in the native library"
+        return None
+
+
+@contextmanager
+def force(backend: str | None) -> Iterator[None]:
+    """Within the block every op runs on ``backend``, or raises why it cannot (None: no force).
+
+    The programmatic form of the environment variable BOFT_OPS_BACKEND.
+    """
+    global _forced
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def report() -> list[dict]:
+    """One row per op and device: what serves it, and why each other backend does not."""
+    rows = []
+    for op in _ops.values():
+        for device, order in PREFERENCE.items():
+            serving = op.serving[device]
+            others = {b: op.missing.get(b, "not preferred") for b in order if b != serving}
+            rows.append({"op": op.name, "device": device, "serving": serving, "others": others})
+    return rows
+
+
+@cache
+def has_triton() -> bool:
+    """The real triton, not a namespace package made of some folder of that name on sys.path."""
+    try:
+        spec = importlib.util.find_spec("triton")
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None
+
+
+@cache
+def _launcher(target: str) -> Callable:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(f".triton_kernels.{module}", __package__), function)
+
+
+def _define(name: str, schema: str, reference: Callable, fake: Callable) -> torch.library.Library:
+    """Define the op under this copy's namespace, once per process.
+
+    The library is kept on torch's own object: torch drops the operators of one that is freed, and a
+    second import of the same copy must find them, not define them again.
+    """
+    holder = getattr(torch.ops, NS)
+    libraries = holder.__dict__.setdefault("_boft_libraries", {})
+    if name not in libraries:
+        library = libraries[name] = torch.library.Library(NS, "FRAGMENT")
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # every device; a kernel registered for a device key wins over it
+        library.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NS}::{name}", fake, lib=library)
+    return libraries[name]
+
+
+def _register(library: torch.library.Library, name: str, cuda: Callable) -> None:
+    """Serve CUDA tensors of the raw op, unless an earlier import of this copy did so already."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NS}::{name}", "CUDA"):
+        library.impl(name, cuda, "CUDA")
+
+
+_native.load()

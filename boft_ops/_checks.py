@@ -1,0 +1,114 @@
+"""Argument checks shared by the public functions: every message names the argument, what was
+expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensor(name: str, value: object, *, min_dim: int = 0) -> None:
+    """A floating-point tensor of at least ``min_dim`` dimensions."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a dtype of {_names(FLOATING)}, got {value.dtype}")
+    if value.dim() < min_dim:
+        raise ValueError(
+            f"{name}: expected at least {min_dim} dimension(s), got shape {tuple(value.shape)}"
+        )
+
+
+def choice(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {options}, got {value!r}")
+
+
+def probability(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:  # also refuses NaN
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+
+
+def positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a positive int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value}")
+
+
+def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def block_size_from_packed(name: str, packed: int) -> int:
+    """The b with b (b - 1) / 2 == packed (0 packed numbers: b = 1)."""
+    b = (1 + math.isqrt(1 + 8 * packed)) // 2
+    if b * (b - 1) // 2 != packed:
+        raise ValueError(
+            f"{name}: expected a last dimension of b(b-1)/2 numbers for some block size b "
+            f"(0, 1, 3, 6, 10, 15, 21, 28, ...), got {packed}"
+        )
+    return b
+
+
+def butterfly_shape(features: int, block_size: int, n_factors: int) -> None:
+    """Raise ValueError unless a butterfly of n_factors factors of block_size fits ``features``.
+
+    The constraints: ``features % block_size == 0`` and, for more than one factor, an even
+    block_size and ``(features / block_size) % 2**(n_factors - 1) == 0``. The message lists the
+    nearest valid choices; nothing is ever adjusted on the caller's behalf.
+    """
+    positive_int("block_size", block_size)
+    positive_int("n_factors", n_factors)
+    if is_valid(features, block_size, n_factors):
+        return
+    if features % block_size:
+        why = f"block_size: expected a divisor of {features} features, got {block_size}"
+    elif block_size % 2:
+        why = f"block_size: expected an even number for n_factors={n_factors}, got {block_size}"
+    else:
+        n_blocks = features // block_size
+        why = (
+            f"n_factors: expected {features}/{block_size} = {n_blocks} blocks to be a multiple of "
+            f"2**(n_factors-1), got n_factors={n_factors}, which needs a multiple of "
+            f"{2 ** min(n_factors - 1, 60)}"
+        )
+    nearest = ", ".join(f"({m}, {b})" for m, b in nearest_valid(features, block_size, n_factors))
+    raise ValueError(f"{why}. Nearest valid (n_factors, block_size) for {features}: {nearest}")
+
+
+def is_valid(features: int, block_size: int, n_factors: int) -> bool:
+    if features % block_size:
+        return False
+    if n_factors == 1:
+        return True
+    return block_size % 2 == 0 and features // block_size % (1 << (n_factors - 1)) == 0
+
+
+def nearest_valid(features: int, block_size: int, n_factors: int) -> list[tuple[int, int]]:
+    """Up to four valid (n_factors, block_size), nearest first on a log scale of span and size."""
+
+    def distance(choice: tuple[int, int]) -> tuple[float, int, int]:
+        m, b = choice
+        return abs(math.log2(b / block_size)) + abs(m - n_factors), -m, b
+
+    found = []
+    for b in (b for b in range(1, min(features, 8 * block_size) + 1) if features % b == 0):
+        n_blocks, m = features // b, 1
+        found.append((1, b))
+        while b % 2 == 0 and n_blocks % 2 == 0:
+            n_blocks, m = n_blocks // 2, m + 1
+            found.append((m, b))
+    return sorted(found, key=distance)[:4]
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

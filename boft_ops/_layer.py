@@ -1,0 +1,234 @@
+"""What the layers share: a frozen weight, the parameters of its rotation, and merging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import nn
+
+from . import _autocast, _checks
+from .butterfly import butterfly_matmul
+from .cayley import METHODS, cayley
+from .dropout import multiplicative_dropout
+from .linear import SIDES
+
+
+def _exactly(method: Callable) -> Callable:
+    """Run a method without autograd and autocast: what it returns replaces or inspects weights."""
+
+    @wraps(method)
+    def wrapper(self, *args):
+        with torch.no_grad(), _autocast.disabled(self.weight.device.type):
+            return method(self, *args)
+
+    return wrapper
+
+
+class MultiplicativeDropout(nn.Module):
+    """``multiplicative_dropout`` as a module: active in training, the identity in evaluation."""
+
+    def __init__(self, p_component: float = 0.0, p_block: float = 0.0) -> None:
+        super().__init__()
+        _checks.probability("p_component", p_component)
+        _checks.probability("p_block", p_block)
+        self.p_component, self.p_block = p_component, p_block
+
+    def forward(self, blocks: torch.Tensor) -> torch.Tensor:
+        return multiplicative_dropout(
+            blocks, self.p_component, self.p_block, training=self.training
+        )
+
+    def extra_repr(self) -> str:
+        return f"p_component={self.p_component}, p_block={self.p_block}"
+
+
+class BOFTLayer(nn.Module):
+    """What BOFTLinear and BOFTConv2d share: the rotation of a frozen weight seen as (n, d).
+
+    Attributes:
+        skew: trainable (m, K, b(b-1)/2), zeros at first.
+        scale: trainable (n,), ones at first, or None.
+        merged: whether ``weight`` holds the merged weight.
+    """
+
+    def _init_rotation(
+        self,
+        block_size: int,
+        n_factors: int,
+        side: str,
+        scale: bool,
+        p_component: float,
+        p_block: float,
+        method: str,
+    ) -> None:
+        """Freeze the base parameters and add the adapter's, once the base module is there."""
+        _checks.choice("side", side, SIDES)
+        _checks.choice("method", method, METHODS)
+        n, d = self._matrix().shape
+        features = d if side == "in" else n
+        _checks.butterfly_shape(features, block_size, n_factors)
+        self.block_size, self.n_factors = block_size, n_factors
+        self.side, self.method = side, method
+        self.dropout = MultiplicativeDropout(p_component, p_block)
+        self.merged, self.n_identity = False, 0
+        self.requires_grad_(False)
+        self._shapes = (n_factors, features // block_size, block_size * (block_size - 1) // 2), n
+        self._init_adapter(scale, self.weight.device)
+
+    def _init_adapter(self, scale: bool, device: torch.device) -> None:
+        # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
+        kind = {"device": device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
+        skew_shape, n = self._shapes
+        self.skew = nn.Parameter(torch.zeros(skew_shape, **kind))
+        self.register_parameter("scale", nn.Parameter(torch.ones(n, **kind)) if scale else None)
+
+    @classmethod
+    def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> BOFTLayer:
+        # built without memory of its own, then given the storage of the base layer
+        layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
+        layer.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        if base.bias is not None:
+            layer.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
+        layer._init_adapter(layer.scale is not None, base.weight.device)
+        return layer.train(base.training)
+
+    def _to_base(self, base: type[nn.Module], arguments: tuple) -> nn.Module:
+        layer = base(*arguments, device="meta", dtype=self.weight.dtype)
+        layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+    def _matrix(self) -> torch.Tensor:
+        """The weight as (n, d)."""
+        return self.weight.flatten(1)
+
+    def options(self) -> dict[str, int | float | str | bool]:
+        """The keyword arguments that make another layer like this one."""
+        return {
+            "block_size": self.block_size,
+            "n_factors": self.n_factors,
+            "side": self.side,
+            "scale": self.scale is not None,
+            "p_component": self.dropout.p_component,
+            "p_block": self.dropout.p_block,
+            "method": self.method,
+        }
+
+    def _active_skew(self) -> torch.Tensor:
+        """``skew`` without the factors that ``interpolate`` made the identity."""
+        m = self.n_factors - self.n_identity
+        return self.skew[:m] if m else torch.zeros_like(self.skew[:1])
+
+    def _blocks(self) -> torch.Tensor:
+        return cayley(self._active_skew(), method=self.method)
+
+    def _rotate_matrix(self, matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """W R^T (side "in") or R W (side "out")."""
+        if self.side == "in":
+            return butterfly_matmul(matrix, blocks, transpose=True)
+        return butterfly_matmul(matrix.mT, blocks, transpose=True).mT
+
+    @property
+    def n_effective_parameters(self) -> int:
+        """Trainable numbers: m d (b-1)/2, + n for the scale, + n for a bias that is trained."""
+        return sum(p.numel() for p in self.parameters(recurse=False) if p.requires_grad)
+
+    @_exactly
+    def rotation(self) -> torch.Tensor:
+        """The dense rotation R, (features, features), for inspection; row vectors: y = x R."""
+        features = self._shapes[0][1] * self.block_size
+        eye = torch.eye(features, dtype=self.skew.dtype, device=self.skew.device)
+        return butterfly_matmul(eye, self._blocks())
+
+    @_exactly
+    def merged_weight(self) -> torch.Tensor:
+        """diag(s) W R^T (side "in") or diag(s) R W, in the shape and dtype of ``weight``.
+
+        Computed in at least float32 and rounded once. If the layer is merged, a copy of ``weight``.
+        """
+        if self.merged:
+            return self.weight.clone()
+        matrix = self._matrix().to(self.skew.dtype)
+        rotated = self._rotate_matrix(matrix, self._blocks())
+        if self.scale is not None:
+            rotated = rotated * self.scale[:, None]
+        return rotated.to(self.weight.dtype).reshape(self.weight.shape)
+
+    @_exactly
+    def merge(self) -> BOFTLayer:
+        """Put the merged weight in the place of ``weight``: no rotation at inference.
+
+        The tensor that ``weight`` was is left alone, as other modules may share it.
+
+        Raises:
+            RuntimeError: the layer is merged already.
+        """
+        if self.merged:
+            raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
+        self.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        self.merged = True
+        return self
+
+    @_exactly
+    def unmerge(self) -> BOFTLayer:
+        """Undo ``merge``, up to the rounding of the weight's dtype.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+            ValueError: ``scale`` holds a zero, which no division undoes.
+        """
+        if not self.merged:
+            raise RuntimeError("unmerge: expected a merged layer, got one that is not")
+        matrix = self._matrix().to(self.skew.dtype)
+        if self.scale is not None:
+            if (self.scale == 0).any():
+                raise ValueError("scale: expected no zero in order to unmerge, got some")
+            matrix = matrix / self.scale[:, None]
+        blocks = self._blocks()
+        if self.method != "exact":  # not orthogonal: the inverse is not the transpose
+            blocks = torch.linalg.inv(blocks).mT
+        if self.side == "in":
+            matrix = butterfly_matmul(matrix, blocks)
+        else:
+            matrix = butterfly_matmul(matrix.mT, blocks).mT
+        weight = matrix.to(self.weight.dtype).reshape(self.weight.shape).contiguous()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.merged = False
+        return self
+
+    def interpolate(self, n: int) -> BOFTLayer:
+        """Make the n factors of the largest strides the identity (the paper's Fig. 10).
+
+        From n = 0, the finetuned layer, to n = n_factors, the pretrained weight (still scaled).
+        ``skew`` is not changed: ``interpolate(0)`` brings everything back.
+
+        Raises:
+            ValueError: n is not in [0, n_factors].
+            RuntimeError: the layer is merged.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= self.n_factors:
+            raise ValueError(f"n: expected an int in [0, {self.n_factors}], got {n!r}")
+        if self.merged:
+            raise RuntimeError("interpolate: expected an unmerged layer, got a merged one")
+        self.n_identity = n
+        return self
+
+    def _check_trainable(self) -> None:
+        if self.training and torch.is_grad_enabled() and self.skew.requires_grad:
+            raise RuntimeError(
+                "the layer is merged, so its skew would get no gradient: expected unmerge() before "
+                "training, or eval() for inference"
+            )
+
+    def get_extra_state(self) -> torch.Tensor:
+        # a merged weight loaded as an unmerged one would be rotated twice
+        return torch.tensor(self.merged, dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.merged = bool(state)
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options().items() if value)
+        return f"{super().extra_repr()}, {options}" + (", merged" if self.merged else "")

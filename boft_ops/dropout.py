@@ -1,0 +1,71 @@
+"""Multiplicative dropout (arXiv 2311.06243, section 4.2): blocks become the identity at random."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import _checks
+
+
+def multiplicative_dropout(
+    blocks: torch.Tensor,
+    p_component: float,
+    p_block: float,
+    *,
+    training: bool,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Replace random blocks of random butterfly factors by the identity.
+
+    Exactly ``floor(p_component * m)`` of the m factors are chosen and, in each of them,
+    ``floor(p_block * K)`` of its K blocks become the identity. Nothing is rescaled: the product
+    stays orthogonal. The mask is drawn on the device of ``blocks`` from torch's generator (or
+    ``generator``), without a host sync, so seeding and activation checkpointing reproduce it. The
+    gradient of a replaced block is zero.
+
+    Args:
+        blocks: (m, K, b, b), floating point.
+        p_component: share of the factors to choose, in [0, 1].
+        p_block: share of the blocks to replace in each chosen factor, in [0, 1].
+        training: if False, ``blocks`` is returned unchanged.
+        generator: source of randomness, on the device of ``blocks``; None is torch's default one.
+
+    Returns:
+        (m, K, b, b); ``blocks`` itself where there is nothing to drop.
+
+    Raises:
+        TypeError: ``blocks`` is not a floating-point tensor, or a share is not a number.
+        ValueError: wrong shape, or a share outside [0, 1].
+    """
+    _checks.tensor("blocks", blocks)
+    _checks.probability("p_component", p_component)
+    _checks.probability("p_block", p_block)
+    if blocks.dim() != 4 or blocks.shape[-1] != blocks.shape[-2]:
+        raise ValueError(
+            "blocks: expected shape (n_factors, d/block_size, block_size, block_size), "
+            f"got {tuple(blocks.shape)}"
+        )
+    m, n_blocks, b, _ = blocks.shape
+    n_components, n_dropped = _count(p_component, m), _count(p_block, n_blocks)
+    if not training or n_components == 0 or n_dropped == 0:
+        return blocks
+    drop = _draw((m, n_blocks), n_dropped, blocks, generator)
+    if n_components < m:
+        drop = drop & _draw((m,), n_components, blocks, generator)[:, None]
+    eye = torch.eye(b, dtype=blocks.dtype, device=blocks.device)
+    return torch.where(drop[:, :, None, None], eye, blocks)
+
+
+def _count(p: float, n: int) -> int:
+    """floor(p n), where p n is a whole number in decimal: 0.29 * 100 is 28.999999999999996."""
+    return math.floor(p * n + 1e-9)
+
+
+def _draw(
+    shape: tuple[int, ...], count: int, like: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Boolean mask with exactly ``count`` True, uniformly placed, along the last dimension."""
+    noise = torch.rand(shape, device=like.device, generator=generator)
+    return noise.argsort(-1) < count  # a random permutation of 0..n-1, ties included

@@ -1,0 +1,199 @@
+"""Thin modules over the functions: torch's own layers with a frozen weight and a rotation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ._layer import BOFTLayer
+from .linear import boft_linear
+
+
+class BOFTLinear(BOFTLayer, nn.Linear):
+    """A frozen ``nn.Linear`` multiplied by a trainable orthogonal butterfly matrix R.
+
+    y = s * (x R W^T) + bias (side "in") or s * ((x W^T) R^T) + bias (side "out"), as
+    ``boft_linear``; arXiv 2311.06243, sections 3 and 4. It starts as the frozen layer, bit for bit.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        block_size: b; must divide the rotated features, and be even if n_factors > 1.
+        n_factors: m butterfly factors; the number of blocks must be a multiple of 2**(m-1).
+        side: rotate the inputs ("in", the default) or the outputs ("out").
+        scale: train a factor for each output as well.
+        p_component, p_block: multiplicative dropout in training, see ``multiplicative_dropout``.
+        method: "exact" or "neumann5", see ``cayley``.
+
+    Shape: x (..., in_features) -> (..., out_features).
+
+    Raises:
+        TypeError, ValueError: an option is not valid; the message lists the nearest valid
+            (n_factors, block_size).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        block_size: int = 8,
+        n_factors: int = 2,
+        side: str = "in",
+        scale: bool = True,
+        p_component: float = 0.0,
+        p_block: float = 0.0,
+        method: str = "exact",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._init_rotation(block_size, n_factors, side, scale, p_component, p_block, method)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options) -> BOFTLinear:
+        """Wrap a linear layer, sharing the storage of its weight and bias.
+
+        Args:
+            linear: any ``nn.Linear``; it is not changed.
+            **options: the keyword arguments of the constructor, from block_size on.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        return cls._from_base(linear, _linear_arguments(linear), options)
+
+    def merged_layer(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with the merged weight, frozen, and the bias of this layer."""
+        return self._to_base(nn.Linear, _linear_arguments(self))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged:
+            self._check_trainable()
+            return super().forward(x)
+        dropout = (self.dropout.p_component, self.dropout.p_block) if self.training else None
+        return boft_linear(
+            x,
+            self.weight,
+            self._active_skew(),
+            self.scale,
+            self.bias,
+            side=self.side,
+            method=self.method,
+            dropout=dropout,
+        )
+
+
+class OFTLinear(BOFTLinear):
+    """Orthogonal finetuning with a block-diagonal R: ``BOFTLinear`` with one factor.
+
+    Any block_size that divides the rotated features will do, odd ones too.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        block_size: int = 8,
+        **options,
+    ) -> None:
+        if "n_factors" in options:
+            raise TypeError("n_factors: OFTLinear has exactly one; use BOFTLinear for more")
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            device,
+            dtype,
+            block_size=block_size,
+            n_factors=1,
+            **options,
+        )
+
+
+class BOFTConv2d(BOFTLayer, nn.Conv2d):
+    """A frozen ``nn.Conv2d`` with its kernel, as (out, in/groups * kh * kw), rotated.
+
+    The kernel is rotated once per call, so stride, padding, dilation and groups are torch's own.
+
+    Args:
+        in_channels ... dtype: as for ``nn.Conv2d``.
+        block_size ... method: as for ``BOFTLinear``; features are in/groups * kh * kw (side "in")
+            or out_channels (side "out").
+
+    Shape: x (N, in_channels, H, W) -> (N, out_channels, H', W').
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        block_size: int = 8,
+        n_factors: int = 2,
+        side: str = "in",
+        scale: bool = True,
+        p_component: float = 0.0,
+        p_block: float = 0.0,
+        method: str = "exact",
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._init_rotation(block_size, n_factors, side, scale, p_component, p_block, method)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **options) -> BOFTConv2d:
+        """Wrap a convolution, sharing the storage of its weight and bias.
+
+        Args:
+            conv: any ``nn.Conv2d``; it is not changed.
+            **options: the keyword arguments of the constructor, from block_size on.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
+        return cls._from_base(conv, _conv_arguments(conv), options)
+
+    def merged_layer(self) -> nn.Conv2d:
+        """A plain ``nn.Conv2d`` with the merged weight, frozen, and the bias of this layer."""
+        return self._to_base(nn.Conv2d, _conv_arguments(self))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged:
+            self._check_trainable()
+            return super().forward(x)
+        rotated = self._rotate_matrix(self._matrix(), self.dropout(self._blocks()))
+        if self.scale is not None:
+            rotated = rotated * self.scale.to(rotated.dtype)[:, None]
+        return self._conv_forward(x, rotated.reshape(self.weight.shape), self.bias)
+
+
+def _linear_arguments(linear: nn.Linear) -> tuple:
+    return linear.in_features, linear.out_features, linear.bias is not None
+
+
+def _conv_arguments(conv: nn.Conv2d) -> tuple:
+    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+    return *shape, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode

@@ -1,0 +1,158 @@
+"""Whole models: put BOFT layers in, and take them out again merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from ._layer import BOFTLayer
+from .layers import BOFTConv2d, BOFTLinear
+
+# They read a child's weight without calling the child, so a rotation in it would be ignored.
+_BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def adapt(
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    *,
+    modules_to_save: Iterable[str] = (),
+    **options,
+) -> nn.Module:
+    """Replace the matching linear and convolution layers by BOFT layers and freeze the rest.
+
+    Args:
+        model: changed in place. If an error is raised it is as it was.
+        target_modules: which layers, as in PEFT. A string is a regular expression that must match
+            the whole dotted name; a list holds whole names or last parts of names ("q_proj",
+            "attention.output.dense").
+        modules_to_save: names or last parts of names of other modules that stay trainable, and that
+            ``save_adapter`` stores (a classification head, for example).
+        **options: keyword arguments of ``BOFTLinear`` and ``BOFTConv2d`` from block_size on, such
+            as ``block_size=8, n_factors=2``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: a matching module is no nn.Linear or nn.Conv2d, or is a subclass with a forward
+            of its own, which a BOFT layer would replace silently.
+        ValueError: nothing matches, a layer's features do not fit the options (its name is in the
+            message), or a layer is used by a parent that bypasses its forward.
+    """
+    targets = _matching(model, target_modules, "target_modules")
+    if not targets:
+        raise ValueError("target_modules: expected at least one name, got none")
+    kept = _matching(model, list(modules_to_save), "modules_to_save")
+    if both := sorted(targets.keys() & kept.keys()):
+        raise ValueError(f"modules_to_save: {both[0]!r} is also in target_modules")
+    install(model, dict.fromkeys(targets, options))
+    for module in kept.values():
+        module.requires_grad_(True)
+    return model
+
+
+def install(model: nn.Module, options: dict[str, dict]) -> None:
+    """Replace the named layers, each with its own options, and freeze every other parameter.
+
+    All layers are checked and made before the first one is put in.
+    """
+    if any(isinstance(m, BOFTLayer) for m in model.modules()):
+        raise ValueError("model: expected one without BOFT layers, got an adapted one")
+    replaced: dict[nn.Module, BOFTLayer] = {}
+    for parent, _, name, module in _children(model):
+        if name in options and module not in replaced:
+            _check_replaceable(parent, name, module)
+            replaced[module] = _wrap(name, module, options[name])
+    model.requires_grad_(False)
+    for parent, attribute, _, module in list(_children(model)):
+        if module in replaced:  # by identity: a layer may be registered under several names
+            setattr(parent, attribute, replaced[module])
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every BOFT layer by a plain nn.Linear or nn.Conv2d with the merged weight.
+
+    Args:
+        model: changed in place; may itself be a BOFT layer, then the plain layer is returned.
+
+    Returns:
+        ``model``. Parameters keep their ``requires_grad``; those of the plain layers are frozen.
+
+    Raises:
+        ValueError: the model has no BOFT layer.
+    """
+    if isinstance(model, BOFTLayer):
+        return model.merged_layer()
+    layers = [(p, a, m) for p, a, _, m in _children(model) if isinstance(m, BOFTLayer)]
+    if not layers:
+        raise ValueError("model: expected at least one BOFT layer, got none")
+    plain: dict[nn.Module, nn.Module] = {}
+    for parent, attribute, layer in layers:
+        if layer not in plain:
+            plain[layer] = layer.merged_layer()
+        setattr(parent, attribute, plain[layer])
+    return model
+
+
+def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> dict[str, nn.Module]:
+    """The modules, by dotted name, that a regular expression or any name of a list matches."""
+    modules = {name: module for _, _, name, module in _children(model)}
+    if isinstance(names, str):
+        hits = {names: [n for n in modules if re.fullmatch(names, n)]}
+    else:
+        names = list(names)
+        if any(not isinstance(n, str) or not n for n in names):
+            raise TypeError(f"{argument}: expected a string or a list of names, got {names!r}")
+        hits = {n: [m for m in modules if m == n or m.endswith(f".{n}")] for n in names}
+    if unmatched := [name for name, hit in hits.items() if not hit]:
+        layers = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_layer(m)})
+        raise ValueError(
+            f"{argument}: expected names of modules of the model, got {unmatched} without a match; "
+            f"the names of its linear and convolution layers end in {layers}"
+        )
+    return {name: modules[name] for hit in hits.values() for name in hit}
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """(parent, attribute, dotted name, module) of every child, under each of its names."""
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
+def _check_replaceable(parent: nn.Module, name: str, module: nn.Module) -> None:
+    if not _is_layer(module):
+        raise TypeError(
+            f"target_modules: expected nn.Linear or nn.Conv2d, {name!r} is {type(module).__name__}"
+        )
+    base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(module), method, None) is not getattr(base, method, None):
+            raise TypeError(
+                f"target_modules: {name!r} is {type(module).__name__}, a subclass of "
+                f"{base.__name__} with its own {method}(), which a BOFT layer would lose; expected "
+                f"a plain {base.__name__}"
+            )
+    if isinstance(parent, _BYPASSING_PARENTS):
+        raise ValueError(
+            f"target_modules: {name!r} lies in {type(parent).__name__}, which may read its weight "
+            "without calling it, so that the rotation would be ignored; expected a layer whose "
+            "forward() is called"
+        )
+
+
+def _wrap(name: str, module: nn.Module, options: dict) -> BOFTLayer:
+    try:
+        if isinstance(module, nn.Linear):
+            return BOFTLinear.from_linear(module, **options)
+        return BOFTConv2d.from_conv(module, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
