@@ -1,0 +1,68 @@
+"""The labelled sentences: read, make unique, split."""
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLIT_SEED = 20231110  # fixed: every run, method and seed sees the same three splits
+TEST, VALIDATION, TRAIN = 2000, 1000, 2000
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sentences with their labels: 1 for a positive rating, 0 for a negative one."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def normal_form(text: str) -> str:
+    """What two copies of one sentence have in common: the words, without case or punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def read_snippets(path: Path, threshold: float = 1.0) -> list[tuple[str, int]]:
+    """(sentence, label) pairs whose mean rating, from -4 to 4, is further than `threshold` from 0.
+
+    Ratings near 0 are left out because there the label is noise. Copies of a sentence are reduced
+    to the first, so that none can stand in the training and the test split at once; a sentence
+    whose copies disagree about the label is dropped.
+    """
+    unique: dict[str, tuple[str, int]] = {}
+    contradicted = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise ValueError(f"{path.name}, line {number}: expected 3 fields, got {len(fields)}")
+        rating, text = float(fields[1]), " ".join(fields[2].split())
+        key, label = normal_form(text), int(rating > 0)
+        if abs(rating) <= threshold or not key:
+            continue
+        if unique.setdefault(key, (text, label))[1] != label:
+            contradicted.add(key)
+    return [pair for key, pair in unique.items() if key not in contradicted]
+
+
+def make_splits(
+    pairs: list[tuple[str, int]],
+    train: int = TRAIN,
+    validation: int = VALIDATION,
+    test: int = TEST,
+) -> tuple[Split, Split, Split]:
+    """Train, validation and test splits, disjoint, the same in every run.
+
+    Test and validation are cut first: changing the size of the training set does not change them.
+    """
+    if len(pairs) < train + validation + test:
+        room = len(pairs) - validation - test
+        raise ValueError(f"train: expected at most {room} of {len(pairs)} sentences, got {train}")
+    # Sorted first: the splits depend on the sentences alone, not on their order in the file.
+    order = sorted(pairs)
+    random.Random(SPLIT_SEED).shuffle(order)
+    cuts = order[:test], order[test : test + validation], order[test + validation :][:train]
+    held_out, held_in, training = (Split([t for t, _ in c], [y for _, y in c]) for c in cuts)
+    return training, held_in, held_out
