@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""Finetune a real sentence encoder four ways, side by side, on two CPU cores in minutes.
+
+The task: is a movie-review snippet positive or negative? The model: all-MiniLM-L6-v2 (BERT, six
+layers of width 384) with a fresh linear head over the mean of the token vectors. What is trained
+besides the head:
+
+    frozen   nothing: the features stay as they are
+    lora     low-rank updates of every linear layer of the top three layers (PEFT, r = 8)
+    oft      block-diagonal rotations of the inputs of the same layers (boft_ops, one factor)
+    boft     butterfly rotations: two such factors, interleaved (boft_ops, BOFT(2, 8))
+
+    python docs/examples/fetch_data.py                   # once
+    python docs/examples/finetune_minilm.py              # about five minutes
+    python docs/examples/finetune_minilm.py --seeds 3    # with the spread over seeds
+    python docs/examples/finetune_minilm.py --search     # how the learning rates were chosen
+
+docs/examples/README.md says how to read what it prints.
+"""
+
+import argparse
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import curves
+import report
+import torch
+from fetch_data import DATA_DIR, FILE_NAME
+from methods import METHODS, build
+from minilm import Cached, Classifier, cut_in_two, load_minilm, predict, run_lower
+from rich.console import Console
+from snippets import TRAIN, Split, make_splits, read_snippets
+from torch import nn
+from training import peak_memory, train
+
+import boft_ops
+
+EPOCHS = 2
+CURVE_POINTS = 8  # times that the validation split is looked at in a run
+SEARCH_SEED = 1000  # --search must not use the seeds that are reported
+
+
+def main() -> None:
+    args = parse_arguments()
+    started = time.perf_counter()
+    torch.set_num_threads(args.threads)
+    console = Console()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    training, validation, test = make_splits(
+        read_snippets(args.data / FILE_NAME), train=args.train_size
+    )
+    tokenizer, bert = load_minilm()
+    lower, top = cut_in_two(bert)
+    with report.progress(console) as bars:
+        training = cache(tokenizer, lower, training, bars, "training")
+        validation = cache(tokenizer, lower, validation, bars, "validation")
+        if args.search:
+            rows = search(args, top, training, validation, bars)
+        else:
+            test = cache(tokenizer, lower, test, bars, "test")
+            runs = [
+                finetune(name, seed, args, top, training, validation, test, bars)
+                for seed in range(args.seeds)
+                for name in args.methods
+            ]
+    if args.search:
+        report.print_search(console, rows, {m.title: m.rate for m in METHODS.values()})
+        return
+
+    report.print_table(console, runs)
+    seconds = time.perf_counter() - started
+    command = shlex.join(["python", "docs/examples/finetune_minilm.py", *sys.argv[1:]])
+    report.write_markdown(args.out / "results.md", runs, command, seconds)
+    curves.draw(args.out / "finetune_minilm.png", runs, len(validation))
+    console.print(f"{seconds:.0f} s. Table, learning curves and adapter are in {args.out}")
+
+
+def cache(tokenizer, lower: nn.Module, split: Split, bars, name: str) -> Cached:
+    """Run the frozen lower layers over a split, once and for all methods."""
+    task = bars.add_task(f"lower layers, {name}", total=len(split), note="")
+    hidden = [torch.empty(0)] * len(split)
+    for index, states in run_lower(tokenizer, lower, split.texts):
+        for i, state in zip(index, states, strict=True):
+            hidden[i] = state
+        bars.advance(task, len(index))
+    return Cached(hidden, torch.tensor(split.labels))
+
+
+def accuracy(model: nn.Module, data: Cached) -> float:
+    return (predict(model, data) == data.labels).double().mean().item()
+
+
+def finetune(name: str, seed: int, args, top, training, validation, test, bars) -> report.Run:
+    """Train one method with one seed; return all that is reported about it."""
+    method = METHODS[name]
+    peak = peak_memory(build(name, top, seed), training)
+    model = build(name, top, seed)
+    trained = {path: p.numel() for path, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for path, count in trained.items() if "head" in path.split("."))
+    run = report.Run(name, method.title, seed, sum(trained.values()) - head, head, peak)
+
+    task = bars.add_task(f"{method.title}, seed {seed}", note="")
+
+    def each_step(step: int, steps: int, loss: float) -> None:
+        run.losses.append(loss)
+        if step * CURVE_POINTS // steps > (step - 1) * CURVE_POINTS // steps:
+            run.curve.append((step, accuracy(model, validation)))
+        note = f"loss {loss:.2f}"
+        note += f", validation {100 * run.curve[-1][1]:.1f} %" if run.curve else ""
+        bars.update(task, completed=step, total=steps, note=note)
+
+    seconds = train(
+        model, training, rate=method.rate, epochs=args.epochs, seed=seed, each_step=each_step
+    )
+    run.step_ms = 1e3 * statistics.median(seconds)
+
+    # The test split is looked at here and nowhere else; nothing is chosen after it.
+    answer = predict(model, test)
+    run.correct = answer == test.labels
+    if name == "boft":
+        prove_reload(model, top, validation, args.out / "boft_adapter.safetensors", bars.console)
+    if method.merge is not None:
+        # Merged, the model is made of plain linear layers again and must answer the same.
+        merged = predict(method.merge(model), test)
+        run.merged_correct, run.merged_differ = merged == test.labels, int((merged != answer).sum())
+    return run
+
+
+def prove_reload(model: nn.Module, top: nn.Module, data: Cached, path: Path, console) -> None:
+    """Save the adapter, load it into a fresh model, and count the answers that differ."""
+    boft_ops.save_adapter(model, path)
+    # The file knows which layers it belongs to and how: a plain model is enough.
+    fresh = boft_ops.load_adapter(Classifier(top), path)
+    differ = int((predict(fresh, data) != predict(model, data)).sum())
+    console.print(
+        f"Saved adapter and head ({path.stat().st_size / 1e3:.0f} kB), loaded into a fresh model: "
+        f"{differ} of {len(data)} validation predictions differ."
+    )
+
+
+def search(args, top, training, validation, bars) -> list[tuple[str, float, float]]:
+    """(method, learning rate, validation accuracy) for every rate that is tried."""
+    rows = []
+    for name in args.methods:
+        for rate in METHODS[name].rates:
+            task = bars.add_task(f"{METHODS[name].title}, rate {rate:g}", note="")
+
+            def each_step(step: int, steps: int, loss: float, task=task) -> None:
+                bars.update(task, completed=step, total=steps, note=f"loss {loss:.2f}")
+
+            scores = []
+            for seed in range(SEARCH_SEED, SEARCH_SEED + args.seeds):
+                model = build(name, top, seed)
+                train(
+                    model, training, rate=rate, epochs=args.epochs, seed=seed, each_step=each_step
+                )
+                scores.append(accuracy(model, validation))
+                bars.update(task, note=f"validation {100 * scores[-1]:.1f} %")
+            rows.append((METHODS[name].title, rate, statistics.fmean(scores)))
+    return rows
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of every method")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--train-size", type=int, default=TRAIN, help="training sentences")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--data", type=Path, default=DATA_DIR, help="where fetch_data.py put them")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for results")
+    parser.add_argument("--search", action="store_true", help="try the learning rates instead")
+    args = parser.parse_args()
+    for name in ("seeds", "epochs", "train_size", "threads"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag}: expected a positive number, got {getattr(args, name)}")
+    if not (args.data / FILE_NAME).is_file():
+        parser.error(f"--data: {FILE_NAME} is not there; run docs/examples/fetch_data.py first")
+    return args
+
+
+if __name__ == "__main__":
+    main()

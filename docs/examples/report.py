@@ -1,0 +1,182 @@
+"""What the demo prints, draws and writes: progress bars, the table, the comparison, the curves."""
+
+import itertools
+import math
+import os
+import platform
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import boft_ops
+
+# Every pair of methods is compared, six pairs of four: with the usual two standard errors one
+# comparison in four such tables would come out "different" by chance alone; with three, one in 60.
+CARRIES = 3.0
+
+
+@dataclass
+class Run:
+    """One method trained with one seed."""
+
+    name: str
+    title: str
+    seed: int
+    adapter: int  # trainable parameters
+    head: int
+    peak: int  # bytes of one training step
+    step_ms: float = math.nan
+    correct: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # per test sentence
+    merged_correct: torch.Tensor | None = None
+    merged_differ: int = 0  # test predictions that merging changed
+    losses: list[float] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, validation accuracy)
+
+
+def progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run)
+    return groups
+
+
+def per_sentence(runs: list[Run]) -> torch.Tensor:
+    """How often each test sentence was answered rightly, 0 to 1: the mean over the seeds."""
+    return torch.stack([run.correct.double() for run in runs]).mean(0)
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of `values`: how far another sample of test sentences would move it."""
+    return (values.std() / len(values) ** 0.5).item()
+
+
+def spread(runs: list[Run]) -> float:
+    """Standard deviation of the test accuracy over the seeds."""
+    return statistics.stdev(run.correct.double().mean().item() for run in runs)
+
+
+def compare(one: list[Run], other: list[Run]) -> tuple[float, float]:
+    """(difference of the accuracies, its standard error), `one` minus `other`.
+
+    Both answered the same sentences, so the error is that of the per-sentence differences: what is
+    hard for both cancels. The seeds' spread is added where there is more than one.
+    """
+    difference = per_sentence(one) - per_sentence(other)
+    error = standard_error(difference)
+    if len(one) > 1 and len(other) > 1:
+        seeds = spread(one) ** 2 / len(one) + spread(other) ** 2 / len(other)
+        error = math.sqrt(error**2 + seeds)
+    return difference.mean().item(), error
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
+COLUMNS = ["method", "adapter", "head", "test accuracy %", "merged %", "ms/step", "step memory MB"]
+
+
+def table_rows(runs: list[Run]) -> list[list[str]]:
+    rows = []
+    for group in by_method(runs).values():
+        first, values = group[0], per_sentence(group)
+        accuracy = f"{100 * values.mean():.1f} ± {100 * standard_error(values):.1f}"
+        if len(group) > 1:
+            accuracy += f" (seeds ± {100 * spread(group):.1f})"
+        merged = "-"
+        if first.merged_correct is not None:
+            merged = f"{100 * torch.stack([r.merged_correct for r in group]).double().mean():.1f}"
+        row = [first.title, f"{first.adapter:,}", f"{first.head:,}", accuracy, merged]
+        row.append(f"{statistics.median(run.step_ms for run in group):.0f}")
+        rows.append([*row, f"{first.peak / 1e6:.0f}"])
+    return rows
+
+
+def sentences(runs: list[Run]) -> list[str]:
+    """What the numbers say, and what they do not."""
+    groups = by_method(runs)
+    clear, unclear, lines = [], [], []
+    for one, other in itertools.combinations(groups.values(), 2):
+        difference, error = compare(other, one)
+        ahead, behind = (other, one) if difference >= 0 else (one, other)
+        text = f"{ahead[0].title} over {behind[0].title} "
+        text += f"{100 * abs(difference):+.1f} ± {100 * error:.1f}"
+        (clear if abs(difference) > CARRIES * error else unclear).append(text)
+    if len(groups) > 1:
+        measure = f"{CARRIES:.0f} standard errors of the difference on the same test sentences"
+        lines.append(f"Carried ({measure}): " + ("; ".join(clear) or "none") + ".")
+        lines.append("NOT carried, so no claim: " + ("; ".join(unclear) or "none") + ".")
+    if all(len(group) == 1 for group in groups.values()):
+        lines.append(
+            "One seed: the errors know the choice of test sentences, not the luck of a training "
+            "run; --seeds 3 shows that too."
+        )
+    for run in runs:
+        if run.merged_correct is not None:
+            count = f"{run.merged_differ} of {len(run.correct)} test predictions"
+            lines.append(f"Merging {run.title}, seed {run.seed}: {count} differ from the unmerged.")
+    return lines
+
+
+def print_table(console: Console, runs: list[Run]) -> None:
+    table = Table(title="Sentiment of movie-review snippets, test split")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in table_rows(runs):
+        table.add_row(*row)
+    console.print(table)
+    for line in sentences(runs):
+        console.print(line, highlight=False)
+
+
+def print_search(console: Console, rows: list[tuple[str, float, float]], current: dict) -> None:
+    table = Table(title="Validation accuracy % by learning rate (test split not looked at)")
+    for column in ("method", "learning rate", "validation", ""):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for title, rate, score in rows:
+        best = max(s for t, _, s in rows if t == title)
+        notes = ["best"] * (score == best) + ["in use"] * (current[title] == rate)
+        table.add_row(title, f"{rate:g}", f"{100 * score:.1f}", ", ".join(notes))
+    console.print(table)
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+
+
+def write_markdown(path: Path, runs: list[Run], command: str, seconds: float) -> None:
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    names = ("torch", "transformers", "peft")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    versions += f", boft_ops {boft_ops.__version__}"
+    rows = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *table_rows(runs)]
+    text = ["# Results of docs/examples/finetune_minilm.py", "", f"- Command: `{command}`"]
+    text += [f"- Machine: {machine()}"]
+    text += [f"- Versions: Python {platform.python_version()}, {versions}"]
+    text += [f"- Seeds: {seeds}; the whole run took {seconds / 60:.1f} minutes", ""]
+    text += ["| " + " | ".join(row) + " |" for row in rows]
+    text += ["", *(f"- {line}" for line in sentences(runs)), ""]
+    path.write_text("\n".join(text), encoding="utf-8")
