@@ -8,6 +8,7 @@ PyTorch; `status` says in a sentence what was found.
 import ctypes
 import os
 import platform
+import struct
 import sys
 import tempfile
 import warnings
@@ -125,7 +126,23 @@ def _absence() -> str:
     return f"absent: {why}; `python -m {PACKAGE} build` compiles it"
 
 
+def _check_whole(path: Path) -> None:
+    """Raise for a file cut short by a full disk or an interrupted copy: opening it would kill us.
+
+    The loader maps such a file and then dies of SIGBUS. A linker puts the section headers last.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:4] != b"\x7fELF":
+        raise OSError("not a shared library")
+    (start,) = struct.unpack_from("=Q", head, 40)
+    size, number = struct.unpack_from("=HH", head, 58)
+    if path.stat().st_size < start + size * number:
+        raise OSError("the file is cut short")
+
+
 def _open(path: Path) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]]:
+    _check_whole(path)
     lib = ctypes.CDLL(str(path))
     lib.boft_ops_isa.restype = ctypes.c_char_p
     lib.boft_ops_kernels.restype = ctypes.c_char_p
