@@ -91,6 +91,9 @@ class BuildNative(build_ext):
         return PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib) / "boft_ops"
 
     def run(self):
+        if native.missing:
+            B.note_absence(self.home(), native.missing)
+            return
         say(f"building the native library against torch {native.torch.version}")
         try:
             # Not self.build_temp, which pip throws away: the objects serve the next build.

@@ -190,8 +190,9 @@ def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
     host += ["-DBOFT_OPS_CUDA"] if nvcc else []
     host += shlex.split(os.environ.get("CXXFLAGS", ""))
     ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
-    device = [*common, "-std=c++17", f"-I{csrc}", "--expt-relaxed-constexpr", "-lineinfo"]
+    device = [*common, "-std=c++17", f"-I{csrc}", "--expt-relaxed-constexpr"]
     device += ["--threads", "2", "-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    device += ["-Xcompiler", f"-ffile-prefix-map={csrc}=csrc"]
     device += _gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS) if nvcc else []
 
     steps, objects = [], []
