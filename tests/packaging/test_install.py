@@ -100,6 +100,14 @@ def test_a_deleted_file_is_not_shipped_by_the_next_wheel(run, new_tree, tmp_path
     assert "boft_ops/gone.py" not in names(run.build("wheel", tree, tmp_path / "2", **env))
 
 
+WITHOUT_OTHERS = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+"""
+
+
 @pytest.mark.slow
 def test_editable_install_maps_the_folders(run, new_tree, unpack, tmp_path, needs_compiler):
     tree = new_tree()
@@ -107,14 +115,14 @@ def test_editable_install_maps_the_folders(run, new_tree, unpack, tmp_path, need
     site = unpack(run.build("editable", tree, tmp_path, BOFT_OPS_FORCE_EXT="1"))
     code = f"""
 import site, sys
+sys.path.insert(0, {str(site)!r})  # its finder has the same name as the environment's
 site.addsitedir({str(site)!r})
 import boft_ops, boft_ops.triton_kernels.marker_of_this_tree as kernel
 from boft_ops import _native
 print(boft_ops.__file__, kernel.__file__, _native.library, {str(tree)!r} in sys.path)
 """
     # an editable install in the environment of the tests must not answer instead
-    others = "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]"
-    done = run("-c", f"import sys\n{others}\n{code}")
+    done = run("-c", WITHOUT_OTHERS + code)
     package = tree / "boft_ops"
     expected = [package / "__init__.py", tree / "triton" / "marker_of_this_tree.py"]
     expected += [package / "libboft_native.so", False]
