@@ -97,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
             if not args.with_native:
                 print("`python -m <its dotted name> build` compiles its native library")
         else:
-            print(info())
+            print(info(), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; spare it the complaint at exit, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, _build.BuildError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
