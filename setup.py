@@ -57,7 +57,7 @@ class Native:
     """What becomes of the native library in this run of setup.py."""
 
     def __init__(self):
-        self.torch, self.missing = None, "BOFT_OPS_SKIP_EXT=1"
+        self.torch, self.missing, self.built = None, "BOFT_OPS_SKIP_EXT=1", None
         if not B.flag("BOFT_OPS_SKIP_EXT"):
             self.torch = B.find_torch(target_site_packages())
             self.missing = B.obstacle(CSRC, self.torch)
@@ -94,11 +94,14 @@ class BuildNative(build_ext):
         if native.missing:
             B.note_absence(self.home(), native.missing)
             return
+        if native.built == self.home():  # bdist_wheel resets this command and runs it again
+            return
         say(f"building the native library against torch {native.torch.version}")
         try:
             # Not self.build_temp, which pip throws away: the objects serve the next build.
             work, out = ROOT / "build" / "native", self.home() / B.LIB
             plan = B.compile_library(CSRC, native.torch, work, out, self.verbose > 1)
+            native.built = self.home()
             say(f"built the native library for {plan.why}")
         except B.SettingError as error:
             raise SystemExit(f"boft_ops: {error}") from None
