@@ -47,7 +47,8 @@ def butterfly_matmul(
         )
     _checks.same_device("blocks", blocks, "x", x)
     stages = plan(m, b)
-    return rotate(_autocast.cast(x), compose(blocks, stages), stages, transpose)
+    x = _autocast.cast(x)
+    return rotate(x, compose(blocks, stages, x.dtype), stages, transpose)
 
 
 def check_blocks(blocks: torch.Tensor) -> None:

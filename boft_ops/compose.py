@@ -132,9 +132,15 @@ class Compose(torch.autograd.Function):
         return torch.cat(parts), None
 
 
-def compose(blocks: torch.Tensor, stages: tuple[Stage, ...]) -> tuple[torch.Tensor, ...]:
-    """Blocks (m, K, b, b) -> each stage's matrix, (d/size, size, size), in at least float32."""
-    blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32)).contiguous()
+def compose(
+    blocks: torch.Tensor, stages: tuple[Stage, ...], dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
+    """Blocks (m, K, b, b) -> the matrix of each stage, (d/size, size, size).
+
+    Computed in the widest of the blocks' dtype, ``dtype`` and float32.
+    """
+    wide = torch.promote_types(torch.promote_types(blocks.dtype, dtype), torch.float32)
+    blocks = blocks.to(wide).contiguous()
     if blocks.shape[0] == 1:
         return (blocks[0],)  # one factor is its own stage
     return Compose.apply(blocks, stages)

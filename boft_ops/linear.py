@@ -56,14 +56,13 @@ def boft_linear(
             of this shape exists; the message lists the nearest valid (n_factors, block_size).
     """
     _check(x, weight, skew, scale, bias, side, method)
+    if dropout is not None and not (isinstance(dropout, tuple) and len(dropout) == 2):
+        raise ValueError(f"dropout: expected (p_component, p_block) or None, got {dropout!r}")
     x, weight = _autocast.cast(x), _autocast.cast(weight)
     bias = None if bias is None else _autocast.cast(bias)
     blocks = cayley(skew, method=method)
     if dropout is not None:
-        p_component, p_block = dropout
-        blocks = multiplicative_dropout(
-            blocks, p_component, p_block, training=True, generator=generator
-        )
+        blocks = multiplicative_dropout(blocks, *dropout, training=True, generator=generator)
     if side == "in":
         x = butterfly_matmul(x, blocks)
     # The bias goes into the matrix product, where torch's linear has it, and what the scale and the

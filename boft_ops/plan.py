@@ -61,10 +61,9 @@ def _plan(n_factors: int, block_size: int, pass_cost: int) -> tuple[Stage, ...]:
     if n_factors == 1:  # plain block-diagonal; b may be odd
         return (Stage(0, 1, block_size, block_size, 1),)
 
-    def cost(n_stages: int) -> int:
-        return sum(s.size + pass_cost for s in _split(n_factors, block_size, n_stages))
-
-    return _split(n_factors, block_size, min(range(1, n_factors + 1), key=cost))
+    choices = [_split(n_factors, block_size, n) for n in range(1, n_factors + 1)]
+    costs = [sum(stage.size + pass_cost for stage in stages) for stages in choices]
+    return choices[costs.index(min(costs))]
 
 
 def _split(n_factors: int, block_size: int, n_stages: int) -> tuple[Stage, ...]:

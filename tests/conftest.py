@@ -1,0 +1,46 @@
+"""What every test stands on: seeds, poisoned memory, the backends of this machine."""
+
+import os
+
+import pytest
+import torch
+
+# Triton's interpreter where there is no GPU; @triton.jit reads it when a kernel is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from boft_ops import _backend  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison():
+    """Fixed seed, and torch.empty full of NaN: an element that a kernel forgets is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def cayley_backend(request):
+    """Every implementation of the Cayley transform that can run here, forced in turn."""
+    name = request.param
+    if name == "cpu" and DEVICE != "cpu":
+        pytest.skip("the C++ kernels serve CPU tensors")
+    if name in ("cpu", "triton"):
+        # Absent kernels must fail here, not skip: with a silent fallback every test would pass.
+        if os.environ.get("BOFT_OPS_SKIP_EXT") == "1" and name == "cpu":
+            pytest.skip("BOFT_OPS_SKIP_EXT=1")
+        if name == "triton" and not _backend.has_triton():
+            pytest.skip("triton is not installed")
+    with _backend.force(name):
+        yield name
