@@ -65,7 +65,7 @@ format: $(STAMPS)/lint
 
 build: $(STAMPS)/torch
 	$(call say,compiling csrc/)
-	@$(PY) setup.py -q build_ext --inplace
+	@BOFT_OPS_FORCE_EXT=1 $(PY) setup.py -q build_ext --inplace
 
 # Each step leaves a stamp, and each target asks for no more steps than it needs.
 $(STAMPS)/venv:

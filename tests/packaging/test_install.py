@@ -129,6 +129,7 @@ print(boft_ops.__file__, kernel.__file__, _native.library, {str(tree)!r} in sys.
     assert done.stdout.split() == [str(item) for item in expected]
 
 
+@pytest.mark.slow
 def test_uninstalled_checkout(run, new_tree, needs_compiler):
     """Works as it is, says how to get the library, and gets it."""
     tree = new_tree()

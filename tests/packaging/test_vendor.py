@@ -29,6 +29,7 @@ def test_vendored_tree_is_complete(copies, installed):
     assert (vendored / "LICENSE").is_file()
 
 
+@pytest.mark.slow
 def test_without_native_it_is_built_on_demand(run, new_tree, tmp_path, needs_compiler):
     done = run("-m", "boft_ops", "vendor", tmp_path / "a" / "boft", path=[new_tree()])
     assert "build` compiles its native library" in done.stdout
@@ -96,6 +97,7 @@ torch.testing.assert_close(boft_ops.cayley(skew), copies[1].cayley(skew))
 """
 
 
+@pytest.mark.slow
 def test_three_copies_in_one_process_and_one_graph(run, installed, copies):
     done = run("-c", THREE + ONE_GRAPH, path=[installed, copies])
     assert "Warning" not in done.stderr

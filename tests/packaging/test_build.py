@@ -1,0 +1,107 @@
+"""The decisions of the build, without compiling anything."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from boft_ops import _build, _native, _paths
+
+CPU_TORCH = _build.Torch(Path("torch"), "2.13.0+cpu", None)
+CUDA_TORCH = _build.Torch(Path("torch"), "2.13.0+cu130", "13.0")
+
+
+def test_the_library_under_test_is_there(needs_compiler):
+    """Else every other test would pass on the fallback, and a broken build would go unseen."""
+    if os.environ.get("BOFT_OPS_SKIP_EXT") == "1":
+        pytest.skip("BOFT_OPS_SKIP_EXT=1")
+    assert _native.library is not None, _native.status
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_systems_are_pure(monkeypatch, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    why = _build.obstacle(_paths.csrc(), CPU_TORCH)
+    assert why == f"the native library is built on Linux only (this is {platform})"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
+def test_obstacles(monkeypatch, tmp_path, needs_compiler):
+    csrc = _paths.csrc()
+    assert _build.obstacle(csrc, CPU_TORCH) is None
+    assert _build.obstacle(None, CPU_TORCH) == "this copy has no C++ sources"
+    assert _build.obstacle(tmp_path, CPU_TORCH) == "this copy has no C++ sources"
+    assert _build.obstacle(csrc, None).startswith("torch is not visible to the build")
+    old = CPU_TORCH._replace(version="2.9.1")
+    assert _build.obstacle(csrc, old).startswith("torch 2.9.1 is older than 2.10")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _build.obstacle(csrc, CPU_TORCH) == "no C++ compiler (c++, g++)"
+
+
+@pytest.fixture
+def cuda_sources(tmp_path):
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda" / "op.cu").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("want", ["auto", "0", "1"])
+def test_without_cuda_sources_nvcc_is_never_asked_for(monkeypatch, tmp_path, want):
+    monkeypatch.setenv("BOFT_OPS_CUDA", want)
+    monkeypatch.setattr(_build, "find_nvcc", lambda: pytest.fail("looked for nvcc"))
+    (tmp_path / "cuda").mkdir()
+    assert _build.plan(tmp_path, CUDA_TORCH).nvcc is None
+
+
+@pytest.mark.parametrize(
+    ("want", "torch", "nvcc", "expected"),
+    [
+        ("auto", CUDA_TORCH, "nvcc", "nvcc"),
+        ("auto", CUDA_TORCH, None, None),
+        ("auto", CPU_TORCH, "nvcc", None),
+        ("1", CPU_TORCH, "nvcc", "nvcc"),
+        ("0", CUDA_TORCH, "nvcc", None),
+    ],
+)
+def test_when_cuda_is_compiled(monkeypatch, cuda_sources, want, torch, nvcc, expected):
+    monkeypatch.setenv("BOFT_OPS_CUDA", want)
+    monkeypatch.setattr(_build, "find_nvcc", lambda: nvcc)
+    assert _build.plan(cuda_sources, torch).nvcc == expected
+
+
+def test_cuda_that_was_demanded_needs_nvcc(monkeypatch, cuda_sources):
+    monkeypatch.setenv("BOFT_OPS_CUDA", "1")
+    monkeypatch.setattr(_build, "find_nvcc", lambda: None)
+    with pytest.raises(_build.SettingError, match="BOFT_OPS_CUDA=1, but there is no nvcc"):
+        _build.plan(cuda_sources, CUDA_TORCH)
+
+
+def test_architectures():
+    assert _build._gencode("8.0; 9.0a 10.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    assert _build._gencode("native") == ["-arch=native"]
+    with pytest.raises(_build.SettingError, match="TORCH_CUDA_ARCH_LIST: expected"):
+        _build._gencode("Hopper")
+
+
+def test_the_hash_follows_content_and_names(tmp_path):
+    def value():
+        return _build.source_hash(tmp_path)
+
+    (tmp_path / "cpu").mkdir()
+    seen = {value()}
+    (tmp_path / "cpu" / "a.cpp").write_text("1")
+    seen.add(value())
+    (tmp_path / "cpu" / "a.cpp").write_text("2")
+    seen.add(value())
+    (tmp_path / "cpu" / "a.cpp").rename(tmp_path / "cpu" / "b.cpp")
+    seen.add(value())
+    assert len(seen) == 4
+    (tmp_path / "cpu" / "notes.txt").touch()
+    assert value() in seen
