@@ -39,15 +39,22 @@ def draw(path: Path, runs: Sequence[Run], n_validation: int) -> None:
         loss = np.array([run.losses for run in group]).mean(0)
         right.plot(np.arange(1, len(loss) + 1), smooth(loss), **look)
     top = max(value for run in runs for _, value in run.curve)
-    error = 100 * (top * (1 - top) / n_validation) ** 0.5
+    error = 100 * (top * (1 - top) / n_validation) ** 0.5  # of one run
     left.set(xlabel="training step", ylabel="validation accuracy (%)")
-    left.set_title(f"Validation accuracy (standard error about {error:.1f})", fontsize=11)
+    left.set_title(f"Validation accuracy ({n_validation} sentences)", fontsize=11)
     right.set(xlabel="training step", ylabel="cross-entropy", ylim=(0, None))
     right.set_title("Training loss (moving mean of 15 steps)", fontsize=11)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, loc="lower right")
+        axes.set_xlim(0, None)
+    # What one point of the left curves is worth, drawn to scale where no curve is.
+    bottom = left.get_ylim()[0] + 1.5 * error
+    left.errorbar([0.97 * steps[-1]], [bottom], yerr=[error], color="black", capsize=4)
+    left.text(0.94 * steps[-1], bottom, "± 1 standard error of a point", ha="right", va="center")
+    fig.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     seeds = len({run.seed for run in runs})
     fig.suptitle(
         "Finetuning the top three layers of MiniLM-L6 on movie-review sentiment"

@@ -50,10 +50,12 @@ def main() -> None:
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    training, validation, test = make_splits(
-        read_snippets(args.data / FILE_NAME), train=args.train_size
-    )
-    tokenizer, bert = load_minilm()
+    try:
+        pairs = read_snippets(args.data / FILE_NAME)
+        training, validation, test = make_splits(pairs, train=args.train_size)
+        tokenizer, bert = load_minilm()
+    except (RuntimeError, ValueError) as error:  # what the message says can be set right
+        sys.exit(f"finetune_minilm: {error}")
     lower, top = cut_in_two(bert)
     with report.progress(console) as bars:
         training = cache(tokenizer, lower, training, bars, "training")

@@ -92,20 +92,28 @@ def compare(one: list[Run], other: list[Run]) -> tuple[float, float]:
 
 # --- Text -----------------------------------------------------------------------------------------
 
-COLUMNS = ["method", "adapter", "head", "test accuracy %", "merged %", "ms/step", "step memory MB"]
+HEADER = [
+    "method",
+    "adapter",
+    "head",
+    "test %",
+    "± test",
+    "± seeds",
+    "merged %",
+    "ms/step",
+    "MB/step",
+]
 
 
 def table_rows(runs: list[Run]) -> list[list[str]]:
     rows = []
     for group in by_method(runs).values():
         first, values = group[0], per_sentence(group)
-        accuracy = f"{100 * values.mean():.1f} ± {100 * standard_error(values):.1f}"
-        if len(group) > 1:
-            accuracy += f" (seeds ± {100 * spread(group):.1f})"
-        merged = "-"
-        if first.merged_correct is not None:
-            merged = f"{100 * torch.stack([r.merged_correct for r in group]).double().mean():.1f}"
-        row = [first.title, f"{first.adapter:,}", f"{first.head:,}", accuracy, merged]
+        row = [first.title, f"{first.adapter:,}", f"{first.head:,}"]
+        row += [f"{100 * values.mean():.1f}", f"{100 * standard_error(values):.1f}"]
+        row.append(f"{100 * spread(group):.1f}" if len(group) > 1 else "-")
+        merged = [run.merged_correct for run in group if run.merged_correct is not None]
+        row.append(f"{100 * torch.stack(merged).double().mean():.1f}" if merged else "-")
         row.append(f"{statistics.median(run.step_ms for run in group):.0f}")
         rows.append([*row, f"{first.peak / 1e6:.0f}"])
     return rows
@@ -130,16 +138,22 @@ def sentences(runs: list[Run]) -> list[str]:
             "One seed: the errors know the choice of test sentences, not the luck of a training "
             "run; --seeds 3 shows that too."
         )
-    for run in runs:
-        if run.merged_correct is not None:
-            count = f"{run.merged_differ} of {len(run.correct)} test predictions"
-            lines.append(f"Merging {run.title}, seed {run.seed}: {count} differ from the unmerged.")
+    merged = {
+        group[0].title: [str(run.merged_differ) for run in group]
+        for group in groups.values()
+        if group[0].merged_correct is not None
+    }
+    if merged:
+        counts = "; ".join(f"{title} {', '.join(count)}" for title, count in merged.items())
+        lines.append(
+            f"Test predictions, of {len(runs[0].correct)}, that merging changed: {counts}."
+        )
     return lines
 
 
 def print_table(console: Console, runs: list[Run]) -> None:
     table = Table(title="Sentiment of movie-review snippets, test split")
-    for column in COLUMNS:
+    for column in HEADER:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in table_rows(runs):
         table.add_row(*row)
@@ -172,7 +186,7 @@ def write_markdown(path: Path, runs: list[Run], command: str, seconds: float) ->
     names = ("torch", "transformers", "peft")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     versions += f", boft_ops {boft_ops.__version__}"
-    rows = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *table_rows(runs)]
+    rows = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *table_rows(runs)]
     text = ["# Results of docs/examples/finetune_minilm.py", "", f"- Command: `{command}`"]
     text += [f"- Machine: {machine()}"]
     text += [f"- Versions: Python {platform.python_version()}, {versions}"]
