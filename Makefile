@@ -10,7 +10,6 @@ TORCH     ?=
 TORCH_PIN := torch==2.13.0
 PIP_FLAGS ?=
 ARGS      ?=
-export PIP_FLAGS
 
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -q --disable-pip-version-check
