@@ -1,0 +1,95 @@
+"""The bar chart: what each adapter adds to the time of a frozen linear layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # a file, no window
+
+import matplotlib.pyplot as plt
+from contestants import FLOOR, NAMES, PEFT_BOFT
+from results import BOTH, Results, Row
+
+# Okabe and Ito's palette, told apart with every common kind of colour blindness. Peers are hatched
+# as well, so that print in grey still says who is who.
+STYLES = {
+    "lora-r16": ("#E69F00", "//"),
+    "peft-oft": ("#F0E442", "\\\\"),
+    "peft-oft-exact": ("#CC79A7", ".."),
+    "peft-boft": ("#D55E00", "xx"),
+    "boft-1-16": ("#56B4E9", ""),
+    "boft-2-8": ("#0072B2", ""),
+    "boft-4-4": ("#003A5C", ""),
+}
+WIDTH = 0.8  # of a group of bars
+
+
+def draw(path: Path, results: Results) -> None:
+    """Grouped bars: overhead of forward + backward over the frozen layer, by shape."""
+    groups = [g for g, direction in results.groups("layer") if direction == BOTH]
+    names = [name for name in NAMES if name != FLOOR]
+    top = _axis_end(results, groups)
+    fig, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
+    for i, name in enumerate(names):
+        rows = [results.find(group, BOTH, name) for group in groups]
+        _bars(axes, rows, i, len(names), top)
+    axes.set_xticks(range(len(groups)), [_title(g) for g in groups])
+    axes.set_ylim(min(0, axes.get_ylim()[0]), top)
+    axes.yaxis.set_major_formatter("{x:.0f} %")
+    axes.set_ylabel("time added to the frozen nn.Linear")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    machine = results.machine
+    axes.set_title(
+        f"Forward + backward of one layer, {machine['dtype']}, {_device(machine)}: "
+        "lower is better; whiskers are quartiles",
+        fontsize=11,
+        pad=18,  # above the figures of the bars that are cut off
+    )
+    fig.legend(loc="outside lower center", ncols=(len(names) + 1) // 2, fontsize=9, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(fig)
+
+
+def _bars(axes, rows: list[Row], i: int, n: int, top: float) -> None:
+    width = WIDTH / n
+    colour, hatch = STYLES[rows[0].name]
+    for group, row in enumerate(rows):
+        x = group - WIDTH / 2 + (i + 0.5) * width
+        value, low, high = (100 * (row.info[k] - 1) for k in ("ratio", "ratio_q1", "ratio_q3"))
+        label = row.info["label"] if group == 0 else None
+        look = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+        axes.bar(x, min(value, top), width, label=label, **look)
+        if value > top:  # cut off, and said so
+            axes.annotate(
+                f"{value:.0f} %",
+                (x, top),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                annotation_clip=False,
+            )
+        else:
+            error = [[value - low], [min(high, top) - value]]
+            axes.errorbar(x, value, error, color="black", linewidth=0.9, capsize=2)
+
+
+def _axis_end(results: Results, groups: list[str]) -> float:
+    """Where the axis ends: PEFT's BOFT would dwarf all the others."""
+    rows = [r for g in groups for r in results.table(g, BOTH) if r.name != PEFT_BOFT]
+    return 1.1 * max(100 * max(r.info["ratio_q3"] - 1, 0.01) for r in rows)
+
+
+def _title(group: str) -> str:
+    d, n, tokens = group.split("x")
+    return f"{d} → {n}\n{tokens} tokens"
+
+
+def _device(machine: dict) -> str:
+    return f"{machine['threads']} CPU threads" if machine["device"] == "cpu" else machine["device"]

@@ -1,0 +1,72 @@
+"""Options of the benchmarks, and what their results say about the machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
+
+import environment
+from contestants import SHAPES, Shape
+from memory import settle_heap
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("boft_ops benchmarks")
+    group.addoption("--rounds", type=int, default=40, help="at most so many rounds (40)")
+    group.addoption(
+        "--seconds", type=float, default=25.0, help="time for each shape and direction, about (25)"
+    )
+    group.addoption(
+        "--shapes",
+        type=lambda text: tuple(Shape.parse(part) for part in text.split(",")),
+        default=SHAPES,
+        help="DxNxTOKENS, comma-separated (the four of the comparison)",
+    )
+    group.addoption("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    group.addoption("--dtype", choices=DTYPES, default="fp32")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-timeout's: it is no requirement of the benchmarks, and markers are strict
+    config.addinivalue_line("markers", "timeout(seconds): where pytest-timeout is installed")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shape" in metafunc.fixturenames:
+        metafunc.parametrize("shape", [str(s) for s in metafunc.config.getoption("shapes")])
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return request.config.getoption("device")
+
+
+@pytest.fixture(scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return DTYPES[request.config.getoption("dtype")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _settled_heap() -> None:
+    settle_heap()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    # in place of the plugin's own, which has the name of the machine
+    machine_info.clear()
+    machine_info.update(environment.describe(config.getoption("device")))
+    machine_info["dtype"] = config.getoption("dtype")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
+    commit_info.clear()
+    commit_info.update(environment.commit())

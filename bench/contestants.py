@@ -1,0 +1,174 @@
+"""The layers that are compared, all over one frozen weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import peft
+import torch
+from torch import nn
+
+from boft_ops import BOFTLinear
+
+FLOOR = "linear"
+LORA = "lora-r16"
+PEFT_BOFT = "peft-boft"
+# (n_factors, block_size): equally many rows of x meet one another, S = b 2^(m-1) = 16, 16, 32
+OURS = {"boft-1-16": (1, 16), "boft-2-8": (2, 8), "boft-4-4": (4, 4)}
+OFT_BLOCK = 8
+NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *OURS)
+
+
+class Shape(NamedTuple):
+    """A linear layer of d inputs and n outputs, and how many rows go through it."""
+
+    d: int
+    n: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.d}x{self.n}x{self.tokens}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """From "768x3072x512": d, n, tokens."""
+        try:
+            d, n, tokens = (int(part) for part in text.split("x"))
+        except ValueError:
+            raise ValueError(f"shape: expected DxNxTOKENS, got {text!r}") from None
+        return cls(d, n, tokens)
+
+
+SHAPES = (
+    Shape(768, 768, 512),
+    Shape(768, 3072, 512),
+    Shape(2048, 2048, 1024),
+    Shape(4096, 4096, 512),
+)
+
+
+@dataclass
+class Entry:
+    """A layer to be measured.
+
+    Attributes:
+        name: one of ``NAMES``.
+        label: what tables and charts call it.
+        layer: called as ``layer(x)``.
+        note: what a reader has to know about this row, or "".
+    """
+
+    name: str
+    label: str
+    layer: nn.Module
+    note: str = ""
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.layer.parameters() if p.requires_grad]
+
+    def state(self) -> list[torch.Tensor]:
+        """Parameters and buffers."""
+        return [*self.layer.parameters(), *self.layer.buffers()]
+
+
+def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Entry]:
+    """All contestants, in the order of ``NAMES``, over one shared weight and bias."""
+    torch.manual_seed(0)
+    base = nn.Linear(shape.d, shape.n, device=device, dtype=dtype).requires_grad_(False)
+    entries = [Entry(FLOOR, "frozen nn.Linear", base), _lora(base)]
+    entries += [_oft(base, neumann=True), _oft(base, neumann=False), _peft_boft(base)]
+    for name, (m, b) in OURS.items():
+        layer = BOFTLinear.from_linear(base, n_factors=m, block_size=b)
+        entries.append(Entry(name, f"BOFT({m},{b})", layer))
+    for entry in entries:
+        entry.layer.train()
+        _perturb(entry)
+        if entry.layer is not base:
+            _check_shares(entry, base)
+    return entries
+
+
+def _lora(base: nn.Linear) -> Entry:
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["0"])
+    return Entry(LORA, "PEFT LoRA r=16", _inject(base, config))
+
+
+def _oft(base: nn.Linear, neumann: bool) -> Entry:
+    config = peft.OFTConfig(
+        r=0, oft_block_size=OFT_BLOCK, use_cayley_neumann=neumann, target_modules=["0"]
+    )
+    name, kind = ("peft-oft", "default") if neumann else ("peft-oft-exact", "exact")
+    note = "its default is a truncated series, orthogonal only nearly" if neumann else ""
+    return Entry(name, f"PEFT OFT b={OFT_BLOCK} ({kind})", _inject(base, config), note)
+
+
+def _peft_boft(base: nn.Linear) -> Entry:
+    """PEFT's BOFT(2, 8), or what it makes of it: without its CUDA extension m becomes 1."""
+    asked = 2
+    config = peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=asked, target_modules=["0"])
+    layer = _inject(base, config)
+    m, _, b, _ = layer.boft_R["default"].shape
+    note = "" if m == asked else f"asked for m={asked}; without its CUDA extension PEFT makes it 1"
+    return Entry(PEFT_BOFT, f"PEFT BOFT({m},{b})", layer, note)
+
+
+def _inject(base: nn.Linear, config: peft.PeftConfig) -> nn.Module:
+    """PEFT's tuner layer over the weight of ``base``, without the model around it."""
+    linear = nn.Linear(base.in_features, base.out_features, device="meta")
+    linear.weight, linear.bias = base.weight, base.bias
+    with warnings.catch_warnings():
+        # that its extension was not built; the entry's note says what followed from it
+        warnings.simplefilter("ignore")
+        return peft.inject_adapter_in_model(config, nn.Sequential(linear))[0]
+
+
+@torch.no_grad()
+def _perturb(entry: Entry) -> None:
+    """Small random adapters: zeros could be skipped by accident, and gradients would vanish."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in entry.trainable():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.02
+        parameter += noise.to(parameter)
+
+
+def _check_shares(entry: Entry, base: nn.Linear) -> None:
+    if not any(p is base.weight or p.data_ptr() == base.weight.data_ptr() for p in entry.state()):
+        raise RuntimeError(f"{entry.name}: expected the shared weight, got a copy of it")
+
+
+class Job:
+    """One entry on one batch: forward alone, or forward and backward.
+
+    x requires a gradient, as inside a network; the upstream gradient is random.
+    """
+
+    def __init__(self, entry: Entry, x: torch.Tensor, grad: torch.Tensor) -> None:
+        self.entry, self.x, self.grad = entry, x, grad
+        self._leaves = [x, *entry.trainable()]
+
+    def forward(self) -> torch.Tensor:
+        return self.entry.layer(self.x)
+
+    def both(self) -> None:
+        self.entry.layer(self.x).backward(self.grad)
+
+    def reset(self) -> None:
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    def runner(self, direction: str) -> Callable[[], object]:
+        return self.forward if direction == "forward" else self.both
+
+
+def jobs(
+    entries: list[Entry], shape: Shape, device: torch.device, dtype: torch.dtype
+) -> dict[str, Job]:
+    """A job per entry, all on the same x and upstream gradient."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(shape.tokens, shape.d, generator=generator).to(device, dtype)
+    grad = torch.randn(shape.tokens, shape.n, generator=generator).to(device, dtype)
+    x.requires_grad_(True)
+    return {entry.name: Job(entry, x, grad) for entry in entries}

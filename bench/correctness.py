@@ -1,0 +1,87 @@
+"""What a layer must get right before anyone times it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from boft_ops import BOFTLinear
+
+# relative errors in the Frobenius norm, with room for sums in another order
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-10}
+
+
+def check_merged(layer: BOFTLinear, x: torch.Tensor, grad: torch.Tensor) -> None:
+    """Output and input gradient of a layer agree with those of its merged weight.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    weight = layer.merged_weight()
+    x = x.detach().requires_grad_(True)
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    _compare("output", y, F.linear(x, weight, layer.bias), x.dtype)
+    _compare("gradient of x", dx, grad @ weight, x.dtype)
+
+
+def check_gradients(m: int, b: int, device: torch.device, dtype: torch.dtype) -> None:
+    """All gradients of a small layer agree with autograd through dense float64 matrices.
+
+    Raises:
+        AssertionError: they do not.
+    """
+    d, n, tokens = 64, 48, 33
+    torch.manual_seed(3)
+    layer = BOFTLinear(d, n, n_factors=m, block_size=b, device=device, dtype=dtype)
+    with torch.no_grad():
+        layer.skew.normal_(0, 0.3)
+        layer.scale.normal_(1, 0.3)
+    x = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(tokens, n, device=device, dtype=dtype)
+    y = layer(x)
+    ours = torch.autograd.grad(y, (x, layer.skew, layer.scale), grad)
+
+    leaves = [t.detach().cpu().double().requires_grad_(True) for t in (x, layer.skew, layer.scale)]
+    x64, skew64, scale64 = leaves
+    weight, bias = layer.weight.cpu().double(), layer.bias.cpu().double()
+    y64 = scale64 * (x64 @ _dense_rotation(skew64, b) @ weight.T) + bias
+    theirs = torch.autograd.grad(y64, leaves, grad.cpu().double())
+    _compare("output", y, y64, dtype)
+    for name, one, other in zip(("x", "skew", "scale"), ours, theirs, strict=True):
+        _compare(f"gradient of {name}", one, other, dtype)
+
+
+def _dense_rotation(skew: torch.Tensor, b: int) -> torch.Tensor:
+    """R = C_{m-1} ... C_0 from its definition, element by element (docs/butterfly.md)."""
+    m, n_blocks, _ = skew.shape
+    d, r = n_blocks * b, max(b // 2, 1)
+    rows, columns = torch.triu_indices(b, b, 1)
+    upper = skew.new_zeros(m, n_blocks, b, b).index_put(
+        (torch.arange(m)[:, None, None], torch.arange(n_blocks)[:, None], rows, columns), skew
+    )
+    q = upper - upper.mT
+    eye = torch.eye(b, dtype=q.dtype)
+    blocks = torch.linalg.solve(eye - q, eye + q)
+    rotation = torch.eye(d, dtype=q.dtype)
+    for i in range(m):
+        features = torch.tensor([[_feature(i, k, e, r) for e in range(b)] for k in range(n_blocks)])
+        at = features[:, :, None], features[:, None, :]
+        rotation = q.new_zeros(d, d).index_put(at, blocks[i]) @ rotation
+    return rotation
+
+
+def _feature(i: int, k: int, e: int, r: int) -> int:
+    """Which feature element e of block k of factor i is."""
+    group, chunk = divmod(k, 2**i)
+    return (group * 2 ** (i + 1) + chunk + e // r * 2**i) * r + e % r
+
+
+def _compare(
+    name: str, actual: torch.Tensor, expected: torch.Tensor, computed_in: torch.dtype
+) -> None:
+    tolerance = TOLERANCE[computed_in]
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    error = float((actual - expected).norm() / expected.norm())
+    if not error <= tolerance:
+        raise AssertionError(f"{name}: relative error {error:.2g}, expected at most {tolerance:g}")

@@ -1,0 +1,174 @@
+"""docs/benchmarks.md, made from the committed results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from contestants import NAMES
+from results import BOTH, Results, Row, goals
+
+METHOD = """\
+<!-- Written by bench/run.py from bench/results: change bench/page.py, not this file. -->
+
+# Benchmarks
+
+`make bench` measures, prints the tables below, and writes them here with the raw data
+([bench/results](../bench/results)). `pytest bench/ --benchmark-only` is the same without the
+report; `make bench ARGS=--help` lists the options (device, dtype, shapes, backend, rounds).
+
+![Time that adapters add to a frozen linear layer](images/bench_layer_cpu.png)
+
+## What is compared
+
+One linear layer with a bias, given as input features x output features x tokens, forward alone
+and with its backward: the frozen `nn.Linear` (the floor), PEFT's adapters around it, and
+`BOFTLinear` as BOFT(m, b): m factors of block size b. All share one weight. The input requires a
+gradient, as inside a network, the upstream gradient is random, and the adapters hold small random
+numbers. PEFT's layers are called directly, without the model around them.
+
+## How
+
+- The contestants run **interleaved**: every round times each of them once, in an order that lets
+  each follow each of the others equally often. A slow minute of the machine falls on all alike.
+- The **overhead** is the median, over the rounds, of the time divided by the floor's time in the
+  same round, minus one; brackets hold its quartiles. Contestants more than five times slower than
+  the median one run in a few of the rounds only.
+- "Forward" includes making the graph. Gradients are cleared outside of the timed part, garbage
+  collection is off, and the device is idle before each reading of the clock. The heap is brought
+  to the state of a long-running process first (on Linux a young one pays page faults instead).
+- **Saved** is what the graph keeps for backward: each storage once, without parameters and
+  buffers. The frozen layer keeps nothing (the gradient of its input needs the weight alone), so
+  the input counts for whoever keeps it. **Peak** is the most that forward and backward hold beyond
+  what was there before: all tensor memory, not the scratch of the BLAS. **Adapter** is what the
+  adapter's parameters and buffers take.
+- Before anything is timed, outputs and gradients are checked against the merged weight and against
+  float64 matrices built from the definition. A wrong answer is not timed.
+- pytest-benchmark times one function after the other, so the interleaved durations are replayed
+  through its clock; bench/interleave.py says why that is sound.
+
+PEFT's BOFT falls back to one factor wherever its CUDA extension is not built, so on a CPU always:
+the name of its row has the m that was measured.
+"""
+
+
+def write(path: Path, results: Sequence[Results]) -> None:
+    """The page for the results given, in their order."""
+    parts = [METHOD]
+    devices = list(dict.fromkeys(r.machine["device"] for r in results))
+    if devices == ["cpu"]:
+        parts.append("Not measured on a GPU: all figures below are of a CPU.\n")
+    for result in results:
+        parts.append("\n".join(_section(result)))
+    path.write_text("\n".join(parts))
+
+
+def _section(results: Results) -> Iterator[str]:
+    machine = results.machine
+    backend = machine["backend"]
+    yield f"## {machine['device'].upper()}, {machine['dtype']}, backend {backend}"
+    yield ""
+    yield _provenance(results)
+    yield ""
+    for direction in (BOTH, "forward"):
+        yield from _overheads(results, direction)
+    if backend == "auto":
+        yield from _details(results)
+        yield from _ops(results)
+    found = goals(results)
+    if found:
+        yield "### Goals"
+        yield ""
+        for goal in found:
+            verdict = "met" if goal.met else "**not met**"
+            yield f"- {verdict}: {goal.text}. Measured: {goal.measured}."
+        yield ""
+
+
+def _provenance(results: Results) -> str:
+    machine, commit = results.machine, results.commit
+    where = f"{machine['cpu']}, {machine['threads']} threads"
+    if machine["device"] != "cpu":
+        where = f"{machine['device']}; host {where}"
+    what = ", ".join(f"{k} {machine[k]}" for k in ("torch", "peft", "boft_ops", "python"))
+    state = f"commit {(commit['id'] or 'unknown')[:12]}" + (" + changes" if commit["dirty"] else "")
+    kernels = [op for op, served in machine["serving"].items() if served != "reference"]
+    native = "Kernels serve " + ", ".join(f"`{op}`" for op in kernels) if kernels else "No kernels"
+    return f"{where}. {what}, {state}, {results.date}. {native}; the rest is plain torch."
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "|".join(["---"] + ["--:"] * (len(header) - 1)) + "|"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+    yield ""
+
+
+def _overheads(results: Results, direction: str) -> Iterator[str]:
+    groups = [g for g, of in results.groups("layer") if of == direction]
+    if not groups:
+        return
+    yield f"### Overhead of {direction}"
+    yield ""
+    rows = []
+    for name in NAMES:
+        cells = [results.find(group, direction, name) for group in groups]
+        rows.append([cells[0].info["label"], *(_overhead(cell) for cell in cells)])
+    yield from _table(["", *groups], rows)
+
+
+def _overhead(row: Row) -> str:
+    median, low, high = (100 * (row.info[k] - 1) for k in ("ratio", "ratio_q1", "ratio_q3"))
+    if row.name == "linear":
+        return f"{1e3 * row.stats['median']:.2f} ms"
+    return f"{median:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+
+def _details(results: Results) -> Iterator[str]:
+    yield "### Time and memory of forward and backward"
+    yield ""
+    rows = []
+    for group, direction in results.groups("layer"):
+        if direction != BOTH:
+            continue
+        for row in results.table(group, direction):
+            memory = (_mib(row.info[k]) for k in ("saved_bytes", "peak_bytes", "adapter_bytes"))
+            time = f"{1e3 * row.stats['median']:.2f}"
+            first = f"{group} {row.info['label']}"
+            rows.append([first, time, f"{row.info['ratio']:.3f}", *memory, _count(row)])
+    header = ["", "ms", "x floor", "saved MiB", "peak MiB", "adapter MiB", "trainable"]
+    yield from _table(header, rows)
+    notes = {r.info["label"]: r.info["note"] for r in results.rows if r.info["note"]}
+    for label, note in notes.items():
+        yield f"{label}: {note}."
+    yield ""
+
+
+def _count(row: Row) -> str:
+    return f"{row.info['trainable']:,}"
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.2f}"
+
+
+def _ops(results: Results) -> Iterator[str]:
+    groups = results.groups("ops")
+    if not groups:
+        return
+    yield "### Operators"
+    yield ""
+    rows = []
+    for group, direction in groups:
+        for row in results.table(group, direction):
+            seconds = row.stats["median"]
+            rate = f"{row.info['bytes'] / seconds / 1e9:.1f}" if "bytes" in row.info else ""
+            first = f"{group}, {direction}: {row.info['label']}"
+            rows.append([first, f"{1e3 * seconds:.3f}", f"{row.info['ratio']:.2f}", rate])
+    yield from _table(["", "ms", "x first", "GB/s"], rows)
+    yield (
+        "GB/s counts the bytes that must move: x in and out, or for the backward x and the "
+        "gradient in and the gradient of x out."
+    )
+    yield ""

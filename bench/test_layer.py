@@ -1,0 +1,116 @@
+"""Whole layers, forward and forward + backward: the frozen layer, PEFT's adapters, ours.
+
+    pytest bench/ --benchmark-only
+
+One run times all contestants of a shape and direction interleaved (interleave.py), also when -k
+selects some of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from contestants import FLOOR, NAMES, OURS, Entry, Job, Shape, build, jobs
+from correctness import check_gradients, check_merged
+from interleave import Contestant, Durations, ReplayClock, measure, ratios, summary, synchronizer
+from memory import peak_bytes, saved_bytes
+
+CLOCK = ReplayClock()
+DIRECTIONS = ("forward", "forward+backward")
+
+
+@dataclass
+class Memory:
+    saved: int
+    peak: int
+
+
+class Contest:
+    """The contestants at one shape; measures a direction once, when first asked."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, options) -> None:
+        self.shape, self.device, self.options = shape, device, options
+        entries = build(shape, device, dtype)
+        self.entries: dict[str, Entry] = {entry.name: entry for entry in entries}
+        self.jobs = jobs(entries, shape, device, dtype)
+        for name, (m, b) in OURS.items():
+            # a fast wrong answer is worth nothing: refuse to time it
+            check_gradients(m, b, device, dtype)
+            check_merged(self.entries[name].layer, self.jobs[name].x, self.jobs[name].grad)
+        self.memory = {name: self._memory(job) for name, job in self.jobs.items()}
+        self._durations: dict[str, Durations] = {}
+
+    def durations(self, direction: str) -> Durations:
+        if direction not in self._durations:
+            _say(self.options, f"measuring {self.shape} {direction}")
+            self._durations[direction] = measure(
+                [Contestant(n, job.runner(direction), job.reset) for n, job in self.jobs.items()],
+                rounds=self.options.getoption("rounds"),
+                seconds=self.options.getoption("seconds"),
+                synchronize=synchronizer(self.device),
+            )
+        return self._durations[direction]
+
+    def _memory(self, job: Job) -> Memory:
+        # the first call also makes what is made once: handles, plans, workspaces
+        saved = saved_bytes(job.forward, job.entry.state())
+        peak = peak_bytes(job.both, self.device)
+        job.reset()
+        return Memory(saved, peak)
+
+    def facts(self, name: str, direction: str) -> dict:
+        """What goes into the extra_info of a result."""
+        entry, durations = self.entries[name], self.durations(direction)
+        ratio, low, high = summary(ratios(durations, name, FLOOR))
+        adapter = sum(t.nbytes for t in entry.state()) - sum(
+            t.nbytes for t in self.entries[FLOOR].state()
+        )
+        return {
+            "suite": "layer",
+            "group": str(self.shape),
+            "contestant": name,
+            "label": entry.label,
+            "note": entry.note,
+            "direction": direction,
+            **self.shape._asdict(),
+            "ratio": ratio,
+            "ratio_q1": low,
+            "ratio_q3": high,
+            "overhead": ratio - 1,
+            "saved_bytes": self.memory[name].saved,
+            "peak_bytes": self.memory[name].peak,
+            "adapter_bytes": adapter,
+            "trainable": sum(p.numel() for p in entry.trainable()),
+            "threads": torch.get_num_threads(),
+            "rounds": sorted(durations[name]),
+        }
+
+
+def _say(config: pytest.Config, line: str) -> None:
+    """A line past pytest's capture: a shape takes a minute in which nothing else appears."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def contest(device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Config):
+    @cache
+    def get(shape: str) -> Contest:
+        return Contest(Shape.parse(shape), device, dtype, pytestconfig)
+
+    return get
+
+
+@pytest.mark.timeout(0)  # the first test of a shape measures for all of them
+@pytest.mark.benchmark(timer=CLOCK.read)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_layer(benchmark, contest, shape: str, direction: str, name: str) -> None:
+    of_shape = contest(shape)
+    benchmark.group = f"{shape} {direction}"
+    benchmark.extra_info.update(of_shape.facts(name, direction))
+    CLOCK.replay(benchmark, list(of_shape.durations(direction)[name].values()))
