@@ -19,9 +19,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("boft_ops benchmarks")
-    group.addoption("--rounds", type=int, default=40, help="at most so many rounds (40)")
+    group.addoption("--rounds", type=int, default=60, help="at most so many rounds (60)")
     group.addoption(
-        "--seconds", type=float, default=25.0, help="time for each shape and direction, about (25)"
+        "--seconds",
+        type=float,
+        default=45.0,
+        help="time for each shape and direction, at most about (45)",
     )
     group.addoption(
         "--shapes",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from contestants import NAMES
+from environment import slug
 from results import BOTH, Results, Row, goals
 
 METHOD = """\
@@ -16,8 +17,6 @@ METHOD = """\
 `make bench` measures, prints the tables below, and writes them here with the raw data
 ([bench/results](../bench/results)). `pytest bench/ --benchmark-only` is the same without the
 report; `make bench ARGS=--help` lists the options (device, dtype, shapes, backend, rounds).
-
-![Time that adapters add to a frozen linear layer](images/bench_layer_cpu.png)
 
 ## What is compared
 
@@ -63,6 +62,11 @@ def write(path: Path, results: Sequence[Results]) -> None:
     path.write_text("\n".join(parts))
 
 
+def image(results: Results) -> str:
+    """Path of the chart of a device, from the folder of the page."""
+    return f"images/bench_layer_{slug(results.machine['device']).replace('-', '_')}.png"
+
+
 def _section(results: Results) -> Iterator[str]:
     machine = results.machine
     backend = machine["backend"]
@@ -70,6 +74,9 @@ def _section(results: Results) -> Iterator[str]:
     yield ""
     yield _provenance(results)
     yield ""
+    if results.is_main:
+        yield f"![Time that adapters add to a frozen linear layer]({image(results)})"
+        yield ""
     for direction in (BOTH, "forward"):
         yield from _overheads(results, direction)
     if backend == "auto":

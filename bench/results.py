@@ -58,6 +58,11 @@ class Results:
     def load_text(cls, text: str) -> Results:
         return cls(json.loads(text))
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this run is the one that its device's chart shows."""
+        return (self.machine["backend"], self.machine["dtype"]) == ("auto", "fp32")
+
     def groups(self, suite: str) -> list[tuple[str, str]]:
         """(group, direction), in the order of the run."""
         return list(dict.fromkeys((r.group, r.direction) for r in self.rows if r.suite == suite))

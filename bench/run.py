@@ -117,9 +117,8 @@ def publish(folder: Path, docs: Path) -> None:
     """Redraw the charts and rewrite docs/benchmarks.md from all results under ``folder``."""
     found = [Results.load(path) for path in sorted(folder.glob("*/*.json"))]
     for results in found:
-        if (results.machine["backend"], results.machine["dtype"]) == ("auto", "fp32"):
-            name = f"bench_layer_{slug(results.machine['device']).replace('-', '_')}.png"
-            chart.draw(docs / "images" / name, results)
+        if results.is_main:
+            chart.draw(docs / page.image(results), results)
     page.write(docs / "benchmarks.md", found)
 
 
