@@ -114,8 +114,10 @@ class Op:
             if self._triton is None:
                 return "no Triton kernel of this op"
             return None if has_triton() else "triton is not installed"
+        if _native.library is None:
+            return f"native library {_native.status}"
         if not _native.kernels(backend):
-            return f"native library: {_native.status}"
+            return f"the native library was built without {backend} kernels"
         if self.name not in _native.kernels(backend):
             return f"no {backend} kernel of this op in the native library"
         return None

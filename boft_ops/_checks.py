@@ -4,6 +4,7 @@ expected and what came."""
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 
@@ -50,6 +51,7 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
 
 def block_size_from_packed(name: str, packed: int) -> int:
     """The b with b (b - 1) / 2 == packed (0 packed numbers: b = 1)."""
+    packed = operator.index(packed)  # a constant of a compiled graph, however dynamic its shapes
     b = (1 + math.isqrt(1 + 8 * packed)) // 2
     if b * (b - 1) // 2 != packed:
         raise ValueError(

@@ -53,6 +53,10 @@ class BOFTLayer(nn.Module):
         merged: whether ``weight`` holds the merged weight.
     """
 
+    OPTIONS = frozenset(
+        ("block_size", "n_factors", "side", "scale", "p_component", "p_block", "method")
+    )
+
     def _init_rotation(
         self,
         block_size: int,

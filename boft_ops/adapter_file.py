@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ._layer import BOFTLayer
-from .model import install
+from .model import build_layers, put_in
 
 FORMAT = "boft_ops"
 FORMAT_VERSION = 1
@@ -35,14 +35,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     layers = _layers(model)
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
-    tensors = {k: v.detach().contiguous() for k, v in _adapter_tensors(model, layers).items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {k: v.detach().contiguous() for k, v in (trained | _own_tensors(layers)).items()}
     config = {name: layer.options() for name, layer in layers.items()}
-    extra = sorted(set(tensors) - set(_own_tensors(layers)))
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "layers": json.dumps(config, sort_keys=True),
-        "other_parameters": json.dumps(extra),
     }
     _write_whole(Path(path), save(tensors, metadata))
 
@@ -52,7 +51,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Args:
         model: the pretrained model, which is adapted as the file says, or one that is adapted
-        alike. path: file to read.
+            alike.
+        path: file to read.
 
     Returns:
         ``model``, on its own device and with its own dtypes.
@@ -62,25 +62,30 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         ValueError: the file is truncated, not of this package, of a newer format version, or does
             not fit the model; the message says which tensor or option.
     """
-    metadata, tensors = _read(Path(path))
-    config = json.loads(metadata["layers"])
-    present = _layers(model)
-    if present:
-        _compare_options(path, config, {name: layer.options() for name, layer in present.items()})
-    expected = _expected_shapes(path, model, config, json.loads(metadata["other_parameters"]))
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != expected:
-        wrong = sorted(set(shapes.items()) ^ set(expected.items()))
-        raise ValueError(f"{path}: tensors do not fit the model, first differences: {wrong[:4]}")
-    if any(layer.merged for layer in present.values()):
-        raise ValueError("model: expected unmerged BOFT layers, got merged ones; unmerge() first")
-    if not present:
-        install(model, config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    config, tensors = _read(Path(path))
+    layers, new = _layers(model), {}
+    if layers:
+        _compare_options(path, config, layers)
+        if any(layer.merged for layer in layers.values()):
+            raise ValueError(
+                "model: expected unmerged BOFT layers, got merged ones: unmerge() first"
+            )
+    else:
+        try:
+            new = build_layers(model, config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: does not fit the model: {error}") from error
+        modules = dict(model.named_modules(remove_duplicate=False))
+        layers = {name: new[modules[name]] for name in config}
+    own = _own_tensors(layers)
+    targets = dict(model.named_parameters(remove_duplicate=False)) | own
+    _check_tensors(path, tensors, targets, own.keys())
+    if new:
+        put_in(model, new)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
-            parameters[name].requires_grad_(True)
+            targets[name].copy_(tensor)
+            targets[name].requires_grad_(True)
     return model
 
 
@@ -98,11 +103,6 @@ def _own_tensors(layers: dict[str, BOFTLayer]) -> dict[str, torch.Tensor]:
     return own
 
 
-def _adapter_tensors(model: nn.Module, layers: dict[str, BOFTLayer]) -> dict[str, torch.Tensor]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return trained | _own_tensors(layers)
-
-
 def _write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -112,64 +112,69 @@ def _write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _read(path: Path) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
+    """The options of each layer, and the tensors."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a file, got {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path}: expected a {FORMAT} adapter, got a safetensors file of format "
-                    f"{metadata.get('format')!r}"
-                )
-            version = metadata.get("format_version", "")
-            if not version.isdigit() or int(version) > FORMAT_VERSION:
-                raise ValueError(
-                    f"{path}: expected format version up to {FORMAT_VERSION}, got {version!r}"
-                )
+            config = _parse(path, file.metadata() or {})
             names = file.keys()
-            return metadata, {name: file.get_tensor(name) for name in names}
+            return config, {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
 
 
-def _compare_options(path: str | os.PathLike, saved: dict, present: dict) -> None:
-    if saved.keys() != present.keys():
-        odd = sorted(saved.keys() ^ present.keys())
-        raise ValueError(f"{path}: expected the model's BOFT layers, these differ: {odd[:4]}")
-    for name, options in saved.items():
-        # dropout may change between trainings; everything else is part of what the tensors mean
-        structure = {k: v for k, v in options.items() if not k.startswith("p_")}
-        mine = {k: v for k, v in present[name].items() if not k.startswith("p_")}
-        if structure != mine:
-            raise ValueError(f"{path}: {name}: expected the model's {mine}, got {structure}")
-
-
-def _expected_shapes(
-    path: str | os.PathLike, model: nn.Module, config: dict, others: list[str]
-) -> dict[str, tuple[int, ...]]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    shapes = {}
+def _parse(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: expected a {FORMAT} adapter, got a safetensors file of format "
+            f"{metadata.get('format')!r}"
+        )
+    version = metadata.get("format_version", "")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise ValueError(f"{path}: expected format version up to {FORMAT_VERSION}, got {version!r}")
+    try:
+        config = json.loads(metadata.get("layers", ""))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected the layers' options as JSON: {error}") from error
+    if not isinstance(config, dict) or not all(isinstance(v, dict) for v in config.values()):
+        raise ValueError(f"{path}: expected layers with their options, got {config!r}")
     for name, options in config.items():
-        module = modules.get(name)
-        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        if odd := sorted(options.keys() ^ BOFTLayer.OPTIONS):
+            raise ValueError(f"{path}: {name}: unknown or missing options {odd}")
+    return config
+
+
+def _compare_options(
+    path: str | os.PathLike, config: dict[str, dict], layers: dict[str, BOFTLayer]
+) -> None:
+    if odd := sorted(config.keys() ^ layers.keys()):
+        raise ValueError(f"{path}: expected the model's BOFT layers, these differ: {odd[:4]}")
+    for name, layer in layers.items():
+        # dropout may change between trainings; everything else is part of what the tensors mean
+        mine = {k: v for k, v in layer.options().items() if not k.startswith("p_")}
+        saved = {k: config[name][k] for k in mine}
+        if saved != mine:
+            raise ValueError(f"{path}: {name}: expected the model's {mine}, got {saved}")
+
+
+def _check_tensors(
+    path: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    targets: dict[str, torch.Tensor],
+    required: set[str],
+) -> None:
+    if missing := sorted(required - tensors.keys()):
+        raise ValueError(f"{path}: expected a tensor {missing[0]!r}, got none")
+    for name, tensor in tensors.items():
+        if name not in targets:
+            raise ValueError(f"{path}: expected parameters of the model, got {name!r}")
+        shape = tuple(targets[name].shape)
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise ValueError(
-                f"{path}: expected {name!r} to be a linear or convolution layer of the model, got "
-                f"{type(module).__name__ if module is not None else 'no such module'}"
+                f"{path}: {name}: expected a floating-point tensor of shape {shape}, got "
+                f"{tensor.dtype} of {tuple(tensor.shape)}"
             )
-        n, d = module.weight.flatten(1).shape
-        b, m = options["block_size"], options["n_factors"]
-        features = d if options["side"] == "in" else n
-        prefix = f"{name}." if name else ""
-        shapes[f"{prefix}skew"] = (m, features // b, b * (b - 1) // 2)
-        if options["scale"]:
-            shapes[f"{prefix}scale"] = (n,)
-    for name in others:
-        if name not in parameters:
-            raise ValueError(f"{path}: expected {name!r} to be a parameter of the model, got none")
-        shapes[name] = tuple(parameters[name].shape)
-    return shapes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from . import _autocast, _checks
@@ -38,8 +40,7 @@ def butterfly_matmul(
         ValueError: shapes do not fit; the message lists the nearest valid (n_factors, block_size).
     """
     _checks.tensor("x", x, min_dim=1)
-    check_blocks(blocks)
-    m, n_blocks, b, _ = blocks.shape
+    m, n_blocks, b = check_blocks(blocks)
     if x.shape[-1] != n_blocks * b:
         raise ValueError(
             f"x: expected a last dimension of {n_blocks} blocks * {b} = {n_blocks * b}, "
@@ -51,13 +52,15 @@ def butterfly_matmul(
     return rotate(x, compose(blocks, stages, x.dtype), stages, transpose)
 
 
-def check_blocks(blocks: torch.Tensor) -> None:
-    """Blocks (m, K, b, b) that form a butterfly of K * b features."""
+def check_blocks(blocks: torch.Tensor) -> tuple[int, int, int]:
+    """(m, K, b) of blocks (m, K, b, b) that form a butterfly of K * b features."""
     _checks.tensor("blocks", blocks)
     if blocks.dim() != 4 or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
         raise ValueError(
             "blocks: expected shape (n_factors, d/block_size, block_size, block_size), "
             f"got {tuple(blocks.shape)}"
         )
-    m, n_blocks, b, _ = blocks.shape
+    # constants of a compiled graph, however dynamic its shapes: they are the structure of R
+    m, n_blocks, b = (operator.index(size) for size in blocks.shape[:3])
     _checks.butterfly_shape(n_blocks * b, b, m)
+    return m, n_blocks, b

@@ -48,28 +48,34 @@ def adapt(
     kept = _matching(model, list(modules_to_save), "modules_to_save")
     if both := sorted(targets.keys() & kept.keys()):
         raise ValueError(f"modules_to_save: {both[0]!r} is also in target_modules")
-    install(model, dict.fromkeys(targets, options))
+    put_in(model, build_layers(model, dict.fromkeys(targets, options)))
     for module in kept.values():
         module.requires_grad_(True)
     return model
 
 
-def install(model: nn.Module, options: dict[str, dict]) -> None:
-    """Replace the named layers, each with its own options, and freeze every other parameter.
-
-    All layers are checked and made before the first one is put in.
-    """
+def build_layers(model: nn.Module, options: dict[str, dict]) -> dict[nn.Module, BOFTLayer]:
+    """The BOFT layer for each named layer, with its own options; the model is not changed."""
     if any(isinstance(m, BOFTLayer) for m in model.modules()):
         raise ValueError("model: expected one without BOFT layers, got an adapted one")
-    replaced: dict[nn.Module, BOFTLayer] = {}
-    for parent, _, name, module in _children(model):
-        if name in options and module not in replaced:
+    children = {name: (parent, module) for parent, _, name, module in _children(model)}
+    layers: dict[nn.Module, BOFTLayer] = {}
+    for name, layer_options in options.items():
+        if name not in children:
+            raise ValueError(f"model: expected a module {name!r}, got none of that name")
+        parent, module = children[name]
+        if module not in layers:  # it may be registered under several names
             _check_replaceable(parent, name, module)
-            replaced[module] = _wrap(name, module, options[name])
+            layers[module] = _wrap(name, module, layer_options)
+    return layers
+
+
+def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer]) -> None:
+    """Replace each module by its BOFT layer, wherever it is registered; freeze all the rest."""
     model.requires_grad_(False)
     for parent, attribute, _, module in list(_children(model)):
-        if module in replaced:  # by identity: a layer may be registered under several names
-            setattr(parent, attribute, replaced[module])
+        if module in layers:
+            setattr(parent, attribute, layers[module])
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -101,7 +107,12 @@ def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> di
     """The modules, by dotted name, that a regular expression or any name of a list matches."""
     modules = {name: module for _, _, name, module in _children(model)}
     if isinstance(names, str):
-        hits = {names: [n for n in modules if re.fullmatch(names, n)]}
+        try:
+            hits = {names: [n for n in modules if re.fullmatch(names, n)]}
+        except re.error as error:
+            raise ValueError(
+                f"{argument}: expected a regular expression, got {names!r}: {error}"
+            ) from error
     else:
         names = list(names)
         if any(not isinstance(n, str) or not n for n in names):
@@ -132,6 +143,11 @@ def _check_replaceable(parent: nn.Module, name: str, module: nn.Module) -> None:
     if not _is_layer(module):
         raise TypeError(
             f"target_modules: expected nn.Linear or nn.Conv2d, {name!r} is {type(module).__name__}"
+        )
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"target_modules: {name!r} is {type(module).__name__} without a shape yet; expected a "
+            "layer that is initialised (run the model once)"
         )
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
     for method in ("forward", "_conv_forward"):

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from boft_ops import _backend  # noqa: E402
+from boft_ops import _backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -51,67 +51,9 @@ def factor(blocks, i):
 
 
 def permuted_factor(blocks, i):
-    """Factor i as P^T diag(B_0, B_1, ...) P, with an explicit permutation matrix (the paper's
-    form).""" m, n_blocks, b, _ = blocks.shape
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-    
-     d = n_blocks * b
+    """Factor i as P^T diag(B_0, B_1, ...) P, with an explicit permutation matrix P."""
+    m, n_blocks, b, _ = blocks.shape
+    d = n_blocks * b
     chunk = b // 2 if m > 1 else b
     # position p of the block-diagonal matrix holds this feature
     order = []

@@ -165,7 +165,7 @@ def test_dtypes_against_float64(dtype, blocks_dtype):
 
 
 def test_half_precision_rounds_the_update_not_the_rotation():
-    """bfloat16 has no number between 1 - 2^-8 and 1, where the diagonal of a small rotation lies."""
+    """bfloat16 has no number between 1 - 2^-8 and 1, where a small rotation's diagonal lies."""
     x = torch.randn(4096, 64).bfloat16()
     blocks = cayley(2e-2 * torch.randn(2, 8, 28))
     rounded = reference.rotation(blocks.double()).bfloat16()

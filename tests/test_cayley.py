@@ -202,5 +202,5 @@ def test_bad_arguments(arguments, error, match):
 
 
 def test_bad_method():
-    with pytest.raises(ValueError, match="method: expected one of.*got 'series'"):
+    with pytest.raises(ValueError, match=r"method: expected one of.*got 'series'"):
         cayley(torch.zeros(3, 6), method="series")

@@ -103,7 +103,7 @@ def config(block_size: int) -> dict[str, int]:
     so that float64 stays in registers.
     """
     B = max(2, triton.next_power_of_2(block_size))
-    return {"B": B, "G": max(1, 16 // B), "num_warps": {32: 4, 64: 8}.get(B, 1)}
+    return {"B": B, "G": max(1, 16 // B), "num_warps": {16: 2, 32: 4, 64: 8}.get(B, 1)}
 
 
 def cayley(skew: torch.Tensor) -> torch.Tensor:
