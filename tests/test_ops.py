@@ -97,7 +97,7 @@ def test_compile_a_training_step_of_layers(backend, compiler):
             BOFTConv2d(4, 8, 2, block_size=4),
             torch.nn.Flatten(),
             BOFTLinear(8 * 9, 16, block_size=4, p_component=0.5, p_block=0.5),
-            BOFTLinear(16, 8, side="out", scale=False),
+            BOFTLinear(16, 8, block_size=4, side="out", scale=False),
         )
         for name, parameter in model.named_parameters():
             if name.endswith("skew"):
