@@ -34,7 +34,7 @@ from minilm import Cached, Classifier, cut_in_two, load_minilm, predict, run_low
 from rich.console import Console
 from snippets import TRAIN, Split, make_splits, read_snippets
 from torch import nn
-from training import peak_memory, train
+from training import peak_memory, step_times, train
 
 import boft_ops
 
@@ -69,6 +69,10 @@ def main() -> None:
                 for seed in range(args.seeds)
                 for name in args.methods
             ]
+            models = {name: build(name, top, seed=0) for name in args.methods}
+            seconds = step_times(models, training)
+            for run in runs:
+                run.step_ms = 1e3 * seconds[run.name]
     if args.search:
         report.print_search(console, rows, {m.title: m.rate for m in METHODS.values()})
         return
@@ -115,10 +119,7 @@ def finetune(name: str, seed: int, args, top, training, validation, test, bars) 
         note += f", validation {100 * run.curve[-1][1]:.1f} %" if run.curve else ""
         bars.update(task, completed=step, total=steps, note=note)
 
-    seconds = train(
-        model, training, rate=method.rate, epochs=args.epochs, seed=seed, each_step=each_step
-    )
-    run.step_ms = 1e3 * statistics.median(seconds)
+    train(model, training, rate=method.rate, epochs=args.epochs, seed=seed, each_step=each_step)
 
     # The test split is looked at here and nowhere else; nothing is chosen after it.
     answer = predict(model, test)

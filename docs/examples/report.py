@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -98,8 +99,8 @@ HEADER = [
     "head",
     "test %",
     "± test",
-    "± seeds",
-    "merged %",
+    "± seed",
+    "merged",
     "ms/step",
     "MB/step",
 ]
@@ -114,7 +115,7 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
         row.append(f"{100 * spread(group):.1f}" if len(group) > 1 else "-")
         merged = [run.merged_correct for run in group if run.merged_correct is not None]
         row.append(f"{100 * torch.stack(merged).double().mean():.1f}" if merged else "-")
-        row.append(f"{statistics.median(run.step_ms for run in group):.0f}")
+        row.append(f"{first.step_ms:.0f}")
         rows.append([*row, f"{first.peak / 1e6:.0f}"])
     return rows
 
@@ -152,7 +153,10 @@ def sentences(runs: list[Run]) -> list[str]:
 
 
 def print_table(console: Console, runs: list[Run]) -> None:
-    table = Table(title="Sentiment of movie-review snippets, test split")
+    table = Table(
+        title="Sentiment of movie-review snippets, test split", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.padding = (0, 1, 0, 0)  # fits a terminal of 80 columns
     for column in HEADER:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in table_rows(runs):
@@ -163,7 +167,7 @@ def print_table(console: Console, runs: list[Run]) -> None:
 
 
 def print_search(console: Console, rows: list[tuple[str, float, float]], current: dict) -> None:
-    table = Table(title="Validation accuracy % by learning rate (test split not looked at)")
+    table = Table(title="Validation accuracy % by learning rate")
     for column in ("method", "learning rate", "validation", ""):
         table.add_column(column, justify="left" if column == "method" else "right")
     for title, rate, score in rows:

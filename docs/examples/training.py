@@ -41,8 +41,8 @@ def train(
     epochs: int,
     seed: int,
     each_step: Callable[[int, int, float], None],
-) -> list[float]:
-    """Train in place; return the seconds of every step. `each_step` gets (step, steps, loss)."""
+) -> None:
+    """Train in place. `each_step` is called with (step, steps, loss)."""
     steps = epochs * -(-len(data) // BATCH_SIZE)
     warm = max(1, round(WARM_UP * steps))
     optimizer = make_optimizer(model, rate)
@@ -51,17 +51,33 @@ def train(
     )
     # A generator of its own: every method sees the same batches, whatever randomness it uses.
     order = torch.Generator().manual_seed(seed)
-    seconds = []
+    step = 0
     model.train()
     for _ in range(epochs):
         for index in shuffled(data.lengths, BATCH_SIZE, order):
-            batch = data.batch(index)
-            started = time.perf_counter()
-            loss = train_step(model, optimizer, batch)
-            seconds.append(time.perf_counter() - started)
+            loss = train_step(model, optimizer, data.batch(index))
             schedule.step()
-            each_step(len(seconds), steps, loss)
-    return seconds
+            step += 1
+            each_step(step, steps, loss)
+
+
+def step_times(models: dict[str, nn.Module], data: Cached, rounds: int = 10) -> dict[str, float]:
+    """Seconds of one training step on sentences of middle length, for every model.
+
+    The models take turns and the fastest round counts: a machine that is busy with something else
+    slows down all of them alike, and hardly in every round. The models are changed.
+    """
+    order = sorted(range(len(data)), key=data.lengths.__getitem__)
+    start = max(0, (len(order) - BATCH_SIZE) // 2)
+    batch = data.batch(order[start : start + BATCH_SIZE])
+    optimizers = {name: make_optimizer(model.train(), 1e-4) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            started = time.perf_counter()
+            train_step(model, optimizers[name], batch)
+            times[name].append(time.perf_counter() - started)
+    return {name: min(seconds[1:]) for name, seconds in times.items()}  # the first one warms up
 
 
 @contextlib.contextmanager
