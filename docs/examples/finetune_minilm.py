@@ -11,7 +11,7 @@ besides the head:
     boft     butterfly rotations: two such factors, interleaved (boft_ops, BOFT(2, 8))
 
     python docs/examples/fetch_data.py                   # once
-    python docs/examples/finetune_minilm.py              # about five minutes
+    python docs/examples/finetune_minilm.py              # about a minute a method
     python docs/examples/finetune_minilm.py --seeds 3    # with the spread over seeds
     python docs/examples/finetune_minilm.py --search     # how the learning rates were chosen
 
