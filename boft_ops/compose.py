@@ -100,11 +100,23 @@ def _fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int
     return torch.empty_like(factors, memory_format=torch.contiguous_format)
 
 
-compose_forward = Op("compose(Tensor factors, int first) -> Tensor", _compose, _fake_compose)
+def _native_takes(factors: torch.Tensor, *_: object) -> bool:
+    """Stages that fit a core's cache; BLAS wins beyond."""
+    n, _, b, _ = factors.shape
+    return b << (n - 1) <= 64 and b % 2 == 0
+
+
+compose_forward = Op(
+    "compose(Tensor factors, int first) -> Tensor",
+    _compose,
+    _fake_compose,
+    supports={"cpu": _native_takes},
+)
 compose_backward = Op(
     "compose_backward(Tensor factors, Tensor grad, int first) -> Tensor",
     _compose_backward,
     _fake_compose_backward,
+    supports={"cpu": _native_takes},
 )
 
 

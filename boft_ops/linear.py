@@ -9,6 +9,7 @@ from . import _autocast, _checks
 from .butterfly import butterfly_matmul
 from .cayley import METHODS, cayley
 from .dropout import multiplicative_dropout
+from .scale import scale_columns
 
 SIDES = ("in", "out")
 
@@ -75,7 +76,7 @@ def boft_linear(
     if scale is None:
         return y if side == "in" or bias is None else y + (bias - shift)
     scale = scale.to(y.dtype)
-    return y * scale if bias is None else torch.addcmul(bias - scale * shift, y, scale)
+    return scale_columns(y, scale, None if bias is None else bias - scale * shift)
 
 
 def _check(

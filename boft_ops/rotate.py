@@ -65,13 +65,24 @@ def _fake_gram(
     return x.new_empty(x.shape[1] // size, size, size, dtype=dtype)
 
 
+def _native_takes(x: torch.Tensor, size: int) -> bool:
+    """float32 and float64, up to the size from which BLAS wins."""
+    return torch.finfo(x.dtype).bits >= 32 and size <= 128
+
+
 rotate_rows = Op(
     "rotate(Tensor x, Tensor stage, int chunk, int stride, bool transpose) -> Tensor",
     _rotate,
     _fake_rotate,
+    supports={
+        "cpu": lambda x, stage, *_: x.dtype == stage.dtype and _native_takes(x, stage.shape[-1])
+    },
 )
 gram = Op(
-    "gram(Tensor x, Tensor grad, int size, int chunk, int stride) -> Tensor", _gram, _fake_gram
+    "gram(Tensor x, Tensor grad, int size, int chunk, int stride) -> Tensor",
+    _gram,
+    _fake_gram,
+    supports={"cpu": lambda x, grad, size, *_: _native_takes(x, size)},
 )
 
 

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <tuple>
 #include <vector>
 
 #include "boft_kernels.h"
@@ -93,6 +94,135 @@ Tensor cayley_backward_cpu(const Tensor& blocks_, const Tensor& grad_) {
   return skew_grad;
 }
 
+boft::DType wide_dtype_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() != ScalarType::BFloat16, "expected float32 or float64");
+  return dtype_of(t);
+}
+
+void check_square(const Tensor& t, int64_t dim, const char* name) {
+  STD_TORCH_CHECK(t.dim() == dim && t.size(dim - 1) == t.size(dim - 2) && t.size(dim - 1) > 0, name,
+                  ": expected ", dim, " dimensions and square blocks");
+}
+
+struct Butterfly {  // of n factors of n_blocks blocks, the first of which has the given stride
+  int64_t n, n_blocks, b, stride, size, groups;
+
+  Butterfly(const Tensor& factors, int64_t first) {
+    check_square(factors, 4, "compose: factors");
+    n = factors.size(0), n_blocks = factors.size(1), b = factors.size(2);
+    STD_TORCH_CHECK(b % 2 == 0 && 0 < n && n < 32 && 0 <= first && first < 31 && n_blocks > 0 &&
+                        n_blocks % (int64_t(1) << (first + n - 1)) == 0,
+                    "compose: factors: not a butterfly");
+    stride = int64_t(1) << first, size = b << (n - 1), groups = n_blocks * b / size;
+  }
+};
+
+Tensor compose_cpu(const Tensor& factors_, int64_t first) {
+  const auto dtype = wide_dtype_of(factors_);
+  const Butterfly shape(factors_, first);
+  const Tensor factors = torch::stable::contiguous(factors_);
+  Tensor stages = torch::stable::new_empty(factors, {shape.groups, shape.size, shape.size});
+  const void* in = factors.const_data_ptr();
+  void* out = stages.mutable_data_ptr();
+  const int64_t grain = std::max<int64_t>(1, 32768 / (shape.size * shape.size * shape.b));
+  torch::stable::parallel_for(0, shape.groups, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::compose(in, out, shape.n, shape.n_blocks, shape.b, shape.stride, begin, end, dtype);
+  });
+  return stages;
+}
+
+Tensor compose_backward_cpu(const Tensor& factors_, const Tensor& grad_, int64_t first) {
+  const auto dtype = wide_dtype_of(factors_);
+  const Butterfly shape(factors_, first);
+  check_square(grad_, 3, "compose_backward: grad");
+  STD_TORCH_CHECK(grad_.size(0) == shape.groups && grad_.size(1) == shape.size &&
+                      grad_.scalar_type() == factors_.scalar_type(),
+                  "compose_backward: grad: expected the shape and dtype of the stage matrices");
+  const Tensor factors = torch::stable::contiguous(factors_), grad = torch::stable::contiguous(grad_);
+  Tensor factors_grad = torch::stable::empty_like(factors);
+  const void *in = factors.const_data_ptr(), *upstream = grad.const_data_ptr();
+  void* out = factors_grad.mutable_data_ptr();
+  const int64_t grain = std::max<int64_t>(1, 16384 / (shape.size * shape.size * shape.b));
+  torch::stable::parallel_for(0, shape.groups, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::compose_backward(in, upstream, out, shape.n, shape.n_blocks, shape.b, shape.stride,
+                                begin, end, dtype);
+  });
+  return factors_grad;
+}
+
+// Rows and groups are whole units of work: any split over threads gives the same bits.
+boft::cpu::Stage stage_of(const Tensor& x, int64_t size, int64_t chunk, int64_t stride) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions");
+  STD_TORCH_CHECK(size > 0 && chunk > 0 && stride > 0 && size % chunk == 0 &&
+                      x.size(1) % (size * stride) == 0,
+                  "stage: does not fit ", x.size(1), " features");
+  return {size, chunk, stride};
+}
+
+Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
+                  bool transpose) {
+  check_square(stage_, 3, "rotate: stage");
+  const auto dtype = wide_dtype_of(x_);
+  const boft::cpu::Stage shape = stage_of(x_, stage_.size(2), chunk, stride);
+  STD_TORCH_CHECK(stage_.size(0) * shape.size == x_.size(1) &&
+                      stage_.scalar_type() == x_.scalar_type(),
+                  "rotate: stage: expected d / size matrices in the dtype of x");
+  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor stage =
+      torch::stable::contiguous(transpose ? torch::stable::transpose(stage_, 1, 2) : stage_);
+  Tensor y = torch::stable::empty_like(x);
+  const void *in = x.const_data_ptr(), *matrices = stage.const_data_ptr();
+  void* out = y.mutable_data_ptr();
+  const int64_t rows = x.size(0), d = x.size(1);
+  const int64_t grain = std::max<int64_t>(4, 65536 / (d * shape.size));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::rotate(in, matrices, out, d, shape, begin, end, dtype);
+  });
+  return y;
+}
+
+Tensor gram_cpu(const Tensor& x_, const Tensor& grad_, int64_t size, int64_t chunk, int64_t stride) {
+  const auto dtype = wide_dtype_of(x_);
+  const boft::cpu::Stage shape = stage_of(x_, size, chunk, stride);
+  STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == x_.size(0) && grad_.size(1) == x_.size(1) &&
+                      grad_.scalar_type() == x_.scalar_type(),
+                  "gram: grad: expected the shape and dtype of x");
+  const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
+  const int64_t rows = x.size(0), d = x.size(1), groups = d / size;
+  Tensor out = torch::stable::new_empty(x, {groups, size, size});
+  const void *left = x.const_data_ptr(), *right = grad.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  const int64_t grain = std::max<int64_t>(1, 65536 / (std::max<int64_t>(rows, 1) * size * size));
+  torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::gram(left, right, to, rows, d, shape, begin, end, dtype);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const Tensor& x_,
+                                                      const Tensor& scale_) {
+  const auto dtype = wide_dtype_of(x_);
+  STD_TORCH_CHECK(x_.dim() == 2 && grad_.dim() == 2 && grad_.size(0) == x_.size(0) &&
+                      grad_.size(1) == x_.size(1) && grad_.scalar_type() == x_.scalar_type(),
+                  "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
+  STD_TORCH_CHECK(scale_.dim() == 1 && scale_.size(0) == x_.size(1) &&
+                      scale_.scalar_type() == x_.scalar_type(),
+                  "scale_backward: scale: expected (n,) in the dtype of x");
+  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Tensor scale = torch::stable::contiguous(scale_);
+  Tensor x_grad = torch::stable::empty_like(x);
+  Tensor scale_grad = torch::stable::empty_like(scale), shift_grad = torch::stable::empty_like(scale);
+  const void *pg = grad.const_data_ptr(), *px = x.const_data_ptr(), *ps = scale.const_data_ptr();
+  void *dx = x_grad.mutable_data_ptr(), *ds = scale_grad.mutable_data_ptr();
+  void* db = shift_grad.mutable_data_ptr();
+  const int64_t rows = x.size(0), n = x.size(1);
+  const int64_t grain = std::max<int64_t>(16, 65536 / std::max<int64_t>(rows, 1));
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::scale_backward(pg, px, ps, dx, ds, db, rows, n, begin, end, dtype);
+  });
+  return {x_grad, scale_grad, shift_grad};
+}
+
 }  // namespace
 
 #define BOFT_API extern "C" __attribute__((visibility("default")))
@@ -101,7 +231,7 @@ BOFT_API const char* boft_ops_isa() { return boft::cpu::isa(); }
 
 // Names, separated by commas, of the ops that have a kernel on `device`.
 BOFT_API const char* boft_ops_kernels(const char* device) {
-  return std::strcmp(device, "cpu") == 0 ? "cayley,cayley_backward" : "";
+  return std::strcmp(device, "cpu") == 0 ? "cayley,cayley_backward,compose,compose_backward,rotate,gram,scale_backward" : "";
 }
 
 // Register the kernels under `ns`. Returns 0, or -1 with the reason in err.
@@ -112,6 +242,11 @@ BOFT_API int boft_ops_register(const char* ns, char* err, int err_len) {
     auto* cpu = new StableLibrary(StableLibrary::Kind::IMPL, ns, "CPU", __FILE__, __LINE__);
     cpu->impl("cayley", TORCH_BOX(&cayley_cpu));
     cpu->impl("cayley_backward", TORCH_BOX(&cayley_backward_cpu));
+    cpu->impl("compose", TORCH_BOX(&compose_cpu));
+    cpu->impl("compose_backward", TORCH_BOX(&compose_backward_cpu));
+    cpu->impl("rotate", TORCH_BOX(&rotate_cpu));
+    cpu->impl("gram", TORCH_BOX(&gram_cpu));
+    cpu->impl("scale_backward", TORCH_BOX(&scale_backward_cpu));
     return 0;
   } catch (const std::exception& e) {
     std::snprintf(err, size_t(err_len), "%s", e.what());

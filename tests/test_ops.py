@@ -36,8 +36,9 @@ def samples():
         "cayley_neumann5_backward": [(skew, cayley(skew))],
         "compose": [(blocks, 0), (blocks[1:], 1), (blocks[:1], 0)],
         "compose_backward": [(blocks, torch.randn_like(stage), 0), (blocks[1:], stage1.mT, 1)],
-        "rotate": [(x, stage, 2, 1, False), (g, stage1, 2, 2, True), (x.bfloat16(), stage, 2, 1, True)],
-        "gram": [(x, g, 16, 2, 1), (x, g, 8, 2, 2), (x.bfloat16(), g.bfloat16(), 16, 2, 1)],
+        "rotate": [(x, stage, 2, 1, False), (g, stage1, 2, 2, True), (x[:0], stage, 2, 1, True)],
+        "scale_backward": [(x, x + 1, x[0]), (g, x, g[0]), (x[:0], x[:0], x[0])],
+        "gram": [(x, g, 16, 2, 1), (x, g, 8, 2, 2), (x.double(), g.double(), 16, 2, 1)],
     }  # fmt: skip
 
 

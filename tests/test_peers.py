@@ -64,9 +64,7 @@ def test_peft_boft_forward_and_gradient(peft_extension, m, b):
 @pytest.mark.parametrize(("neumann", "sign"), [(False, -1), (True, 1)])
 def test_peft_oft(neumann, sign):
     base = nn.Linear(32, 24)
-    config = peft.OFTConfig(
-        r=0, oft_block_size=8, use_cayley_neumann=neumann, target_modules=["0"]
-    )
+    config = peft.OFTConfig(r=0, oft_block_size=8, use_cayley_neumann=neumann, target_modules=["0"])
     theirs = tuned(copy.deepcopy(base), config)
     weight = theirs.oft_R["default"].weight
     nn.init.normal_(weight, std=0.05)

@@ -6,15 +6,7 @@
 #include <vector>
 
 #include "boft_kernels.h"
-
-// One source, an instruction set chosen when the library is loaded. The helpers are forced inline,
-// since only what is inside the cloned function is compiled for its instruction set.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define BOFT_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define BOFT_CLONES
-#endif
-#define BOFT_INLINE inline __attribute__((always_inline))
+#include "common.h"
 
 namespace boft::cpu {
 namespace {
