@@ -56,7 +56,8 @@ Tensor cayley_cpu(const Tensor& skew_) {
   const int64_t packed = skew_.size(skew_.dim() - 1);
   int64_t b = 1;
   while (b * (b - 1) / 2 < packed) ++b;
-  STD_TORCH_CHECK(b * (b - 1) / 2 == packed, "cayley: skew: expected b(b-1)/2 numbers, got ", packed);
+  STD_TORCH_CHECK(b * (b - 1) / 2 == packed, "cayley: skew: expected b(b-1)/2 numbers, got ",
+                  packed);
   const auto dtype = dtype_of(skew_);
   const Tensor skew = torch::stable::contiguous(skew_);
   auto sizes = leading_sizes(skew, 1);
@@ -78,7 +79,8 @@ Tensor cayley_backward_cpu(const Tensor& blocks_, const Tensor& grad_) {
   STD_TORCH_CHECK(grad_.dim() == dim && grad_.scalar_type() == blocks_.scalar_type(),
                   "cayley_backward: grad: expected the shape and dtype of blocks");
   for (int64_t i = 0; i < dim; ++i)
-    STD_TORCH_CHECK(grad_.size(i) == blocks_.size(i), "cayley_backward: grad: expected the shape of blocks");
+    STD_TORCH_CHECK(grad_.size(i) == blocks_.size(i),
+                    "cayley_backward: grad: expected the shape of blocks");
   const auto dtype = dtype_of(blocks_);
   const Tensor blocks = torch::stable::contiguous(blocks_), grad = torch::stable::contiguous(grad_);
   const int64_t b = blocks.size(dim - 1);
@@ -138,7 +140,8 @@ Tensor compose_backward_cpu(const Tensor& factors_, const Tensor& grad_, int64_t
   STD_TORCH_CHECK(grad_.size(0) == shape.groups && grad_.size(1) == shape.size &&
                       grad_.scalar_type() == factors_.scalar_type(),
                   "compose_backward: grad: expected the shape and dtype of the stage matrices");
-  const Tensor factors = torch::stable::contiguous(factors_), grad = torch::stable::contiguous(grad_);
+  const Tensor factors = torch::stable::contiguous(factors_);
+  const Tensor grad = torch::stable::contiguous(grad_);
   Tensor factors_grad = torch::stable::empty_like(factors);
   const void *in = factors.const_data_ptr(), *upstream = grad.const_data_ptr();
   void* out = factors_grad.mutable_data_ptr();
@@ -181,7 +184,8 @@ Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t
   return y;
 }
 
-Tensor gram_cpu(const Tensor& x_, const Tensor& grad_, int64_t size, int64_t chunk, int64_t stride) {
+Tensor gram_cpu(const Tensor& x_, const Tensor& grad_, int64_t size, int64_t chunk,
+                int64_t stride) {
   const auto dtype = wide_dtype_of(x_);
   const boft::cpu::Stage shape = stage_of(x_, size, chunk, stride);
   STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == x_.size(0) && grad_.size(1) == x_.size(1) &&
@@ -211,7 +215,8 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
   const Tensor scale = torch::stable::contiguous(scale_);
   Tensor x_grad = torch::stable::empty_like(x);
-  Tensor scale_grad = torch::stable::empty_like(scale), shift_grad = torch::stable::empty_like(scale);
+  Tensor scale_grad = torch::stable::empty_like(scale);
+  Tensor shift_grad = torch::stable::empty_like(scale);
   const void *pg = grad.const_data_ptr(), *px = x.const_data_ptr(), *ps = scale.const_data_ptr();
   void *dx = x_grad.mutable_data_ptr(), *ds = scale_grad.mutable_data_ptr();
   void* db = shift_grad.mutable_data_ptr();
@@ -231,7 +236,8 @@ BOFT_API const char* boft_ops_isa() { return boft::cpu::isa(); }
 
 // Names, separated by commas, of the ops that have a kernel on `device`.
 BOFT_API const char* boft_ops_kernels(const char* device) {
-  return std::strcmp(device, "cpu") == 0 ? "cayley,cayley_backward,compose,compose_backward,rotate,gram,scale_backward" : "";
+  if (std::strcmp(device, "cpu") != 0) return "";
+  return "cayley,cayley_backward,compose,compose_backward,rotate,gram,scale_backward";
 }
 
 // Register the kernels under `ns`. Returns 0, or -1 with the reason in err.

@@ -35,8 +35,8 @@ struct Stage {
   int64_t size, chunk, stride;
 };
 
-// Stage matrices of the groups [begin, end): the product C_{n-1} ... C_0 of n butterfly factors, the
-// first of which has the given stride (in chunks of b/2 features).
+// Stage matrices of the groups [begin, end): the product C_{n-1} ... C_0 of n butterfly factors,
+// the first of which has the given stride (in chunks of b/2 features).
 //   factors: (n, n_blocks, b, b) -> stages: (n_blocks b / size, size, size), size = b 2^(n-1)
 // float32 or float64, computed in the same type.
 void compose(const void* factors, void* stages, int64_t n, int64_t n_blocks, int64_t b,

@@ -49,8 +49,8 @@ BOFT_INLINE double* at(double* a, int64_t b, int64_t i, int64_t j) {
   return a + (i * b + j) * kTile;
 }
 
-// In-place Gauss-Jordan inverse without pivoting. Of A = I - Q the symmetric part is I, and stays at
-// least I in every Schur complement, so that no pivot is ever below 1.
+// In-place Gauss-Jordan inverse without pivoting. The symmetric part of A = I - Q is I, and stays
+// at least I in every Schur complement, so that no pivot is ever below 1.
 BOFT_INLINE void invert(double* a, int64_t b) {
   for (int64_t k = 0; k < b; ++k) {
     double* pivot = at(a, b, k, k);
@@ -145,8 +145,8 @@ BOFT_INLINE void backward_tiles(const T* blocks, const T* grad, T* skew_grad, in
   const int64_t b = B ? B : b_;
   for (int64_t first = begin * kTile; first < end * kTile && first < n; first += kTile) {
     const int64_t count = n - first < kTile ? n - first : kTile;
-    backward_tile(blocks + first * b * b, grad + first * b * b, skew_grad + first * (b * (b - 1) / 2),
-                  count, b, scratch);
+    backward_tile(blocks + first * b * b, grad + first * b * b,
+                  skew_grad + first * (b * (b - 1) / 2), count, b, scratch);
   }
 }
 

@@ -26,7 +26,8 @@ struct Shape {
 
 // out = C_j in, the rows of `in` being the features; out = C_j^T in if transposed.
 template <bool transposed, class T>
-BOFT_INLINE void apply(const T* factors, const Shape& s, int64_t g, int64_t j, const T* in, T* out) {
+BOFT_INLINE void apply(const T* factors, const Shape& s, int64_t g, int64_t j, const T* in,
+                       T* out) {
   for (int64_t a = 0; a < int64_t(1) << (s.n - j - 1); ++a)
     for (int64_t c = 0; c < int64_t(1) << j; ++c) {
       const T* block = factors + s.block(g, j, a, c) * s.b * s.b;
