@@ -178,7 +178,7 @@ def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
     Args:
         skew: (..., b(b-1)/2) in float64, float32, bfloat16 or float16; b from 1 up.
         method: ``"exact"`` computes in float64 and rounds once. ``"neumann5"`` is the truncated
-            series I + 2Q + 2Q^2 + 2Q^3 + Q^4, orthogonal only to O(|Q|^5), for checkpoints trained
+            series I + 2Q + 2Q^2 + 2Q^3 + Q^4, orthogonal only to O(|Q|^4), for checkpoints trained
             with it.
 
     Returns:

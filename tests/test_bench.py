@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-for needed in ("matplotlib", "peft", "pytest_benchmark", "rich"):
-    pytest.importorskip(needed)
-
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))  # as if one of its scripts were run

@@ -3,13 +3,12 @@
 import copy
 import types
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 from boft_ops import BOFTLinear, OFTLinear
-
-peft = pytest.importorskip("peft")
 
 
 @pytest.fixture
