@@ -16,7 +16,7 @@ from boft_ops import BOFTLinear
 FLOOR = "linear"
 LORA = "lora-r16"
 PEFT_BOFT = "peft-boft"
-# (n_factors, block_size): equally many rows of x meet one another, S = b 2^(m-1) = 16, 16, 32
+# (n_factors, block_size); a rotation mixes groups of b 2^(m-1) = 16, 16 and 32 features
 OURS = {"boft-1-16": (1, 16), "boft-2-8": (2, 8), "boft-4-4": (4, 4)}
 OFT_BLOCK = 8
 NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *OURS)

@@ -64,16 +64,19 @@ class Op:
 
     def __call__(self, *args):
         device = args[0].device.type
-        backend = self._forced(args) if _forced else self.serving.get(device, "reference")
+        backend = self._checked(_forced, args) if _forced else self.serving.get(device, "reference")
         if backend in self._supports and not self._supports[backend](*args):
             backend = "reference"
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            backend = "reference"  # a gradient of gradients: kernels cannot be differentiated
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled()  # a gradient of gradients: kernels are not differentiable,
+            or torch._C._are_functorch_transforms_active()  # nor do they know of vmap
+        ):
+            backend = "reference"
         if backend == "reference":
             with _autocast.disabled(device):  # its matmuls define the op, never to be downcast
                 return self.reference(*args)
-        if backend == "triton" and not torch.compiler.is_compiling():
-            return self.launcher()(*args)  # straight to the launch, past the dispatcher
+        if backend == "triton" and device == "cpu":
+            return self.launcher()(*args)  # the interpreter; the raw op has the C++ kernel there
         return self.raw(*args)
 
     def _cuda(self, *args):
@@ -85,27 +88,27 @@ class Op:
         """The function that launches the Triton kernel; imports triton on first use."""
         return _launcher(self._triton)
 
-    def _forced(self, args: tuple) -> str:
+    def _checked(self, backend: str, args: tuple) -> str:
         """The forced backend, or the reason why it cannot serve this call."""
-        if _forced not in BACKENDS:
-            raise ValueError(f"BOFT_OPS_BACKEND: expected one of {BACKENDS}, got {_forced!r}")
-        if _forced in self.missing:
-            raise RuntimeError(f"BOFT_OPS_BACKEND={_forced}: {self.name}: {self.missing[_forced]}")
+        if backend not in BACKENDS:
+            raise ValueError(f"BOFT_OPS_BACKEND: expected one of {BACKENDS}, got {backend!r}")
+        if backend in self.missing:
+            raise RuntimeError(f"BOFT_OPS_BACKEND={backend}: {self.name}: {self.missing[backend]}")
         devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
         if os.environ.get("TRITON_INTERPRET") == "1":
             devices["triton"] = ("cuda", "cpu")
         device = args[0].device.type
-        if _forced != "reference" and device not in devices[_forced]:
+        if backend != "reference" and device not in devices[backend]:
             raise RuntimeError(
-                f"BOFT_OPS_BACKEND={_forced}: expected tensors on {' or '.join(devices[_forced])}, "
+                f"BOFT_OPS_BACKEND={backend}: expected tensors on {' or '.join(devices[backend])}, "
                 f"got {device}"
             )
-        if _forced in self._supports and not self._supports[_forced](*args):
+        if backend in self._supports and not self._supports[backend](*args):
             shapes = [f"{a.dtype} {tuple(a.shape)}" for a in args if isinstance(a, torch.Tensor)]
             raise RuntimeError(
-                f"BOFT_OPS_BACKEND={_forced}: {self.name}: its kernel does not take {shapes}"
+                f"BOFT_OPS_BACKEND={backend}: {self.name}: its kernel does not take {shapes}"
             )
-        return _forced
+        return backend
 
     def _why_missing(self, backend: str) -> str | None:
         if backend == "reference":
@@ -127,7 +130,9 @@ class Op:
 def force(backend: str | None) -> Iterator[None]:
     """Within the block every op runs on ``backend``, or raises why it cannot (None: no force).
 
-    The programmatic form of the environment variable BOFT_OPS_BACKEND.
+    The programmatic form of the environment variable BOFT_OPS_BACKEND: for the whole process, and
+    read when an op is called, so a backward pass belongs inside the block too. Gradients of
+    gradients and torch.func transforms run the reference all the same.
     """
     global _forced
     if backend is not None and backend not in BACKENDS:
@@ -144,8 +149,14 @@ def report() -> list[dict]:
     rows = []
     for op in _ops.values():
         for device, order in PREFERENCE.items():
-            serving = op.serving[device]
-            others = {b: op.missing.get(b, "not preferred") for b in order if b != serving}
+            if _forced is None:
+                serving = op.serving[device]
+                others = {b: op.missing.get(b, "not preferred") for b in order if b != serving}
+            elif _forced not in op.missing and _forced in ("reference", *order):
+                serving, others = _forced, {}
+            else:
+                why = op.missing.get(_forced, f"not a backend of {device}")
+                serving, others = "nothing", {_forced: f"BOFT_OPS_BACKEND={_forced}: {why}"}
             rows.append({"op": op.name, "device": device, "serving": serving, "others": others})
     return rows
 

@@ -88,7 +88,7 @@ def butterfly_shape(features: int, block_size: int, n_factors: int) -> None:
 
 
 def is_valid(features: int, block_size: int, n_factors: int) -> bool:
-    if features % block_size:
+    if features % block_size or n_factors > features:
         return False
     if n_factors == 1:
         return True

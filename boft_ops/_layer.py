@@ -7,6 +7,7 @@ from functools import wraps
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from . import _autocast, _checks
 from .butterfly import butterfly_matmul
@@ -53,6 +54,7 @@ class BOFTLayer(nn.Module):
         merged: whether ``weight`` holds the merged weight.
     """
 
+    BASE: type[nn.Module]  # torch's layer of which a subclass is the frozen, rotated form
     OPTIONS = frozenset(
         ("block_size", "n_factors", "side", "scale", "p_component", "p_block", "method")
     )
@@ -70,6 +72,8 @@ class BOFTLayer(nn.Module):
         """Freeze the base parameters and add the adapter's, once the base module is there."""
         _checks.choice("side", side, SIDES)
         _checks.choice("method", method, METHODS)
+        if not isinstance(scale, bool):
+            raise TypeError(f"scale: expected a bool, got {scale!r}")
         n, d = self._matrix().shape
         features = d if side == "in" else n
         _checks.butterfly_shape(features, block_size, n_factors)
@@ -81,6 +85,14 @@ class BOFTLayer(nn.Module):
         self._shapes = (n_factors, features // block_size, block_size * (block_size - 1) // 2), n
         self._init_adapter(scale, self.weight.device)
 
+    def reset_parameters(self) -> None:
+        """Initialise the base layer as torch does, and the adapter to the identity."""
+        super().reset_parameters()
+        if "skew" in self._parameters:  # torch's constructors call this before there is one
+            nn.init.zeros_(self.skew)
+            if self.scale is not None:
+                nn.init.ones_(self.scale)
+
     def _init_adapter(self, scale: bool, device: torch.device) -> None:
         # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
         kind = {"device": device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
@@ -90,6 +102,23 @@ class BOFTLayer(nn.Module):
 
     @classmethod
     def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> BOFTLayer:
+        for method in ("forward", "_conv_forward"):
+            if getattr(type(base), method, None) is not getattr(cls.BASE, method, None):
+                raise TypeError(
+                    f"expected a plain {cls.BASE.__name__}, got {type(base).__name__} with its own "
+                    f"{method}(), which a BOFT layer would lose"
+                )
+        if isinstance(base.weight, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"expected an initialised layer, got {type(base).__name__} without a shape yet "
+                "(run it once)"
+            )
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
+        if any((*hooks, base._backward_pre_hooks)) or parametrize.is_parametrized(base):
+            raise ValueError(
+                f"expected a {cls.BASE.__name__} without hooks and parametrizations, got one that "
+                "has some, which a BOFT layer would lose"
+            )
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
         layer.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
@@ -98,8 +127,8 @@ class BOFTLayer(nn.Module):
         layer._init_adapter(layer.scale is not None, base.weight.device)
         return layer.train(base.training)
 
-    def _to_base(self, base: type[nn.Module], arguments: tuple) -> nn.Module:
-        layer = base(*arguments, device="meta", dtype=self.weight.dtype)
+    def _to_base(self, arguments: tuple) -> nn.Module:
+        layer = self.BASE(*arguments, device="meta", dtype=self.weight.dtype)
         layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
         layer.bias = self.bias
         return layer.train(self.training)
@@ -109,7 +138,7 @@ class BOFTLayer(nn.Module):
         return self.weight.flatten(1)
 
     def options(self) -> dict[str, int | float | str | bool]:
-        """The keyword arguments that make another layer like this one."""
+        """The keyword arguments of BOFTLinear or BOFTConv2d that make another layer like this."""
         return {
             "block_size": self.block_size,
             "n_factors": self.n_factors,
@@ -227,11 +256,13 @@ class BOFTLayer(nn.Module):
             )
 
     def get_extra_state(self) -> torch.Tensor:
-        # a merged weight loaded as an unmerged one would be rotated twice
-        return torch.tensor(self.merged, dtype=torch.uint8)
+        # a merged weight loaded as an unmerged one would be rotated twice, and unmerging has to
+        # undo exactly the factors that were merged
+        return torch.tensor([self.merged, self.n_identity], dtype=torch.int64)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.merged = bool(state)
+        merged, self.n_identity = state.tolist()
+        self.merged = bool(merged)
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options().items() if value)

@@ -28,14 +28,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         path: file to write; an existing one is replaced.
 
     Raises:
-        ValueError: the model has no BOFT layer.
+        ValueError: the model has no BOFT layer, or factors are switched off by ``interpolate``.
     """
     from safetensors.torch import save
 
     layers = _layers(model)
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if switched := [name for name, layer in layers.items() if layer.n_identity]:
+        raise ValueError(
+            f"model: expected interpolate(0), as a file holds all factors; {switched[0]!r} has "
+            f"interpolate({layers[switched[0]].n_identity})"
+        )
+    trained = _trained(model)
     tensors = {k: v.detach().contiguous() for k, v in (trained | _own_tensors(layers)).items()}
     config = {name: layer.options() for name, layer in layers.items()}
     metadata = {
@@ -78,8 +83,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         modules = dict(model.named_modules(remove_duplicate=False))
         layers = {name: new[modules[name]] for name in config}
     own = _own_tensors(layers)
+    others = set() if new else _trained(model).keys() - own.keys()
     targets = dict(model.named_parameters(remove_duplicate=False)) | own
-    _check_tensors(path, tensors, targets, own.keys())
+    _check_tensors(path, tensors, targets, own.keys() | others)
     if new:
         put_in(model, new)
     with torch.no_grad():
@@ -91,6 +97,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def _layers(model: nn.Module) -> dict[str, BOFTLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BOFTLayer)}
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _own_tensors(layers: dict[str, BOFTLayer]) -> dict[str, torch.Tensor]:

@@ -36,7 +36,7 @@ def pack(square: torch.Tensor) -> torch.Tensor:
 
 def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
     # The blocks are tiny beside the activations, and float64 makes R accurate to float32 rounding
-    # for any |Q|, where a float32 inverse loses |Q| digits of it. MPS has no float64.
+    # for |Q| up to 1e12, where a float32 inverse is off by |Q| times as much. MPS has no float64.
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -177,9 +177,9 @@ def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
 
     Args:
         skew: (..., b(b-1)/2) in float64, float32, bfloat16 or float16; b from 1 up.
-        method: ``"exact"`` computes in float64 and rounds once. ``"neumann5"`` is the truncated
-            series I + 2Q + 2Q^2 + 2Q^3 + Q^4, orthogonal only to O(|Q|^4), for checkpoints trained
-            with it.
+        method: ``"exact"`` computes in float64 (float32 on MPS) and rounds once. ``"neumann5"`` is
+            the truncated series I + 2Q + 2Q^2 + 2Q^3 + Q^4, orthogonal only to O(|Q|^4), for
+            checkpoints trained with it.
 
     Returns:
         (..., b, b) in the dtype of ``skew``. For 0 packed numbers b is 1 and the blocks are [[1]].

@@ -31,6 +31,8 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             (n_factors, block_size).
     """
 
+    BASE = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -64,13 +66,13 @@ class BOFTLinear(BOFTLayer, nn.Linear):
 
     def merged_layer(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the merged weight, frozen, and the bias of this layer."""
-        return self._to_base(nn.Linear, _linear_arguments(self))
+        return self._to_base(_linear_arguments(self))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             self._check_trainable()
             return super().forward(x)
-        dropout = (self.dropout.p_component, self.dropout.p_block) if self.training else None
+        dropout = self.dropout  # a module: it can be put in evaluation mode on its own
         return boft_linear(
             x,
             self.weight,
@@ -79,7 +81,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             self.bias,
             side=self.side,
             method=self.method,
-            dropout=dropout,
+            dropout=(dropout.p_component, dropout.p_block) if dropout.training else None,
         )
 
 
@@ -126,6 +128,8 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
 
     Shape: x (N, in_channels, H, W) -> (N, out_channels, H', W').
     """
+
+    BASE = nn.Conv2d
 
     def __init__(
         self,
@@ -178,7 +182,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
 
     def merged_layer(self) -> nn.Conv2d:
         """A plain ``nn.Conv2d`` with the merged weight, frozen, and the bias of this layer."""
-        return self._to_base(nn.Conv2d, _conv_arguments(self))
+        return self._to_base(_conv_arguments(self))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:

@@ -32,9 +32,9 @@ def boft_linear(
     y = s * ((x W^T) R^T) + bias, as if W were diag(s) R W. The bias is not rotated. With ``skew``
     at zero and ``scale`` at one the result equals ``F.linear(x, weight, bias)`` bit for bit.
 
-    Saved for backward beside ``weight`` (a reference): x (side "in") or x W^T (side "out"), and
-    O(m d b) numbers. A trained ``scale`` keeps the (N, n) output before scaling too: its gradient
-    needs it, and computing it again would cost a whole matrix product.
+    Saved for backward beside ``weight`` (a reference): x (side "in") or x W^T (side "out"), the
+    blocks and the stage matrices. A trained ``scale`` keeps the (N, n) output before scaling too:
+    its gradient needs it, and computing it again would cost a whole matrix product.
 
     Args:
         x: (..., d).
@@ -42,7 +42,7 @@ def boft_linear(
         skew: (m, K, b(b-1)/2), packed as for ``cayley``; K * b = d (side "in") or n (side "out").
             Any floating dtype; float32 is recommended over half-precision weights.
         scale: (n,) or None.
-        bias: (n,) or None, in the dtype of x.
+        bias: (n,) or None, finite, in the dtype of x.
         side: ``"in"`` or ``"out"``.
         method: see ``cayley``.
         dropout: ``(p_component, p_block)`` of ``multiplicative_dropout``, or None for none.
@@ -75,8 +75,7 @@ def boft_linear(
             shift = butterfly_matmul(bias, blocks, transpose=True)
     if scale is None:
         return y if side == "in" or bias is None else y + (bias - shift)
-    scale = scale.to(y.dtype)
-    return scale_columns(y, scale, None if bias is None else bias - scale * shift)
+    return scale_columns(y, scale, shift, bias)
 
 
 def _check(

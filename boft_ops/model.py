@@ -38,9 +38,10 @@ def adapt(
 
     Raises:
         TypeError: a matching module is no nn.Linear or nn.Conv2d, or is a subclass with a forward
-            of its own, which a BOFT layer would replace silently.
+            of its own, which a BOFT layer would lose.
         ValueError: nothing matches, a layer's features do not fit the options (its name is in the
-            message), or a layer is used by a parent that bypasses its forward.
+            message), it has hooks or parametrizations, which a BOFT layer would lose, or its parent
+            bypasses its forward.
     """
     targets = _matching(model, target_modules, "target_modules")
     if not targets:
@@ -85,7 +86,8 @@ def merge(model: nn.Module) -> nn.Module:
         model: changed in place; may itself be a BOFT layer, then the plain layer is returned.
 
     Returns:
-        ``model``. Parameters keep their ``requires_grad``; those of the plain layers are frozen.
+        ``model``, or the plain layer. Merged weights are frozen; other parameters keep their
+        ``requires_grad``.
 
     Raises:
         ValueError: the model has no BOFT layer.
@@ -144,19 +146,6 @@ def _check_replaceable(parent: nn.Module, name: str, module: nn.Module) -> None:
         raise TypeError(
             f"target_modules: expected nn.Linear or nn.Conv2d, {name!r} is {type(module).__name__}"
         )
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        raise ValueError(
-            f"target_modules: {name!r} is {type(module).__name__} without a shape yet; expected a "
-            "layer that is initialised (run the model once)"
-        )
-    base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-    for method in ("forward", "_conv_forward"):
-        if getattr(type(module), method, None) is not getattr(base, method, None):
-            raise TypeError(
-                f"target_modules: {name!r} is {type(module).__name__}, a subclass of "
-                f"{base.__name__} with its own {method}(), which a BOFT layer would lose; expected "
-                f"a plain {base.__name__}"
-            )
     if isinstance(parent, _BYPASSING_PARENTS):
         raise ValueError(
             f"target_modules: {name!r} lies in {type(parent).__name__}, which may read its weight "
@@ -170,5 +159,5 @@ def _wrap(name: str, module: nn.Module, options: dict) -> BOFTLayer:
         if isinstance(module, nn.Linear):
             return BOFTLinear.from_linear(module, **options)
         return BOFTConv2d.from_conv(module, **options)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error

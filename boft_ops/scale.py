@@ -1,4 +1,4 @@
-"""Scale and shift of a layer's outputs: y = x * scale + shift, a number of each per column."""
+"""Scale of a layer's outputs around a center: y = scale * (x - center) + bias, per column."""
 
 from __future__ import annotations
 
@@ -8,56 +8,93 @@ from ._backend import Op
 
 
 def _scale_backward(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale_grad = torch.sum(grad * x, 0, dtype=wide).to(scale.dtype)
-    shift_grad = torch.sum(grad, 0, dtype=wide).to(scale.dtype)
-    return grad * scale, scale_grad, shift_grad
+    # x - center before the sum: sum(grad x) - center sum(grad) would cancel where center is large
+    scale_grad = torch.sum(grad.to(wide) * (x.to(wide) - center.to(wide)), 0).to(scale.dtype)
+    return _times(grad, scale), scale_grad, torch.sum(grad, 0, dtype=wide).to(center.dtype)
+
+
+def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if torch.finfo(x.dtype).bits >= 32:
+        return x * scale
+    # x + x (scale - 1): rounding the scale itself to 8 or 11 bits would undo small changes of it
+    return torch.addcmul(x, x, (scale - 1).to(x.dtype))
 
 
 def _fake_scale_backward(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x_grad, torch.empty_like(scale), torch.empty_like(scale)
+    return x_grad, torch.empty_like(scale), torch.empty_like(center)
 
 
 scale_backward = Op(
-    "scale_backward(Tensor grad, Tensor x, Tensor scale) -> (Tensor, Tensor, Tensor)",
+    "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor center)"
+    " -> (Tensor, Tensor, Tensor)",
     _scale_backward,
     _fake_scale_backward,
-    supports={"cpu": lambda grad, *_: torch.finfo(grad.dtype).bits >= 32},
+    supports={
+        "cpu": lambda grad, x, scale, center: (
+            grad.dtype == scale.dtype == center.dtype and torch.finfo(grad.dtype).bits >= 32
+        )
+    },
 )
 
 
 class Scale(torch.autograd.Function):
-    """y = x * scale + shift of rows x. Saves x and scale; one pass gives all three gradients."""
+    """y = scale * (x - center) + bias for rows x. One pass over them gives all the gradients.
+
+    Saves x only if the scale is trained: its gradient is the column sum of grad * (x - center).
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, scale, shift):
-        return x * scale if shift is None else torch.addcmul(shift, x, scale)
+    def forward(x, scale, center, bias):
+        if bias is None:
+            return _times(x, scale)
+        # exactly x where scale is 1 and center is bias: the vector below is then exactly 0
+        shift = (bias - scale * center).to(x.dtype)
+        if torch.finfo(x.dtype).bits >= 32:
+            return torch.addcmul(shift, x, scale)
+        return _times(x, scale) + shift
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, scale, shift = inputs
-        ctx.has_shift = shift is not None
-        # x is as large as the output: kept only if the scale is trained
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale)
+        x, scale, center, bias = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, center)
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale = ctx.saved_tensors
+        x, scale, center = ctx.saved_tensors
+        scale_grad = None
         if x is None:
-            shift_grad = grad.sum(0) if ctx.needs_input_grad[2] else None
-            return grad * scale, None, shift_grad
-        x_grad, scale_grad, shift_grad = scale_backward(grad.contiguous(), x, scale)
-        return x_grad, scale_grad, shift_grad if ctx.has_shift else None
+            x_grad, sums = _times(grad, scale), grad.sum(0) if ctx.bias_dtype else None
+        else:
+            offset = torch.zeros_like(scale) if center is None else center
+            x_grad, scale_grad, sums = scale_backward(grad.contiguous(), x, scale, offset)
+        if ctx.bias_dtype is None:
+            return x_grad, scale_grad, None, None
+        center_grad = (-scale * sums).to(center.dtype)
+        return x_grad, scale_grad, center_grad, sums.to(ctx.bias_dtype)
 
 
-def scale_columns(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-    """x (..., n) * scale (n,) + shift (n,), all of one dtype."""
+def scale_columns(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """scale * (x - center) + bias for x (..., n) and vectors (n,), in the dtype of x.
+
+    ``scale`` may be of a wider dtype than x. center and bias come together or not at all.
+    """
+    if torch.finfo(x.dtype).bits >= 32:
+        scale = scale.to(x.dtype)
+    if center is bias and center is not None:
+        center = center.view_as(center)  # Dynamo wants no tensor twice among a Function's inputs
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return Scale.apply(rows, scale, shift).reshape(x.shape)
+    return Scale.apply(rows, scale, center, bias).reshape(x.shape)

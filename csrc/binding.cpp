@@ -22,13 +22,20 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-boft::DType dtype_of(const Tensor& t) {
+boft::DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return boft::DType::F32;
     case ScalarType::Double: return boft::DType::F64;
     case ScalarType::BFloat16: return boft::DType::BF16;
-    default: STD_TORCH_CHECK(false, "expected float32, float64 or bfloat16");
+    default: break;
   }
+  STD_TORCH_CHECK(false, name, ": expected float32, float64 or bfloat16, got another dtype");
+}
+
+boft::DType wide_dtype_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
+                  name, ": expected float32 or float64, got another dtype");
+  return dtype_of(t, name);
 }
 
 std::vector<int64_t> leading_sizes(const Tensor& t, int64_t trailing) {
@@ -58,7 +65,7 @@ Tensor cayley_cpu(const Tensor& skew_) {
   while (b * (b - 1) / 2 < packed) ++b;
   STD_TORCH_CHECK(b * (b - 1) / 2 == packed, "cayley: skew: expected b(b-1)/2 numbers, got ",
                   packed);
-  const auto dtype = dtype_of(skew_);
+  const auto dtype = dtype_of(skew_, "cayley: skew");
   const Tensor skew = torch::stable::contiguous(skew_);
   auto sizes = leading_sizes(skew, 1);
   const int64_t n = product(sizes);
@@ -81,7 +88,7 @@ Tensor cayley_backward_cpu(const Tensor& blocks_, const Tensor& grad_) {
   for (int64_t i = 0; i < dim; ++i)
     STD_TORCH_CHECK(grad_.size(i) == blocks_.size(i),
                     "cayley_backward: grad: expected the shape of blocks");
-  const auto dtype = dtype_of(blocks_);
+  const auto dtype = dtype_of(blocks_, "cayley_backward: blocks");
   const Tensor blocks = torch::stable::contiguous(blocks_), grad = torch::stable::contiguous(grad_);
   const int64_t b = blocks.size(dim - 1);
   auto sizes = leading_sizes(blocks, 2);
@@ -94,11 +101,6 @@ Tensor cayley_backward_cpu(const Tensor& blocks_, const Tensor& grad_) {
     boft::cpu::cayley_backward(in, upstream, out, n, b, begin, end, dtype);
   });
   return skew_grad;
-}
-
-boft::DType wide_dtype_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() != ScalarType::BFloat16, "expected float32 or float64");
-  return dtype_of(t);
 }
 
 void check_square(const Tensor& t, int64_t dim, const char* name) {
@@ -120,7 +122,7 @@ struct Butterfly {  // of n factors of n_blocks blocks, the first of which has t
 };
 
 Tensor compose_cpu(const Tensor& factors_, int64_t first) {
-  const auto dtype = wide_dtype_of(factors_);
+  const auto dtype = wide_dtype_of(factors_, "compose: factors");
   const Butterfly shape(factors_, first);
   const Tensor factors = torch::stable::contiguous(factors_);
   Tensor stages = torch::stable::new_empty(factors, {shape.groups, shape.size, shape.size});
@@ -134,7 +136,7 @@ Tensor compose_cpu(const Tensor& factors_, int64_t first) {
 }
 
 Tensor compose_backward_cpu(const Tensor& factors_, const Tensor& grad_, int64_t first) {
-  const auto dtype = wide_dtype_of(factors_);
+  const auto dtype = wide_dtype_of(factors_, "compose: factors");
   const Butterfly shape(factors_, first);
   check_square(grad_, 3, "compose_backward: grad");
   STD_TORCH_CHECK(grad_.size(0) == shape.groups && grad_.size(1) == shape.size &&
@@ -165,7 +167,7 @@ boft::cpu::Stage stage_of(const Tensor& x, int64_t size, int64_t chunk, int64_t 
 Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
                   bool transpose) {
   check_square(stage_, 3, "rotate: stage");
-  const auto dtype = wide_dtype_of(x_);
+  const auto dtype = wide_dtype_of(x_, "rotate: x");
   const boft::cpu::Stage shape = stage_of(x_, stage_.size(2), chunk, stride);
   STD_TORCH_CHECK(stage_.size(0) * shape.size == x_.size(1) &&
                       stage_.scalar_type() == x_.scalar_type(),
@@ -186,7 +188,7 @@ Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t
 
 Tensor gram_cpu(const Tensor& x_, const Tensor& grad_, int64_t size, int64_t chunk,
                 int64_t stride) {
-  const auto dtype = wide_dtype_of(x_);
+  const auto dtype = wide_dtype_of(x_, "gram: x");
   const boft::cpu::Stage shape = stage_of(x_, size, chunk, stride);
   STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == x_.size(0) && grad_.size(1) == x_.size(1) &&
                       grad_.scalar_type() == x_.scalar_type(),
@@ -204,28 +206,32 @@ Tensor gram_cpu(const Tensor& x_, const Tensor& grad_, int64_t size, int64_t chu
 }
 
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const Tensor& x_,
-                                                      const Tensor& scale_) {
-  const auto dtype = wide_dtype_of(x_);
+                                                      const Tensor& scale_,
+                                                      const Tensor& center_) {
+  const auto dtype = wide_dtype_of(x_, "scale_backward: x");
   STD_TORCH_CHECK(x_.dim() == 2 && grad_.dim() == 2 && grad_.size(0) == x_.size(0) &&
                       grad_.size(1) == x_.size(1) && grad_.scalar_type() == x_.scalar_type(),
                   "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
-  STD_TORCH_CHECK(scale_.dim() == 1 && scale_.size(0) == x_.size(1) &&
-                      scale_.scalar_type() == x_.scalar_type(),
-                  "scale_backward: scale: expected (n,) in the dtype of x");
+  for (const Tensor* vector : {&scale_, &center_})
+    STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == x_.size(1) &&
+                        vector->scalar_type() == x_.scalar_type(),
+                    "scale_backward: scale, center: expected (n,) in the dtype of x");
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
   const Tensor scale = torch::stable::contiguous(scale_);
+  const Tensor center = torch::stable::contiguous(center_);
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor scale_grad = torch::stable::empty_like(scale);
-  Tensor shift_grad = torch::stable::empty_like(scale);
-  const void *pg = grad.const_data_ptr(), *px = x.const_data_ptr(), *ps = scale.const_data_ptr();
+  Tensor bias_grad = torch::stable::empty_like(scale);
+  const void *pg = grad.const_data_ptr(), *px = x.const_data_ptr();
+  const void *ps = scale.const_data_ptr(), *pc = center.const_data_ptr();
   void *dx = x_grad.mutable_data_ptr(), *ds = scale_grad.mutable_data_ptr();
-  void* db = shift_grad.mutable_data_ptr();
+  void* db = bias_grad.mutable_data_ptr();
   const int64_t rows = x.size(0), n = x.size(1);
   const int64_t grain = std::max<int64_t>(16, 65536 / std::max<int64_t>(rows, 1));
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    boft::cpu::scale_backward(pg, px, ps, dx, ds, db, rows, n, begin, end, dtype);
+    boft::cpu::scale_backward(pg, px, ps, pc, dx, ds, db, rows, n, begin, end, dtype);
   });
-  return {x_grad, scale_grad, shift_grad};
+  return {x_grad, scale_grad, bias_grad};
 }
 
 }  // namespace

@@ -50,16 +50,16 @@ void compose_backward(const void* factors, const void* grad, void* factors_grad,
 //   stages: (d / size, size, size), as they are to be applied: transpose them for x R^T
 void rotate(const void* x, const void* stages, void* y, int64_t d, Stage stage, int64_t begin,
             int64_t end, DType dtype);
-// Groups [begin, end) of x^T g: (d / size, size, size), summed over the rows in order.
+// Groups [begin, end) of x^T g: (d / size, size, size), the sum over all rows.
 void gram(const void* x, const void* grad, void* out, int64_t rows, int64_t d, Stage stage,
           int64_t begin, int64_t end, DType dtype);
 
-// Columns [begin, end) of the gradients of y = x * scale + shift, from grad (rows, n):
-//   x_grad = grad * scale, scale_grad = column sums of grad * x, shift_grad = column sums of grad
-// summed over the rows in order. float32 or float64.
-void scale_backward(const void* grad, const void* x, const void* scale, void* x_grad,
-                    void* scale_grad, void* shift_grad, int64_t rows, int64_t n, int64_t begin,
-                    int64_t end, DType dtype);
+// Columns [begin, end) of the gradients of y = scale * (x - center) + bias, from grad (rows, n):
+//   x_grad = grad * scale, and the column sums scale_grad of grad * (x - center), bias_grad of grad
+// float32 or float64.
+void scale_backward(const void* grad, const void* x, const void* scale, const void* center,
+                    void* x_grad, void* scale_grad, void* bias_grad, int64_t rows, int64_t n,
+                    int64_t begin, int64_t end, DType dtype);
 
 }  // namespace cpu
 }  // namespace boft

@@ -195,6 +195,17 @@ def test_no_file_no_adapter_no_folder(tmp_path):
         save_adapter(trained(), tmp_path / "no" / "folder")
 
 
+def test_interpolated_models_are_not_saved_and_missing_parameters_are_seen(saved, tmp_path):
+    model = trained()
+    model[2].interpolate(1)
+    with pytest.raises(ValueError, match=r"expected interpolate\(0\).*'2'"):
+        save_adapter(model, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    rewrite(saved, drop("3.bias"))
+    with pytest.raises(ValueError, match=r"expected a tensor '3\.bias', got none"):
+        load_adapter(trained(), saved)
+
+
 def test_a_failed_save_keeps_the_old_file(saved, monkeypatch):
     old = saved.read_bytes()
 

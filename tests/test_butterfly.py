@@ -27,7 +27,6 @@ SHAPES = [
     (5, 16, 256),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-EPS = {d: torch.finfo(d).eps for d in DTYPES}
 
 
 def random_blocks(m, b, d, dtype=torch.float64, orthogonal=False):

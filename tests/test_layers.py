@@ -229,6 +229,49 @@ def test_dropout_in_training_only():
     torch.testing.assert_close(conv(image), F.conv2d(image, conv.weight, conv.bias))
 
 
+def test_dropout_can_be_switched_off_alone():
+    for layer, x in (
+        (BOFTLinear(16, 8, p_component=1.0, p_block=1.0), torch.randn(2, 16)),
+        (BOFTConv2d(8, 4, 2, block_size=4, p_component=1.0, p_block=1.0), torch.randn(1, 8, 4, 4)),
+    ):
+        randomise(layer)
+        expected = layer.eval()(x)
+        layer.train()
+        layer.dropout.eval()
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_reset_parameters_after_meta():
+    layer = BOFTLinear(16, 8, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    x = torch.randn(3, 16)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_state_dict_remembers_interpolation():
+    layer, fresh = (linear_pair(n_factors=3, block_size=4)[1] for _ in range(2))
+    randomise(layer).eval()
+    pretrained = layer.weight.clone()
+    layer.interpolate(2).merge()
+    fresh.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(fresh.unmerge().weight, pretrained)
+
+
+def test_what_would_be_lost_is_refused():
+    class OwnForward(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    with pytest.raises(TypeError, match=r"OwnForward with its own forward\(\)"):
+        BOFTLinear.from_linear(OwnForward(8, 8))
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="without hooks and parametrizations"):
+        BOFTLinear.from_linear(hooked)
+    with pytest.raises(ValueError, match="without hooks and parametrizations"):
+        BOFTConv2d.from_conv(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)))
+
+
 def test_training_moves_the_weight_on_the_sphere():
     linear, layer = linear_pair(scale=False)
     optimizer = torch.optim.SGD([layer.skew], lr=0.5)
@@ -263,6 +306,8 @@ def test_copies_and_meta():
         ({"block_size": 7}, ValueError, r"block_size: expected a divisor of 48.*Nearest valid"),
         ({"block_size": 3}, ValueError, "block_size: expected an even number for n_factors=2"),
         ({"n_factors": 3}, ValueError, r"n_factors: expected 48/8 = 6 blocks.*\(2, 8\)"),
+        ({"n_factors": 10**13}, ValueError, "n_factors: expected"),
+        ({"scale": "no"}, TypeError, "scale: expected a bool, got 'no'"),
         ({"n_factors": 0}, ValueError, "n_factors: expected a positive int, got 0"),
         ({"block_size": 8.0}, TypeError, "block_size: expected a positive int, got 8.0"),
         ({"side": "both"}, ValueError, "side: expected one of"),

@@ -74,6 +74,31 @@ def test_float32_error(side):
     assert (y - exact).norm() <= 2 * (dense - exact).norm() + 1e-7
 
 
+@pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_large_bias_does_not_swamp_the_gradient_of_the_scale(side, size):
+    tensors = operands(side, dtype=torch.float32)
+    tensors["x"] = torch.randn(4000, D_IN)
+    tensors["bias"] = size * tensors["bias"]
+    wide = {k: v.double() for k, v in tensors.items()}
+    upstream = torch.randn(4000, D_OUT)
+    tensors["scale"].requires_grad_(), wide["scale"].requires_grad_()
+    (got,) = torch.autograd.grad(call(boft_linear, tensors, side=side), tensors["scale"], upstream)
+    exact = call(reference.linear, wide, side=side)
+    (want,) = torch.autograd.grad(exact, wide["scale"], upstream.double())
+    # the output itself is rounded to its own size, at least that of the bias
+    assert (got - want).norm() / want.norm() < 1e-6 * (1 + size)
+
+
+def test_small_changes_of_the_scale_survive_half_precision():
+    tensors = operands(dtype=torch.bfloat16, std=0.0)
+    tensors["scale"] = torch.full((D_OUT,), 1.003)  # in bfloat16 this would be 1
+    plain = F.linear(tensors["x"], tensors["weight"]).double()
+    y = call(boft_linear, {k: v for k, v in tensors.items() if k != "bias"})
+    mean = ((y.double() - plain) * plain.sign()).sum() / plain.abs().sum()
+    assert 0.001 < mean < 0.005
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_half_precision_error(side, dtype):

@@ -37,7 +37,7 @@ def samples():
         "compose": [(blocks, 0), (blocks[1:], 1), (blocks[:1], 0)],
         "compose_backward": [(blocks, torch.randn_like(stage), 0), (blocks[1:], stage1.mT, 1)],
         "rotate": [(x, stage, 2, 1, False), (g, stage1, 2, 2, True), (x[:0], stage, 2, 1, True)],
-        "scale_backward": [(x, x + 1, x[0]), (g, x, g[0]), (x[:0], x[:0], x[0])],
+        "scale_backward": [(x, x + 1, x[0], x[1]), (g, x, g[0], x[1]), (x[:0], x[:0], x[0], x[1])],
         "gram": [(x, g, 16, 2, 1), (x, g, 8, 2, 2), (x.double(), g.double(), 16, 2, 1)],
     }  # fmt: skip
 
@@ -145,6 +145,11 @@ def test_func_transforms(backend):
                 torch.testing.assert_close(per_sample[name][i], gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_vmap_of_every_backend(cayley_backend):
+    skew = 0.3 * torch.randn(3, 2, 4, 6)
+    torch.testing.assert_close(vmap(cayley)(skew), cayley(skew))
+
+
 def test_vmap_over_blocks():
     """One rotation per sample, as for a batch of adapters."""
     blocks = torch.stack([rotations(), rotations()])
@@ -152,8 +157,6 @@ def test_vmap_over_blocks():
     got = vmap(butterfly_matmul)(x, blocks)
     want = torch.stack([butterfly_matmul(a, b) for a, b in zip(x, blocks, strict=True)])
     torch.testing.assert_close(got, want)
-    skew = torch.randn(3, 2, 4, 6)
-    torch.testing.assert_close(vmap(cayley)(skew), cayley(skew))
 
 
 def test_activation_checkpointing_with_dropout():

@@ -1,7 +1,7 @@
 // Cayley transform of batched small skew-symmetric blocks, vectorised ACROSS blocks: a tile holds
 // element (i, j) of kTile blocks side by side, so that b = 2, 4, 8 fill the vector lanes as well as
 // b = 64 does. Computed in double throughout: the blocks are tiny beside the activations, and one
-// rounding at the end makes R orthogonal to float32's last bit for any |Q| that float32 can hold.
+// rounding at the end makes R orthogonal to float32's last bit for |Q| up to 1e12.
 #include <cstring>
 #include <vector>
 
@@ -178,7 +178,7 @@ BOFT_DTYPE(bf16)
 }  // namespace
 
 const char* isa() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f")) return "avx512";
   if (__builtin_cpu_supports("avx2")) return "avx2";

@@ -1,5 +1,5 @@
 // Butterfly factors -> dense stage matrices, group by group. A group of n factors is its own small
-// butterfly of `size` features: everything happens in a scratch of n + 1 size x size matrices.
+// butterfly of `size` features: everything happens in a scratch of a few size x size matrices.
 #include <cstring>
 #include <vector>
 

@@ -1,5 +1,5 @@
-// Rows times block-diagonal stages, and the Gram x^T g of the backward pass. A few rows at a time go
-// through all groups, so that x streams through memory once while the stage matrices stay in cache.
+// Rows times block-diagonal stages, and the Gram x^T g of the backward pass. A few rows at a time
+// go through all groups, so that x streams through memory once while the matrices stay in cache.
 #include <cstring>
 #include <vector>
 
@@ -19,6 +19,7 @@ struct Vector {
 
 constexpr int64_t kRows = 4;       // rows whose results are held in registers
 constexpr int64_t kGramRows = 16;  // rows that a Gram block is kept in registers for
+constexpr int64_t kGramSum = 256;  // rows summed apart, so that rounding grows slower
 
 // Offset of chunk c of group g in a row.
 BOFT_INLINE int64_t chunk_at(const Stage& s, int64_t g, int64_t c) {
@@ -129,18 +130,24 @@ template <int BYTES, int64_t SIZE, class T>
 BOFT_INLINE void gram_all(const T* x, const T* grad, T* out, int64_t rows, int64_t d, Stage s,
                           int64_t begin, int64_t end, T* buffer) {
   if (SIZE) s.size = SIZE;
-  const int64_t area = s.size * s.size;
-  std::memset(out + begin * area, 0, size_t((end - begin) * area) * sizeof(T));
+  const int64_t area = s.size * s.size, total = (end - begin) * area;
+  T* sums = buffer + 2 * kGramRows * s.size;
+  std::memset(out + begin * area, 0, size_t(total) * sizeof(T));
   const T *left[kGramRows], *right[kGramRows];
-  for (int64_t n = 0; n < rows; n += kGramRows) {
-    const int64_t count = rows - n < kGramRows ? rows - n : kGramRows;
-    for (int64_t g = begin; g < end; ++g) {
-      for (int64_t i = 0; i < count; ++i) {
-        left[i] = gather(x + (n + i) * d, s, g, buffer + 2 * i * s.size);
-        right[i] = gather(grad + (n + i) * d, s, g, buffer + (2 * i + 1) * s.size);
+  for (int64_t top = 0; top < rows; top += kGramSum) {
+    const int64_t bottom = rows - top < kGramSum ? rows : top + kGramSum;
+    std::memset(sums, 0, size_t(total) * sizeof(T));
+    for (int64_t n = top; n < bottom; n += kGramRows) {
+      const int64_t count = bottom - n < kGramRows ? bottom - n : kGramRows;
+      for (int64_t g = begin; g < end; ++g) {
+        for (int64_t i = 0; i < count; ++i) {
+          left[i] = gather(x + (n + i) * d, s, g, buffer + 2 * i * s.size);
+          right[i] = gather(grad + (n + i) * d, s, g, buffer + (2 * i + 1) * s.size);
+        }
+        gram_block<BYTES, SIZE>(left, right, sums + (g - begin) * area, count, s.size);
       }
-      gram_block<BYTES, SIZE>(left, right, out + g * area, count, s.size);
     }
+    for (int64_t i = 0; i < total; ++i) out[begin * area + i] += sums[i];
   }
 }
 
@@ -197,7 +204,7 @@ void rotate_as(const void* x_, const void* stages_, void* y_, int64_t d, const S
 template <class T>
 void gram_as(const void* x_, const void* grad_, void* out_, int64_t rows, int64_t d, const Stage& s,
              int64_t begin, int64_t end) {
-  std::vector<T> buffer(size_t(2 * kGramRows * s.size));
+  std::vector<T> buffer(size_t(2 * kGramRows * s.size + (end - begin) * s.size * s.size));
   const auto *x = static_cast<const T*>(x_), *grad = static_cast<const T*>(grad_);
   auto* out = static_cast<T*>(out_);
 #if defined(__x86_64__) && defined(__GNUC__)
