@@ -88,7 +88,7 @@ def butterfly_shape(features: int, block_size: int, n_factors: int) -> None:
 
 
 def is_valid(features: int, block_size: int, n_factors: int) -> bool:
-    if features % block_size or n_factors > features:
+    if features % block_size or n_factors > features.bit_length():
         return False
     if n_factors == 1:
         return True
@@ -100,10 +100,12 @@ def nearest_valid(features: int, block_size: int, n_factors: int) -> list[tuple[
 
     def distance(choice: tuple[int, int]) -> tuple[float, int, int]:
         m, b = choice
-        return abs(math.log2(b / block_size)) + abs(m - n_factors), -m, b
+        return abs(math.log2(b) - math.log2(wanted)) + abs(m - n_factors), -m, b
+
+    wanted = min(block_size, features)
 
     found = []
-    for b in (b for b in range(1, min(features, 8 * block_size) + 1) if features % b == 0):
+    for b in (b for b in range(1, min(features, 8 * wanted) + 1) if features % b == 0):
         n_blocks, m = features // b, 1
         found.append((1, b))
         while b % 2 == 0 and n_blocks % 2 == 0:

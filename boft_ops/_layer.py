@@ -21,7 +21,9 @@ def _exactly(method: Callable) -> Callable:
 
     @wraps(method)
     def wrapper(self, *args):
-        with torch.no_grad(), _autocast.disabled(self.weight.device.type):
+        # not in inference mode either: a weight made there could not be trained around later
+        exact = torch.inference_mode(False), torch.no_grad()
+        with exact[0], exact[1], _autocast.disabled(self.weight.device.type):
             return method(self, *args)
 
     return wrapper
@@ -114,10 +116,14 @@ class BOFTLayer(nn.Module):
                 "(run it once)"
             )
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
-        if any((*hooks, base._backward_pre_hooks)) or parametrize.is_parametrized(base):
+        if (
+            any((*hooks, base._backward_pre_hooks))
+            or parametrize.is_parametrized(base)
+            or "forward" in vars(base)
+        ):
             raise ValueError(
-                f"expected a {cls.BASE.__name__} without hooks and parametrizations, got one that "
-                "has some, which a BOFT layer would lose"
+                f"expected a {cls.BASE.__name__} without hooks and parametrizations, and with its "
+                "class's forward(), got one that has some, which a BOFT layer would lose"
             )
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
@@ -183,10 +189,11 @@ class BOFTLayer(nn.Module):
         """
         if self.merged:
             return self.weight.clone()
-        matrix = self._matrix().to(self.skew.dtype)
-        rotated = self._rotate_matrix(matrix, self._blocks())
+        wide = torch.promote_types(self.skew.dtype, torch.float32)
+        blocks = cayley(self._active_skew().to(wide), method=self.method)
+        rotated = self._rotate_matrix(self._matrix().to(wide), blocks)
         if self.scale is not None:
-            rotated = rotated * self.scale[:, None]
+            rotated = rotated * self.scale[:, None].to(wide)
         return rotated.to(self.weight.dtype).reshape(self.weight.shape)
 
     @_exactly
@@ -214,12 +221,13 @@ class BOFTLayer(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
-        matrix = self._matrix().to(self.skew.dtype)
+        wide = torch.promote_types(self.skew.dtype, torch.float32)
+        matrix = self._matrix().to(wide)
         if self.scale is not None:
             if (self.scale == 0).any():
                 raise ValueError("scale: expected no zero in order to unmerge, got some")
-            matrix = matrix / self.scale[:, None]
-        blocks = self._blocks()
+            matrix = matrix / self.scale[:, None].to(wide)
+        blocks = cayley(self._active_skew().to(wide), method=self.method)
         if self.method != "exact":  # not orthogonal: the inverse is not the transpose
             blocks = torch.linalg.inv(blocks).mT
         if self.side == "in":
@@ -249,10 +257,11 @@ class BOFTLayer(nn.Module):
         return self
 
     def _check_trainable(self) -> None:
-        if self.training and torch.is_grad_enabled() and self.skew.requires_grad:
+        trained = self.skew.requires_grad or (self.scale is not None and self.scale.requires_grad)
+        if self.training and torch.is_grad_enabled() and trained:
             raise RuntimeError(
-                "the layer is merged, so its skew would get no gradient: expected unmerge() before "
-                "training, or eval() for inference"
+                "the layer is merged, so skew and scale would get no gradient: expected unmerge() "
+                "before training, or eval() for inference"
             )
 
     def get_extra_state(self) -> torch.Tensor:
@@ -263,6 +272,14 @@ class BOFTLayer(nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         merged, self.n_identity = state.tolist()
         self.merged = bool(merged)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # torch copies into the weight in place; where that changes whether it is merged, the
+        # storage may be shared with layers that it must not change for
+        state = state_dict.get(f"{prefix}_extra_state")
+        if state is not None and bool(state[0]) != self.merged:
+            self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options().items() if value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ FORMAT_VERSION = 1
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Write what was finetuned to one safetensors file.
 
-    It holds, under their names in the model, the skew and scale of every BOFT layer and every other
-    parameter that requires a gradient (``modules_to_save``, trained biases), and as metadata the
-    format version and each layer's options. The file appears whole or not at all.
+    It holds, under their names in the model, the skew and scale of every BOFT layer, every other
+    parameter that requires a gradient (``modules_to_save``, trained biases) with the buffers of its
+    module, and as metadata the format version and each layer's options. The file appears whole or
+    not at all.
 
     Args:
         model: an adapted model; if layers are merged the adapter is the same.
@@ -40,8 +42,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
             f"model: expected interpolate(0), as a file holds all factors; {switched[0]!r} has "
             f"interpolate({layers[switched[0]].n_identity})"
         )
-    trained = _trained(model)
-    tensors = {k: v.detach().contiguous() for k, v in (trained | _own_tensors(layers)).items()}
+    stored = _trained(model) | _own_tensors(layers)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in stored.items()}
     config = {name: layer.options() for name, layer in layers.items()}
     metadata = {
         "format": FORMAT,
@@ -84,14 +86,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         layers = {name: new[modules[name]] for name in config}
     own = _own_tensors(layers)
     others = set() if new else _trained(model).keys() - own.keys()
-    targets = dict(model.named_parameters(remove_duplicate=False)) | own
-    _check_tensors(path, tensors, targets, own.keys() | others)
+    frozen = {f"{name}.weight" for name in layers}
+    _check_tensors(path, tensors, _tensors(model, frozen) | own, own.keys() | others)
     if new:
         put_in(model, new)
+    targets = _tensors(model, frozen)  # those of the layers that were put in, if any
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
-            targets[name].requires_grad_(True)
+            if isinstance(targets[name], nn.Parameter):
+                targets[name].requires_grad_(True)
     return model
 
 
@@ -99,8 +103,21 @@ def _layers(model: nn.Module) -> dict[str, BOFTLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BOFTLayer)}
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters, and the buffers beside them (running statistics)."""
+    stored = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parents = {name.rpartition(".")[0] for name in stored}
+    state = model.state_dict().keys()  # without buffers that are not persistent
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[0] in parents and name in state:
+            stored[name] = buffer
+    return stored
+
+
+def _tensors(model: nn.Module, without: set[str]) -> dict[str, torch.Tensor]:
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    return {name: tensor for name, tensor in tensors.items() if name not in without}
 
 
 def _own_tensors(layers: dict[str, BOFTLayer]) -> dict[str, torch.Tensor]:
@@ -114,7 +131,8 @@ def _own_tensors(layers: dict[str, BOFTLayer]) -> dict[str, torch.Tensor]:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path = path.resolve()  # a link stays one
+    temporary = path.with_name(f".boft_ops-{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -148,7 +166,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
         raise ValueError(f"{path}: expected format version up to {FORMAT_VERSION}, got {version!r}")
     try:
         config = json.loads(metadata.get("layers", ""))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected the layers' options as JSON: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(v, dict) for v in config.values()):
         raise ValueError(f"{path}: expected layers with their options, got {config!r}")
@@ -183,8 +201,9 @@ def _check_tensors(
         if name not in targets:
             raise ValueError(f"{path}: expected parameters of the model, got {name!r}")
         shape = tuple(targets[name].shape)
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        kind = targets[name].is_floating_point()
+        if tuple(tensor.shape) != shape or tensor.is_floating_point() != kind:
             raise ValueError(
-                f"{path}: {name}: expected a floating-point tensor of shape {shape}, got "
-                f"{tensor.dtype} of {tuple(tensor.shape)}"
+                f"{path}: {name}: expected {'a floating-point' if kind else 'an integer'} tensor "
+                f"of shape {shape}, got {tensor.dtype} of {tuple(tensor.shape)}"
             )

@@ -92,9 +92,14 @@ def _check(
     _checks.tensor("skew", skew)
     _checks.choice("side", side, SIDES)
     _checks.choice("method", method, METHODS)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    if weight.dim() != 2:
         raise ValueError(
-            f"weight: expected shape (out_features, {x.shape[-1]}), got {tuple(weight.shape)}"
+            f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
+        )
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"x: expected a last dimension of {weight.shape[1]}, as weight {tuple(weight.shape)} "
+            f"has, got shape {tuple(x.shape)}"
         )
     if skew.dim() != 3:
         raise ValueError(

@@ -18,7 +18,7 @@ def adapt(
     model: nn.Module,
     target_modules: str | Iterable[str],
     *,
-    modules_to_save: Iterable[str] = (),
+    modules_to_save: str | Iterable[str] = (),
     **options,
 ) -> nn.Module:
     """Replace the matching linear and convolution layers by BOFT layers and freeze the rest.
@@ -28,7 +28,7 @@ def adapt(
         target_modules: which layers, as in PEFT. A string is a regular expression that must match
             the whole dotted name; a list holds whole names or last parts of names ("q_proj",
             "attention.output.dense").
-        modules_to_save: names or last parts of names of other modules that stay trainable, and that
+        modules_to_save: as target_modules, the other modules that stay trainable, and that
             ``save_adapter`` stores (a classification head, for example).
         **options: keyword arguments of ``BOFTLinear`` and ``BOFTConv2d`` from block_size on, such
             as ``block_size=8, n_factors=2``.
@@ -46,9 +46,13 @@ def adapt(
     targets = _matching(model, target_modules, "target_modules")
     if not targets:
         raise ValueError("target_modules: expected at least one name, got none")
-    kept = _matching(model, list(modules_to_save), "modules_to_save")
-    if both := sorted(targets.keys() & kept.keys()):
-        raise ValueError(f"modules_to_save: {both[0]!r} is also in target_modules")
+    kept = _matching(model, modules_to_save, "modules_to_save") if modules_to_save else {}
+    replaced = set(targets.values())
+    for name, module in kept.items():
+        if not replaced.isdisjoint(module.modules()):
+            raise ValueError(
+                f"modules_to_save: {name!r} is, or holds, a module that is also in target_modules"
+            )
     put_in(model, build_layers(model, dict.fromkeys(targets, options)))
     for module in kept.values():
         module.requires_grad_(True)

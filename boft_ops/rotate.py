@@ -104,7 +104,7 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, ctx.transpose, ctx.plan, *matrices = inputs
-        ctx.save_for_backward(x, *matrices)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *matrices)
 
     @staticmethod
     def backward(ctx, grad):

@@ -96,5 +96,5 @@ def scale_columns(
         scale = scale.to(x.dtype)
     if center is bias and center is not None:
         center = center.view_as(center)  # Dynamo wants no tensor twice among a Function's inputs
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = (x.flatten(0, -2) if x.dim() > 1 else x[None]).contiguous()
     return Scale.apply(rows, scale, center, bias).reshape(x.shape)

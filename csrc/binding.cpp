@@ -81,7 +81,8 @@ Tensor cayley_cpu(const Tensor& skew_) {
 
 Tensor cayley_backward_cpu(const Tensor& blocks_, const Tensor& grad_) {
   const int64_t dim = blocks_.dim();
-  STD_TORCH_CHECK(dim >= 2 && blocks_.size(dim - 1) == blocks_.size(dim - 2),
+  STD_TORCH_CHECK(dim >= 2 && blocks_.size(dim - 1) == blocks_.size(dim - 2) &&
+                      blocks_.size(dim - 1) > 0,
                   "cayley_backward: blocks: expected square blocks");
   STD_TORCH_CHECK(grad_.dim() == dim && grad_.scalar_type() == blocks_.scalar_type(),
                   "cayley_backward: grad: expected the shape and dtype of blocks");
@@ -158,9 +159,10 @@ Tensor compose_backward_cpu(const Tensor& factors_, const Tensor& grad_, int64_t
 // Rows and groups are whole units of work: any split over threads gives the same bits.
 boft::cpu::Stage stage_of(const Tensor& x, int64_t size, int64_t chunk, int64_t stride) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions");
-  STD_TORCH_CHECK(size > 0 && chunk > 0 && stride > 0 && size % chunk == 0 &&
-                      x.size(1) % (size * stride) == 0,
-                  "stage: does not fit ", x.size(1), " features");
+  const int64_t d = x.size(1);  // sizes bounded by it first: no product of them can wrap
+  STD_TORCH_CHECK(0 < size && size <= d && 0 < chunk && chunk <= size && size % chunk == 0 &&
+                      0 < stride && stride <= d / size && d % (size * stride) == 0,
+                  "stage: does not fit ", d, " features");
   return {size, chunk, stride};
 }
 

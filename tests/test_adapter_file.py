@@ -223,3 +223,34 @@ def test_merge_after_load(saved):
     model = load_adapter(make(), saved).eval()
     y = model(inputs())
     torch.testing.assert_close(merge(model)(inputs()), y)
+
+
+def test_trained_biases_and_running_statistics_come_back(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+
+    model = adapt(base(), ["0"], block_size=4, modules_to_save=["1"])
+    model[0].bias.requires_grad_(True)
+    model(torch.randn(64, 16) + 3)  # moves the running statistics
+    with torch.no_grad():
+        model[0].bias += 1
+    save_adapter(model, tmp_path / "file")
+    fresh = load_adapter(base(), tmp_path / "file")
+    assert fresh[0].bias.requires_grad
+    x = torch.randn(4, 16)
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+def test_a_file_cannot_write_the_frozen_weight(saved):
+    rewrite(saved, put("2.weight", torch.zeros(16, 16)))
+    with pytest.raises(ValueError, match=r"2\.weight"):
+        load_adapter(make(), saved)
+
+
+def test_links_and_long_names(tmp_path):
+    target, link = tmp_path / ("x" * 250), tmp_path / "link"
+    link.symlink_to(target)
+    save_adapter(trained(), link)
+    assert link.is_symlink()
+    assert load_adapter(make(), target) is not None

@@ -221,6 +221,14 @@ def test_saved_for_backward():
     assert sum(t.numel() for t in saved) - x.numel() <= 8 * blocks.numel()
 
 
+def test_frozen_blocks_save_nothing_of_the_inputs_size():
+    x, saved = torch.randn(1000, 64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        butterfly_matmul(x, random_blocks(2, 8, 64, torch.float32)).sum().backward()
+    assert sum(t.numel() for t in saved) < x.numel() / 8
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize(
     ("x", "blocks", "error", "match"),
     [

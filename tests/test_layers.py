@@ -91,6 +91,12 @@ def test_merge_and_unmerge(side, method, dtype):
     torch.testing.assert_close(layer(x), y, rtol=0, atol=16 * eps)
 
 
+def test_merging_rounds_once_whatever_the_adapters_dtype():
+    layer = randomise(BOFTLinear(64, 64, bias=False)).bfloat16()
+    exact = copy.deepcopy(layer).double().merged_weight()
+    assert (layer.merged_weight() - exact).norm() <= 1.1 * (exact.bfloat16() - exact).norm()
+
+
 def test_merge_under_autocast_is_exact():
     _, layer = linear_pair()
     randomise(layer)
@@ -268,6 +274,10 @@ def test_what_would_be_lost_is_refused():
     hooked.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="without hooks and parametrizations"):
         BOFTLinear.from_linear(hooked)
+    patched = nn.Linear(8, 8)
+    patched.forward = patched.forward
+    with pytest.raises(ValueError, match=r"class's forward\(\)"):
+        BOFTLinear.from_linear(patched)
     with pytest.raises(ValueError, match="without hooks and parametrizations"):
         BOFTConv2d.from_conv(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)))
 
@@ -306,7 +316,8 @@ def test_copies_and_meta():
         ({"block_size": 7}, ValueError, r"block_size: expected a divisor of 48.*Nearest valid"),
         ({"block_size": 3}, ValueError, "block_size: expected an even number for n_factors=2"),
         ({"n_factors": 3}, ValueError, r"n_factors: expected 48/8 = 6 blocks.*\(2, 8\)"),
-        ({"n_factors": 10**13}, ValueError, "n_factors: expected"),
+        ({"n_factors": 10**20}, ValueError, "n_factors: expected"),
+        ({"block_size": 10**400}, ValueError, "block_size: expected a divisor"),
         ({"scale": "no"}, TypeError, "scale: expected a bool, got 'no'"),
         ({"n_factors": 0}, ValueError, "n_factors: expected a positive int, got 0"),
         ({"block_size": 8.0}, TypeError, "block_size: expected a positive int, got 8.0"),

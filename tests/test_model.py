@@ -220,3 +220,32 @@ def test_lazily_built_layers_are_refused():
 def test_oft_layers_count_as_adapted():
     with pytest.raises(ValueError, match="without BOFT layers"):
         adapt(nn.Sequential(OFTLinear(8, 8), nn.Linear(8, 8)), ["1"])
+
+
+def test_modules_to_save_must_not_hold_a_target():
+    def model():
+        inner = nn.Sequential(nn.Linear(8, 8))
+        return nn.ModuleDict({"enc": inner, "alias": inner[0]})
+
+    for kept in (["enc"], ["alias"]):
+        with pytest.raises(ValueError, match="also in target_modules"):
+            adapt(model(), [r"enc.0"], modules_to_save=kept, block_size=4)
+    saved = adapt(Model(), ["q_proj"], block_size=4, modules_to_save="classifier")
+    assert "classifier.bias" in trainable(saved)
+
+
+def test_loading_a_merged_state_leaves_tied_weights_alone():
+    def tied():
+        model = nn.ModuleDict({"e": nn.Embedding(8, 8), "h": nn.Linear(8, 8, bias=False)})
+        model["h"].weight = model["e"].weight
+        return adapt(model, ["h"], block_size=4)
+
+    torch.manual_seed(1)
+    model, other = tied(), tied()
+    nn.init.normal_(other["h"].skew)
+    other["h"].merge()
+    state = {k: v for k, v in other.state_dict().items() if not k.startswith("e.")}
+    before = model["e"].weight.clone()
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(model["e"].weight, before)
+    torch.testing.assert_close(model["h"].weight, other["h"].weight)
