@@ -3,6 +3,7 @@
 import os
 import sys
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,11 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from boft_ops import _backend
+
+# In CI the same examples every time; elsewhere new ones, which may find what nobody thought of.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
