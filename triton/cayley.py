@@ -1,9 +1,9 @@
 """Triton kernels of the Cayley transform and its gradient.
 
 One program holds G blocks of B x B in registers, B the next power of two of the block size b; the
-padding is the identity and never mixes with the rest. Arithmetic is in float64: without it, the
-inverse of I - Q would need a float32 elimination, a residual step and their shuffles, and be exact
-to |Q| times less. No tl.dot, whose least sizes would rule out b < 16.
+padding is the identity and never mixes with the rest. Arithmetic is in float64: a float32
+elimination would need a residual step and still be off by |Q| times as much. No tl.dot, whose least
+sizes would rule out b < 16.
 """
 
 import torch
