@@ -80,7 +80,7 @@ class Op:
         return self.raw(*args)
 
     def _cuda(self, *args):
-        """The raw op on CUDA tensors, where Triton is the backend: what compiled graphs call."""
+        """What the raw op runs on CUDA tensors where Triton is the backend."""
         supported = self._supports.get("triton", lambda *_: True)(*args)
         return self.launcher()(*args) if supported else self.reference(*args)
 

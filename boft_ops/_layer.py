@@ -160,8 +160,9 @@ class BOFTLayer(nn.Module):
         m = self.n_factors - self.n_identity
         return self.skew[:m] if m else torch.zeros_like(self.skew[:1])
 
-    def _blocks(self) -> torch.Tensor:
-        return cayley(self._active_skew(), method=self.method)
+    def _blocks(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        skew = self._active_skew()
+        return cayley(skew if dtype is None else skew.to(dtype), method=self.method)
 
     def _rotate_matrix(self, matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """W R^T (side "in") or R W (side "out")."""
@@ -190,7 +191,7 @@ class BOFTLayer(nn.Module):
         if self.merged:
             return self.weight.clone()
         wide = torch.promote_types(self.skew.dtype, torch.float32)
-        blocks = cayley(self._active_skew().to(wide), method=self.method)
+        blocks = self._blocks(wide)
         rotated = self._rotate_matrix(self._matrix().to(wide), blocks)
         if self.scale is not None:
             rotated = rotated * self.scale[:, None].to(wide)
@@ -227,7 +228,7 @@ class BOFTLayer(nn.Module):
             if (self.scale == 0).any():
                 raise ValueError("scale: expected no zero in order to unmerge, got some")
             matrix = matrix / self.scale[:, None].to(wide)
-        blocks = cayley(self._active_skew().to(wide), method=self.method)
+        blocks = self._blocks(wide)
         if self.method != "exact":  # not orthogonal: the inverse is not the transpose
             blocks = torch.linalg.inv(blocks).mT
         if self.side == "in":
