@@ -62,6 +62,15 @@ class Op:
         }
         _ops[self.name] = self
 
+    def has_kernel(self, *args) -> bool:
+        """Whether one of its kernels, or a forced one, would take this call: for an op that others
+        can be put together for."""
+        device = args[0].device.type
+        backend = _forced or self.serving.get(device, "reference")
+        if backend == "reference" or backend in self.missing:
+            return False
+        return backend not in self._supports or self._supports[backend](*args)
+
     def __call__(self, *args):
         device = args[0].device.type
         backend = self._checked(_forced, args) if _forced else self.serving.get(device, "reference")

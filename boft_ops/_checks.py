@@ -8,6 +8,8 @@ import operator
 
 import torch
 
+from . import _autocast
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -112,6 +114,59 @@ def nearest_valid(features: int, block_size: int, n_factors: int) -> list[tuple[
             n_blocks, m = n_blocks // 2, m + 1
             found.append((m, b))
     return sorted(found, key=distance)[:4]
+
+
+def linear_arguments(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    skew: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    side: str,
+) -> None:
+    """The tensors of a rotated linear layer fit together; raise TypeError or ValueError if not."""
+    tensor("x", x, min_dim=1)
+    tensor("weight", weight)
+    tensor("skew", skew)
+    if weight.dim() != 2:
+        raise ValueError(
+            f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
+        )
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"x: expected a last dimension of {weight.shape[1]}, as weight {tuple(weight.shape)} "
+            f"has, got shape {tuple(x.shape)}"
+        )
+    if skew.dim() != 3:
+        raise ValueError(
+            "skew: expected shape (n_factors, features/block_size, block_size*(block_size-1)/2), "
+            f"got {tuple(skew.shape)}"
+        )
+    b = block_size_from_packed("skew", skew.shape[-1])
+    features = weight.shape[1 if side == "in" else 0]
+    if skew.shape[1] * b != features:
+        raise ValueError(
+            f"skew: expected {features} features on side {side!r}, got {skew.shape[1]} blocks of "
+            f"block_size {b}, shape {tuple(skew.shape)}"
+        )
+    butterfly_shape(features, b, skew.shape[0])
+    same_device("weight", weight, "x", x)
+    same_device("skew", skew, "x", x)
+    operands = [("weight", weight)]
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is None:
+            continue
+        tensor(name, vector)
+        if vector.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{name}: expected shape ({weight.shape[0]},), got {tuple(vector.shape)}"
+            )
+        same_device(name, vector, "x", x)
+    if bias is not None:
+        operands.append(("bias", bias))
+    for name, operand in operands:
+        if _autocast.cast(operand).dtype != _autocast.cast(x).dtype:
+            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {operand.dtype}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

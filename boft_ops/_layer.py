@@ -158,6 +158,8 @@ class BOFTLayer(nn.Module):
     def _active_skew(self) -> torch.Tensor:
         """``skew`` without the factors that ``interpolate`` made the identity."""
         m = self.n_factors - self.n_identity
+        if self.n_identity == 0:
+            return self.skew  # a slice would cost a copy in backward
         return self.skew[:m] if m else torch.zeros_like(self.skew[:1])
 
     def _blocks(self, dtype: torch.dtype | None = None) -> torch.Tensor:

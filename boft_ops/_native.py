@@ -21,6 +21,7 @@ from ._namespace import NS, PACKAGE
 
 status: str = "not looked for yet"
 library: Path | None = None
+isa: str | None = None  # the instruction set that its CPU kernels run on
 _kernels: dict[str, frozenset[str]] = {}
 
 
@@ -34,7 +35,7 @@ def load() -> bool:
 
     Warns only where a library is there but cannot be used: one that is merely absent is no fault.
     """
-    global status, library, _kernels
+    global status, library, isa, _kernels
     namespace = getattr(torch.ops, NS)
     # Kept on torch's own object: when this package is reloaded or imported anew in one process,
     # its kernels are registered already, and a second registration would be an error.

@@ -47,7 +47,7 @@ def butterfly_matmul(
             f"got shape {tuple(x.shape)}"
         )
     _checks.same_device("blocks", blocks, "x", x)
-    stages = plan(m, b)
+    stages = plan(m, b, x.device.type)
     x = _autocast.cast(x)
     return rotate(x, compose(blocks, stages, x.dtype), stages, transpose)
 

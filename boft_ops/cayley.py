@@ -40,19 +40,23 @@ def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _exact(skew: torch.Tensor) -> torch.Tensor:
+def _exact(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
     q = unpack(skew.to(_solve_dtype(skew)))
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # The symmetric part of I - Q is I: never singular, nothing to check (and no host sync).
     inverse = torch.linalg.inv_ex(eye - q, check_errors=False).inverse
-    return (2 * inverse - eye).to(skew.dtype)
+    blocks = (2 * inverse - eye).to(skew.dtype)
+    return blocks if drop is None else torch.where(drop[..., None, None], eye.to(blocks), blocks)
 
 
-def _exact_backward(blocks: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def _exact_backward(
+    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+) -> torch.Tensor:
     r = blocks.to(_accumulate_dtype(blocks))
     eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
     half = (eye + r).mT
-    return pack(0.5 * (half @ grad.to(r.dtype) @ half)).to(blocks.dtype)
+    skew_grad = pack(0.5 * (half @ grad.to(r.dtype) @ half)).to(blocks.dtype)
+    return skew_grad if drop is None else skew_grad.masked_fill(drop[..., None], 0)
 
 
 def _accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -84,12 +88,14 @@ def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return pack(total + q.mT @ grad).to(skew.dtype)
 
 
-def _fake_forward(skew: torch.Tensor) -> torch.Tensor:
+def _fake_forward(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
     b = _checks.block_size_from_packed("skew", skew.shape[-1])
     return skew.new_empty(*skew.shape[:-1], b, b)
 
 
-def _fake_exact_backward(blocks: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def _fake_exact_backward(
+    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+) -> torch.Tensor:
     return blocks.new_empty(*blocks.shape[:-2], _packed(blocks.shape[-1]))
 
 
@@ -102,24 +108,24 @@ def _packed(block_size: int) -> int:
 
 
 cayley_forward = Op(
-    "cayley(Tensor skew) -> Tensor",
+    "cayley(Tensor skew, Tensor? drop) -> Tensor",
     _exact,
     _fake_forward,
     triton="cayley:cayley",
     supports={
-        "cpu": lambda skew: skew.dtype != torch.float16 and skew.shape[-1] <= _packed(64),
-        "triton": lambda skew: skew.shape[-1] <= _packed(64),
+        "cpu": lambda skew, _: skew.dtype != torch.float16 and skew.shape[-1] <= _packed(64),
+        "triton": lambda skew, _: skew.shape[-1] <= _packed(64),
     },
 )
 cayley_backward = Op(
-    "cayley_backward(Tensor blocks, Tensor grad) -> Tensor",
+    "cayley_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
     _exact_backward,
     _fake_exact_backward,
     triton="cayley:cayley_backward",
     supports={
         # BLAS wins on larger blocks
-        "cpu": lambda blocks, _: blocks.dtype != torch.float16 and blocks.shape[-1] <= 16,
-        "triton": lambda blocks, _: blocks.shape[-1] <= 64,
+        "cpu": lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 16,
+        "triton": lambda blocks, *_: blocks.shape[-1] <= 64,
     },
 )
 neumann5_forward = Op("cayley_neumann5(Tensor skew) -> Tensor", _neumann5, _fake_forward)
@@ -137,7 +143,7 @@ class Cayley(torch.autograd.Function):
 
     @staticmethod
     def forward(skew):
-        return cayley_forward(skew)
+        return cayley_forward(skew, None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -146,7 +152,7 @@ class Cayley(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (blocks,) = ctx.saved_tensors
-        return cayley_backward(blocks, grad.contiguous())
+        return cayley_backward(blocks, None, grad.contiguous())
 
 
 class CayleyNeumann5(torch.autograd.Function):

@@ -79,7 +79,7 @@ def _compose(factors: torch.Tensor, first: int) -> torch.Tensor:
 def _compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
     stride = 1 << first
     groups = _partial(factors, first)
-    grad = grad.unflatten(0, (grad.shape[0] // stride, stride))
+    grad = grad.sum(0).unflatten(0, (grad.shape[1] // stride, stride))
     grads = []
     for i in range(len(factors) - 1, 0, -1):
         paired, halves = _pair(factors[i], stride, 1 << i), _halves(groups[i - 1], 1 << i)
@@ -113,6 +113,7 @@ compose_forward = Op(
     supports={"cpu": _native_takes},
 )
 compose_backward = Op(
+    # grad (splits, d/size, size, size): partial sums, added up here
     "compose_backward(Tensor factors, Tensor grad, int first) -> Tensor",
     _compose_backward,
     _fake_compose_backward,
@@ -137,11 +138,18 @@ class Compose(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (blocks,) = ctx.saved_tensors
-        parts = [
-            compose_backward(blocks[s.first : s.last], grad.contiguous(), s.first)
-            for s, grad in zip(ctx.stages, grads, strict=True)
-        ]
-        return torch.cat(parts), None
+        return compose_gradient(blocks, ctx.stages, [grad[None] for grad in grads]), None
+
+
+def compose_gradient(
+    blocks: torch.Tensor, stages: tuple[Stage, ...], partials: list[torch.Tensor]
+) -> torch.Tensor:
+    """dL/dblocks from the partial sums (splits, d/size, size, size) of each stage's gradient."""
+    parts = [
+        compose_backward(blocks[s.first : s.last], grad.contiguous(), s.first)
+        for s, grad in zip(stages, partials, strict=True)
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def compose(

@@ -47,15 +47,32 @@ def multiplicative_dropout(
             "blocks: expected shape (n_factors, d/block_size, block_size, block_size), "
             f"got {tuple(blocks.shape)}"
         )
-    m, n_blocks, b, _ = blocks.shape
-    n_components, n_dropped = _count(p_component, m), _count(p_block, n_blocks)
-    if not training or n_components == 0 or n_dropped == 0:
+    if not training:
         return blocks
-    drop = _draw((m, n_blocks), n_dropped, blocks, generator)
-    if n_components < m:
-        drop = drop & _draw((m,), n_components, blocks, generator)[:, None]
+    m, n_blocks, b, _ = blocks.shape
+    drop = draw_mask(m, n_blocks, p_component, p_block, blocks.device, generator)
+    if drop is None:
+        return blocks
     eye = torch.eye(b, dtype=blocks.dtype, device=blocks.device)
     return torch.where(drop[:, :, None, None], eye, blocks)
+
+
+def draw_mask(
+    m: int,
+    n_blocks: int,
+    p_component: float,
+    p_block: float,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> torch.Tensor | None:
+    """Which blocks to drop, a boolean (m, n_blocks); None if that is none of them."""
+    n_components, n_dropped = _count(p_component, m), _count(p_block, n_blocks)
+    if n_components == 0 or n_dropped == 0:
+        return None
+    drop = _draw((m, n_blocks), n_dropped, device, generator)
+    if n_components < m:
+        drop = drop & _draw((m,), n_components, device, generator)[:, None]
+    return drop
 
 
 def _count(p: float, n: int) -> int:
@@ -64,8 +81,8 @@ def _count(p: float, n: int) -> int:
 
 
 def _draw(
-    shape: tuple[int, ...], count: int, like: torch.Tensor, generator: torch.Generator | None
+    shape: tuple[int, ...], count: int, device: torch.device, generator: torch.Generator | None
 ) -> torch.Tensor:
     """Boolean mask with exactly ``count`` True, uniformly placed, along the last dimension."""
-    noise = torch.rand(shape, device=like.device, generator=generator)
+    noise = torch.rand(shape, device=device, generator=generator)
     return noise.argsort(-1) < count  # a random permutation of 0..n-1, ties included

@@ -5,13 +5,184 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import _autocast, _checks
+from . import _autocast, _checks, _native
+from ._backend import Op
 from .butterfly import butterfly_matmul
 from .cayley import METHODS, cayley
-from .dropout import multiplicative_dropout
-from .scale import scale_columns
+from .dropout import draw_mask
+from .plan import plan
+from .rotate import _rotate, _rotate_backward, apply_stages, apply_stages_backward
+from .rotation import make_matrices, make_matrices_backward
+from .scale import Scale, scale_backward, scale_columns
 
 SIDES = ("in", "out")
+MIN_ROWS = 64
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stage: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z = F.linear(_rotate(x, stage, stage.shape[-1], 1, False), weight)
+    y = z.clone() if scale is None else z * scale
+    return y if bias is None else y + bias, z if save else z.new_empty(0, len(weight))
+
+
+def _linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stage: torch.Tensor,
+    scale: torch.Tensor | None,
+    z: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rotated_grad = (grad if scale is None else grad * scale) @ weight
+    x_grad, gram = _rotate_backward(rotated_grad, x, stage, stage.shape[-1], 1, False, 1)
+    scale_grad = grad.new_empty(0) if z is None else (grad * z).sum(0)
+    return x_grad, gram[0], scale_grad, grad.sum(0)
+
+
+def _fake_linear(x, weight, stage, scale, bias, save):
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(x) if save else 0, len(weight))
+
+
+def _fake_linear_backward(grad, x, weight, stage, scale, z):
+    n = len(weight)
+    scale_grad = x.new_empty(0 if z is None else n)
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x_grad, torch.empty_like(stage), scale_grad, x.new_empty(n)
+
+
+def _native_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
+    """Enough rows to make up for reading the weight more slowly than a BLAS does; float32 alone,
+    with vector instructions that the BLAS has as well."""
+    return (
+        x.dtype == weight.dtype == stage.dtype == torch.float32
+        and 192 % stage.shape[-1] == 0
+        and len(x) >= MIN_ROWS
+        and _native.isa in ("avx2", "avx512")
+    )
+
+
+# y = scale * (x R W^T) + bias in one product, for a stage of stride 1; z, if it is to be saved, is
+# y before the scale and the bias. Where no kernel serves it, the layer is put together from others.
+linear_forward = Op(
+    "linear(Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? bias, bool save)"
+    " -> (Tensor, Tensor)",
+    _linear,
+    _fake_linear,
+    supports={"cpu": lambda x, weight, stage, *_: _native_takes(x, weight, stage)},
+)
+# -> gradients of x, stage, scale (empty without z) and bias
+linear_backward = Op(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? z)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_backward,
+    _fake_linear_backward,
+    supports={"cpu": lambda grad, x, weight, stage, *_: _native_takes(x, weight, stage)},
+)
+
+
+class RotatedLinear(torch.autograd.Function):
+    """y = scale * (x R W^T) + bias with a frozen W: every gradient in closed form.
+
+    Saves x, the blocks, the stage matrices and, for a trained scale alone, the output before it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, skew, scale, bias, drop, method):
+        b = _checks.block_size_from_packed("skew", skew.shape[-1])
+        stages = plan(len(skew), b, x.device.type)
+        blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        wide_scale = None if scale is None else _scale_like(scale, x)
+        save = scale is not None and ctx.needs_input_grad[3]
+        fused = linear_forward.has_kernel(rows, weight, matrices[0]) and _is_rotated(skew)
+        if fused:
+            rows = apply_stages(rows, matrices[1:], stages[1:], False)
+            y, z = linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
+        else:
+            # the bias inside the product, as torch's linear has it: see _compose_functions
+            z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
+            y = z if scale is None else Scale.forward(z, wide_scale, bias, bias)
+        ctx.stages, ctx.method, ctx.fused = stages, method, fused
+        tensors = (x, weight, skew, scale, bias, drop, z if save else None)
+        ctx.save_for_backward(*tensors, blocks, *matrices)
+        return y.reshape(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, skew, scale, bias, drop, z, blocks, *matrices = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, grad)
+        need_x, _, need_skew, need_scale, need_bias, *_ = ctx.needs_input_grad
+        stages, rows = ctx.stages, x.reshape(-1, x.shape[-1])
+        grad = grad.reshape(-1, len(weight)).contiguous()
+        scale_grad = sums = None
+        if scale is not None:
+            wide_scale = _scale_like(scale, x)
+        if ctx.fused:
+            inner = apply_stages(rows, matrices[1:], stages[1:], False)
+            rows_grad, stage_grad, scale_grad, sums = linear_backward(
+                grad, inner, weight, matrices[0], wide_scale if scale is not None else None, z
+            )
+            x_grad, partials = rows_grad, [stage_grad[None]]
+            if len(stages) > 1:
+                x_grad, outer = apply_stages_backward(
+                    rows_grad, rows if need_skew else None, matrices[1:], stages[1:], False, need_x
+                )
+                partials += outer
+        else:
+            if need_scale:
+                center = torch.zeros_like(wide_scale) if bias is None else bias.to(wide_scale)
+                grad, scale_grad, sums = scale_backward(grad, z, wide_scale, center)
+            else:
+                sums = grad.sum(0) if need_bias else None
+                grad = grad if scale is None else Scale.forward(grad, wide_scale, None, None)
+            x_grad, partials = None, []
+            if need_x or need_skew:
+                x_grad, partials = apply_stages_backward(
+                    grad @ weight, rows if need_skew else None, matrices, stages, False, need_x
+                )
+        skew_grad = None
+        if need_skew:
+            skew_grad = make_matrices_backward(skew, blocks, drop, stages, ctx.method, partials)
+        return (
+            x_grad.reshape(x.shape) if need_x else None,
+            None,
+            skew_grad,
+            scale_grad.to(scale.dtype) if need_scale else None,
+            sums.to(bias.dtype) if need_bias else None,
+            None,
+            None,
+        )
+
+
+def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The scale in the dtype that the kernels compute in."""
+    return scale.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _is_rotated(skew: torch.Tensor) -> bool:
+    """Whether R may differ from the identity: if not, the layer is to be torch's own bit for bit.
+
+    A look at the data, on a CPU and not in a compiled graph.
+    """
+    return torch.compiler.is_compiling() or bool(skew.detach().count_nonzero())
+
+
+def _differentiable_backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients as functions of everything, for gradients of gradients."""
+    *inputs, drop, _ = ctx.saved_tensors[:7]
+    wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+    with torch.enable_grad():
+        y = _compose_functions(*inputs, drop, "in", ctx.method)
+        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return *(next(grads) if need else None for need in ctx.needs_input_grad[:5]), None, None
 
 
 def boft_linear(
@@ -56,14 +227,40 @@ def boft_linear(
         ValueError: shapes or devices do not fit, ``side`` or ``method`` is unknown, or no butterfly
             of this shape exists; the message lists the nearest valid (n_factors, block_size).
     """
-    _check(x, weight, skew, scale, bias, side, method)
+    _checks.choice("side", side, SIDES)
+    _checks.choice("method", method, METHODS)
+    _checks.linear_arguments(x, weight, skew, scale, bias, side)
     if dropout is not None and not (isinstance(dropout, tuple) and len(dropout) == 2):
         raise ValueError(f"dropout: expected (p_component, p_block) or None, got {dropout!r}")
+    drop = None
+    if dropout is not None:
+        _checks.probability("p_component", dropout[0])
+        _checks.probability("p_block", dropout[1])
+        drop = draw_mask(*skew.shape[:2], *dropout, x.device, generator)
     x, weight = _autocast.cast(x), _autocast.cast(weight)
     bias = None if bias is None else _autocast.cast(bias)
+    # One Function for the usual case; the rest is put together from the package's other functions.
+    plain = side == "in" and not (torch.is_grad_enabled() and weight.requires_grad)
+    if plain and not torch._C._are_functorch_transforms_active():
+        return RotatedLinear.apply(x, weight, skew, scale, bias, drop, method)
+    return _compose_functions(x, weight, skew, scale, bias, drop, side, method)
+
+
+def _compose_functions(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    skew: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    drop: torch.Tensor | None,
+    side: str,
+    method: str,
+) -> torch.Tensor:
+    """The layer as functions that are differentiable any number of times, in every argument."""
     blocks = cayley(skew, method=method)
-    if dropout is not None:
-        blocks = multiplicative_dropout(blocks, *dropout, training=True, generator=generator)
+    if drop is not None:
+        eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+        blocks = torch.where(drop[..., None, None], eye, blocks)
     if side == "in":
         x = butterfly_matmul(x, blocks)
     # The bias goes into the matrix product, where torch's linear has it, and what the scale and the
@@ -76,57 +273,3 @@ def boft_linear(
     if scale is None:
         return y if side == "in" or bias is None else y + (bias - shift)
     return scale_columns(y, scale, shift, bias)
-
-
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    skew: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    side: str,
-    method: str,
-) -> None:
-    _checks.tensor("x", x, min_dim=1)
-    _checks.tensor("weight", weight)
-    _checks.tensor("skew", skew)
-    _checks.choice("side", side, SIDES)
-    _checks.choice("method", method, METHODS)
-    if weight.dim() != 2:
-        raise ValueError(
-            f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
-        )
-    if weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"x: expected a last dimension of {weight.shape[1]}, as weight {tuple(weight.shape)} "
-            f"has, got shape {tuple(x.shape)}"
-        )
-    if skew.dim() != 3:
-        raise ValueError(
-            "skew: expected shape (n_factors, features/block_size, block_size*(block_size-1)/2), "
-            f"got {tuple(skew.shape)}"
-        )
-    b = _checks.block_size_from_packed("skew", skew.shape[-1])
-    features = weight.shape[1 if side == "in" else 0]
-    if skew.shape[1] * b != features:
-        raise ValueError(
-            f"skew: expected {features} features on side {side!r}, got {skew.shape[1]} blocks of "
-            f"block_size {b}, shape {tuple(skew.shape)}"
-        )
-    _checks.same_device("weight", weight, "x", x)
-    _checks.same_device("skew", skew, "x", x)
-    operands = [("weight", weight)]
-    for name, vector in (("scale", scale), ("bias", bias)):
-        if vector is None:
-            continue
-        _checks.tensor(name, vector)
-        if vector.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{name}: expected shape ({weight.shape[0]},), got {tuple(vector.shape)}"
-            )
-        _checks.same_device(name, vector, "x", x)
-    if bias is not None:
-        operands.append(("bias", bias))
-    for name, operand in operands:
-        if _autocast.cast(operand).dtype != _autocast.cast(x).dtype:
-            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {operand.dtype}")

@@ -1,11 +1,14 @@
 """Rows times the stages of a butterfly: the only op that touches the activations.
 
-``rotate`` multiplies each row by one block-diagonal stage; ``gram`` is the matching x^T g of its
-backward. Both see x (N, d) as N rows of H x M x L chunks of r features, and a stage matrix of group
-(h, l) mixes the M chunks that lie L apart.
+``rotate`` multiplies each row by one block-diagonal stage; ``rotate_backward`` gives both of its
+gradients in one pass over the rows, ``gram`` that of the stage alone. All see x (N, d) as N rows of
+H x M x L chunks of r features, and a stage matrix of group (h, l) mixes the M chunks that lie L
+apart.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -45,11 +48,29 @@ def _rotate(
     return _ungroup(torch.bmm(groups, stage), chunk, stride)
 
 
-def _gram(x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int) -> torch.Tensor:
+def _gram(
+    x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
+) -> torch.Tensor:
     left = _groups(x, size, chunk, stride)
     right = _groups(grad, size, chunk, stride)
-    product = torch.bmm(left.mT, right)
-    return product.to(torch.promote_types(x.dtype, torch.float32))
+    product = torch.bmm(left.mT, right)[None]
+    product = product.to(torch.promote_types(x.dtype, torch.float32))
+    # the whole sum in the first part: kernels divide it, one part for each share of the rows
+    return torch.cat([product, product.new_zeros(splits - 1, *product.shape[1:])])
+
+
+def _rotate_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    stage: torch.Tensor,
+    chunk: int,
+    stride: int,
+    transpose: bool,
+    splits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pair = (grad, x) if transpose else (x, grad)
+    gram = _gram(*pair, stage.shape[-1], chunk, stride, splits)
+    return _rotate(grad, stage, chunk, stride, not transpose), gram
 
 
 def _fake_rotate(
@@ -59,47 +80,112 @@ def _fake_rotate(
 
 
 def _fake_gram(
-    x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int
+    x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[1] // size, size, size, dtype=dtype)
+    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=dtype)
 
 
-def _native_takes(x: torch.Tensor, size: int) -> bool:
-    """float32 and float64, up to the size from which BLAS wins."""
-    return torch.finfo(x.dtype).bits >= 32 and size <= 128
+def _fake_rotate_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    stage: torch.Tensor,
+    chunk: int,
+    stride: int,
+    transpose: bool,
+    splits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x_grad, _fake_gram(x, grad, stage.shape[-1], chunk, stride, splits)
+
+
+def _native_takes(x: torch.Tensor, size: int, splits: int = 1) -> bool:
+    """Up to the size from which BLAS wins."""
+    return x.dtype != torch.float16 and size <= 128 and splits == 1
+
+
+def _native_takes_stage(x: torch.Tensor, stage: torch.Tensor, splits: int = 1) -> bool:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return stage.dtype == wide and _native_takes(x, stage.shape[-1], splits)
 
 
 rotate_rows = Op(
     "rotate(Tensor x, Tensor stage, int chunk, int stride, bool transpose) -> Tensor",
     _rotate,
     _fake_rotate,
-    supports={
-        "cpu": lambda x, stage, *_: x.dtype == stage.dtype and _native_takes(x, stage.shape[-1])
-    },
+    supports={"cpu": lambda x, stage, *_: _native_takes_stage(x, stage)},
 )
+# Gradients of a stage come as partial sums (splits, d/size, size, size), in at least float32.
 gram = Op(
-    "gram(Tensor x, Tensor grad, int size, int chunk, int stride) -> Tensor",
+    "gram(Tensor x, Tensor grad, int size, int chunk, int stride, int splits) -> Tensor",
     _gram,
     _fake_gram,
-    supports={"cpu": lambda x, grad, size, *_: _native_takes(x, size)},
+    supports={"cpu": lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits)},
 )
+rotate_backward = Op(
+    "rotate_backward(Tensor grad, Tensor x, Tensor stage, int chunk, int stride, bool transpose,"
+    " int splits) -> (Tensor, Tensor)",
+    _rotate_backward,
+    _fake_rotate_backward,
+    supports={
+        "cpu": lambda grad, x, stage, chunk, stride, transpose, splits: _native_takes_stage(
+            x, stage, splits
+        )
+    },
+)
+
+
+def apply_stages(
+    x: torch.Tensor, matrices: Sequence[torch.Tensor], plan: tuple[Stage, ...], transpose: bool
+) -> torch.Tensor:
+    """x (N, d) through all the stages, outside of autograd."""
+    for i in _order(plan, transpose):
+        x = rotate_rows(x, matrices[i], plan[i].chunk, plan[i].stride, transpose)
+    return x
+
+
+def apply_stages_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    matrices: Sequence[torch.Tensor],
+    plan: tuple[Stage, ...],
+    transpose: bool,
+    need_x: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """The gradient of x and, unless x is None, the partial sums of each stage's gradient.
+
+    The input of each stage is computed again from x: nothing else of its size needs to be kept.
+    """
+    order = _order(plan, transpose)
+    partials: list[torch.Tensor | None] = [None] * len(plan)
+    inputs = [x]
+    if x is not None:
+        for i in order[:-1]:
+            stage = (matrices[i], plan[i].chunk, plan[i].stride, transpose)
+            inputs.append(rotate_rows(inputs[-1], *stage))
+    for i in reversed(order):
+        size, chunk, stride = plan[i].size, plan[i].chunk, plan[i].stride
+        parts = plan[i].splits(grad)
+        if x is None:
+            grad = rotate_rows(grad, matrices[i], chunk, stride, not transpose)
+        elif need_x or i != order[0]:
+            grad, partials[i] = rotate_backward(
+                grad, inputs.pop(), matrices[i], chunk, stride, transpose, parts
+            )
+        else:
+            pair = (grad, inputs.pop()) if transpose else (inputs.pop(), grad)
+            partials[i] = gram(*pair, size, chunk, stride, parts)
+    return grad if need_x else None, partials
 
 
 class Rotate(torch.autograd.Function):
-    """y = x R (or x R^T) through the stages. Saves x and the stage matrices alone.
-
-    dx = g R^T and, per stage, d stage = x_k^T g_k, where x_k is the stage's own input, recomputed
-    from x. Nothing else of x's size is kept.
-    """
+    """y = x R (or x R^T) through the stages. Saves x and the stage matrices alone."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, transpose: bool, plan: tuple[Stage, ...], *matrices):
-        for i in _order(plan, transpose):
-            x = rotate_rows(x, matrices[i], plan[i].chunk, plan[i].stride, transpose)
-        return x
+        return apply_stages(x, matrices, plan, transpose)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -109,24 +195,14 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, *matrices = ctx.saved_tensors
-        transpose, plan = ctx.transpose, ctx.plan
-        order = _order(plan, transpose)
-        need_x, need_matrices = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
-        grad = grad.contiguous()
-        grads = [None] * len(plan)
-        inputs = [x]
-        if need_matrices:
-            for i in order[:-1]:
-                stage = (matrices[i], plan[i].chunk, plan[i].stride, transpose)
-                inputs.append(rotate_rows(inputs[-1], *stage))
-        for i in reversed(order):
-            chunk, stride = plan[i].chunk, plan[i].stride
-            if need_matrices:
-                pair = (grad, inputs.pop()) if transpose else (inputs.pop(), grad)
-                grads[i] = gram(*pair, plan[i].size, chunk, stride).to(matrices[i].dtype)
-            if need_x or (need_matrices and i != order[0]):
-                grad = rotate_rows(grad, matrices[i], chunk, stride, not transpose)
-        return grad if need_x else None, None, None, *grads
+        x_grad, partials = apply_stages_backward(
+            grad.contiguous(), x, matrices, ctx.plan, ctx.transpose, ctx.needs_input_grad[0]
+        )
+        grads = [
+            None if p is None else p.sum(0).to(matrix.dtype)
+            for p, matrix in zip(partials, matrices, strict=True)
+        ]
+        return x_grad, None, None, *grads
 
 
 def _order(plan: tuple[Stage, ...], transpose: bool) -> list[int]:

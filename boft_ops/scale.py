@@ -37,7 +37,8 @@ scale_backward = Op(
     _fake_scale_backward,
     supports={
         "cpu": lambda grad, x, scale, center: (
-            grad.dtype == scale.dtype == center.dtype and torch.finfo(grad.dtype).bits >= 32
+            grad.dtype != torch.float16
+            and scale.dtype == center.dtype == torch.promote_types(grad.dtype, torch.float32)
         )
     },
 )

@@ -37,9 +37,9 @@ def test_report_names_every_op_once_per_device():
 def test_each_backend_is_the_one_that_runs(cayley_backend, monkeypatch, interpreted):
     ran = []
     op = _backend._ops["cayley"]
-    monkeypatch.setattr(op, "reference", lambda s: ran.append("reference") or s.new_zeros(1))
-    monkeypatch.setattr(op, "raw", lambda s: ran.append("cpu") or s.new_zeros(1))
-    monkeypatch.setattr(op, "launcher", lambda: lambda s: ran.append("triton") or s.new_zeros(1))
+    monkeypatch.setattr(op, "reference", lambda s, _: ran.append("reference") or s.new_zeros(1))
+    monkeypatch.setattr(op, "raw", lambda s, _: ran.append("cpu") or s.new_zeros(1))
+    monkeypatch.setattr(op, "launcher", lambda: lambda s, _: ran.append("triton") or s.new_zeros(1))
     with torch.no_grad():
         cayley(torch.zeros(3, 6))
     assert ran == [cayley_backend]
@@ -48,7 +48,7 @@ def test_each_backend_is_the_one_that_runs(cayley_backend, monkeypatch, interpre
 def test_forcing_a_backend_without_a_kernel_raises(interpreted):
     x, weight, skew = torch.randn(2, 16), torch.randn(4, 16), torch.zeros(2, 4, 6)
     if _backend.has_triton():
-        match = "=triton: compose: no Triton kernel"
+        match = "=triton: rotation: no Triton kernel"
         with _backend.force("triton"), pytest.raises(RuntimeError, match=match):
             boft_linear(x, weight, skew)
     with (

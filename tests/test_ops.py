@@ -26,19 +26,34 @@ def rotations(m=3, b=4, d=32):
 def samples():
     """Arguments of every raw op, contiguous and not."""
     skew = 0.2 * torch.randn(2, 4, 28)
+    drop = torch.tensor([[True, False, False, True]] * 2)
     blocks = rotations()
+    dropped = torch.rand(3, 8) < 0.5
     stage, stage1 = raw.compose(blocks, 0), raw.compose(blocks[1:], 1)
     x, g = torch.randn(5, 32), torch.randn(32, 5).T
+    weight, scale, bias = torch.randn(6, 32), torch.randn(6), torch.randn(6)
+    y = torch.randn(5, 6)
     return {
-        "cayley": [(skew,), (skew.transpose(0, 1),), (skew.bfloat16(),), (skew[:0],)],
-        "cayley_backward": [(blocks, torch.randn_like(blocks)), (blocks.mT, blocks)],
+        "cayley": [
+            *[(skew, None), (skew.transpose(0, 1), drop.T), (skew.bfloat16(), None)],
+            (skew[:0], None),
+        ],
+        "cayley_backward": [(blocks, None, torch.randn_like(blocks)), (blocks.mT, dropped, blocks)],
         "cayley_neumann5": [(skew,), (skew.double(),)],
         "cayley_neumann5_backward": [(skew, cayley(skew))],
         "compose": [(blocks, 0), (blocks[1:], 1), (blocks[:1], 0)],
-        "compose_backward": [(blocks, torch.randn_like(stage), 0), (blocks[1:], stage1.mT, 1)],
+        "compose_backward": [(blocks, stage[None], 0), (blocks[1:], stage1.mT[None], 1)],
+        "rotation": [(skew, None), (skew.double(), drop)],
+        "rotation_backward": [(blocks, None, stage[None]), (blocks, dropped, stage.mT[None])],
         "rotate": [(x, stage, 2, 1, False), (g, stage1, 2, 2, True), (x[:0], stage, 2, 1, True)],
+        "rotate_backward": [
+            *[(x, g, stage, 2, 1, False, 1), (g, x, stage1, 2, 2, True, 1)],
+            (x.bfloat16(), g.bfloat16(), stage, 2, 1, False, 1),
+        ],
         "scale_backward": [(x, x + 1, x[0], x[1]), (g, x, g[0], x[1]), (x[:0], x[:0], x[0], x[1])],
-        "gram": [(x, g, 16, 2, 1), (x, g, 8, 2, 2), (x.double(), g.double(), 16, 2, 1)],
+        "gram": [(x, g, 16, 2, 1, 1), (x, g, 8, 2, 2, 1), (x.double(), g.double(), 16, 2, 1, 1)],
+        "linear": [(x, weight, stage, scale, bias, True), (g, weight, stage, None, None, False)],
+        "linear_backward": [(y, x, weight, stage, scale, y), (y, g, weight, stage, None, None)],
     }  # fmt: skip
 
 
@@ -186,7 +201,10 @@ def test_gradients_only_where_needed():
         butterfly_matmul(x, blocks.requires_grad_()).sum().backward()
         assert calls == ["compose", "rotate", "gram", "compose_backward"]
         calls.clear()
-        butterfly_matmul(x.requires_grad_(), blocks.detach()).sum().backward()
+        butterfly_matmul(x.requires_grad_(), blocks).sum().backward()
+        assert calls == ["compose", "rotate", "rotate_backward", "compose_backward"]
+        calls.clear()
+        butterfly_matmul(x, blocks.detach()).sum().backward()
         assert calls == ["compose", "rotate", "rotate"]
     finally:
         _backend.Op.__call__ = real

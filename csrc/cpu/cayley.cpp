@@ -2,156 +2,225 @@
 // element (i, j) of kTile blocks side by side, so that b = 2, 4, 8 fill the vector lanes as well as
 // b = 64 does. Computed in double throughout: the blocks are tiny beside the activations, and one
 // rounding at the end makes R orthogonal to float32's last bit for |Q| up to 1e12.
-#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "boft_kernels.h"
 #include "common.h"
+#include "transpose.h"
 
 namespace boft::cpu {
 namespace {
 
-using bf16 = uint16_t;
-
 template <class T>
-BOFT_INLINE double widen(T value) {
-  return double(value);
-}
-template <>
-BOFT_INLINE double widen<bf16>(bf16 value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return double(result);
-}
-
-template <class T>
-BOFT_INLINE T narrow(double value) {
+BOFT_INLINE T round_to(double value) {
   return T(value);
 }
 template <>
-BOFT_INLINE bf16 narrow<bf16>(double value) {
+BOFT_INLINE bf16 round_to<bf16>(double value) {
   // Rounding twice (double to float to bf16) is right unless the first step makes a tie: round the
   // first step to odd, which no later rounding can mistake for a tie.
   float rounded = float(value);
   uint32_t bits;
   std::memcpy(&bits, &rounded, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16((bits >> 16) | 0x40);  // NaN stays NaN
   if (double(rounded) != value && (bits & 1) == 0) {
     const bool away = (double(rounded) > value) == (value > 0);  // |rounded| > |value|
     bits += away ? uint32_t(-1) : 1u;
+    std::memcpy(&rounded, &bits, sizeof rounded);
   }
-  return bf16((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  return round_to_bf16(rounded);
 }
 
-// a[(i * b + j) * kTile + v] is element (i, j) of block v of the tile
-BOFT_INLINE double* at(double* a, int64_t b, int64_t i, int64_t j) {
-  return a + (i * b + j) * kTile;
-}
-
-// In-place Gauss-Jordan inverse without pivoting. The symmetric part of A = I - Q is I, and stays
-// at least I in every Schur complement, so that no pivot is ever below 1.
-BOFT_INLINE void invert(double* a, int64_t b) {
-  for (int64_t k = 0; k < b; ++k) {
-    double* pivot = at(a, b, k, k);
-    double inverse[kTile];
-    for (int v = 0; v < kTile; ++v) {
-      inverse[v] = 1.0 / pivot[v];
-      pivot[v] = 1.0;
+// tile[p * kTile + v] = number p of block v, for blocks of `length` numbers; zeros beyond `count`.
+template <class T>
+BOFT_INLINE void load(const T* from, int64_t length, int64_t count, double* tile) {
+  int64_t p = 0;
+  if (std::is_same_v<T, float> && count == kTile)
+    for (; p + kTile <= length; p += kTile) {
+      float square[kTile * kTile];
+      transpose<sizeof(float) * kTile, kTile>(reinterpret_cast<const float*>(from) + p, length,
+                                              square, kTile);
+      for (int i = 0; i < kTile * kTile; ++i) tile[p * kTile + i] = double(square[i]);
     }
-    double* row = at(a, b, k, 0);
-    for (int64_t j = 0; j < b; ++j)
-      for (int v = 0; v < kTile; ++v) row[j * kTile + v] *= inverse[v];
-    for (int64_t i = 0; i < b; ++i) {
+  for (; p < length; ++p)
+    for (int64_t v = 0; v < kTile; ++v)
+      tile[p * kTile + v] = v < count ? double(widen(from[v * length + p])) : 0.0;
+}
+
+template <class T>
+BOFT_INLINE void store(const double* tile, int64_t length, int64_t count, T* to) {
+  int64_t p = 0;
+  if (std::is_same_v<T, float> && count == kTile)
+    for (; p + kTile <= length; p += kTile) {
+      float square[kTile * kTile];
+      for (int i = 0; i < kTile * kTile; ++i) square[i] = float(tile[p * kTile + i]);
+      transpose<sizeof(float) * kTile, kTile>(square, kTile, reinterpret_cast<float*>(to) + p,
+                                              length);
+    }
+  for (; p < length; ++p)
+    for (int64_t v = 0; v < count; ++v) to[v * length + p] = round_to<T>(tile[p * kTile + v]);
+}
+
+// Element (i, j) of the kTile blocks of a tile. Matrices are padded to whole P x P pieces, P = 4,
+// whose products stay in registers.
+typedef double Lanes __attribute__((vector_size(kTile * sizeof(double)), may_alias));
+
+// c (+/-)= a b for a P x P piece of c; element (i, k) of a lies at a[i * a_row + k * a_column].
+enum class Into { Set, Subtract };
+template <int P, Into into>
+BOFT_INLINE void product(const Lanes* a, int64_t a_row, int64_t a_column, const Lanes* b,
+                         int64_t b_row, int64_t b_column, int64_t depth, Lanes* c, int64_t c_row) {
+  Lanes sums[P][P] = {};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int i = 0; i < P; ++i)
+      for (int j = 0; j < P; ++j)
+        sums[i][j] += a[i * a_row + k * a_column] * b[k * b_row + j * b_column];
+  for (int i = 0; i < P; ++i)
+    for (int j = 0; j < P; ++j) {
+      Lanes& out = c[i * c_row + j];
+      out = into == Into::Set ? sums[i][j] : out - sums[i][j];
+    }
+}
+
+// In-place Gauss-Jordan inverse of one piece, without pivoting. The symmetric part of A = I - Q is
+// I, and stays at least I in every Schur complement, so that no pivot is ever below 1.
+template <int P>
+BOFT_INLINE void invert_piece(Lanes* a, int64_t row) {
+  Lanes x[P][P];
+  for (int i = 0; i < P; ++i)
+    for (int j = 0; j < P; ++j) x[i][j] = a[i * row + j];
+  for (int k = 0; k < P; ++k) {
+    const Lanes inverse = 1.0 / x[k][k];
+    for (int j = 0; j < P; ++j) x[k][j] = j == k ? inverse : x[k][j] * inverse;
+    for (int i = 0; i < P; ++i) {
       if (i == k) continue;
-      double factor[kTile];
-      double* column = at(a, b, i, k);
-      for (int v = 0; v < kTile; ++v) {
-        factor[v] = column[v];
-        column[v] = 0.0;
-      }
-      double* target = at(a, b, i, 0);
-      for (int64_t j = 0; j < b; ++j)
-        for (int v = 0; v < kTile; ++v)
-          target[j * kTile + v] -= factor[v] * row[j * kTile + v];
+      const Lanes factor = x[i][k];
+      for (int j = 0; j < P; ++j)
+        x[i][j] = j == k ? -factor * inverse : x[i][j] - factor * x[k][j];
+    }
+  }
+  for (int i = 0; i < P; ++i)
+    for (int j = 0; j < P; ++j) a[i * row + j] = x[i][j];
+}
+
+// The same with pieces for numbers; `spare` has room for P rows.
+template <int P>
+BOFT_INLINE void invert(Lanes* a, int64_t size, Lanes* spare) {
+  for (int64_t k = 0; k < size; k += P) {
+    Lanes* pivot = a + k * size + k;
+    invert_piece<P>(pivot, size);
+    for (int64_t j = 0; j < size; j += P) {  // row k: pivot^-1 a[k][j]
+      if (j == k) continue;
+      product<P, Into::Set>(pivot, size, 1, a + k * size + j, size, 1, P, spare, P);
+      for (int i = 0; i < P; ++i)
+        for (int l = 0; l < P; ++l) a[(k + i) * size + j + l] = spare[i * P + l];
+    }
+    for (int64_t i = 0; i < size; i += P) {
+      if (i == k) continue;
+      Lanes* column = a + i * size + k;
+      for (int64_t j = 0; j < size; j += P)
+        if (j != k)
+          product<P, Into::Subtract>(column, size, 1, a + k * size + j, size, 1, P,
+                                     a + i * size + j, size);
+      for (int r = 0; r < P; ++r)
+        for (int l = 0; l < P; ++l) {
+          spare[r * P + l] = column[r * size + l];
+          column[r * size + l] = Lanes{};
+        }
+      product<P, Into::Subtract>(spare, P, 1, pivot, size, 1, P, column, size);
     }
   }
 }
 
-template <class T>
-BOFT_INLINE void forward_tile(const T* skew, T* blocks, int64_t count, int64_t b, double* a) {
-  const int64_t packed = b * (b - 1) / 2;
-  for (int64_t i = 0, p = 0; i < b; ++i) {
-    for (int v = 0; v < kTile; ++v) at(a, b, i, i)[v] = 1.0;
-    for (int64_t j = i + 1; j < b; ++j, ++p)
-      for (int v = 0; v < kTile; ++v) {
-        const double q = v < count ? widen(skew[v * packed + p]) : 0.0;
-        at(a, b, i, j)[v] = -q;
-        at(a, b, j, i)[v] = q;
-      }
+constexpr int64_t padded(int64_t b, int64_t piece) { return (b + piece - 1) / piece * piece; }
+
+// `drop` says which blocks of the tile are to be the identity, if it is not null.
+template <int P, class T>
+BOFT_INLINE void forward_tile(const T* skew, const bool* drop, T* blocks, int64_t count, int64_t b,
+                              Lanes* a) {
+  const int64_t packed = b * (b - 1) / 2, size = padded(b, P);
+  Lanes *spare = a + size * size, *q = spare + P * P;
+  load(skew, packed, count, reinterpret_cast<double*>(q));
+  if (drop)
+    for (int64_t v = 0; v < count; ++v)
+      if (drop[v])
+        for (int64_t p = 0; p < packed; ++p) q[p][v] = 0.0;
+  for (int64_t i = 0; i < size; ++i) {
+    a[i * size + i] = Lanes{} + 1.0;
+    for (int64_t j = i + 1; j < size; ++j) {
+      const Lanes value = j < b ? *q++ : Lanes{};
+      a[i * size + j] = -value, a[j * size + i] = value;
+    }
   }
-  invert(a, b);
-  for (int64_t v = 0; v < count; ++v)
-    for (int64_t i = 0; i < b; ++i)
-      for (int64_t j = 0; j < b; ++j)
-        blocks[(v * b + i) * b + j] = narrow<T>(2.0 * at(a, b, i, j)[v] - (i == j ? 1.0 : 0.0));
+  invert<P>(a, size, spare);
+  for (int64_t i = 0; i < b; ++i)  // side by side, without the padding
+    for (int64_t j = 0; j < b; ++j)
+      a[i * b + j] = 2.0 * a[i * size + j] - (i == j ? 1.0 : 0.0);
+  store(reinterpret_cast<double*>(a), b * b, count, blocks);
 }
 
-template <class T>
-BOFT_INLINE void backward_tile(const T* blocks, const T* grad, T* skew_grad, int64_t count,
-                               int64_t b, double* h) {
-  const int64_t packed = b * (b - 1) / 2, size = b * b * kTile;
-  double *g = h + size, *t = g + size, *u = t + size;
+// Rows of b numbers, side by side, to rows of `size`, with zeros behind and below.
+BOFT_INLINE void pad(Lanes* a, int64_t b, int64_t size) {
+  if (b == size) return;
+  for (int64_t i = size - 1; i >= 0; --i)
+    for (int64_t j = size - 1; j >= 0; --j)
+      a[i * size + j] = i < b && j < b ? a[i * b + j] : Lanes{};
+}
+
+template <int P, class T>
+BOFT_INLINE void backward_tile(const T* blocks, const bool* drop, const T* grad, T* skew_grad,
+                               int64_t count, int64_t b, Lanes* r) {
+  const int64_t size = padded(b, P), area = size * size;
+  Lanes *g = r + area, *t = g + area, *u = g;
+  load(blocks, b * b, count, reinterpret_cast<double*>(r));
+  load(grad, b * b, count, reinterpret_cast<double*>(g));
+  pad(r, b, size), pad(g, b, size);
+  for (int64_t i = 0; i < b; ++i) r[i * size + i] += 1.0;
+  // h = (I + R)^T: t = h G, then u = t h in the place of G
+  for (int64_t i = 0; i < size; i += P)
+    for (int64_t j = 0; j < size; j += P)
+      product<P, Into::Set>(r + i, 1, size, g + j, size, 1, size, t + i * size + j, size);
+  for (int64_t i = 0; i < size; i += P)
+    for (int64_t j = 0; j < size; j += P)
+      product<P, Into::Set>(t + i * size, size, 1, r + j * size, 1, size, size, u + i * size + j,
+                            size);
+  Lanes* out = t;
   for (int64_t i = 0; i < b; ++i)
-    for (int64_t j = 0; j < b; ++j)
-      for (int v = 0; v < kTile; ++v) {
-        const int64_t from = (v * b + i) * b + j;
-        at(h, b, j, i)[v] = v < count ? 0.5 * widen(blocks[from]) + (i == j ? 0.5 : 0.0) : 0.0;
-        at(g, b, i, j)[v] = v < count ? widen(grad[from]) : 0.0;
-      }
-  // h = 1/2 (I + R)^T, t = h G, u = 2 t h
-  for (int64_t step = 0; step < 2; ++step) {
-    double *left = step ? t : h, *right = step ? h : g, *out = step ? u : t;
-    for (int64_t i = 0; i < size; ++i) out[i] = 0.0;
-    for (int64_t i = 0; i < b; ++i)
-      for (int64_t k = 0; k < b; ++k) {
-        const double *factor = at(left, b, i, k), *row = at(right, b, k, 0);
-        double* target = at(out, b, i, 0);
-        for (int64_t j = 0; j < b; ++j)
-          for (int v = 0; v < kTile; ++v)
-            target[j * kTile + v] += factor[v] * row[j * kTile + v];
-      }
-  }
-  for (int64_t v = 0; v < count; ++v)
-    for (int64_t i = 0, p = 0; i < b; ++i)
-      for (int64_t j = i + 1; j < b; ++j, ++p)
-        skew_grad[v * packed + p] = narrow<T>(2.0 * (at(u, b, i, j)[v] - at(u, b, j, i)[v]));
+    for (int64_t j = i + 1; j < b; ++j) *out++ = 0.5 * (u[i * size + j] - u[j * size + i]);
+  const int64_t packed = b * (b - 1) / 2;
+  if (drop)
+    for (int64_t v = 0; v < count; ++v)
+      if (drop[v])
+        for (int64_t p = 0; p < packed; ++p) t[p][v] = 0.0;
+  store(reinterpret_cast<double*>(t), packed, count, skew_grad);
 }
 
 // All tiles of a range. B is the block size, or 0 for one that is known at run time only.
+constexpr int piece_of(int64_t b) { return b == 2 ? 2 : 4; }
+
 template <int64_t B, class T>
-BOFT_INLINE void forward_tiles(const T* skew, T* blocks, int64_t n, int64_t b_, int64_t begin,
-                               int64_t end, double* scratch) {
+BOFT_INLINE void forward_tiles(const T* skew, const bool* drop, T* blocks, int64_t n, int64_t b_,
+                               int64_t begin, int64_t end, Lanes* scratch) {
   const int64_t b = B ? B : b_;
   for (int64_t first = begin * kTile; first < end * kTile && first < n; first += kTile) {
     const int64_t count = n - first < kTile ? n - first : kTile;
-    forward_tile(skew + first * (b * (b - 1) / 2), blocks + first * b * b, count, b, scratch);
+    forward_tile<piece_of(B)>(skew + first * (b * (b - 1) / 2), drop ? drop + first : nullptr,
+                 blocks + first * b * b, count, b, scratch);
   }
 }
 
 template <int64_t B, class T>
-BOFT_INLINE void backward_tiles(const T* blocks, const T* grad, T* skew_grad, int64_t n, int64_t b_,
-                                int64_t begin, int64_t end, double* scratch) {
+BOFT_INLINE void backward_tiles(const T* blocks, const bool* drop, const T* grad, T* skew_grad,
+                                int64_t n, int64_t b_, int64_t begin, int64_t end,
+                                Lanes* scratch) {
   const int64_t b = B ? B : b_;
   for (int64_t first = begin * kTile; first < end * kTile && first < n; first += kTile) {
     const int64_t count = n - first < kTile ? n - first : kTile;
-    backward_tile(blocks + first * b * b, grad + first * b * b,
+    backward_tile<piece_of(B)>(blocks + first * b * b, drop ? drop + first : nullptr, grad + first * b * b,
                   skew_grad + first * (b * (b - 1) / 2), count, b, scratch);
   }
 }
 
-// target_clones takes no templates: one function per dtype, with loops of constant length for the
-// common block sizes.
 #define BOFT_SIZES(TILES, ...)                   \
   switch (b) {                                   \
     case 2: return TILES<2>(__VA_ARGS__);        \
@@ -160,58 +229,63 @@ BOFT_INLINE void backward_tiles(const T* blocks, const T* grad, T* skew_grad, in
     case 16: return TILES<16>(__VA_ARGS__);      \
     default: return TILES<0>(__VA_ARGS__);       \
   }
-#define BOFT_DTYPE(T)                                                                            \
-  BOFT_CLONES void forward(const T* skew, T* blocks, int64_t n, int64_t b, int64_t begin,        \
-                           int64_t end, double* scratch) {                                       \
-    BOFT_SIZES(forward_tiles, skew, blocks, n, b, begin, end, scratch)                           \
-  }                                                                                              \
-  BOFT_CLONES void backward(const T* blocks, const T* grad, T* skew_grad, int64_t n, int64_t b,  \
-                            int64_t begin, int64_t end, double* scratch) {                       \
-    BOFT_SIZES(backward_tiles, blocks, grad, skew_grad, n, b, begin, end, scratch)               \
+#define BOFT_DTYPE(SUFFIX, TARGET, T)                                                              \
+  TARGET void forward_##SUFFIX(const T* skew, const bool* drop, T* blocks, int64_t n, int64_t b,   \
+                               int64_t begin, int64_t end, Lanes* scratch) {                      \
+    BOFT_SIZES(forward_tiles, skew, drop, blocks, n, b, begin, end, scratch)                       \
+  }                                                                                                \
+  TARGET void backward_##SUFFIX(const T* blocks, const bool* drop, const T* grad, T* skew_grad,    \
+                                int64_t n, int64_t b, int64_t begin, int64_t end,                  \
+                                Lanes* scratch) {                                                  \
+    BOFT_SIZES(backward_tiles, blocks, drop, grad, skew_grad, n, b, begin, end, scratch)           \
   }
-BOFT_DTYPE(float)
-BOFT_DTYPE(double)
-BOFT_DTYPE(bf16)
-#undef BOFT_DTYPE
-#undef BOFT_SIZES
+#define BOFT_DTYPES(SUFFIX, BYTES, TARGET) \
+  BOFT_DTYPE(SUFFIX, TARGET, float)        \
+  BOFT_DTYPE(SUFFIX, TARGET, double)       \
+  BOFT_DTYPE(SUFFIX, TARGET, bf16)
+BOFT_ISAS(BOFT_DTYPES)
+
+// Memory for so many Lanes, aligned to them.
+struct Scratch {
+  std::vector<double> memory;
+  Lanes* lanes;
+
+  explicit Scratch(int64_t count) : memory(size_t((count + 1) * kTile)) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    lanes = reinterpret_cast<Lanes*>((address + sizeof(Lanes) - 1) / sizeof(Lanes) * sizeof(Lanes));
+  }
+};
 
 }  // namespace
 
-const char* isa() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f")) return "avx512";
-  if (__builtin_cpu_supports("avx2")) return "avx2";
-#endif
-  return "baseline";
-}
-
-void cayley(const void* skew, void* blocks, int64_t n, int64_t b, int64_t begin, int64_t end,
-            DType dtype) {
-  std::vector<double> a(size_t(b * b * kTile));
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    forward(static_cast<const T*>(skew), static_cast<T*>(blocks), n, b, begin, end, a.data());
+void cayley(const void* skew, const bool* drop, void* blocks, int64_t n, int64_t b, int64_t begin,
+            int64_t end, DType dtype) {
+  const int64_t size = padded(b, 4);
+  Scratch scratch(size * size + 16 + b * (b - 1) / 2);
+  const auto as = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    BOFT_RUN(forward, static_cast<const T*>(skew), drop, static_cast<T*>(blocks), n, b, begin, end,
+             scratch.lanes);
   };
   switch (dtype) {
-    case DType::F32: return run(float());
-    case DType::F64: return run(double());
-    case DType::BF16: return run(bf16());
+    case DType::F32: return as(static_cast<float*>(nullptr));
+    case DType::F64: return as(static_cast<double*>(nullptr));
+    case DType::BF16: return as(static_cast<bf16*>(nullptr));
   }
 }
 
-void cayley_backward(const void* blocks, const void* grad, void* skew_grad, int64_t n, int64_t b,
-                     int64_t begin, int64_t end, DType dtype) {
-  std::vector<double> a(size_t(4 * b * b * kTile));
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    backward(static_cast<const T*>(blocks), static_cast<const T*>(grad), static_cast<T*>(skew_grad),
-             n, b, begin, end, a.data());
+void cayley_backward(const void* blocks, const bool* drop, const void* grad, void* skew_grad,
+                     int64_t n, int64_t b, int64_t begin, int64_t end, DType dtype) {
+  Scratch scratch(3 * padded(b, 4) * padded(b, 4));
+  const auto as = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    BOFT_RUN(backward, static_cast<const T*>(blocks), drop, static_cast<const T*>(grad),
+             static_cast<T*>(skew_grad), n, b, begin, end, scratch.lanes);
   };
   switch (dtype) {
-    case DType::F32: return run(float());
-    case DType::F64: return run(double());
-    case DType::BF16: return run(bf16());
+    case DType::F32: return as(static_cast<float*>(nullptr));
+    case DType::F64: return as(static_cast<double*>(nullptr));
+    case DType::BF16: return as(static_cast<bf16*>(nullptr));
   }
 }
 

@@ -1,6 +1,7 @@
 // Butterfly factors -> dense stage matrices, group by group. A group of n factors is its own small
-// butterfly of `size` features: everything happens in a scratch of a few size x size matrices.
-#include <cstring>
+// butterfly of `size` features. It grows by doubling: the product of the first j factors is dense on
+// subgroups of `width` neighbouring local features, and factor j joins them in pairs, so that no
+// structural zero is ever multiplied.
 #include <vector>
 
 #include "boft_kernels.h"
@@ -17,121 +18,184 @@ struct Shape {
     const int64_t h = g / stride, l = g % stride;
     return j * n_blocks + (((h << (n - j - 1)) + a) * (stride << j)) + c * stride + l;
   }
-  // Local feature of element e of local block (a, c) of factor j.
-  int64_t feature(int64_t j, int64_t a, int64_t c, int64_t e) const {
-    const int64_t r = b / 2;
-    return ((a << (j + 1)) + c + (e / r << j)) * r + e % r;
-  }
 };
 
-// out = C_j in, the rows of `in` being the features; out = C_j^T in if transposed.
-template <bool transposed, class T>
-BOFT_INLINE void apply(const T* factors, const Shape& s, int64_t g, int64_t j, const T* in,
-                       T* out) {
-  for (int64_t a = 0; a < int64_t(1) << (s.n - j - 1); ++a)
+// What factor j does in one pair of subgroups: block (a, c) mixes chunk c of both. Half h of it
+// meets the columns of subgroup h alone, where its rows of the product so far are not zero.
+struct Join {
+  int64_t chunk, width, size, first;  // first feature of the pair
+
+  Join(const Shape& s, int64_t j, int64_t a)
+      : chunk(s.b / 2), width(chunk << j), size(s.size), first(a * 2 * width) {}
+  // Row of element e of block c, and the first column of subgroup h.
+  int64_t row(int64_t c, int64_t e) const {
+    return first + (e < chunk ? 0 : width) + c * chunk + e % chunk;
+  }
+  int64_t column(int64_t h) const { return first + h * width; }
+};
+
+// to[t] (+)= sum over k of factors[k * step] * from[k * stride + t] for t < width, in the widest
+// vectors that fit.
+template <int BYTES, class T>
+BOFT_INLINE void combine(const T* factors, int64_t step, const T* from, int64_t stride,
+                         int64_t count, T* to, int64_t width, bool add) {
+  using V = typename Vector<T, BYTES>::type;
+  constexpr int64_t lanes = Vector<T, BYTES>::lanes;
+  int64_t t = 0;
+  for (; t + lanes <= width; t += lanes) {
+    V sum = add ? *reinterpret_cast<const V*>(to + t) : V{};
+    for (int64_t k = 0; k < count; ++k)
+      sum += factors[k * step] * *reinterpret_cast<const V*>(from + k * stride + t);
+    *reinterpret_cast<V*>(to + t) = sum;
+  }
+  if constexpr (BYTES > 16) {
+    if (t < width)
+      combine<BYTES / 2>(factors, step, from + t, stride, count, to + t, width - t, add);
+  } else {
+    for (; t < width; ++t) {
+      T sum = add ? to[t] : T(0);
+      for (int64_t k = 0; k < count; ++k) sum += factors[k * step] * from[k * stride + t];
+      to[t] = sum;
+    }
+  }
+}
+
+template <int BYTES, class T>
+BOFT_INLINE T dot(const T* p, const T* q, int64_t width) {
+  using V = typename Vector<T, BYTES>::type;
+  constexpr int64_t lanes = Vector<T, BYTES>::lanes;
+  if constexpr (BYTES > 16)
+    if (width < lanes) return dot<BYTES / 2>(p, q, width);
+  V sums{};
+  int64_t t = 0;
+  for (; t + lanes <= width; t += lanes)
+    sums += *reinterpret_cast<const V*>(p + t) * *reinterpret_cast<const V*>(q + t);
+  T sum = 0;
+  for (; t < width; ++t) sum += p[t] * q[t];
+  for (int64_t v = 0; v < lanes; ++v) sum += sums[v];
+  return sum;
+}
+
+// The product of factor 0 alone: its blocks along the diagonal.
+template <class T>
+BOFT_INLINE void start(const T* factors, const Shape& s, int64_t g, T* out) {
+  std::memset(out, 0, size_t(s.size * s.size) * sizeof(T));
+  for (int64_t a = 0; a < s.size / s.b; ++a) {
+    const T* block = factors + s.block(g, 0, a, 0) * s.b * s.b;
+    for (int64_t e = 0; e < s.b; ++e)
+      std::memcpy(out + (a * s.b + e) * s.size + a * s.b, block + e * s.b, size_t(s.b) * sizeof(T));
+  }
+}
+
+// out = C_j in
+template <int BYTES, class T>
+BOFT_INLINE void join(const T* factors, const Shape& s, int64_t g, int64_t j, const T* in, T* out) {
+  if (s.size > s.b << j) std::memset(out, 0, size_t(s.size * s.size) * sizeof(T));
+  for (int64_t a = 0; a < int64_t(1) << (s.n - j - 1); ++a) {
+    const Join pair(s, j, a);
     for (int64_t c = 0; c < int64_t(1) << j; ++c) {
       const T* block = factors + s.block(g, j, a, c) * s.b * s.b;
-      for (int64_t e = 0; e < s.b; ++e) {
-        T* target = out + s.feature(j, a, c, e) * s.size;
-        std::memset(target, 0, size_t(s.size) * sizeof(T));
-        for (int64_t f = 0; f < s.b; ++f) {
-          const T factor = transposed ? block[f * s.b + e] : block[e * s.b + f];
-          const T* row = in + s.feature(j, a, c, f) * s.size;
-          for (int64_t t = 0; t < s.size; ++t) target[t] += factor * row[t];
-        }
+      for (int64_t h = 0; h < 2; ++h) {
+        const T* from = in + pair.row(c, h * pair.chunk) * s.size + pair.column(h);
+        for (int64_t e = 0; e < s.b; ++e)
+          combine<BYTES>(block + e * s.b + h * pair.chunk, 1, from, s.size, pair.chunk,
+                         out + pair.row(c, e) * s.size + pair.column(h), pair.width, false);
       }
     }
+  }
 }
 
-template <class T>
-BOFT_INLINE void identity(T* out, int64_t size) {
-  std::memset(out, 0, size_t(size * size) * sizeof(T));
-  for (int64_t i = 0; i < size; ++i) out[i * size + i] = T(1);
+// From the gradient of C_j `in`: that of the blocks of C_j, and of `in` within its subgroups.
+template <int BYTES, class T>
+BOFT_INLINE void join_backward(const T* factors, const Shape& s, int64_t g, int64_t j, const T* in,
+                               const T* grad, T* factors_grad, T* in_grad) {
+  for (int64_t a = 0; a < int64_t(1) << (s.n - j - 1); ++a) {
+    const Join pair(s, j, a);
+    for (int64_t c = 0; c < int64_t(1) << j; ++c) {
+      const int64_t at = s.block(g, j, a, c) * s.b * s.b;
+      for (int64_t h = 0; h < 2; ++h)
+        for (int64_t f = h * pair.chunk; f < (h + 1) * pair.chunk; ++f) {
+          const int64_t row = pair.row(c, f) * s.size + pair.column(h);
+          for (int64_t e = 0; e < s.b; ++e)
+            factors_grad[at + e * s.b + f] = dot<BYTES>(
+                grad + pair.row(c, e) * s.size + pair.column(h), in + row, pair.width);
+          // the rows of a block are two runs of neighbours
+          for (int64_t run = 0; run < 2; ++run)
+            combine<BYTES>(factors + at + run * pair.chunk * s.b + f, s.b,
+                           grad + pair.row(c, run * pair.chunk) * s.size + pair.column(h), s.size,
+                           pair.chunk, in_grad + row, pair.width, run == 1);
+        }
+    }
+  }
 }
 
-template <class T>
+template <int BYTES, class T>
 BOFT_INLINE void forward(const T* factors, T* stages, const Shape& s, int64_t begin, int64_t end,
                          T* scratch) {
   const int64_t area = s.size * s.size;
   for (int64_t g = begin; g < end; ++g) {
-    T *from = scratch, *to = scratch + area;
-    identity(from, s.size);
-    for (int64_t j = 0; j < s.n; ++j) {
-      apply<false>(factors, s, g, j, from, j == s.n - 1 ? stages + g * area : to);
-      T* next = from;
-      from = to;
-      to = next;
+    // the last product lands in `stages`, those before it change places
+    T* at = (s.n - 1) % 2 ? scratch : stages + g * area;
+    start(factors, s, g, at);
+    for (int64_t j = 1; j < s.n; ++j) {
+      T* next = at == scratch ? stages + g * area : scratch;
+      join<BYTES>(factors, s, g, j, at, next);
+      at = next;
     }
   }
 }
 
-template <class T>
+template <int BYTES, class T>
 BOFT_INLINE void backward(const T* factors, const T* grad, T* factors_grad, const Shape& s,
                           int64_t begin, int64_t end, T* scratch) {
   const int64_t area = s.size * s.size;
-  T *left = scratch + s.n * area, *next = left + area;
+  T *products = scratch, *left = products + (s.n - 1) * area, *next = left + area;
   for (int64_t g = begin; g < end; ++g) {
-    // scratch[j] = C_{j-1} ... C_0, what factor j multiplies
-    identity(scratch, s.size);
-    for (int64_t j = 0; j + 1 < s.n; ++j)
-      apply<false>(factors, s, g, j, scratch + j * area, scratch + (j + 1) * area);
-    // left = (C_{n-1} ... C_{j+1})^T dR
-    std::memcpy(left, grad + g * area, size_t(area) * sizeof(T));
-    for (int64_t j = s.n - 1; j >= 0; --j) {
-      const T* right = scratch + j * area;
-      for (int64_t a = 0; a < int64_t(1) << (s.n - j - 1); ++a)
-        for (int64_t c = 0; c < int64_t(1) << j; ++c) {
-          T* out = factors_grad + s.block(g, j, a, c) * s.b * s.b;
-          for (int64_t e = 0; e < s.b; ++e)
-            for (int64_t f = 0; f < s.b; ++f) {
-              const T *p = left + s.feature(j, a, c, e) * s.size,
-                      *q = right + s.feature(j, a, c, f) * s.size;
-              // partial sums side by side: an order that vectorises, the same on every machine
-              T sums[8] = {};
-              int64_t t = 0;
-              for (; t + 8 <= s.size; t += 8)
-                for (int64_t v = 0; v < 8; ++v) sums[v] += p[t + v] * q[t + v];
-              for (; t < s.size; ++t) sums[0] += p[t] * q[t];
-              out[e * s.b + f] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
-                                 ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-            }
-        }
-      if (j > 0) {
-        apply<true>(factors, s, g, j, left, next);
-        T* swap = left;
-        left = next;
-        next = swap;
-      }
+    if (s.n > 1) start(factors, s, g, products);
+    for (int64_t j = 1; j + 1 < s.n; ++j)
+      join<BYTES>(factors, s, g, j, products + (j - 1) * area, products + j * area);
+    const T* upstream = grad + g * area;
+    for (int64_t j = s.n - 1; j > 0; --j) {
+      join_backward<BYTES>(factors, s, g, j, products + (j - 1) * area, upstream, factors_grad,
+                           next);
+      T* swap = left;
+      upstream = left = next;
+      next = swap;
     }
+    for (int64_t a = 0; a < s.size / s.b; ++a)
+      for (int64_t e = 0; e < s.b; ++e)
+        std::memcpy(factors_grad + (s.block(g, 0, a, 0) * s.b + e) * s.b,
+                    upstream + (a * s.b + e) * s.size + a * s.b, size_t(s.b) * sizeof(T));
   }
 }
 
-// target_clones takes no templates
-#define BOFT_DTYPE(T)                                                                             \
-  BOFT_CLONES void run(const T* factors, T* stages, const Shape& s, int64_t begin, int64_t end,   \
-                       T* scratch) {                                                              \
-    forward(factors, stages, s, begin, end, scratch);                                             \
-  }                                                                                               \
-  BOFT_CLONES void run_backward(const T* factors, const T* grad, T* factors_grad, const Shape& s, \
-                                int64_t begin, int64_t end, T* scratch) {                         \
-    backward(factors, grad, factors_grad, s, begin, end, scratch);                                \
+#define BOFT_DTYPE(SUFFIX, BYTES, TARGET, T)                                                         \
+  TARGET void forward_##SUFFIX(const T* factors, T* stages, const Shape& s, int64_t begin,    \
+                               int64_t end, T* scratch) {                                     \
+    forward<BYTES>(factors, stages, s, begin, end, scratch);                                         \
+  }                                                                                           \
+  TARGET void backward_##SUFFIX(const T* factors, const T* grad, T* factors_grad,             \
+                                const Shape& s, int64_t begin, int64_t end, T* scratch) {     \
+    backward<BYTES>(factors, grad, factors_grad, s, begin, end, scratch);                            \
   }
-BOFT_DTYPE(float)
-BOFT_DTYPE(double)
-#undef BOFT_DTYPE
+#define BOFT_DTYPES(SUFFIX, BYTES, TARGET) \
+  BOFT_DTYPE(SUFFIX, BYTES, TARGET, float)        \
+  BOFT_DTYPE(SUFFIX, BYTES, TARGET, double)
+BOFT_ISAS(BOFT_DTYPES)
 
 template <class T>
 void compose_as(const void* factors, void* stages, const Shape& s, int64_t begin, int64_t end) {
-  std::vector<T> scratch(size_t(2 * s.size * s.size));
-  run(static_cast<const T*>(factors), static_cast<T*>(stages), s, begin, end, scratch.data());
+  std::vector<T> scratch(size_t(s.size * s.size));
+  BOFT_RUN(forward, static_cast<const T*>(factors), static_cast<T*>(stages), s, begin, end,
+           scratch.data());
 }
 
 template <class T>
 void backward_as(const void* factors, const void* grad, void* out, const Shape& s, int64_t begin,
                  int64_t end) {
-  std::vector<T> scratch(size_t((s.n + 2) * s.size * s.size));
-  run_backward(static_cast<const T*>(factors), static_cast<const T*>(grad), static_cast<T*>(out), s,
-               begin, end, scratch.data());
+  std::vector<T> scratch(size_t((s.n + 1) * s.size * s.size));
+  BOFT_RUN(backward, static_cast<const T*>(factors), static_cast<const T*>(grad),
+           static_cast<T*>(out), s, begin, end, scratch.data());
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // Gradients of y = scale * (x - center) + bias in one pass over the rows.
+#include <type_traits>
+
 #include "boft_kernels.h"
 #include "common.h"
 
@@ -6,24 +8,24 @@ namespace boft::cpu {
 namespace {
 
 constexpr int64_t kColumns = 512;  // whose sums stay in the first-level cache
-constexpr int64_t kRows = 64;      // summed in T, then added in double: rounding does not grow
+constexpr int64_t kRows = 64;      // summed in C, then added in double: rounding does not grow
 
-template <class T>
+template <class T, class C = Compute<T>>
 BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
-                          const T* __restrict scale, const T* __restrict center,
-                          T* __restrict x_grad, T* __restrict scale_grad, T* __restrict bias_grad,
+                          const C* __restrict scale, const C* __restrict center,
+                          T* __restrict x_grad, C* __restrict scale_grad, C* __restrict bias_grad,
                           int64_t rows, int64_t n, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += kColumns) {
     const int64_t last = first + kColumns < end ? first + kColumns : end;
     double scale_total[kColumns] = {}, bias_total[kColumns] = {};
     for (int64_t top = 0; top < rows; top += kRows) {
       const int64_t bottom = top + kRows < rows ? top + kRows : rows;
-      T scale_sum[kColumns] = {}, bias_sum[kColumns] = {};
+      C scale_sum[kColumns] = {}, bias_sum[kColumns] = {};
       for (int64_t i = top; i < bottom; ++i)
         for (int64_t j = first; j < last; ++j) {
-          const T g = grad[i * n + j];
-          x_grad[i * n + j] = g * scale[j];
-          scale_sum[j - first] += g * (x[i * n + j] - center[j]);
+          const C g = widen(grad[i * n + j]);
+          x_grad[i * n + j] = narrow<T>(g * scale[j]);
+          scale_sum[j - first] += g * (widen(x[i * n + j]) - center[j]);
           bias_sum[j - first] += g;
         }
       for (int64_t j = 0; j < last - first; ++j) {
@@ -32,35 +34,42 @@ BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
       }
     }
     for (int64_t j = first; j < last; ++j) {
-      scale_grad[j] = T(scale_total[j - first]);
-      bias_grad[j] = T(bias_total[j - first]);
+      scale_grad[j] = C(scale_total[j - first]);
+      bias_grad[j] = C(bias_total[j - first]);
     }
   }
 }
 
-#define BOFT_DTYPE(T)                                                                           \
-  BOFT_CLONES void run(const T* grad, const T* x, const T* scale, const T* center, T* x_grad,   \
-                       T* scale_grad, T* bias_grad, int64_t rows, int64_t n, int64_t begin,     \
-                       int64_t end) {                                                           \
-    backward(grad, x, scale, center, x_grad, scale_grad, bias_grad, rows, n, begin, end);       \
+#define BOFT_DTYPE(SUFFIX, TARGET, T)                                                          \
+  TARGET void backward_##SUFFIX(const T* grad, const T* x, const Compute<T>* scale,            \
+                                const Compute<T>* center, T* x_grad, Compute<T>* scale_grad,   \
+                                Compute<T>* bias_grad, int64_t rows, int64_t n, int64_t begin, \
+                                int64_t end) {                                                 \
+    backward(grad, x, scale, center, x_grad, scale_grad, bias_grad, rows, n, begin, end);      \
   }
-BOFT_DTYPE(float)
-BOFT_DTYPE(double)
-#undef BOFT_DTYPE
+#define BOFT_DTYPES(SUFFIX, BYTES, TARGET) \
+  BOFT_DTYPE(SUFFIX, TARGET, float)        \
+  BOFT_DTYPE(SUFFIX, TARGET, double)       \
+  BOFT_DTYPE(SUFFIX, TARGET, bf16)
+BOFT_ISAS(BOFT_DTYPES)
 
 }  // namespace
 
 void scale_backward(const void* grad, const void* x, const void* scale, const void* center,
                     void* x_grad, void* scale_grad, void* bias_grad, int64_t rows, int64_t n,
                     int64_t begin, int64_t end, DType dtype) {
-  const auto as = [&](auto zero) {
-    using T = decltype(zero);
-    run(static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(scale),
-        static_cast<const T*>(center), static_cast<T*>(x_grad), static_cast<T*>(scale_grad),
-        static_cast<T*>(bias_grad), rows, n, begin, end);
+  const auto as = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using C = Compute<T>;
+    BOFT_RUN(backward, static_cast<const T*>(grad), static_cast<const T*>(x),
+             static_cast<const C*>(scale), static_cast<const C*>(center), static_cast<T*>(x_grad),
+             static_cast<C*>(scale_grad), static_cast<C*>(bias_grad), rows, n, begin, end);
   };
-  if (dtype == DType::F64) return as(double());
-  as(float());
+  switch (dtype) {
+    case DType::F32: return as(static_cast<float*>(nullptr));
+    case DType::F64: return as(static_cast<double*>(nullptr));
+    case DType::BF16: return as(static_cast<bf16*>(nullptr));
+  }
 }
 
 }  // namespace boft::cpu

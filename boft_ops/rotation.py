@@ -1,0 +1,114 @@
+"""Skew-symmetric parameters -> stage matrices in one op, dropout included (docs/butterfly.md).
+
+``rotation`` is cayley, then the identity for dropped blocks, then compose, for butterflies that one
+small stage holds. Nothing of it is large: what it saves is launches and passes over little tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import cayley as _cayley
+from . import compose as _compose
+from ._backend import Op
+from .plan import Stage
+
+MAX_SIZE = 64  # of the one stage that the op composes
+
+
+def _rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
+    blocks = _cayley._exact(wide, drop)
+    return blocks, _compose._compose(blocks, 0)
+
+
+def _rotation_backward(
+    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+) -> torch.Tensor:
+    return _cayley._exact_backward(blocks, drop, _compose._compose_backward(blocks, grad, 0))
+
+
+def _fake_rotation(
+    skew: torch.Tensor, drop: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = _cayley._fake_forward(skew.to(torch.promote_types(skew.dtype, torch.float32)))
+    return blocks, _compose._fake_compose(blocks, 0)
+
+
+def _native_takes(skew_or_blocks: torch.Tensor, *_: object) -> bool:
+    return skew_or_blocks.dtype in (torch.float32, torch.float64)
+
+
+rotation_forward = Op(
+    # drop: boolean (m, K) -> blocks (m, K, b, b), stage (d/size, size, size)
+    "rotation(Tensor skew, Tensor? drop) -> (Tensor, Tensor)",
+    _rotation,
+    _fake_rotation,
+    supports={"cpu": _native_takes},
+)
+rotation_backward = Op(
+    # grad (splits, d/size, size, size): partial sums of the stage's gradient
+    "rotation_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
+    _rotation_backward,
+    _cayley._fake_exact_backward,
+    supports={"cpu": _native_takes},
+)
+
+
+def is_fused(plan: tuple[Stage, ...], method: str) -> bool:
+    """Whether the op makes the matrices of this plan."""
+    return method == "exact" and len(plan) == 1 and plan[0].size <= MAX_SIZE
+
+
+def make_matrices(
+    skew: torch.Tensor,
+    drop: torch.Tensor | None,
+    plan: tuple[Stage, ...],
+    method: str,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The blocks (dropped ones are the identity) and the matrix of each stage, outside of autograd.
+
+    Both are of the widest of float32, ``dtype`` and the dtype of skew (m, K, b(b-1)/2).
+    """
+    wide = torch.promote_types(torch.promote_types(skew.dtype, dtype), torch.float32)
+    skew = skew.to(wide)
+    if is_fused(plan, method):
+        blocks, stage = rotation_forward(skew, drop)
+        return blocks, [stage]
+    if method == "exact":
+        blocks = _cayley.cayley_forward(skew, drop)
+    else:
+        blocks = _cayley.neumann5_forward(skew)
+        if drop is not None:
+            eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+            blocks = torch.where(drop[..., None, None], eye, blocks)
+    if len(blocks) == 1:
+        return blocks, [blocks[0]]  # one factor is its own stage
+    parts = [_compose.compose_forward(blocks[s.first : s.last], s.first) for s in plan]
+    return blocks, parts
+
+
+def make_matrices_backward(
+    skew: torch.Tensor,
+    blocks: torch.Tensor,
+    drop: torch.Tensor | None,
+    plan: tuple[Stage, ...],
+    method: str,
+    partials: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """dL/dskew, in its dtype, from the partial sums of each stage's gradient."""
+    partials = [p.to(blocks.dtype).contiguous() for p in partials]
+    if is_fused(plan, method):
+        return rotation_backward(blocks, drop, partials[0]).to(skew.dtype)
+    if len(blocks) == 1:
+        grad = partials[0].sum(0, keepdim=True)
+    else:
+        grad = _compose.compose_gradient(blocks, plan, partials)
+    if method == "exact":
+        return _cayley.cayley_backward(blocks, drop, grad).to(skew.dtype)
+    if drop is not None:
+        grad = grad.masked_fill(drop[..., None, None], 0)
+    return _cayley.neumann5_backward(skew.to(blocks.dtype), grad).to(skew.dtype)

@@ -1,0 +1,77 @@
+// What the bindings share. They are the only files that see torch, and of torch only the stable C
+// ABI (libtorch >= 2.10): one binary serves every later torch and every Python.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "boft_kernels.h"
+
+namespace boft::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline boft::DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return boft::DType::F32;
+    case ScalarType::Double: return boft::DType::F64;
+    case ScalarType::BFloat16: return boft::DType::BF16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, ": expected float32, float64 or bfloat16, got another dtype");
+}
+
+inline boft::DType wide_dtype_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
+                  name, ": expected float32 or float64, got another dtype");
+  return dtype_of(t, name);
+}
+
+inline std::vector<int64_t> leading_sizes(const Tensor& t, int64_t trailing) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < t.dim() - trailing; ++i) sizes.push_back(t.size(i));
+  return sizes;
+}
+
+inline int64_t product(const std::vector<int64_t>& sizes) {
+  int64_t n = 1;
+  for (int64_t s : sizes) n *= s;
+  return n;
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+inline bool alike(const Tensor& a, const Tensor& b) {
+  return same_sizes(a, b) && a.scalar_type() == b.scalar_type();
+}
+
+// What the kernels compute in: float32 for bfloat16.
+inline ScalarType compute_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : t.scalar_type();
+}
+
+template <class T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+inline void check_square(const Tensor& t, int64_t dim, const char* name) {
+  STD_TORCH_CHECK(t.dim() >= 2 && (dim == 0 || t.dim() == dim) &&
+                      t.size(t.dim() - 1) == t.size(t.dim() - 2) && t.size(t.dim() - 1) > 0,
+                  name, ": expected square blocks");
+}
+
+}  // namespace boft::binding

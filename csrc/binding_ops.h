@@ -1,0 +1,37 @@
+// The operators as torch calls them. Their schemas, fakes and fallbacks are defined in Python.
+#pragma once
+
+#include "binding.h"
+
+namespace boft::binding {
+
+using MaybeTensor = std::optional<Tensor>;
+
+Tensor cayley_cpu(const Tensor& skew, const MaybeTensor& drop);
+Tensor cayley_backward_cpu(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+Tensor compose_cpu(const Tensor& factors, int64_t first);
+Tensor compose_backward_cpu(const Tensor& factors, const Tensor& grad, int64_t first);
+std::tuple<Tensor, Tensor> rotation_cpu(const Tensor& skew, const MaybeTensor& drop);
+Tensor rotation_backward_cpu(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+Tensor rotate_cpu(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
+                  bool transpose);
+std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor& x,
+                                               const Tensor& stage, int64_t chunk, int64_t stride,
+                                               bool transpose, int64_t splits);
+Tensor gram_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+                int64_t splits);
+std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad, const Tensor& x,
+                                                      const Tensor& scale, const Tensor& center);
+std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& stage,
+                                      const MaybeTensor& scale, const MaybeTensor& bias, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
+    const MaybeTensor& scale, const MaybeTensor& z);
+
+}  // namespace boft::binding
+
+// Every operator with a kernel for the CPU.
+#define BOFT_CPU_OPS(OP)                                                                       \
+  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)                 \
+  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale_backward) OP(linear)  \
+  OP(linear_backward)

@@ -1,0 +1,125 @@
+// What touches the activations: rotate and its gradients, the gradients of the scale.
+#include "binding_ops.h"
+
+namespace boft::binding {
+namespace {
+
+// Rows and groups are whole units of work: any split over threads gives the same bits.
+boft::cpu::Stage stage_of(const Tensor& x, int64_t size, int64_t chunk, int64_t stride) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions");
+  const int64_t d = x.size(1);  // sizes bounded by it first: no product of them can wrap
+  STD_TORCH_CHECK(0 < size && size <= d && 0 < chunk && chunk <= size && size % chunk == 0 &&
+                      0 < stride && stride <= d / size && d % (size * stride) == 0,
+                  "stage: does not fit ", d, " features");
+  return {size, chunk, stride};
+}
+
+void check_stages(const Tensor& x, const Tensor& stage) {
+  check_square(stage, 3, "rotate: stage");
+  STD_TORCH_CHECK(stage.size(0) * stage.size(2) == x.size(x.dim() - 1) &&
+                      stage.scalar_type() == compute_type(x),
+                  "rotate: stage: expected d / size matrices in the dtype of x (float32 for "
+                  "bfloat16)");
+}
+
+Tensor as_applied(const Tensor& stage, bool transpose) {
+  return torch::stable::contiguous(transpose ? torch::stable::transpose(stage, 1, 2) : stage);
+}
+
+}  // namespace
+
+Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
+                  bool transpose) {
+  const auto dtype = dtype_of(x_, "rotate: x");
+  check_square(stage_, 3, "rotate: stage");
+  const auto shape = stage_of(x_, stage_.size(2), chunk, stride);
+  check_stages(x_, stage_);
+  const Tensor x = torch::stable::contiguous(x_), stage = as_applied(stage_, transpose);
+  Tensor y = torch::stable::empty_like(x);
+  const void *in = x.const_data_ptr(), *matrices = stage.const_data_ptr();
+  void* out = y.mutable_data_ptr();
+  const int64_t rows = x.size(0), d = x.size(1);
+  const int64_t grain = std::max<int64_t>(8, 65536 / (d * shape.size));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::rotate(in, matrices, out, d, shape, begin, end, dtype);
+  });
+  return y;
+}
+
+namespace {
+
+// The Gram and, with a stage, the gradient of x; (1, groups, size, size).
+Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::cpu::Stage& shape, bool transpose,
+               const Tensor* stage, Tensor* x_grad) {
+  const auto dtype = dtype_of(x_, "gram: x");
+  STD_TORCH_CHECK(alike(x_, grad_), "gram: grad: expected the shape and dtype of x");
+  const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
+  const int64_t rows = x.size(0), d = x.size(1), groups = d / shape.size;
+  Tensor out = torch::stable::new_empty(x, {1, groups, shape.size, shape.size}, compute_type(x));
+  const void *left = x.const_data_ptr(), *right = grad.const_data_ptr();
+  const void* matrices = stage ? stage->const_data_ptr() : nullptr;
+  void *to = out.mutable_data_ptr(), *dx = x_grad ? x_grad->mutable_data_ptr() : nullptr;
+  const int64_t work = std::max<int64_t>(rows, 1) * shape.size * shape.size;
+  torch::stable::parallel_for(0, groups, std::max<int64_t>(1, 65536 / work),
+                              [&](int64_t begin, int64_t end) {
+    boft::cpu::rotate_backward(right, left, matrices, dx, to, rows, d, shape, transpose, begin, end,
+                               dtype);
+  });
+  return out;
+}
+
+void check_splits(int64_t splits) {
+  STD_TORCH_CHECK(splits == 1, "splits: expected 1 on a CPU, got ", splits);
+}
+
+}  // namespace
+
+Tensor gram_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+                int64_t splits) {
+  check_splits(splits);
+  return gram_of(x, grad, stage_of(x, size, chunk, stride), false, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor& x,
+                                               const Tensor& stage_, int64_t chunk, int64_t stride,
+                                               bool transpose, int64_t splits) {
+  check_splits(splits);
+  check_square(stage_, 3, "rotate: stage");
+  const auto shape = stage_of(x, stage_.size(2), chunk, stride);
+  check_stages(x, stage_);
+  const Tensor stage = as_applied(stage_, !transpose);
+  Tensor x_grad = torch::stable::empty_like(torch::stable::contiguous(x));
+  const Tensor gram = gram_of(x, grad, shape, transpose, &stage, &x_grad);
+  return {x_grad, gram};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const Tensor& x_,
+                                                      const Tensor& scale_,
+                                                      const Tensor& center_) {
+  const auto dtype = dtype_of(x_, "scale_backward: x");
+  STD_TORCH_CHECK(x_.dim() == 2 && alike(x_, grad_),
+                  "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
+  for (const Tensor* vector : {&scale_, &center_})
+    STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == x_.size(1) &&
+                        vector->scalar_type() == compute_type(x_),
+                    "scale_backward: scale, center: expected (n,) in the dtype of x (float32 for "
+                    "bfloat16)");
+  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Tensor scale = torch::stable::contiguous(scale_);
+  const Tensor center = torch::stable::contiguous(center_);
+  Tensor x_grad = torch::stable::empty_like(x);
+  Tensor scale_grad = torch::stable::empty_like(scale);
+  Tensor bias_grad = torch::stable::empty_like(scale);
+  const void *pg = grad.const_data_ptr(), *px = x.const_data_ptr();
+  const void *ps = scale.const_data_ptr(), *pc = center.const_data_ptr();
+  void *dx = x_grad.mutable_data_ptr(), *ds = scale_grad.mutable_data_ptr();
+  void* db = bias_grad.mutable_data_ptr();
+  const int64_t rows = x.size(0), n = x.size(1);
+  const int64_t grain = std::max<int64_t>(16, 65536 / std::max<int64_t>(rows, 1));
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::scale_backward(pg, px, ps, pc, dx, ds, db, rows, n, begin, end, dtype);
+  });
+  return {x_grad, scale_grad, bias_grad};
+}
+
+}  // namespace boft::binding
