@@ -30,7 +30,7 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench lint format build clean distclean
+.PHONY: help setup demo test bench sanitize lint format build clean distclean
 
 help:
 	@echo 'make demo       finetune a real model with frozen features, LoRA, OFT and BOFT, side by side'
@@ -38,6 +38,7 @@ help:
 	@echo 'make bench      compare speed and memory with PEFT    ARGS=...'
 	@echo 'make lint       ruff check and format check;  make format  applies both'
 	@echo 'make setup      only set up $(VENV)'
+	@echo 'make sanitize   the tests of the C++ kernels under AddressSanitizer and UBSan (GCC)'
 	@echo 'make build      recompile what changed in csrc/, in place'
 	@echo 'make clean      remove build products;  make distclean  also $(VENV) and data/'
 	@echo 'Variables: PYTHON VENV TORCH PIP_FLAGS ARGS MAX_JOBS BOFT_OPS_... (docs/env.md)'
@@ -50,6 +51,22 @@ demo: $(STAMPS)/demo $(STAMPS)/data
 
 test: $(STAMPS)/test
 	$(PY) -m pytest $(ARGS)
+
+# A copy of the package with an instrumented library. -s: what a sanitizer says must not be captured
+# by a pytest that it is about to kill. Python itself leaks on purpose.
+SANITIZE  := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED := build/sanitized
+sanitize: $(STAMPS)/test
+	$(call say,compiling csrc/ with sanitizers)
+	@mkdir -p $(SANITIZED)
+	@rm -rf $(addprefix $(SANITIZED)/,boft_ops csrc triton tests)
+	@cp -r boft_ops csrc triton tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	@rm -f $(SANITIZED)/boft_ops/*.so $(SANITIZED)/boft_ops/_build_info.json
+	@cd $(SANITIZED) && CXX=g++ CXXFLAGS='-O1 -g $(SANITIZE)' LDFLAGS='$(SANITIZE)' \
+	  BOFT_OPS_FORCE_EXT=1 $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  $(abspath $(PY)) -m pytest -q -s -p no:cacheprovider tests/test_native.py $(ARGS)
 
 bench: $(STAMPS)/bench
 	$(PY) bench/run.py $(ARGS)

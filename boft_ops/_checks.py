@@ -10,6 +10,8 @@ import torch
 
 from . import _autocast
 
+SIDES = ("in", "out")
+METHODS = ("exact", "neumann5")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -123,11 +125,15 @@ def linear_arguments(
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     side: str,
+    method: str,
 ) -> None:
-    """The tensors of a rotated linear layer fit together; raise TypeError or ValueError if not."""
-    tensor("x", x, min_dim=1)
-    tensor("weight", weight)
-    tensor("skew", skew)
+    """The arguments of a rotated linear layer fit together, or TypeError or ValueError."""
+    named = {"x": x, "weight": weight, "skew": skew, "scale": scale, "bias": bias}
+    for name, value in named.items():
+        if value is not None or name in ("x", "weight", "skew"):
+            tensor(name, value, min_dim=int(name == "x"))
+    choice("side", side, SIDES)
+    choice("method", method, METHODS)
     if weight.dim() != 2:
         raise ValueError(
             f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
@@ -156,7 +162,6 @@ def linear_arguments(
     for name, vector in (("scale", scale), ("bias", bias)):
         if vector is None:
             continue
-        tensor(name, vector)
         if vector.shape != weight.shape[:1]:
             raise ValueError(
                 f"{name}: expected shape ({weight.shape[0]},), got {tuple(vector.shape)}"

@@ -11,9 +11,8 @@ from torch.nn.utils import parametrize
 
 from . import _autocast, _checks
 from .butterfly import butterfly_matmul
-from .cayley import METHODS, cayley
+from .cayley import cayley
 from .dropout import multiplicative_dropout
-from .linear import SIDES
 
 
 def _exactly(method: Callable) -> Callable:
@@ -72,8 +71,8 @@ class BOFTLayer(nn.Module):
         method: str,
     ) -> None:
         """Freeze the base parameters and add the adapter's, once the base module is there."""
-        _checks.choice("side", side, SIDES)
-        _checks.choice("method", method, METHODS)
+        _checks.choice("side", side, _checks.SIDES)
+        _checks.choice("method", method, _checks.METHODS)
         if not isinstance(scale, bool):
             raise TypeError(f"scale: expected a bool, got {scale!r}")
         n, d = self._matrix().shape

@@ -10,8 +10,6 @@ import torch
 from . import _checks
 from ._backend import Op
 
-METHODS = ("exact", "neumann5")
-
 
 def unpack(skew: torch.Tensor) -> torch.Tensor:
     """Packed strict upper triangles (..., b(b-1)/2) -> skew-symmetric blocks (..., b, b)."""
@@ -195,7 +193,7 @@ def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
         ValueError: its last dimension is not b(b-1)/2 for any b, or ``method`` is unknown.
     """
     _checks.tensor("skew", skew, min_dim=1)
-    _checks.choice("method", method, METHODS)
+    _checks.choice("method", method, _checks.METHODS)
     _checks.block_size_from_packed("skew", skew.shape[-1])
     function = Cayley if method == "exact" else CayleyNeumann5
     return function.apply(skew.contiguous())

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from . import _autocast, _checks, _native
 from ._backend import Op
 from .butterfly import butterfly_matmul
-from .cayley import METHODS, cayley
+from .cayley import cayley
 from .dropout import draw_mask
 from .plan import plan
 from .rotate import _rotate, _rotate_backward, apply_stages, apply_stages_backward
 from .rotation import make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
 
-SIDES = ("in", "out")
 MIN_ROWS = 64
 
 
@@ -227,13 +226,11 @@ def boft_linear(
         ValueError: shapes or devices do not fit, ``side`` or ``method`` is unknown, or no butterfly
             of this shape exists; the message lists the nearest valid (n_factors, block_size).
     """
-    _checks.choice("side", side, SIDES)
-    _checks.choice("method", method, METHODS)
-    _checks.linear_arguments(x, weight, skew, scale, bias, side)
-    if dropout is not None and not (isinstance(dropout, tuple) and len(dropout) == 2):
-        raise ValueError(f"dropout: expected (p_component, p_block) or None, got {dropout!r}")
+    _checks.linear_arguments(x, weight, skew, scale, bias, side, method)
     drop = None
     if dropout is not None:
+        if not (isinstance(dropout, tuple) and len(dropout) == 2):
+            raise ValueError(f"dropout: expected (p_component, p_block) or None, got {dropout!r}")
         _checks.probability("p_component", dropout[0])
         _checks.probability("p_block", dropout[1])
         drop = draw_mask(*skew.shape[:2], *dropout, x.device, generator)

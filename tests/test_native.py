@@ -135,12 +135,15 @@ def test_rotation(m, b, dtype):
 
 
 def linear_arguments(rows, d, n, size, generator=None, offset=0):
-    """Views of one piece of memory, at any alignment."""
+    """With an offset views of one piece of memory, at any alignment; else tensors of their own,
+    beyond the end of which nothing may be touched."""
     sizes = (rows * d, n * d, d * size, n, n, rows * n, rows * n)
     memory = torch.randn(sum(sizes) + offset, generator=generator)[offset:]
     x, weight, stage, scale, bias, grad, z = memory.split(sizes)
     x, weight, stage = x.view(rows, d), weight.view(n, d), stage.view(d // size, size, size)
-    return x, weight, stage / size**0.5, scale, bias, grad.view(rows, n), z.view(rows, n)
+    stage /= size**0.5
+    views = (x, weight, stage, scale, bias, grad.view(rows, n), z.view(rows, n))
+    return views if offset else tuple(t.clone() for t in views)
 
 
 def check_linear(x, weight, stage, scale, bias, grad, z):

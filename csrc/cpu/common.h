@@ -81,7 +81,8 @@ BOFT_INLINE bf16 narrow<bf16>(float value) {
 template <class T, int BYTES>
 struct Vector {
   static constexpr int64_t lanes = BYTES / int64_t(sizeof(T));
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));  // in memory
+  typedef T value __attribute__((vector_size(BYTES)));                                 // on its own
 };
 
 // The widest vector, of at most `bytes` bytes, that `size` numbers of T fill.

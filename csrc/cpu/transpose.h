@@ -16,7 +16,7 @@ typedef int32_t Mask8 __attribute__((vector_size(32)));
 typedef int32_t Mask16 __attribute__((vector_size(64)));
 
 // The lower and the upper half of a and b, element by element in turn.
-template <int BYTES, class V>
+template <int BYTES, class V = typename Vector<float, BYTES>::value>
 BOFT_INLINE void interleave(V& a, V& b) {
   const V x = a, y = b;
   if constexpr (BYTES == 64) {
@@ -35,12 +35,13 @@ BOFT_INLINE void interleave(V& a, V& b) {
 // behind the ROWS numbers, so rows that overlap are to be written in increasing order.
 template <int BYTES, int64_t ROWS>
 BOFT_INLINE void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-  using V = typename Vector<float, BYTES>::type;
+  using V = typename Vector<float, BYTES>::value;
+  using Memory = typename Vector<float, BYTES>::type;
   constexpr int64_t lanes = Vector<float, BYTES>::lanes;
   static_assert(ROWS <= lanes);
   V rows[lanes];
   for (int64_t i = 0; i < lanes; ++i)
-    rows[i] = i < ROWS ? *reinterpret_cast<const V*>(in + i * in_stride) : V{};
+    rows[i] = i < ROWS ? *reinterpret_cast<const Memory*>(in + i * in_stride) : V{};
   // Interleaving row i with row i + lanes/2 moves one bit of the row's number to the column's end:
   // after log2(lanes) rounds they have changed places.
   for (int64_t step = 1; step < lanes; step *= 2) {
@@ -51,7 +52,7 @@ BOFT_INLINE void transpose(const float* in, int64_t in_stride, float* out, int64
     }
     for (int64_t i = 0; i < lanes; ++i) rows[i] = next[i];
   }
-  for (int64_t j = 0; j < lanes; ++j) *reinterpret_cast<V*>(out + j * out_stride) = rows[j];
+  for (int64_t j = 0; j < lanes; ++j) *reinterpret_cast<Memory*>(out + j * out_stride) = rows[j];
 }
 
 }  // namespace boft::cpu
