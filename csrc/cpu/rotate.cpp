@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kGramRows = 16;  // rows that a Gram block is kept in registers for
 constexpr int64_t kGramSum = 256;  // rows summed apart, so that rounding grows slower
+constexpr int64_t kGramBytes = 16384;
 
 // Offset of chunk c of group g in a row.
 BOFT_INLINE int64_t chunk_at(const Stage& s, int64_t g, int64_t c) {
@@ -80,34 +81,46 @@ BOFT_INLINE void rotate_all(const T* x, const C* stages, T* y, int64_t d, Stage 
   }
 }
 
+// Groups whose sums stay in the first-level cache.
+template <class C>
+constexpr int64_t groups_at_once(int64_t size) {
+  const int64_t fitting = kGramBytes / (size * size * int64_t(sizeof(C)));
+  return fitting < 1 ? 1 : fitting;
+}
+
 // The Gram of groups [begin, end) and, if there is an x_grad, grad times the matrices as well.
 template <int BYTES, int64_t SIZE, class T, class C = Compute<T>>
 BOFT_INLINE void backward_all(const T* grad, const T* x, const C* stages, T* x_grad, C* stages_grad,
                               int64_t rows, int64_t d, Stage s, bool transpose, int64_t begin,
                               int64_t end, C* buffer) {
   if (SIZE) s.size = SIZE;
-  const int64_t area = s.size * s.size, total = (end - begin) * area;
+  const int64_t area = s.size * s.size, block = groups_at_once<C>(s.size);
   C *x_tile = buffer, *grad_tile = x_tile + kGramRows * s.size;
   C *out_tile = grad_tile + kGramRows * s.size, *sums = out_tile + kGramRows * s.size;
-  std::memset(stages_grad + begin * area, 0, size_t(total) * sizeof(C));
+  std::memset(stages_grad + begin * area, 0, size_t((end - begin) * area) * sizeof(C));
   for (int64_t top = 0; top < rows; top += kGramSum) {
     const int64_t bottom = rows - top < kGramSum ? rows : top + kGramSum;
-    std::memset(sums, 0, size_t(total) * sizeof(C));
-    for (int64_t n = top; n < bottom; n += kGramRows) {
-      const int64_t count = bottom - n < kGramRows ? bottom - n : kGramRows;
-      for (int64_t g = begin; g < end; ++g) {
-        const Tile<const C> a = gather(x + n * d, d, s, g, count, x_tile);
-        const Tile<const C> b = gather(grad + n * d, d, s, g, count, grad_tile);
-        const Tile<const C>&left = transpose ? b : a, &right = transpose ? a : b;
-        gram_tile<BYTES, SIZE>(left.data, left.stride, right.data, right.stride,
-                               sums + (g - begin) * area, count, s.size);
-        if (!x_grad) continue;
-        const Tile<C> out = target(x_grad + n * d, d, s, g, out_tile);
-        multiply<BYTES>(b.data, b.stride, stages + g * area, out.data, out.stride, count, s.size);
-        scatter(x_grad + n * d, d, s, g, count, out.data);
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t last = end - first < block ? end : first + block;
+      const int64_t total = (last - first) * area;
+      std::memset(sums, 0, size_t(total) * sizeof(C));
+      for (int64_t n = top; n < bottom; n += kGramRows) {
+        const int64_t count = bottom - n < kGramRows ? bottom - n : kGramRows;
+        for (int64_t g = first; g < last; ++g) {
+          const Tile<const C> a = gather(x + n * d, d, s, g, count, x_tile);
+          const Tile<const C> b = gather(grad + n * d, d, s, g, count, grad_tile);
+          const Tile<const C>&left = transpose ? b : a, &right = transpose ? a : b;
+          gram_tile<BYTES, SIZE>(left.data, left.stride, right.data, right.stride,
+                                 sums + (g - first) * area, count, s.size);
+          if (!x_grad) continue;
+          const Tile<C> out = target(x_grad + n * d, d, s, g, out_tile);
+          multiply<BYTES>(b.data, b.stride, stages + g * area, out.data, out.stride, count,
+                          s.size);
+          scatter(x_grad + n * d, d, s, g, count, out.data);
+        }
       }
+      for (int64_t i = 0; i < total; ++i) stages_grad[first * area + i] += sums[i];
     }
-    for (int64_t i = 0; i < total; ++i) stages_grad[begin * area + i] += sums[i];
   }
 }
 
@@ -152,7 +165,7 @@ void backward_as(const void* grad, const void* x, const void* stages, void* x_gr
                  void* stages_grad, int64_t rows, int64_t d, const Stage& s, bool transpose,
                  int64_t begin, int64_t end) {
   using C = Compute<T>;
-  std::vector<C> buffer(size_t(3 * kGramRows * s.size + (end - begin) * s.size * s.size));
+  std::vector<C> buffer(size_t(3 * kGramRows * s.size + groups_at_once<C>(s.size) * s.size * s.size));
   BOFT_RUN(backward, static_cast<const T*>(grad), static_cast<const T*>(x),
            static_cast<const C*>(stages), static_cast<T*>(x_grad), static_cast<C*>(stages_grad),
            rows, d, s, transpose, begin, end, buffer.data());
