@@ -6,7 +6,7 @@ tiles. There a stage of 32 is already bound by arithmetic, and reading x again c
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 MAX_SIZE = 256
 BAND = 16  # the least width of a dot of halves; smaller groups share a band
@@ -68,7 +68,7 @@ TILES = {
     ),
     ("gram", "half"): (
         (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
+        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=3)),
         (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
         (256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
     ),
@@ -90,19 +90,27 @@ def supports(size: int) -> bool:
     return 1 <= size <= MAX_SIZE
 
 
-def config_for(op: str, *, size: int, dtype: str) -> Tile | None:
-    """The tile of an op ("rotate", "rotate_backward", "gram") for groups of this size.
+def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Tile | None:
+    """The tile of an op ("rotate", "rotate_backward", "gram") for such groups.
 
     None for a rotate_backward whose groups are too large for one kernel.
     """
-    return next((tile for most, tile in TILES[op, KINDS[dtype]] if size <= most), None)
+    tile = next((tile for most, tile in TILES[op, KINDS[dtype]] if size <= most), None)
+    # neighbouring features that keep their alignment: below 4, every one needs its own address
+    run = chunk if stride > 1 else BAND if BAND % size == 0 else size
+    if tile is not None and run % 4:
+        tile = replace(tile, rows=max(16, tile.rows // 4), num_stages=1)
+    return tile
 
 
 def reachable(op: str) -> Iterator[tuple[Tile, dict]]:
-    """Every tile that config_for can return for this op, with a structure that it is for."""
+    """Every tile that config_for can return for this op, with structures that it is for."""
     for dtype, kind in KINDS.items():
-        for size, tile in TILES[op, kind]:
-            yield tile, {"size": size, "dtype": dtype}
+        for most, _ in TILES[op, kind]:
+            odd = 3 if most == BAND else most - 1
+            for size, chunk, stride in ((most, most, 1), (most, 4, 8), (most, 2, 8), (odd, odd, 1)):
+                structure = {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
+                yield config_for(op, **structure), structure
 
 
 def splits_for(n_groups: int, size: int) -> int:
@@ -120,26 +128,22 @@ def splits_for(n_groups: int, size: int) -> int:
 
 
 def compile_cases() -> Iterator[dict]:
-    """Everything to compile ahead: each reachable tile for even, ragged and strided groups.
+    """Everything to compile ahead: a case per reachable tile and structure.
 
     A case has the name of the kernel, its constants, the types of its pointers, num_warps,
-    num_stages, and ``structure``: "even", "ragged" or "strided".
+    num_stages, and its structure. Strided groups are transposed.
     """
     for op in ("rotate", "rotate_backward", "gram"):
-        for tile, example in reachable(op):
-            size = example["size"]
-            ragged = 3 if size == BAND else size * 5 // 8  # 20, 40, 80, 160
-            for structure, group in {
-                "even": {"SIZE": size, "CHUNK": size, "STRIDE": 1, "TRANSPOSE": False},
-                "ragged": {"SIZE": ragged, "CHUNK": ragged, "STRIDE": 1, "TRANSPOSE": False},
-                "strided": {"SIZE": size, "CHUNK": 4, "STRIDE": 8, "TRANSPOSE": True},
-            }.items():
-                yield _case(op, tile, example["dtype"], group) | {"structure": structure}
+        for tile, structure in reachable(op):
+            yield _case(op, tile, structure)
 
 
-def _case(op: str, tile: Tile, dtype: str, group: dict) -> dict:
+def _case(op: str, tile: Tile, structure: dict) -> dict:
+    dtype = structure["dtype"]
     rows = "*" + TRITON_NAMES[dtype]
     sums = "*fp64" if dtype == "float64" else "*fp32"
+    group = {name.upper(): structure[name] for name in ("size", "chunk", "stride")}
+    group["TRANSPOSE"] = structure["stride"] > 1
     constants = group | {"INTERPRETED": False} | constants_of(tile)
     if op == "rotate":
         pointers = {"x_ptr": rows, "stage_ptr": sums, "y_ptr": rows}
@@ -154,6 +158,7 @@ def _case(op: str, tile: Tile, dtype: str, group: dict) -> dict:
         "kernel_name": "rotate_kernel" if op == "rotate" else "rotate_backward_kernel",
         "constexprs": constants,
         "dtype": TRITON_NAMES[dtype],
+        "structure": structure,
         "pointers": pointers,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

@@ -95,8 +95,7 @@ def rotate_backward_kernel(
 ):  # fmt: skip
     """Gram of x (COLUMNS entries) and grad (INNER) over a split of the rows; X_GRAD: x_grad too.
 
-    With y = x A, A = S or S^T: x_grad = grad A^T, dA = x^T grad. X_GRAD needs whole groups in a
-    tile of grad (INNER >= SIZE).
+    With y = x A, A = S or S^T: x_grad = grad A^T, dA = x^T grad. X_GRAD needs INNER >= SIZE.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     RESIDUAL: tl.constexpr = dtype.primitive_bitwidth < 32
@@ -158,7 +157,7 @@ def rotate(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    tile = config_for("rotate", size=size, dtype=_name(x))
+    tile = config_for("rotate", **_structure(x, size, chunk, stride))
     n_tiles = _n_tiles(tile, d, size, tile.columns)
     row_tiles = triton.cdiv(n, tile.rows)
     # a program reads size^2 of the stage for rows * size of x: 16 * size rows make that cheap
@@ -184,7 +183,7 @@ def rotate_backward(
     Large groups take two launches: their Gram alone fills a program's registers.
     """
     size = stage.shape[-1]
-    tile = config_for("rotate_backward", size=size, dtype=_name(x))
+    tile = config_for("rotate_backward", **_structure(x, size, chunk, stride))
     if tile is None:
         pair = (grad, x) if transpose else (x, grad)
         partials = gram(*pair, size, chunk, stride, splits)
@@ -199,7 +198,7 @@ def gram(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
     """Partial sums over the rows, (splits, d/size, size, size), of x^T grad in each group."""
-    tile = config_for("gram", size=size, dtype=_name(x))
+    tile = config_for("gram", **_structure(x, size, chunk, stride))
     return _gram(x, grad.contiguous(), None, None, size, chunk, stride, False, splits, tile)
 
 
@@ -220,8 +219,9 @@ def _gram(x, grad, stage, x_grad, size, chunk, stride, transpose, splits, tile) 
     return partials
 
 
-def _name(x: torch.Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+def _structure(x: torch.Tensor, size: int, chunk: int, stride: int) -> dict:
+    dtype = str(x.dtype).removeprefix("torch.")
+    return {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
 
 
 def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
