@@ -35,7 +35,7 @@ class Tile:
 # Per op and kind of dtype, in ascending order: the largest group, and its tile.
 TILES = {
     ("rotate", "half"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
         (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
         (64, Tile(1, 128, 64, 64, num_warps=4, num_stages=2)),
         (128, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
@@ -52,8 +52,8 @@ TILES = {
     ),
     # inner must hold a whole group: above these sizes x_grad and Gram are launches of their own
     ("rotate_backward", "half"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=3)),
         (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
         (128, Tile(1, 64, 64, 128, num_warps=8, num_stages=1)),
     ),
@@ -67,7 +67,7 @@ TILES = {
         (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
     ("gram", "half"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
         (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=3)),
         (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
         (256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
@@ -99,7 +99,7 @@ def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Ti
     # neighbouring features that keep their alignment: below 4, every one needs its own address
     run = chunk if stride > 1 else BAND if BAND % size == 0 else size
     if tile is not None and run % 4:
-        tile = replace(tile, rows=max(16, tile.rows // 4), num_stages=1)
+        tile = replace(tile, rows=max(16, tile.rows // 4))
     return tile
 
 

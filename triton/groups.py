@@ -7,8 +7,8 @@ Groups of fewer than 16 entries are packed into a band, a block-diagonal matrix 
 tensor core multiplies no less; all bands are one batched dot. Larger groups take a two-dimensional
 dot each, in tiles where they need it.
 
-Tiles are [rows, positions] if BANDS == 1 and [BANDS, rows, positions] otherwise; ``rows_axis``,
-``inner_axis`` and ``columns_axis`` put an index on its axis in both cases.
+Tiles of rows are [rows, positions] if BANDS == 1 and [rows, BANDS, width] otherwise, so that
+neighbouring threads read neighbouring bands; the batched dot wants the bands first.
 """
 
 import triton
@@ -16,27 +16,20 @@ import triton.language as tl
 
 
 @triton.jit
-def columns_axis(index, BANDS: tl.constexpr):
-    if BANDS == 1:
-        return index[None, :]
-    else:
-        return index[:, None, :]
+def rows_axis(index, BANDS: tl.constexpr):
+    return index[:, None] if BANDS == 1 else index[:, None, None]
 
 
 @triton.jit
 def inner_axis(index, BANDS: tl.constexpr):
-    if BANDS == 1:
-        return index[:, None]
-    else:
-        return index[:, :, None]
+    """Of a tile of the stage, [inner, columns] or [BANDS, inner, columns]."""
+    return index[:, None] if BANDS == 1 else index[:, :, None]
 
 
 @triton.jit
-def rows_axis(index, BANDS: tl.constexpr):
-    if BANDS == 1:
-        return index[:, None]
-    else:
-        return index[None, :, None]
+def columns_axis(index, BANDS: tl.constexpr):
+    """Of a tile of the stage, [inner, columns] or [BANDS, inner, columns]."""
+    return index[None, :] if BANDS == 1 else index[:, None, :]
 
 
 @triton.jit
@@ -93,8 +86,7 @@ def offsets(
     SIZE: tl.constexpr, CHUNK: tl.constexpr, STRIDE: tl.constexpr, BANDS: tl.constexpr,
 ):  # fmt: skip
     """Offset of a row's entry at a position; 32 bits, rows count from the first of a tile."""
-    feature = feature_at(position, SIZE, CHUNK, STRIDE)
-    return rows_axis(row, BANDS) * d + columns_axis(feature, BANDS)
+    return rows_axis(row, BANDS) * d + feature_at(position, SIZE, CHUNK, STRIDE)[None]
 
 
 @triton.jit
@@ -134,7 +126,27 @@ def round_to(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, total, INTERPRETED: tl.constexpr):
+def _dot(a, b, total, INTERPRETED: tl.constexpr):
     if INTERPRETED and a.dtype.primitive_bitwidth < 32:  # it would multiply them as raw bits
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def product(rows, stage, total, BANDS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """A tile of rows times a tile of the stage."""
+    if BANDS == 1:
+        return _dot(rows, stage, total, INTERPRETED)
+    else:
+        rows, total = tl.permute(rows, (1, 0, 2)), tl.permute(total, (1, 0, 2))
+        return tl.permute(_dot(rows, stage, total, INTERPRETED), (1, 0, 2))
+
+
+@triton.jit
+def gram_of(left, right, total, BANDS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """left^T right of two tiles of rows."""
+    if BANDS == 1:
+        return _dot(tl.trans(left), right, total, INTERPRETED)
+    else:
+        left, right = tl.permute(left, (1, 2, 0)), tl.permute(right, (1, 0, 2))
+        return _dot(left, right, total, INTERPRETED)

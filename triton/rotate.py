@@ -13,12 +13,13 @@ import triton.language as tl
 from .config_rotate import Tile, config_for, constants_of
 from .groups import (
     columns_axis,
-    dot,
     entry,
+    gram_of,
     inner_axis,
     load_stage,
     offsets,
     positions,
+    product,
     program,
     round_to,
     rows_axis,
@@ -59,9 +60,9 @@ def rotate_kernel(
     for start in range(first, last, ROWS):
         base = start * d
         there = rows_axis(row < last - start, BANDS)
-        out_mask = there & columns_axis(column_inside, BANDS)
+        out_mask = there & column_inside[None]
         if WHOLE:
-            mask = there & columns_axis(inner_inside, BANDS)
+            mask = there & inner_inside[None]
             x = tl.load(x_ptr + base + into, mask=mask, other=0.0)
             if not RESIDUAL:
                 y = tl.zeros(out.shape, sum_dtype)
@@ -69,20 +70,20 @@ def rotate_kernel(
                 y = x.to(sum_dtype)
             else:
                 y = tl.load(x_ptr + base + out, mask=out_mask, other=0.0).to(sum_dtype)
-            y = dot(x, stage, y, INTERPRETED)
+            y = product(x, stage, y, BANDS, INTERPRETED)
         else:
             tl.static_assert(not RESIDUAL)
             y = tl.zeros(out.shape, sum_dtype)
             for k in range(0, SIZE, INNER):
                 inner, inner_inside = positions(group, k, d, SIZE, INNER, BANDS)
                 into = offsets(row, inner, d, SIZE, CHUNK, STRIDE, BANDS)
-                mask = there & columns_axis(inner_inside, BANDS)
+                mask = there & inner_inside[None]
                 x = tl.load(x_ptr + base + into, mask=mask, other=0.0)
                 stage = load_stage(
                     stage_ptr, inner, inner_inside, column, column_inside, dtype,
                     SIZE, TRANSPOSE, INTERPRETED, BANDS,
                 )  # fmt: skip
-                y = dot(x, stage, y, INTERPRETED)
+                y = product(x, stage, y, BANDS, INTERPRETED)
         tl.store(y_ptr + base + out, round_to(y, dtype, INTERPRETED), mask=out_mask)
 
 
@@ -122,8 +123,8 @@ def rotate_backward_kernel(
     for start in range(first, last, ROWS):
         base = start * d
         there = rows_axis(row < last - start, BANDS)
-        left_mask = there & columns_axis(left_inside, BANDS)
-        right_mask = there & columns_axis(right_inside, BANDS)
+        left_mask = there & left_inside[None]
+        right_mask = there & right_inside[None]
         x = tl.load(x_ptr + base + left_at, mask=left_mask, other=0.0)
         grad = tl.load(grad_ptr + base + right_at, mask=right_mask, other=0.0)
         if X_GRAD:
@@ -134,13 +135,10 @@ def rotate_backward_kernel(
             else:
                 x_grad = tl.load(grad_ptr + base + left_at, mask=left_mask, other=0.0)
                 x_grad = x_grad.to(sum_dtype)
-            x_grad = dot(grad, stage, x_grad, INTERPRETED)
+            x_grad = product(grad, stage, x_grad, BANDS, INTERPRETED)
             x_grad = round_to(x_grad, dtype, INTERPRETED)
             tl.store(x_grad_ptr + base + left_at, x_grad, mask=left_mask)
-        if BANDS == 1:
-            gram = dot(tl.trans(x), grad, gram, INTERPRETED)
-        else:
-            gram = dot(tl.permute(x, (0, 2, 1)), grad, gram, INTERPRETED)
+        gram = gram_of(x, grad, gram, BANDS, INTERPRETED)
     inside = inner_axis(left_inside, BANDS) & columns_axis(right_inside, BANDS)
     if BANDS > 1:
         inside = inside & (inner_axis(left, BANDS) // SIZE == columns_axis(right, BANDS) // SIZE)
