@@ -14,8 +14,12 @@ from boft_ops import _backend, rotate
 if not _backend.has_triton():
     pytest.skip("triton is not installed", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from boft_ops.triton_kernels import config_rotate
 from boft_ops.triton_kernels import rotate as kernels
+from boft_ops.triton_kernels.groups import positions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -117,6 +121,23 @@ def test_programs_that_take_several_tiles_of_rows(size, dtype, monkeypatch):
     truth = rotate._rotate(x.double(), stage.double(), size // 2, 2, False)
     reference = rotate._rotate(x, stage, size // 2, 2, False)
     assert_as_good(kernels.rotate(x, stage, size // 2, 2, False), reference, truth)
+
+
+@triton.jit
+def list_positions(out_ptr, d, SIZE: tl.constexpr, BANDS: tl.constexpr):
+    position, inside = positions(tl.program_id(0), 0, d, SIZE, 16, BANDS)
+    band = tl.program_id(0) * BANDS + tl.arange(0, BANDS)[:, None]
+    tl.store(out_ptr + band * 16 + tl.arange(0, 16)[None, :], tl.where(inside, position, -1))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 7, 12, 15, 16])
+def test_no_position_belongs_to_two_bands(size):
+    """Both would store it: a race, which the interpreter, one program at a time, never shows."""
+    d = 11 * size
+    programs = triton.cdiv(d, 4 * (16 // size * size))
+    out = torch.empty(programs * 4 * 16, dtype=torch.int32, device=DEVICE)
+    list_positions[(programs,)](out, d, SIZE=size, BANDS=4)
+    assert sorted(out[out >= 0].tolist()) == list(range(d))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
