@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 MAX_SIZE = 256
 BAND = 16  # the least width of a dot of halves; smaller groups share a band
+SECTOR = 16  # halves in the 32 bytes that memory moves at least
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Tile:
     """What one program works on at a time.
 
     Attributes:
-        bands: bands of 16 positions in a batched dot; 1: one group, or a part of it, unbatched. At
+        bands: runs of whole groups in a batched dot; 1: one group, or a part of it, unbatched. At
             least num_warps, as Triton 3.6 repeats the work of a smaller batch.
         rows: rows of x.
         columns: entries of a group in the result.
@@ -81,6 +82,16 @@ TILES = {
         (256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
 }
+# Halves in chunks of less than a sector: neighbouring groups, whose chunks lie side by side, in one
+# program, where they fit.
+STRIDED = {
+    "rotate": (
+        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+        (64, Tile(4, 16, 64, 64, num_warps=4, num_stages=2)),
+    ),
+    "rotate_backward": ((32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),),
+    "gram": (),
+}
 KINDS = {"bfloat16": "half", "float16": "half", "float32": "float32", "float64": "float64"}
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
@@ -95,7 +106,11 @@ def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Ti
 
     None for a rotate_backward whose groups are too large for one kernel.
     """
-    tile = next((tile for most, tile in TILES[op, KINDS[dtype]] if size <= most), None)
+    kind = KINDS[dtype]
+    tiles = TILES[op, kind]
+    if kind == "half" and stride > 1 and chunk < SECTOR and size > BAND:
+        tiles = STRIDED[op] + tiles
+    tile = next((tile for most, tile in tiles if size <= most), None)
     # neighbouring features that keep their alignment: below 4, every one needs its own address
     run = chunk if stride > 1 else BAND if BAND % size == 0 else size
     if tile is not None and run % 4:

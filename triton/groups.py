@@ -1,11 +1,11 @@
 """Where a stage's groups lie: index arithmetic and tile operations of the rotate kernels.
 
 The entries of all groups, one group after the other, have *positions* 0..d-1: position g*size + i
-is entry i of group g. A program owns a run of positions, or several runs ("bands") of 16, and all
-index arithmetic starts there: where the feature of a position lies, which positions share a group.
-Groups of fewer than 16 entries are packed into a band, a block-diagonal matrix of 16 x 16, since a
-tensor core multiplies no less; all bands are one batched dot. Larger groups take a two-dimensional
-dot each, in tiles where they need it.
+is entry i of group g. A program owns a run of positions, or several runs ("bands"), and all index
+arithmetic starts there: where the feature of a position lies, which positions share a group. Groups
+of fewer than 16 entries are packed into a band, a block-diagonal matrix of 16 x 16, since a tensor
+core multiplies no less; all bands are one batched dot. Larger groups take a two-dimensional dot
+each, in tiles where they need it, or are bands of their own.
 
 Tiles of rows are [rows, positions] if BANDS == 1 and [rows, BANDS, width] otherwise, so that
 neighbouring threads read neighbouring bands; the batched dot wants the bands first.
