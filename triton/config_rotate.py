@@ -1,0 +1,186 @@
+"""Tiles of the rotate kernels: which for what, and the list of all of them. Imports no torch.
+
+Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942. float32 is multiplied exactly (no
+tf32), by ordinary multiply-adds that hold a tile's whole operands in registers; hence its small
+tiles. There a stage of 32 is already bound by arithmetic, and reading x again costs nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+MAX_SIZE = 256
+BAND = 16  # the least width of a dot of halves; smaller groups share a band
+SECTOR = 16  # halves in the 32 bytes that memory moves at least
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on at a time.
+
+    Attributes:
+        bands: runs of whole groups in a batched dot; 1: one group, or a part of it, unbatched. At
+            least num_warps, as Triton 3.6 repeats the work of a smaller batch.
+        rows: rows of x.
+        columns: entries of a group in the result.
+        inner: entries of a group that are summed over.
+    """
+
+    bands: int
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+# Per op and kind of dtype, in ascending order: the largest group, and its tile.
+TILES = {
+    ("rotate", "half"): (
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
+        (64, Tile(1, 128, 64, 64, num_warps=4, num_stages=2)),
+        (128, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
+        (256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1)),
+    ),
+    ("rotate", "float32"): (
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
+    ),
+    ("rotate", "float64"): (
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
+    ),
+    # inner must hold a whole group: above these sizes x_grad and Gram are launches of their own
+    ("rotate_backward", "half"): (
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=3)),
+        (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
+        (128, Tile(1, 64, 64, 128, num_warps=8, num_stages=1)),
+    ),
+    ("rotate_backward", "float32"): (
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
+        (64, Tile(1, 32, 32, 64, num_warps=8, num_stages=1)),
+    ),
+    ("rotate_backward", "float64"): (
+        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
+    ),
+    ("gram", "half"): (
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=3)),
+        (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
+    ),
+    ("gram", "float32"): (
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (256, Tile(1, 16, 64, 32, num_warps=4, num_stages=2)),
+    ),
+    ("gram", "float64"): (
+        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
+        (256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
+    ),
+}
+# Halves in chunks of less than a sector: neighbouring groups, whose chunks lie side by side, in one
+# program, where they fit.
+STRIDED = {
+    "rotate": (
+        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+        (64, Tile(4, 16, 64, 64, num_warps=4, num_stages=2)),
+    ),
+    "rotate_backward": ((32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),),
+    "gram": (),
+}
+KINDS = {"bfloat16": "half", "float16": "half", "float32": "float32", "float64": "float64"}
+TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+
+
+def supports(size: int) -> bool:
+    """Whether the kernels take groups of this size; every dtype of KINDS, chunk and stride."""
+    return 1 <= size <= MAX_SIZE
+
+
+def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Tile | None:
+    """The tile of an op ("rotate", "rotate_backward", "gram") for such groups.
+
+    None for a rotate_backward whose groups are too large for one kernel.
+    """
+    kind = KINDS[dtype]
+    tiles = TILES[op, kind]
+    if kind == "half" and stride > 1 and chunk < SECTOR and size > BAND:
+        tiles = STRIDED[op] + tiles
+    tile = next((tile for most, tile in tiles if size <= most), None)
+    # neighbouring features that keep their alignment: below 4, every one needs its own address
+    run = chunk if stride > 1 else BAND if BAND % size == 0 else size
+    if tile is not None and run % 4:
+        tile = replace(tile, rows=max(16, tile.rows // 4))
+    return tile
+
+
+def reachable(op: str) -> Iterator[tuple[Tile, dict]]:
+    """Every tile that config_for can return for this op, with structures that it is for."""
+    for dtype, kind in KINDS.items():
+        for most, _ in TILES[op, kind]:
+            odd = 3 if most == BAND else most - 1
+            for size, chunk, stride in ((most, most, 1), (most, 4, 8), (most, 2, 8), (odd, odd, 1)):
+                structure = {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
+                yield config_for(op, **structure), structure
+
+
+def splits_for(n_groups: int, size: int) -> int:
+    """Row splits of the Gram: about four programs for each of 132 multiprocessors.
+
+    A constant of the plan, independent of the number of rows. The float32 partial sums stay within
+    16 MB, unless one alone is larger.
+    """
+    if size <= BAND:
+        programs = -(-n_groups // (4 * (BAND // size)))
+    else:
+        programs = n_groups * -(-size // 64)
+    enough = -(-4 * 132 // max(1, programs))
+    return max(1, min(enough, (16 << 20) // max(1, n_groups * size * size * 4)))
+
+
+def compile_cases() -> Iterator[dict]:
+    """Everything to compile ahead: a case per reachable tile and structure.
+
+    A case has the name of the kernel, its constants, the types of its pointers, num_warps,
+    num_stages, and its structure. Strided groups are transposed.
+    """
+    for op in ("rotate", "rotate_backward", "gram"):
+        for tile, structure in reachable(op):
+            yield _case(op, tile, structure)
+
+
+def _case(op: str, tile: Tile, structure: dict) -> dict:
+    dtype = structure["dtype"]
+    rows = "*" + TRITON_NAMES[dtype]
+    sums = "*fp64" if dtype == "float64" else "*fp32"
+    group = {name.upper(): structure[name] for name in ("size", "chunk", "stride")}
+    group["TRANSPOSE"] = structure["stride"] > 1
+    constants = group | {"INTERPRETED": False} | constants_of(tile)
+    if op == "rotate":
+        pointers = {"x_ptr": rows, "stage_ptr": sums, "y_ptr": rows}
+    else:
+        constants["X_GRAD"] = op == "rotate_backward"
+        pointers = {"x_ptr": rows, "grad_ptr": rows, "partials_ptr": sums}
+        if op == "rotate_backward":
+            pointers |= {"stage_ptr": sums, "x_grad_ptr": rows}
+        else:
+            constants |= {"stage_ptr": None, "x_grad_ptr": None}
+    return {
+        "kernel_name": "rotate_kernel" if op == "rotate" else "rotate_backward_kernel",
+        "constexprs": constants,
+        "dtype": TRITON_NAMES[dtype],
+        "structure": structure,
+        "pointers": pointers,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def constants_of(tile: Tile) -> dict[str, int]:
+    """The kernels' constants that a tile sets; num_warps and num_stages are launch options."""
+    fields = asdict(tile)
+    return {name.upper(): fields[name] for name in ("bands", "rows", "columns", "inner")}
