@@ -19,8 +19,8 @@ import torch
 PASS_COST = {"cpu": 64, "cuda": 350}
 
 
-# Programs wanted for one pass over x on a GPU: several for each of some 132 multiprocessors.
-GPU_PROGRAMS = 1024
+GPU_PROGRAMS = 4 * 132  # wanted for one pass over x: four for each multiprocessor of an H100
+PARTIAL_BYTES = 16 << 20  # that the partial sums of one stage may take
 
 
 class Stage(NamedTuple):
@@ -47,7 +47,11 @@ class Stage(NamedTuple):
         """
         if x.device.type == "cpu":
             return 1
-        return max(1, min(GPU_PROGRAMS * self.size // x.shape[-1], 32))
+        groups = x.shape[-1] // self.size
+        # small groups share a program by the dozen, large ones are tiles of 64
+        programs = -(-groups * self.size // 64) if self.size <= 16 else groups * -(-self.size // 64)
+        most = PARTIAL_BYTES // (4 * groups * self.size**2)
+        return max(1, min(-(-GPU_PROGRAMS // programs), most))
 
 
 def plan(n_factors: int, block_size: int, device: str = "cpu") -> tuple[Stage, ...]:

@@ -99,6 +99,9 @@ def _fake_rotate_backward(
     return x_grad, _fake_gram(x, grad, stage.shape[-1], chunk, stride, splits)
 
 
+MAX_TRITON_SIZE = 256  # of a group; the plan makes no larger ones on a GPU
+
+
 def _native_takes(x: torch.Tensor, size: int, splits: int = 1) -> bool:
     """Up to the size from which BLAS wins."""
     return x.dtype != torch.float16 and size <= 128 and splits == 1
@@ -113,24 +116,34 @@ rotate_rows = Op(
     "rotate(Tensor x, Tensor stage, int chunk, int stride, bool transpose) -> Tensor",
     _rotate,
     _fake_rotate,
-    supports={"cpu": lambda x, stage, *_: _native_takes_stage(x, stage)},
+    triton="rotate:rotate",
+    supports={
+        "cpu": lambda x, stage, *_: _native_takes_stage(x, stage),
+        "triton": lambda x, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
+    },
 )
 # Gradients of a stage come as partial sums (splits, d/size, size, size), in at least float32.
 gram = Op(
     "gram(Tensor x, Tensor grad, int size, int chunk, int stride, int splits) -> Tensor",
     _gram,
     _fake_gram,
-    supports={"cpu": lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits)},
+    triton="rotate:gram",
+    supports={
+        "cpu": lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits),
+        "triton": lambda x, grad, size, *_: size <= MAX_TRITON_SIZE,
+    },
 )
 rotate_backward = Op(
     "rotate_backward(Tensor grad, Tensor x, Tensor stage, int chunk, int stride, bool transpose,"
     " int splits) -> (Tensor, Tensor)",
     _rotate_backward,
     _fake_rotate_backward,
+    triton="rotate:rotate_backward",
     supports={
         "cpu": lambda grad, x, stage, chunk, stride, transpose, splits: _native_takes_stage(
             x, stage, splits
-        )
+        ),
+        "triton": lambda grad, x, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
 )
 

@@ -128,20 +128,6 @@ def reachable(op: str) -> Iterator[tuple[Tile, dict]]:
                 yield config_for(op, **structure), structure
 
 
-def splits_for(n_groups: int, size: int) -> int:
-    """Row splits of the Gram: about four programs for each of 132 multiprocessors.
-
-    A constant of the plan, independent of the number of rows. The float32 partial sums stay within
-    16 MB, unless one alone is larger.
-    """
-    if size <= BAND:
-        programs = -(-n_groups // (4 * (BAND // size)))
-    else:
-        programs = n_groups * -(-size // 64)
-    enough = -(-4 * 132 // max(1, programs))
-    return max(1, min(enough, (16 << 20) // max(1, n_groups * size * size * 4)))
-
-
 def compile_cases() -> Iterator[dict]:
     """Everything to compile ahead: a case per reachable tile and structure.
 
