@@ -39,10 +39,11 @@ class ComposeConfig:
 
 @dataclass(frozen=True)
 class RotationConfig:
-    """G groups per program, of blocks padded to B x B."""
+    """G groups per program, of blocks padded to B x B, C of which are transformed at a time."""
 
     B: int
     G: int
+    C: int
     num_warps: int
 
 
@@ -72,16 +73,19 @@ def _compose(b: int, s: int) -> ComposeConfig:
 
 
 def _rotation(m: int, b: int) -> RotationConfig:
-    # Up to groups of 16 x 16 one warp; 64 x 64 over 8 warps are 16 numbers per thread.
+    # Up to groups of 16 x 16 one warp; 64 x 64 over 8 warps are 16 numbers per thread. Beside them
+    # the Cayley transform, in float64, takes few blocks at a time.
     B = _padded(b)
     size = B << (m - 1)
-    return RotationConfig(B, G=max(1, 256 // size**2), num_warps={32: 4, 64: 8}.get(size, 1))
+    G = max(1, 256 // size**2)
+    C = min(G << (m - 1), max(1, 512 // B**2))
+    return RotationConfig(B, G, C, num_warps={32: 4, 64: 8}.get(size, 1))
 
 
 def _rotation_backward(m: int, b: int) -> RotationConfig:
-    # Partial products and gradients at once: 8 numbers per thread, or some of them spill.
+    # Groups of 64 in many small blocks: over more warps, or a few numbers spill.
     forward = _rotation(m, b)
-    return replace(forward, num_warps=16) if forward.num_warps == 8 else forward
+    return replace(forward, num_warps=16) if forward.num_warps == 8 and forward.B <= 8 else forward
 
 
 def _padded(b: int) -> int:

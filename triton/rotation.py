@@ -38,22 +38,24 @@ def rotation_kernel(
     b: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
+    C: tl.constexpr,
 ):
     packed: tl.constexpr = b * (b - 1) // 2
     P: tl.constexpr = G << (m - 1)  # blocks of each factor per program
     n_blocks = tl.cast(n_blocks, tl.int64)
     first = tl.program_id(0).to(tl.int64) * P
     present = tl.minimum(n_blocks - first, P).to(tl.int32)
-    for i in range(m):
-        block = i * n_blocks + first
+    for i in range(m * (P // C)):
+        skip = i % (P // C) * C
+        block = i // (P // C) * n_blocks + first + skip
         cayley_tile(
             skew_ptr + block * packed,
             None if drop_ptr is None else drop_ptr + block,
             blocks_ptr + block * (b * b),
-            present,
+            present - skip,
             b,
             B,
-            P,
+            C,
         )
 
     unit = tl.arange(0, 2 * P)
@@ -94,6 +96,7 @@ def rotation_backward_kernel(
     b: tl.constexpr,
     B: tl.constexpr,
     G: tl.constexpr,
+    C: tl.constexpr,
 ):
     packed: tl.constexpr = b * (b - 1) // 2
     P: tl.constexpr = G << (m - 1)  # blocks of each factor per program
@@ -153,19 +156,20 @@ def rotation_backward_kernel(
 
     # One factor is its own stage, and nothing is written yet.
     partial_ptr = grad_ptr if m == 1 else blocks_grad_ptr
-    for i in range(m):
-        block = i * n_blocks + first
+    for i in range(m * (P // C)):
+        skip = i % (P // C) * C
+        block = i // (P // C) * n_blocks + first + skip
         cayley_backward_tile(
             blocks_ptr + block * (b * b),
             None if drop_ptr is None else drop_ptr + block,
             partial_ptr + block * (b * b),
             skew_grad_ptr + block * packed,
-            present,
+            present - skip,
             splits if m == 1 else 1,
             split_stride,
             b,
             B,
-            P,
+            C,
         )
 
 
