@@ -147,8 +147,8 @@ def check_rotation(m, b, splits, drop, dtype, n_groups, scale=1.0):
 
 @pytest.mark.parametrize(("m", "b"), STRUCTURES)
 def test_rotation(m, b):
-    n_groups = 2 if b << (m - 1) >= 16 else 19 if m > 1 else 67
-    check_rotation(m, b, 1 + b % 4 // 2, "some", torch.float32, n_groups)
+    size = b << (m - 1)
+    check_rotation(m, b, 1 + b % 4 // 2, "some", torch.float32, n_groups=256 // size**2 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

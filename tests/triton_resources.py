@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 TABLE = Path(__file__).parent / "data" / "triton_resources.csv"
+COLUMNS = ("registers", "shared", "barriers")
 # backend, architecture, threads per warp; the shared memory of a block, in bytes
 TARGETS = {
     "sm_80": (("cuda", 80, 32), 163 * 1024),
@@ -50,7 +51,10 @@ def label(case):
 
 
 def compiled(target, case):
-    """Registers, shared memory and stack, in bytes, of one kernel."""
+    """Registers, shared memory and stack in bytes, and the barriers that one kernel asks for.
+
+    The interpreter runs a program as one thread, so no test of numbers there can miss a barrier.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -75,7 +79,9 @@ def compiled(target, case):
         target=GPUTarget(backend, arch, width),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages},
     )
+    barriers = re.findall(r"^ *(?:ttg|gpu)\.barrier", out.asm["ttgir"], re.MULTILINE)
     used = {"shared": out.metadata.shared, "threads": case.num_warps * width}
+    used["barriers"] = len(barriers)
     if backend == "cuda":
         used.update(_cubin(out.asm["cubin"]))
     else:
@@ -115,12 +121,12 @@ def resources(target):
 
 
 def read_table():
-    """The Triton version of the committed table, and (target, label) -> (registers, shared)."""
+    """The Triton version of the committed table, and (target, label) -> resources."""
     with TABLE.open(newline="") as file:
         version = file.readline().split()[-1]
         rows = list(csv.DictReader(file))
     return version, {
-        (row["target"], row["case"]): (int(row["registers"]), int(row["shared"])) for row in rows
+        (row["target"], row["case"]): {key: int(row[key]) for key in COLUMNS} for row in rows
     }
 
 
@@ -130,10 +136,10 @@ def write_table():
     with TABLE.open("w", newline="") as file:
         file.write(f"# triton {triton.__version__}\n")
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["target", "case", "registers", "shared"])
+        writer.writerow(["target", "case", *COLUMNS])
         for target in TARGETS:
             for name, used in sorted(resources(target).items()):
-                writer.writerow([target, name, used["registers"], used["shared"]])
+                writer.writerow([target, name, *(used[key] for key in COLUMNS)])
 
 
 if __name__ == "__main__":

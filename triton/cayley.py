@@ -124,7 +124,7 @@ def cayley_backward_tile(
     _store(skew_grad_ptr + block * packed + _packed(i, j, b), skew_grad, inside & (i < j))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def cayley_kernel(
     skew_ptr, drop_ptr, blocks_ptr, n_blocks, b: tl.constexpr, B: tl.constexpr, G: tl.constexpr
 ):
@@ -141,7 +141,7 @@ def cayley_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def cayley_backward_kernel(
     blocks_ptr,
     drop_ptr,

@@ -113,7 +113,7 @@ def unjoin(
         tl.store(inner_grad_ptr + inner + q * s + t, right_grad, mask=columns)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["n_units", "first"])
 def compose_kernel(
     factor_ptr,
     inner_ptr,
@@ -130,7 +130,7 @@ def compose_kernel(
     join(factor_ptr, inner_ptr, outer_ptr, unit, n_units, first, b, s, B, T)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["n_units", "first", "splits"])
 def compose_backward_kernel(
     factor_ptr,
     inner_ptr,

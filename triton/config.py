@@ -73,19 +73,21 @@ def _compose(b: int, s: int) -> ComposeConfig:
 
 
 def _rotation(m: int, b: int) -> RotationConfig:
-    # Up to groups of 16 x 16 one warp; 64 x 64 over 8 warps are 16 numbers per thread. Beside them
-    # the Cayley transform, in float64, takes few blocks at a time.
+    # Up to groups of 16 x 16 one warp; 64 x 64 over 8 warps are 16 numbers per thread. Above one
+    # warp the Cayley transform, in float64, takes as many blocks at a time as there are threads.
     B = _padded(b)
     size = B << (m - 1)
     G = max(1, 256 // size**2)
-    C = min(G << (m - 1), max(1, 512 // B**2))
+    C = min(G << (m - 1), max(1, (128 if size == 32 else 256) // B**2))
     return RotationConfig(B, G, C, num_warps={32: 4, 64: 8}.get(size, 1))
 
 
 def _rotation_backward(m: int, b: int) -> RotationConfig:
-    # Groups of 64 in many small blocks: over more warps, or a few numbers spill.
+    # More warps where a few numbers would spill: many small blocks, or large blocks in float64.
     forward = _rotation(m, b)
-    return replace(forward, num_warps=16) if forward.num_warps == 8 and forward.B <= 8 else forward
+    if forward.num_warps == 8 and forward.B <= 8:
+        return replace(forward, num_warps=16)
+    return replace(forward, num_warps=8) if forward.B == 32 else forward
 
 
 def _padded(b: int) -> int:

@@ -2,9 +2,11 @@
 
 A butterfly of m factors mixes groups of S = b << (m - 1) features, and S <= 64 keeps a group in one
 program: it computes the Cayley transform of the group's blocks, then joins them factor by factor
-(compose.py). What one step writes the next reads from global memory, through the first-level cache:
-a program owns whole groups, in all factors, so it reads back nothing but what its own threads
-wrote, and the program's barrier orders the writes of each before the reads of all.
+(compose.py).
+
+What one step writes the next reads back from global memory. A program owns whole groups, in all
+factors, so all of it was written by its own threads, and a barrier makes the writes of a program's
+threads visible to all of them, in global memory as in shared. No launch in between, no atomics.
 """
 
 import torch
@@ -26,7 +28,7 @@ def _level(ptr, level: tl.constexpr, n_blocks, first, b: tl.constexpr):
     return ptr + n_blocks * (b * b * ((1 << level) - 2)) + first * (b * b << level)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def rotation_kernel(
     skew_ptr,
     drop_ptr,
@@ -82,7 +84,7 @@ def rotation_kernel(
         inner_ptr = outer_ptr
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks", "splits"])
 def rotation_backward_kernel(
     blocks_ptr,
     drop_ptr,
