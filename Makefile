@@ -103,7 +103,8 @@ $(STAMPS)/test: $(STAMPS)/torch $(NATIVE)
 	@$(call install,[test])
 	@touch $@ $(STAMPS)/setup
 
-# Everything of $(VENV), torch too, behind the other Triton, which is the first to be found.
+# Everything of $(VENV), torch too, behind the other Triton, which is the first to be found. Its
+# interpreter takes a one-element array for an int (a loop's bound), which NumPy 2.4 refuses.
 $(STAMPS)/triton-3.6: $(STAMPS)/test
 	$(call say,installing Triton 3.6 beside $(VENV))
 	@$(PY) -m venv '$(VENV)/triton-3.6'
@@ -111,7 +112,7 @@ $(STAMPS)/triton-3.6: $(STAMPS)/test
 	inner=$$($(VENV)/triton-3.6/bin/python -c "$$site"); \
 	echo "import site; site.addsitedir('$$($(PY) -c "$$site")')" > "$$inner/_outer_venv.pth"
 	@$(VENV)/triton-3.6/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) \
-	  --ignore-installed --no-deps triton==3.6.0
+	  --ignore-installed --no-deps triton==3.6.0 'numpy<2.4'
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/torch $(NATIVE)
