@@ -30,11 +30,12 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench sanitize lint format build clean distclean
+.PHONY: help setup demo test test-triton-3.6 sanitize bench lint format build clean distclean
 
 help:
 	@echo 'make demo       finetune a real model with frozen features, LoRA, OFT and BOFT, side by side'
 	@echo 'make test       run the tests                         ARGS="-k cayley -x"'
+	@echo 'make test-triton-3.6   compile the Triton kernels with Triton 3.6, which comes with torch 2.11'
 	@echo 'make bench      compare speed and memory with PEFT    ARGS=...'
 	@echo 'make lint       ruff check and format check;  make format  applies both'
 	@echo 'make setup      only set up $(VENV)'
@@ -67,6 +68,9 @@ sanitize: $(STAMPS)/test
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	  $(abspath $(PY)) -m pytest -q -s -p no:cacheprovider tests/test_native.py $(ARGS)
+
+test-triton-3.6: $(STAMPS)/triton-3.6
+	$(VENV)/triton-3.6/bin/python -m pytest tests/test_triton_compile.py tests/test_triton_small.py tests/test_triton_rotate.py $(ARGS)
 
 bench: $(STAMPS)/bench
 	$(PY) bench/run.py $(ARGS)
@@ -115,6 +119,18 @@ $(STAMPS)/test: $(STAMPS)/torch $(NATIVE)
 	$(call say,building and installing boft_ops with what its tests need)
 	@$(call install,[test])
 	@touch $@ $(STAMPS)/setup
+
+# Everything of $(VENV), torch too, behind the other Triton, which is the first to be found. Its
+# interpreter takes a one-element array for an int (a loop's bound), which NumPy 2.4 refuses.
+$(STAMPS)/triton-3.6: $(STAMPS)/test
+	$(call say,installing Triton 3.6 beside $(VENV))
+	@$(PY) -m venv '$(VENV)/triton-3.6'
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	inner=$$($(VENV)/triton-3.6/bin/python -c "$$site"); \
+	echo "import site; site.addsitedir('$$($(PY) -c "$$site")')" > "$$inner/_outer_venv.pth"
+	@$(VENV)/triton-3.6/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) \
+	  --ignore-installed --no-deps triton==3.6.0 'numpy<2.4'
+	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/torch $(NATIVE)
 	$(call say,building and installing boft_ops with what its benchmarks need)

@@ -100,24 +100,32 @@ def _fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int
     return torch.empty_like(factors, memory_format=torch.contiguous_format)
 
 
-def _native_takes(factors: torch.Tensor, *_: object) -> bool:
+def _native_takes(factors: torch.Tensor, grad_or_first: torch.Tensor | int, *_: int) -> bool:
     """Stages that fit a core's cache; BLAS wins beyond."""
     n, _, b, _ = factors.shape
-    return b << (n - 1) <= 64 and b % 2 == 0
+    one_part = not isinstance(grad_or_first, torch.Tensor) or len(grad_or_first) == 1
+    return b << (n - 1) <= 64 and b % 2 == 0 and one_part
+
+
+def _triton_takes(factors: torch.Tensor, *_: object) -> bool:
+    n, _, b, _ = factors.shape
+    return n == 1 or (b % 2 == 0 and b <= 64 and b << (n - 1) <= 256)
 
 
 compose_forward = Op(
     "compose(Tensor factors, int first) -> Tensor",
     _compose,
     _fake_compose,
-    supports={"cpu": _native_takes},
+    triton="compose:compose",
+    supports={"cpu": _native_takes, "triton": _triton_takes},
 )
 compose_backward = Op(
     # grad (splits, d/size, size, size): partial sums, added up here
     "compose_backward(Tensor factors, Tensor grad, int first) -> Tensor",
     _compose_backward,
     _fake_compose_backward,
-    supports={"cpu": _native_takes},
+    triton="compose:compose_backward",
+    supports={"cpu": _native_takes, "triton": _triton_takes},
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import _checks
 from . import cayley as _cayley
 from . import compose as _compose
 from ._backend import Op
@@ -37,8 +38,13 @@ def _fake_rotation(
     return blocks, _compose._fake_compose(blocks, 0)
 
 
-def _native_takes(skew_or_blocks: torch.Tensor, *_: object) -> bool:
-    return skew_or_blocks.dtype in (torch.float32, torch.float64)
+def _triton_takes(skew: torch.Tensor, _: object) -> bool:
+    b = _checks.block_size_from_packed("skew", skew.shape[-1])
+    return b << (len(skew) - 1) <= MAX_SIZE
+
+
+def _native_takes(tensor: torch.Tensor, drop: torch.Tensor | None, *grad: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.float32, torch.float64) and (len(grad) == 0 or len(grad[0]) == 1)
 
 
 rotation_forward = Op(
@@ -46,14 +52,19 @@ rotation_forward = Op(
     "rotation(Tensor skew, Tensor? drop) -> (Tensor, Tensor)",
     _rotation,
     _fake_rotation,
-    supports={"cpu": _native_takes},
+    triton="rotation:rotation",
+    supports={"cpu": _native_takes, "triton": _triton_takes},
 )
 rotation_backward = Op(
     # grad (splits, d/size, size, size): partial sums of the stage's gradient
     "rotation_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
     _rotation_backward,
     _cayley._fake_exact_backward,
-    supports={"cpu": _native_takes},
+    triton="rotation:rotation_backward",
+    supports={
+        "cpu": _native_takes,
+        "triton": lambda blocks, drop, grad: grad.shape[-1] <= MAX_SIZE,
+    },
 )
 
 
@@ -75,7 +86,7 @@ def make_matrices(
     """
     wide = torch.promote_types(torch.promote_types(skew.dtype, dtype), torch.float32)
     skew = skew.to(wide)
-    if is_fused(plan, method):
+    if is_fused(plan, method) and len(skew) > 1:
         blocks, stage = rotation_forward(skew, drop)
         return blocks, [stage]
     if method == "exact":

@@ -35,6 +35,7 @@ scale_backward = Op(
     " -> (Tensor, Tensor, Tensor)",
     _scale_backward,
     _fake_scale_backward,
+    triton="scale:scale_backward",
     supports={
         "cpu": lambda grad, x, scale, center: (
             grad.dtype != torch.float16

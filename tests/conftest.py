@@ -31,8 +31,8 @@ def _seed_and_poison():
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
-def cayley_backend(request):
-    """Every implementation of the Cayley transform that can serve CPU tensors, forced in turn."""
+def backend(request):
+    """Every implementation that can serve CPU tensors, forced in turn."""
     name = request.param
     # Absent kernels must fail here, not skip: with a silent fallback every test would pass.
     if name == "cpu" and os.environ.get("BOFT_OPS_SKIP_EXT") == "1":

@@ -31,10 +31,13 @@ def test_report_names_every_op_once_per_device():
     by_op = {(r["op"], r["device"]): r for r in rows}
     assert by_op["cayley", "cpu"]["serving"] == ("cpu" if _native.kernels("cpu") else "reference")
     assert by_op["cayley_neumann5", "cpu"]["serving"] == "reference"
-    assert by_op["rotate", "cuda"]["others"]["triton"] == "no Triton kernel of this op"
+    assert by_op["linear", "cuda"]["others"]["triton"] == "no Triton kernel of this op"
+    assert by_op["rotate", "cuda"]["serving"] == (
+        "triton" if _backend.has_triton() else "reference"
+    )
 
 
-def test_each_backend_is_the_one_that_runs(cayley_backend, monkeypatch, interpreted):
+def test_each_backend_is_the_one_that_runs(backend, monkeypatch, interpreted):
     ran = []
     op = _backend._ops["cayley"]
     monkeypatch.setattr(op, "reference", lambda s, _: ran.append("reference") or s.new_zeros(1))
@@ -42,15 +45,15 @@ def test_each_backend_is_the_one_that_runs(cayley_backend, monkeypatch, interpre
     monkeypatch.setattr(op, "launcher", lambda: lambda s, _: ran.append("triton") or s.new_zeros(1))
     with torch.no_grad():
         cayley(torch.zeros(3, 6))
-    assert ran == [cayley_backend]
+    assert ran == [backend]
 
 
 def test_forcing_a_backend_without_a_kernel_raises(interpreted):
     x, weight, skew = torch.randn(2, 16), torch.randn(4, 16), torch.zeros(2, 4, 6)
     if _backend.has_triton():
-        match = "=triton: rotation: no Triton kernel"
+        match = "=triton: cayley_neumann5: no Triton kernel"
         with _backend.force("triton"), pytest.raises(RuntimeError, match=match):
-            boft_linear(x, weight, skew)
+            boft_linear(x, weight, skew, method="neumann5")
     with (
         _backend.force("cuda"),
         pytest.raises(RuntimeError, match=r"=cuda: cayley: .*native library"),

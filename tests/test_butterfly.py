@@ -45,7 +45,7 @@ def test_references_agree(m, b, d):
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(("m", "b", "d"), SHAPES)
-def test_forward_and_backward(m, b, d, transpose):
+def test_forward_and_backward(backend, m, b, d, transpose):
     blocks = random_blocks(m, b, d).requires_grad_()
     x = torch.randn(2, 3, d, dtype=torch.float64, requires_grad=True)
     r = reference.rotation(blocks)
@@ -121,7 +121,9 @@ def test_full_density_of_large_butterflies(m):
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(("m", "b", "d"), [(1, 3, 6), (2, 4, 8), (3, 2, 8), (7, 4, 256)])
-def test_gradcheck(m, b, d, transpose):
+def test_gradcheck(backend, m, b, d, transpose):
+    if backend == "triton" and d > 100:
+        pytest.skip("forty seconds in the interpreter; the smaller shapes take every path")
     x = torch.randn(2, d, dtype=torch.float64, requires_grad=True)
     blocks = random_blocks(m, b, d).requires_grad_()
 
@@ -133,7 +135,7 @@ def test_gradcheck(m, b, d, transpose):
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (3, 0), (2, 1, 5)])
-def test_leading_dimensions(leading):
+def test_leading_dimensions(backend, leading):
     blocks = random_blocks(2, 4, 16).requires_grad_()
     x = torch.randn(*leading, 16, dtype=torch.float64, requires_grad=True)
     y = butterfly_matmul(x, blocks)
@@ -145,7 +147,7 @@ def test_leading_dimensions(leading):
 
 
 @pytest.mark.parametrize("make", ["transposed", "sliced", "expanded", "offset"])
-def test_strides(make):
+def test_strides(backend, make):
     x = {
         "transposed": torch.randn(16, 6, dtype=torch.float64).T,
         "sliced": torch.randn(12, 40, dtype=torch.float64)[::2, 3:35:2],
@@ -163,8 +165,10 @@ def test_strides(make):
 
 @pytest.mark.parametrize("blocks_dtype", [torch.float32, None])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_against_float64(dtype, blocks_dtype):
+def test_dtypes_against_float64(backend, dtype, blocks_dtype):
     """Error <= 2x that of the same computation with dense matrices in the same dtype."""
+    if backend == "cpu" and dtype == torch.float16:
+        pytest.skip("no C++ kernels in float16: the reference serves")
     m, b, d = 4, 4, 64
     blocks = random_blocks(m, b, d, blocks_dtype or dtype, orthogonal=True)
     x = torch.randn(64, d).to(dtype)

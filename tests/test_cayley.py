@@ -25,8 +25,8 @@ def skip_unless_served(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("b", SIZES)
-def test_forward(cayley_backend, b, dtype):
-    skip_unless_served(cayley_backend, dtype)
+def test_forward(backend, b, dtype):
+    skip_unless_served(backend, dtype)
     skew = packed(2, 5, b=b, dtype=dtype)
     blocks = cayley(skew)
     assert blocks.dtype == dtype
@@ -39,8 +39,8 @@ def test_forward(cayley_backend, b, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("b", SIZES)
-def test_backward_random_upstream(cayley_backend, b, dtype):
-    skip_unless_served(cayley_backend, dtype)
+def test_backward_random_upstream(backend, b, dtype):
+    skip_unless_served(backend, dtype)
     skew = packed(3, b=b, dtype=dtype).requires_grad_()
     blocks = cayley(skew)
     upstream = torch.randn_like(blocks)
@@ -62,7 +62,7 @@ def test_gradcheck(b, method):
 
 
 @pytest.mark.parametrize("b", [2, 5, 8])
-def test_gradcheck_of_kernels(cayley_backend, b):
+def test_gradcheck_of_kernels(backend, b):
     skew = packed(2, b=b).requires_grad_()
     assert torch.autograd.gradcheck(cayley, skew, fast_mode=True)
 
@@ -84,7 +84,7 @@ def test_neumann5_error_is_of_fourth_order():
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (1,), (7,), (9, 0, 2)])
-def test_batch_shapes(cayley_backend, shape):
+def test_batch_shapes(backend, shape):
     skew = packed(*shape, b=4, dtype=torch.float32).requires_grad_()
     blocks = cayley(skew)
     assert blocks.shape == (*shape, 4, 4)
@@ -92,12 +92,12 @@ def test_batch_shapes(cayley_backend, shape):
     assert skew.grad.shape == skew.shape
 
 
-def test_unbatched(cayley_backend):
+def test_unbatched(backend):
     skew = packed(b=5)
     torch.testing.assert_close(cayley(skew), reference.cayley(skew))
 
 
-def test_non_contiguous_input_and_gradient(cayley_backend):
+def test_non_contiguous_input_and_gradient(backend):
     wide = packed(28, b=8).T.requires_grad_()  # (28, 28), stride 1 along the batch
     blocks = cayley(wide)
     upstream = torch.randn(8, 8, 28, dtype=torch.float64).permute(2, 1, 0)
@@ -135,8 +135,8 @@ def test_every_block_size(b):
 
 @pytest.mark.parametrize("norm", [1e-3, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize("b", [2, 4, 8, 16, 32, 64])
-def test_orthogonal_in_float32_for_large_skew(cayley_backend, b, norm):
-    if cayley_backend == "triton" and b > 16:
+def test_orthogonal_in_float32_for_large_skew(backend, b, norm):
+    if backend == "triton" and b > 16:
         pytest.skip("the interpreter takes seconds per block; compiled offline instead")
     skew = packed(16, b=b, dtype=torch.float32)
     # the last blocks: one dominating entry, and nearly equal rows
@@ -179,7 +179,7 @@ def test_saves_the_blocks_alone():
     assert [t.shape for t in saved] == [blocks.shape]
 
 
-def test_nan_stays_in_its_block(cayley_backend):
+def test_nan_stays_in_its_block(backend):
     skew = packed(20, b=4, dtype=torch.float32)
     skew[7, 2] = float("nan")
     finite = cayley(skew).isfinite().all(-1).all(-1)

@@ -5,7 +5,7 @@ import reference
 import torch
 import torch.nn.functional as F
 
-from boft_ops import boft_linear, cayley
+from boft_ops import _backend, boft_linear, cayley
 
 N, D_IN, D_OUT = 6, 32, 16
 
@@ -26,31 +26,67 @@ def call(function, tensors, **options):
     return function(*(tensors.get(n) for n in names), **options)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("without", [(), ("scale",), ("bias",), ("scale", "bias")])
 @pytest.mark.parametrize("m", [1, 2, 3])
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_forward_and_every_gradient(side, m, without):
-    tensors = {k: v.requires_grad_() for k, v in operands(side, m).items() if k not in without}
+def test_forward_and_every_gradient(backend, side, m, without, frozen):
+    """Frozen weights, the usual case, have a Function of their own."""
+    everything = operands(side, m)
+    tensors = {k: v.requires_grad_() for k, v in everything.items() if k not in without}
     y = call(boft_linear, tensors, side=side)
+    if frozen:
+        weight = tensors.pop("weight").detach()
+        y = call(boft_linear, tensors | {"weight": weight}, side=side)
+        tensors["weight"] = weight
     expected = call(reference.linear, tensors, side=side)
     torch.testing.assert_close(y, expected)
     upstream = torch.randn_like(y)
+    tensors = {k: v for k, v in tensors.items() if v.requires_grad}
     got = torch.autograd.grad(y, tensors.values(), upstream)
     want = torch.autograd.grad(expected, tensors.values(), upstream)
     for name, g, w in zip(tensors, got, want, strict=True):
         torch.testing.assert_close(g, w, msg=name)
 
 
+@pytest.mark.parametrize("trained", ["all", "all but weight", "x", "skew", "scale", "bias"])
 @pytest.mark.parametrize("method", ["exact", "neumann5"])
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_gradcheck(side, method):
-    tensors = {k: v.requires_grad_() for k, v in operands(side).items()}
+def test_gradcheck(side, method, trained):
+    tensors = operands(side)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(
+            trained in ("all", name) or (trained == "all but weight" and name != "weight")
+        )
 
     def function(*args):
         return boft_linear(*args, side=side, method=method)
 
     assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("dropout", [None, (1.0, 0.5)])
+@pytest.mark.parametrize("trained_scale", [True, False])
+@pytest.mark.parametrize(("m", "b", "d"), [(2, 8, 768), (1, 6, 96), (8, 4, 512), (5, 4, 192)])
+def test_one_fused_product_in_float32(m, b, d, trained_scale, dropout):
+    """Enough rows for the kernel that does all in one: as exact as torch's own operators."""
+    rows, n = 131, 205
+    x, weight, bias = torch.randn(rows, d), torch.randn(n, d) / d**0.5, torch.randn(n)
+    skew, scale = 0.3 * torch.randn(m, d // b, b * (b - 1) // 2), 1 + 0.2 * torch.randn(n)
+    upstream, results = torch.randn(rows, n), []
+    for backend, dtype in ((None, torch.float32), ("reference", torch.float32),
+                           ("reference", torch.float64)):  # fmt: skip
+        arguments = [t.to(dtype).requires_grad_() for t in (x, skew, scale, bias)]
+        arguments[2].requires_grad_(trained_scale)
+        torch.manual_seed(3)  # of the mask
+        with _backend.force(backend):
+            y = boft_linear(arguments[0], weight.to(dtype), *arguments[1:], dropout=dropout)
+            wanted = [a for a in arguments if a.requires_grad]
+            results.append([y, *torch.autograd.grad(y, wanted, upstream.to(dtype))])
+    for ours, theirs, exact in zip(*results, strict=True):
+        bound = 2 * (theirs - exact).norm() + 1e-7 * exact.norm()
+        assert (ours - exact).norm() <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -139,7 +175,7 @@ def test_saved_for_backward(side, trained_scale):
     assert skew.grad is not None
 
 
-def test_dropout_is_one_mask_for_forward_and_backward():
+def test_dropout_is_one_mask_for_forward_and_backward(backend):
     tensors = operands(m=3, dtype=torch.float64)
     tensors["skew"].requires_grad_()
     torch.manual_seed(5)

@@ -160,7 +160,7 @@ def test_func_transforms(backend):
                 torch.testing.assert_close(per_sample[name][i], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_vmap_of_every_backend(cayley_backend):
+def test_vmap_of_every_backend(backend):
     skew = 0.3 * torch.randn(3, 2, 4, 6)
     torch.testing.assert_close(vmap(cayley)(skew), cayley(skew))
 

@@ -4,13 +4,16 @@ One program holds G blocks of B x B in registers, B the next power of two of the
 padding is the identity and never mixes with the rest. Arithmetic is in float64: a float32
 elimination would need a residual step and still be off by |Q| times as much. No tl.dot, whose least
 sizes would rule out b < 16.
+
+Where drop_ptr is not None (a constant of the compiled kernel), it masks blocks by multiplicative
+dropout: a dropped block is the identity and has no gradient.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-MAX_BLOCK_SIZE = 64
+from .config import MAX_BLOCK_SIZE, config_for
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def _inverse(a, i, j, B: tl.constexpr):
     for k in range(B):
         row = tl.sum(tl.where(i == k, a, 0.0), axis=1)
         column = tl.sum(tl.where(j == k, a, 0.0), axis=2)
-        pivot = tl.sum(tl.sum(tl.where((i == k) & (j == k), a, 0.0), axis=2), axis=1)
+        pivot = tl.sum(tl.where(tl.arange(0, B)[None, :] == k, row, 0.0), axis=1)
         inverse = 1.0 / pivot
         row = (row * inverse[:, None])[:, None, :]
         column = column[:, :, None]
@@ -64,70 +67,140 @@ def _product(left, right, i, j, B: tl.constexpr):
 
 
 @triton.jit
-def cayley_kernel(
-    skew_ptr, blocks_ptr, n_blocks, b: tl.constexpr, B: tl.constexpr, G: tl.constexpr
-):
-    block = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)[:, None, None]
+def _tile(n_blocks, b: tl.constexpr, B: tl.constexpr, G: tl.constexpr):
+    """Block, row and column of the elements of a [G, B, B] tile, and which of them exist."""
+    block = tl.arange(0, G)[:, None, None]
     i = tl.arange(0, B)[None, :, None]
     j = tl.arange(0, B)[None, None, :]
-    inside = (block < n_blocks) & (i < b) & (j < b)
+    return block, i, j, (block < n_blocks) & (i < b) & (j < b)
+
+
+@triton.jit
+def cayley_tile(
+    skew_ptr, drop_ptr, blocks_ptr, n_blocks, b: tl.constexpr, B: tl.constexpr, G: tl.constexpr
+):
+    """The first n_blocks <= G blocks at these pointers."""
+    block, i, j, inside = _tile(n_blocks, b, B, G)
     packed: tl.constexpr = b * (b - 1) // 2
     upper = _load(skew_ptr + block * packed + _packed(i, j, b), inside & (i != j))
+    if drop_ptr is not None:
+        dropped = tl.load(drop_ptr + block, mask=block < n_blocks, other=0)
+        upper = tl.where(dropped, 0.0, upper)  # Q = 0 gives the identity, exactly
     eye = tl.where(i == j, 1.0, 0.0).to(tl.float64)
     inverse = _inverse(tl.where(i < j, eye - upper, eye + upper), i, j, B)
     _store(blocks_ptr + (block * b + i) * b + j, 2.0 * inverse - eye, inside)
 
 
 @triton.jit
-def cayley_backward_kernel(
-    blocks_ptr, grad_ptr, skew_grad_ptr, n_blocks, b: tl.constexpr, B: tl.constexpr, G: tl.constexpr
+def cayley_backward_tile(
+    blocks_ptr,
+    drop_ptr,
+    grad_ptr,
+    skew_grad_ptr,
+    n_blocks,
+    splits,
+    split_stride,
+    b: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)[:, None, None]
-    i = tl.arange(0, B)[None, :, None]
-    j = tl.arange(0, B)[None, None, :]
-    inside = (block < n_blocks) & (i < b) & (j < b)
-    base = block * b * b
+    """Gradient of ``cayley_tile``: that of the blocks is the sum of ``splits`` partial ones.
+
+    They are added in their order as they are loaded, so that the sum is the same in every run.
+    """
+    block, i, j, inside = _tile(n_blocks, b, B, G)
     eye = tl.where(i == j, 1.0, 0.0).to(tl.float64)
-    left = eye + _load(blocks_ptr + base + j * b + i, inside)  # (I + R)^T
-    grad = _load(grad_ptr + base + i * b + j, inside)
+    left = eye + _load(blocks_ptr + (block * b + j) * b + i, inside)  # (I + R)^T
+    grad = tl.zeros((G, B, B), dtype=tl.float64)
+    for _ in range(splits):
+        grad += _load(grad_ptr + (block * b + i) * b + j, inside)
+        grad_ptr += split_stride
     twice = _product(_product(left, grad, i, j, B), left, i, j, B)
     skew_grad = 0.5 * (twice - tl.permute(twice, (0, 2, 1)))
+    if drop_ptr is not None:
+        dropped = tl.load(drop_ptr + block, mask=block < n_blocks, other=0)
+        skew_grad = tl.where(dropped, 0.0, skew_grad)
     packed: tl.constexpr = b * (b - 1) // 2
     _store(skew_grad_ptr + block * packed + _packed(i, j, b), skew_grad, inside & (i < j))
 
 
-def config(block_size: int) -> dict[str, int]:
-    """Tile of both kernels: B, the blocks per program G, and num_warps.
+@triton.jit(do_not_specialize=["n_blocks"])
+def cayley_kernel(
+    skew_ptr, drop_ptr, blocks_ptr, n_blocks, b: tl.constexpr, B: tl.constexpr, G: tl.constexpr
+):
+    packed: tl.constexpr = b * (b - 1) // 2
+    first = tl.program_id(0).to(tl.int64) * G
+    cayley_tile(
+        skew_ptr + first * packed,
+        None if drop_ptr is None else drop_ptr + first,
+        blocks_ptr + first * (b * b),
+        tl.minimum(n_blocks - first, G).to(tl.int32),
+        b,
+        B,
+        G,
+    )
 
-    Up to B = 16 one warp, whose reductions are shuffles; above, the tile is spread over more warps
-    so that float64 stays in registers.
-    """
-    B = max(2, triton.next_power_of_2(block_size))
-    return {"B": B, "G": max(1, 16 // B), "num_warps": {16: 2, 32: 4, 64: 8}.get(B, 1)}
+
+@triton.jit(do_not_specialize=["n_blocks"])
+def cayley_backward_kernel(
+    blocks_ptr,
+    drop_ptr,
+    grad_ptr,
+    skew_grad_ptr,
+    n_blocks,
+    b: tl.constexpr,
+    B: tl.constexpr,
+    G: tl.constexpr,
+):
+    packed: tl.constexpr = b * (b - 1) // 2
+    first = tl.program_id(0).to(tl.int64) * G
+    cayley_backward_tile(
+        blocks_ptr + first * (b * b),
+        None if drop_ptr is None else drop_ptr + first,
+        grad_ptr + first * (b * b),
+        skew_grad_ptr + first * packed,
+        tl.minimum(n_blocks - first, G).to(tl.int32),
+        1,
+        0,
+        b,
+        B,
+        G,
+    )
 
 
-def cayley(skew: torch.Tensor) -> torch.Tensor:
-    """(..., b(b-1)/2) -> (..., b, b), b <= 64; checked by the caller."""
-    skew = skew.contiguous()
-    packed = skew.shape[-1]
-    b = next(b for b in range(1, MAX_BLOCK_SIZE + 1) if b * (b - 1) // 2 == packed)
+def block_size(packed: int) -> int:
+    """b of b(b-1)/2 packed numbers, b <= 64."""
+    return next(b for b in range(1, MAX_BLOCK_SIZE + 1) if b * (b - 1) // 2 == packed)
+
+
+def cayley(skew: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
+    """(..., b(b-1)/2) and mask (...) or None -> (..., b, b), b <= 64; checked by the caller."""
+    b = block_size(skew.shape[-1])
     blocks = skew.new_empty(*skew.shape[:-1], b, b)
-    _launch(cayley_kernel, (skew, blocks), blocks.numel() // (b * b), b)
+    _launch(cayley_kernel, (skew.contiguous(), _mask(drop), blocks), b)
     return blocks
 
 
-def cayley_backward(blocks: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """(..., b, b) and the gradient of it -> (..., b(b-1)/2), b <= 64; checked by the caller."""
+def cayley_backward(
+    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+) -> torch.Tensor:
+    """(..., b, b), mask, the gradient of it -> (..., b(b-1)/2), b <= 64; checked by the caller."""
     b = blocks.shape[-1]
     skew_grad = blocks.new_empty(*blocks.shape[:-2], b * (b - 1) // 2)
-    tensors = blocks.contiguous(), grad.contiguous(), skew_grad
-    _launch(cayley_backward_kernel, tensors, blocks.numel() // (b * b), b)
+    tensors = blocks.contiguous(), _mask(drop), grad.contiguous(), skew_grad
+    _launch(cayley_backward_kernel, tensors, b)
     return skew_grad
 
 
-def _launch(kernel, tensors: tuple[torch.Tensor, ...], n_blocks: int, b: int) -> None:
+def _mask(drop: torch.Tensor | None) -> torch.Tensor | None:
+    return None if drop is None else drop.contiguous()
+
+
+def _launch(kernel, tensors: tuple[torch.Tensor | None, ...], b: int) -> None:
+    blocks = tensors[2] if kernel is cayley_kernel else tensors[0]
+    n_blocks = blocks.numel() // (b * b)
     if n_blocks == 0:
         return
-    tile = config(b)
-    with torch.cuda.device_of(tensors[0]):  # does nothing for CPU tensors, under the interpreter
-        kernel[(triton.cdiv(n_blocks, tile["G"]),)](*tensors, n_blocks, b=b, **tile)
+    config = config_for("cayley", b=b)
+    with torch.cuda.device_of(blocks):  # does nothing for CPU tensors, under the interpreter
+        kernel[(triton.cdiv(n_blocks, config.G),)](*tensors, n_blocks, b=b, **vars(config))

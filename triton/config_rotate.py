@@ -8,6 +8,8 @@ tiles. There a stage of 32 is already bound by arithmetic, and reading x again c
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
+from .config import Case
+
 MAX_SIZE = 256
 BAND = 16  # the least width of a dot of halves; smaller groups share a band
 SECTOR = 16  # halves in the 32 bytes that memory moves at least
@@ -128,21 +130,22 @@ def reachable(op: str) -> Iterator[tuple[Tile, dict]]:
                 yield config_for(op, **structure), structure
 
 
-def compile_cases() -> Iterator[dict]:
-    """Everything to compile ahead: a case per reachable tile and structure.
+def compile_cases() -> Iterator[Case]:
+    """A case per reachable tile and structure; strided ones are transposed.
 
-    A case has the name of the kernel, its constants, the types of its pointers, num_warps,
-    num_stages, and its structure. Strided groups are transposed.
+    For every target the usual structures, in bfloat16 and float32; float16 differs from bfloat16 in
+    the names of its instructions.
     """
     for op in ("rotate", "rotate_backward", "gram"):
         for tile, structure in reachable(op):
-            yield _case(op, tile, structure)
+            if tile is not None:
+                yield _case(op, tile, structure)
 
 
-def _case(op: str, tile: Tile, structure: dict) -> dict:
+def _case(op: str, tile: Tile, structure: dict) -> Case:
     dtype = structure["dtype"]
-    rows = "*" + TRITON_NAMES[dtype]
-    sums = "*fp64" if dtype == "float64" else "*fp32"
+    rows = TRITON_NAMES[dtype]
+    sums = "fp64" if dtype == "float64" else "fp32"
     group = {name.upper(): structure[name] for name in ("size", "chunk", "stride")}
     group["TRANSPOSE"] = structure["stride"] > 1
     constants = group | {"INTERPRETED": False} | constants_of(tile)
@@ -155,15 +158,12 @@ def _case(op: str, tile: Tile, structure: dict) -> dict:
             pointers |= {"stage_ptr": sums, "x_grad_ptr": rows}
         else:
             constants |= {"stage_ptr": None, "x_grad_ptr": None}
-    return {
-        "kernel_name": "rotate_kernel" if op == "rotate" else "rotate_backward_kernel",
-        "constexprs": constants,
-        "dtype": TRITON_NAMES[dtype],
-        "structure": structure,
-        "pointers": pointers,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+    kernel = "rotate_kernel" if op == "rotate" else "rotate_backward_kernel"
+    usual = structure["size"] & (structure["size"] - 1) == 0 and structure["chunk"] != 2
+    everywhere = usual and dtype in ("bfloat16", "float32")
+    return Case(
+        f"rotate:{kernel}", constants, pointers, tile.num_warps, tile.num_stages, everywhere
+    )
 
 
 def constants_of(tile: Tile) -> dict[str, int]:
