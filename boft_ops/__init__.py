@@ -1,8 +1,9 @@
 """Orthogonal butterfly finetuning (BOFT, arXiv 2311.06243): operators and layers.
 
-Functions: ``cayley``, ``butterfly_matmul``, ``multiplicative_dropout``, ``boft_linear``.
+Functions: ``cayley``, ``butterfly_matmul``, ``multiplicative_dropout``, ``boft_linear``,
+``rotations``.
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiplicativeDropout``.
-Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``.
+Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``, ``Together``.
 """
 
 from . import _paths
@@ -19,12 +20,14 @@ from .dropout import multiplicative_dropout  # noqa: E402
 from .layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .linear import boft_linear  # noqa: E402
 from .model import adapt, merge  # noqa: E402
+from .together import Together, rotations  # noqa: E402
 
 __all__ = [
     "BOFTConv2d",
     "BOFTLinear",
     "MultiplicativeDropout",
     "OFTLinear",
+    "Together",
     "__version__",
     "adapt",
     "boft_linear",
@@ -33,5 +36,6 @@ __all__ = [
     "load_adapter",
     "merge",
     "multiplicative_dropout",
+    "rotations",
     "save_adapter",
 ]

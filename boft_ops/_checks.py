@@ -174,5 +174,18 @@ def linear_arguments(
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {operand.dtype}")
 
 
+def rotation(name: str, value: object, skew: torch.Tensor, dropout: object) -> None:
+    """The dense groups of the butterfly that ``skew`` is the parameter of, and no dropout."""
+    tensor(name, value)
+    m, n_blocks, packed = skew.shape
+    size = block_size_from_packed("skew", packed) << (m - 1)
+    expected = n_blocks >> (m - 1), size, size
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+    same_device(name, value, "skew", skew)
+    if dropout is not None:
+        raise ValueError(f"dropout: expected None beside a rotation, got {dropout!r}")
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -7,6 +7,7 @@ from torch import nn
 
 from ._layer import BOFTLayer
 from .linear import boft_linear
+from .together import shared_rotation
 
 
 class BOFTLinear(BOFTLayer, nn.Linear):
@@ -72,7 +73,9 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         if self.merged:
             self._check_trainable()
             return super().forward(x)
+        rotation = shared_rotation(self)  # with its dropout
         dropout = self.dropout  # a module: it can be put in evaluation mode on its own
+        masked = rotation is None and dropout.training
         return boft_linear(
             x,
             self.weight,
@@ -81,7 +84,8 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             self.bias,
             side=self.side,
             method=self.method,
-            dropout=(dropout.p_component, dropout.p_block) if dropout.training else None,
+            dropout=(dropout.p_component, dropout.p_block) if masked else None,
+            rotation=rotation,
         )
 
 

@@ -12,7 +12,7 @@ from .cayley import cayley
 from .dropout import draw_mask
 from .plan import plan
 from .rotate import _rotate, _rotate_backward, apply_stages, apply_stages_backward
-from .rotation import make_matrices, make_matrices_backward
+from .rotation import GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
 
 MIN_ROWS = 64
@@ -94,8 +94,9 @@ class RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, skew, scale, bias, drop, method):
-        b = _checks.block_size_from_packed("skew", skew.shape[-1])
-        stages = plan(len(skew), b, x.device.type)
+        given = method == GIVEN
+        b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
+        stages = plan(1 if given else len(skew), b, x.device.type)
         blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         wide_scale = None if scale is None else _scale_like(scale, x)
@@ -195,6 +196,7 @@ def boft_linear(
     method: str = "exact",
     dropout: tuple[float, float] | None = None,
     generator: torch.Generator | None = None,
+    rotation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A linear layer whose weight is multiplied by an orthogonal butterfly matrix R.
 
@@ -217,6 +219,8 @@ def boft_linear(
         method: see ``cayley``.
         dropout: ``(p_component, p_block)`` of ``multiplicative_dropout``, or None for none.
         generator: source of the dropout mask; None is torch's default generator.
+        rotation: R as ``rotations`` made it from ``skew``, (features/S, S, S), to be used instead
+            of computing it here; with its dropout, so that ``dropout`` must be None.
 
     Returns:
         (..., n) in the dtype of x (the autocast dtype under autocast).
@@ -227,6 +231,8 @@ def boft_linear(
             of this shape exists; the message lists the nearest valid (n_factors, block_size).
     """
     _checks.linear_arguments(x, weight, skew, scale, bias, side, method)
+    if rotation is not None:
+        _checks.rotation("rotation", rotation, skew, dropout)
     drop = None
     if dropout is not None:
         if not (isinstance(dropout, tuple) and len(dropout) == 2):
@@ -234,6 +240,9 @@ def boft_linear(
         _checks.probability("p_component", dropout[0])
         _checks.probability("p_block", dropout[1])
         drop = draw_mask(*skew.shape[:2], *dropout, x.device, generator)
+    # On a CPU an identity stays torch's own layer, bit for bit: see _is_rotated.
+    if rotation is not None and (x.device.type != "cpu" or _is_rotated(skew)):
+        skew, method = rotation, GIVEN
     x, weight = _autocast.cast(x), _autocast.cast(weight)
     bias = None if bias is None else _autocast.cast(bias)
     # One Function for the usual case; the rest is put together from the package's other functions.
@@ -254,7 +263,7 @@ def _compose_functions(
     method: str,
 ) -> torch.Tensor:
     """The layer as functions that are differentiable any number of times, in every argument."""
-    blocks = cayley(skew, method=method)
+    blocks = skew[None] if method == GIVEN else cayley(skew, method=method)
     if drop is not None:
         eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
         blocks = torch.where(drop[..., None, None], eye, blocks)

@@ -17,6 +17,9 @@ from ._backend import Op
 from .plan import Stage
 
 MAX_SIZE = 64  # of the one stage that the op composes
+# A "method" of make_matrices: what it is given is the matrix of the one stage already. A stage of
+# stride 1 is the one factor of a butterfly whose block_size is its own size.
+GIVEN = "given"
 
 
 def _rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +71,24 @@ rotation_backward = Op(
 )
 
 
+class Rotation(torch.autograd.Function):
+    """Stage matrices from skew and a mask. Saves the blocks."""
+
+    @staticmethod
+    def forward(ctx, skew, drop):
+        skew = skew.contiguous()
+        blocks, stage = rotation_forward(skew, drop)
+        ctx.save_for_backward(skew, blocks, drop)
+        return stage
+
+    @staticmethod
+    def backward(ctx, grad):
+        skew, blocks, drop = ctx.saved_tensors
+        if torch.is_grad_enabled():  # blocks are no function of skew to autograd
+            blocks = _cayley._exact(skew.to(blocks.dtype), drop)
+        return rotation_backward(blocks, drop, grad[None].contiguous()).to(skew.dtype), None
+
+
 def is_fused(plan: tuple[Stage, ...], method: str) -> bool:
     """Whether the op makes the matrices of this plan."""
     return method == "exact" and len(plan) == 1 and plan[0].size <= MAX_SIZE
@@ -86,6 +107,8 @@ def make_matrices(
     """
     wide = torch.promote_types(torch.promote_types(skew.dtype, dtype), torch.float32)
     skew = skew.to(wide)
+    if method == GIVEN:
+        return skew[None], [skew]
     if is_fused(plan, method) and len(skew) > 1:
         blocks, stage = rotation_forward(skew, drop)
         return blocks, [stage]
@@ -111,6 +134,8 @@ def make_matrices_backward(
     partials: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """dL/dskew, in its dtype, from the partial sums of each stage's gradient."""
+    if method == GIVEN:
+        return partials[0].sum(0).to(skew.dtype)
     partials = [p.to(blocks.dtype).contiguous() for p in partials]
     if is_fused(plan, method):
         return rotation_backward(blocks, drop, partials[0]).to(skew.dtype)

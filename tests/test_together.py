@@ -1,0 +1,240 @@
+"""Rotations of many layers in one launch, and the hook that computes a model's so."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from boft_ops import (
+    BOFTLinear,
+    Together,
+    _backend,
+    boft_linear,
+    butterfly_matmul,
+    cayley,
+    rotations,
+)
+
+
+def skews(m, b, counts=(1, 3, 2), dtype=torch.float64):
+    return [
+        (0.4 * torch.randn(m, n << (m - 1), b * (b - 1) // 2, dtype=dtype)).requires_grad_()
+        for n in counts
+    ]
+
+
+@pytest.mark.parametrize(("m", "b"), [(1, 3), (1, 8), (2, 8), (3, 4)])
+def test_rotations_are_the_groups_of_each_butterfly(backend, m, b):
+    several = skews(m, b)
+    drops = [None, torch.rand(several[1].shape[:2]) < 0.5, None]
+    for masks in (None, drops):
+        stages = rotations(several, masks)
+        for i, (skew, stage) in enumerate(zip(several, stages, strict=True)):
+            blocks = cayley(skew)
+            if masks and masks[i] is not None:
+                eye = torch.eye(b, dtype=blocks.dtype)
+                blocks = torch.where(masks[i][..., None, None], eye, blocks)
+            eye = torch.eye(skew.shape[1] * b, dtype=torch.float64)
+            dense = butterfly_matmul(eye, blocks)
+            torch.testing.assert_close(torch.block_diag(*stage), dense)
+            upstream = torch.randn_like(stage)
+            got = torch.autograd.grad(stage, skew, upstream, retain_graph=True)
+            want = torch.autograd.grad(dense, skew, torch.block_diag(*upstream))
+            torch.testing.assert_close(got, want)
+
+
+def test_one_launch_for_all(monkeypatch):
+    calls = []
+    real = _backend.Op.__call__
+    monkeypatch.setattr(
+        _backend.Op, "__call__", lambda self, *a: calls.append(self.name) or real(self, *a)
+    )
+    stages = rotations(skews(2, 8))
+    sum(stage.sum() for stage in stages).backward()
+    assert calls == ["rotation", "rotation_backward"]
+
+
+def test_gradients_of_gradients():
+    several = skews(2, 4, (1, 2))
+    assert torch.autograd.gradgradcheck(lambda *s: tuple(rotations(s)), several, fast_mode=True)
+
+
+def test_float16_is_computed_in_float32():
+    (stage,) = rotations(skews(2, 8, (2,), torch.float16))
+    assert stage.dtype == torch.float32
+    torch.testing.assert_close(stage @ stage.mT, torch.eye(16).expand(2, 16, 16))
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_layer_with_a_given_rotation(side):
+    x, weight = torch.randn(5, 32, dtype=torch.float64), torch.randn(32, 32, dtype=torch.float64)
+    scale, bias = torch.randn(2, 32, dtype=torch.float64)
+    (skew,) = skews(2, 8, (2,))
+    arguments = [t.requires_grad_() for t in (x, scale, bias)]
+
+    def run(**options):
+        y = boft_linear(x, weight, skew, scale, bias, side=side, **options)
+        return y, *torch.autograd.grad(y, [*arguments, skew], torch.ones_like(y) + y.detach())
+
+    for got, want in zip(run(rotation=rotations([skew])[0]), run(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def model(**options):
+    torch.manual_seed(0)
+    layers = [BOFTLinear(32, 64, **options), torch.nn.GELU(), BOFTLinear(64, 32, **options)]
+    layers += [BOFTLinear(32, 32, n_factors=1, block_size=4, **options)]
+    layers += [BOFTLinear(32, 32, method="neumann5", **options)]
+    found = torch.nn.Sequential(*layers).double()
+    for name, parameter in found.named_parameters():
+        if name.endswith("skew"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return found
+
+
+def step(net, x, forward=None):
+    torch.manual_seed(7)  # of the masks
+    y = (forward or net)(x)
+    y.square().sum().backward()
+    grads = [p.grad for p in net.parameters() if p.requires_grad]
+    for parameter in net.parameters():
+        parameter.grad = None
+    return y.detach(), *grads
+
+
+def test_a_model_computes_the_same_together(monkeypatch):
+    x = torch.randn(6, 32, dtype=torch.float64)
+    expected = step(model(), x)
+    net = model()
+    together = Together(net)
+    calls = []
+    real = _backend.Op.__call__
+    monkeypatch.setattr(
+        _backend.Op, "__call__", lambda self, *a: calls.append(self.name) or real(self, *a)
+    )
+    for got, want in zip(step(net, x), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert calls.count("rotation") == 2  # (2, 8) and (1, 4); neumann5 has none
+    assert calls.count("cayley") == 0
+    together.remove()
+    calls.clear()
+    step(net, x)
+    assert calls.count("rotation") == 2  # a launch for each layer of two factors
+    assert calls.count("cayley") == 1
+
+
+def test_dropout_and_checkpointing_see_one_mask_per_step():
+    x = torch.randn(6, 32, dtype=torch.float64)
+    net = model(p_component=1.0, p_block=0.5)
+    together = Together(net)
+    plain = step(net, x)
+    again = step(net, x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert (plain[1] == 0).any()
+
+    class Checkpointed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return checkpoint(self.net[2], self.net[1](checkpoint(self.net[0], x,
+                              use_reentrant=False)), use_reentrant=False)  # fmt: skip
+
+    together.remove()
+    both = Checkpointed()
+    with_checkpoints = Together(both)
+    ours = step(both, x)
+    with_checkpoints.remove()
+
+    class Plain(Checkpointed):
+        def forward(self, x):
+            return self.net[2](self.net[1](self.net[0](x)))
+
+    other = Plain()
+    Together(other)
+    torch.testing.assert_close(ours[:6], step(other, x)[:6])
+
+
+def test_nothing_stale_is_used():
+    net = model()
+    Together(net)
+    x = torch.randn(4, 32, dtype=torch.float64)
+    net(x).sum().backward()
+    layer = net[0]
+    layer(x).sum().backward()  # outside of a step: its own rotation, its own graph
+    with torch.no_grad():
+        layer.skew.mul_(2)
+    fresh = copy.deepcopy(layer)
+    torch.testing.assert_close(layer(x), fresh(x))
+    with torch.no_grad():
+        before = net(x)
+    net(x).sum().backward()  # after an evaluation without gradients
+    assert layer.skew.grad is not None
+    layer.interpolate(1)
+    assert not torch.equal(net(x), before)
+    layer.interpolate(0)
+    net.apply(lambda module: module.merge() if isinstance(module, BOFTLinear) else None)
+    torch.testing.assert_close(net.eval()(x), before)
+
+
+def test_a_failing_step_leaves_nothing_behind():
+    net = model()
+    together = Together(net)
+    with pytest.raises(ValueError, match="last dimension"):
+        net(torch.randn(4, 31, dtype=torch.float64))
+    assert not together.running
+
+
+def test_a_model_can_still_be_copied_and_pickled():
+    net = model()
+    together = Together(net)
+    x = torch.randn(2, 32, dtype=torch.float64)
+    y = net(x)
+    together.remove()
+    torch.testing.assert_close(copy.deepcopy(net)(x), y)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(net))(x), y)
+
+
+def test_compiled_models_compute_their_own():
+    net = model()
+    Together(net)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (([torch.zeros(2, 4, 28), torch.zeros(1, 4, 28)],), ValueError, r"skews\[1\]: expected sh"),
+        (([torch.zeros(2, 4, 28), torch.zeros(2, 4, 28).double()],), TypeError, r"skews\[1\]"),
+        (([torch.zeros(2, 3, 28)],), ValueError, "n_factors"),
+        (([torch.zeros(4, 8, 120)],), ValueError, r"<= 64 features, got 128"),
+        (([torch.zeros(2, 4, 28)], []), ValueError, "drops: expected 1"),
+        (
+            ([torch.zeros(2, 4, 28)], [torch.zeros(2, 4)]),
+            ValueError,
+            r"drops\[0\]: expected a bool",
+        ),
+        ((["skew"],), TypeError, r"skews\[0\]: expected a torch.Tensor"),
+    ],
+)
+def test_bad_arguments(arguments, error, match):
+    with pytest.raises(error, match=match):
+        rotations(*arguments)
+
+
+def test_bad_rotation_of_a_layer():
+    x, weight, skew = torch.randn(2, 16), torch.randn(4, 16), torch.zeros(2, 2, 28)
+    with pytest.raises(
+        ValueError, match=r"rotation: expected shape \(1, 16, 16\), got \(2, 8, 8\)"
+    ):
+        boft_linear(x, weight, skew, rotation=torch.zeros(2, 8, 8))
+    with pytest.raises(ValueError, match="dropout: expected None beside a rotation"):
+        boft_linear(x, weight, skew, rotation=torch.zeros(1, 16, 16), dropout=(0.5, 0.5))
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got str"):
+        Together("model")
