@@ -28,10 +28,13 @@ def check_merged(layer: BOFTLinear, x: torch.Tensor, grad: torch.Tensor) -> None
 def check_gradients(m: int, b: int, device: torch.device, dtype: torch.dtype) -> None:
     """All gradients of a small layer agree with autograd through dense float64 matrices.
 
+    Of 256 features, and of as many of the m factors as it takes to mix all of them.
+
     Raises:
         AssertionError: they do not.
     """
-    d, n, tokens = 64, 48, 33
+    d, n, tokens = 256, 48, 97  # rows enough for the kernels of whole layers
+    m = min(m, (d // b).bit_length())
     torch.manual_seed(3)
     layer = BOFTLinear(d, n, n_factors=m, block_size=b, device=device, dtype=dtype)
     with torch.no_grad():

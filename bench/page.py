@@ -22,9 +22,10 @@ report; `make bench ARGS=--help` lists the options (device, dtype, shapes, backe
 
 One linear layer with a bias, given as input features x output features x tokens, forward alone
 and with its backward: the frozen `nn.Linear` (the floor), PEFT's adapters around it, and
-`BOFTLinear` as BOFT(m, b): m factors of block size b. All share one weight. The input requires a
-gradient, as inside a network, the upstream gradient is random, and the adapters hold small random
-numbers. PEFT's layers are called directly, without the model around them.
+`BOFTLinear` as BOFT(m, b): m factors of block size b. BOFT(10, 8), the butterfly of which every
+output depends on every input, takes part at 4096 features only. All share one weight. The input
+requires a gradient, as inside a network, the upstream gradient is random, and the adapters hold
+small random numbers. PEFT's layers are called directly, without the model around them.
 
 ## How
 
@@ -121,7 +122,9 @@ def _overheads(results: Results, direction: str) -> Iterator[str]:
     rows = []
     for name in NAMES:
         cells = [results.find(group, direction, name) for group in groups]
-        rows.append([cells[0].info["label"], *(_overhead(cell) for cell in cells)])
+        label = next((cell.info["label"] for cell in cells if cell), None)
+        if label:
+            rows.append([label, *(_overhead(cell) if cell else "" for cell in cells)])
     yield from _table(["", *groups], rows)
 
 

@@ -143,7 +143,7 @@ def test_saved_bytes_count_a_storage_once_and_parameters_never():
 # --- Correctness ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("m", "b"), [(1, 16), (2, 8), (4, 4)])
+@pytest.mark.parametrize(("m", "b"), [(1, 16), (2, 8), (4, 4), (10, 8)])
 def test_right_layers_may_be_timed(m, b):
     correctness.check_gradients(m, b, CPU, torch.float32)
 
