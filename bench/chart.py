@@ -10,7 +10,8 @@ mpl.use("Agg")  # a file, no window
 
 import matplotlib.pyplot as plt
 from contestants import FLOOR, NAMES, PEFT_BOFT
-from results import BOTH, Results, Row
+from operators import BOTH
+from results import Results, Row
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness. Peers are hatched
 # as well, so that print in grey still says who is who.
