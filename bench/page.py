@@ -59,7 +59,8 @@ the name of its row has the m that was measured.
 Every operator has a **floor**: the larger of its bytes at the rate of the fastest `x.clone()` of
 the rotation's x, and its flops at the rate of the fastest `torch.mm` of 2048 x 2048 matrices in the
 run's dtype, both measured in the same run. "Of floor" is that floor in parts of the median time,
-and which of the two it comes from; "GB/s" is the same bytes over that time.
+and which of the two it comes from; "GB/s" is the same bytes over that time. That x takes 8 MiB in
+float32 and may lie in a large cache, for the copy as for the rotation.
 
 - **Rotation** of N rows of d features in groups of S = b 2^(m-1): x in and out and 2 N d S flops;
   for the backward, which gives the Gram matrices as well, x and the gradient in, the gradient of x
