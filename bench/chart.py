@@ -10,7 +10,8 @@ mpl.use("Agg")  # a file, no window
 
 import matplotlib.pyplot as plt
 from contestants import FLOOR, NAMES, PEFT_BOFT
-from results import BOTH, Results, Row
+from operators import BOTH
+from results import Results, Row
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness. Peers are hatched
 # as well, so that print in grey still says who is who.
@@ -22,8 +23,9 @@ STYLES = {
     "boft-1-16": ("#56B4E9", ""),
     "boft-2-8": ("#0072B2", ""),
     "boft-4-4": ("#003A5C", ""),
+    "boft-dense": ("#009E73", ""),
 }
-WIDTH = 0.8  # of a group of bars
+WIDTH = 0.8  # of a group with all the bars
 
 
 def draw(path: Path, results: Results) -> None:
@@ -32,9 +34,9 @@ def draw(path: Path, results: Results) -> None:
     names = [name for name in NAMES if name != FLOOR]
     top = _axis_end(results, groups)
     fig, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
-    for i, name in enumerate(names):
-        rows = [results.find(group, BOTH, name) for group in groups]
-        _bars(axes, rows, i, len(names), top)
+    for at, group in enumerate(groups):
+        rows = [row for row in results.table(group, BOTH) if row.name != FLOOR]
+        _bars(axes, rows, at, WIDTH / len(names), top)
     axes.set_xticks(range(len(groups)), [_title(g) for g in groups])
     axes.set_ylim(min(0, axes.get_ylim()[0]), top)
     axes.yaxis.set_major_formatter("{x:.0f} %")
@@ -50,21 +52,23 @@ def draw(path: Path, results: Results) -> None:
         fontsize=11,
         pad=18,  # above the figures of the bars that are cut off
     )
-    fig.legend(loc="outside lower center", ncols=(len(names) + 1) // 2, fontsize=9, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    bars = dict(zip(labels, handles, strict=True))  # one for each label, of all its shapes
+    look = {"ncols": (len(bars) + 1) // 2, "fontsize": 9, "frameon": False}
+    fig.legend(bars.values(), bars.keys(), loc="outside lower center", **look)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(fig)
 
 
-def _bars(axes, rows: list[Row], i: int, n: int, top: float) -> None:
-    width = WIDTH / n
-    colour, hatch = STYLES[rows[0].name]
-    for group, row in enumerate(rows):
-        x = group - WIDTH / 2 + (i + 0.5) * width
+def _bars(axes, rows: list[Row], at: int, width: float, top: float) -> None:
+    """The bars of one shape, side by side around ``at``."""
+    for i, row in enumerate(rows):
+        x = at + (i - (len(rows) - 1) / 2) * width
         value, low, high = (100 * (row.info[k] - 1) for k in ("ratio", "ratio_q1", "ratio_q3"))
-        label = row.info["label"] if group == 0 else None
+        colour, hatch = STYLES[row.name]
         look = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
-        axes.bar(x, min(value, top), width, label=label, **look)
+        axes.bar(x, min(value, top), width, label=row.info["label"], **look)
         if value > top:  # cut off, and said so
             axes.annotate(
                 f"{value:.0f} %",

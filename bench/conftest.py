@@ -14,8 +14,6 @@ import environment
 from contestants import SHAPES, Shape
 from memory import settle_heap
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("boft_ops benchmarks")
@@ -33,17 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="DxNxTOKENS, comma-separated (the four of the comparison)",
     )
     group.addoption("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    group.addoption("--dtype", choices=DTYPES, default="fp32")
+    group.addoption("--dtype", choices=environment.DTYPES, default="fp32")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # pytest-timeout's: it is no requirement of the benchmarks, and markers are strict
     config.addinivalue_line("markers", "timeout(seconds): where pytest-timeout is installed")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "shape" in metafunc.fixturenames:
-        metafunc.parametrize("shape", [str(s) for s in metafunc.config.getoption("shapes")])
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +46,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return DTYPES[request.config.getoption("dtype")]
+    return environment.DTYPES[request.config.getoption("dtype")]
 
 
 @pytest.fixture(scope="session", autouse=True)

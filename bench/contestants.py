@@ -16,9 +16,28 @@ from boft_ops import BOFTLinear
 FLOOR = "linear"
 LORA = "lora-r16"
 PEFT_BOFT = "peft-boft"
-# (n_factors, block_size); a rotation mixes groups of b 2^(m-1) = 16, 16 and 32 features
-OURS = {"boft-1-16": (1, 16), "boft-2-8": (2, 8), "boft-4-4": (4, 4)}
 OFT_BLOCK = 8
+
+
+class Butterfly(NamedTuple):
+    """A BOFT(m, b), which mixes groups of b 2^(m-1) features.
+
+    Attributes:
+        d: the only number of input features with which it takes part, or None for any.
+    """
+
+    m: int
+    b: int
+    d: int | None = None
+
+
+# groups of 16, 16 and 32 features, and the butterfly that mixes all 4096
+OURS = {
+    "boft-1-16": Butterfly(1, 16),
+    "boft-2-8": Butterfly(2, 8),
+    "boft-4-4": Butterfly(4, 4),
+    "boft-dense": Butterfly(10, 8, d=4096),
+}
 NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *OURS)
 
 
@@ -50,6 +69,11 @@ SHAPES = (
 )
 
 
+def names(shape: Shape) -> list[str]:
+    """Who takes part at a shape, in the order of ``NAMES``."""
+    return [name for name in NAMES if name not in OURS or OURS[name].d in (None, shape.d)]
+
+
 @dataclass
 class Entry:
     """A layer to be measured.
@@ -75,12 +99,13 @@ class Entry:
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Entry]:
-    """All contestants, in the order of ``NAMES``, over one shared weight and bias."""
+    """The contestants at this shape, in the order of ``names``, over one shared weight and bias."""
     torch.manual_seed(0)
     base = nn.Linear(shape.d, shape.n, device=device, dtype=dtype).requires_grad_(False)
     entries = [Entry(FLOOR, "frozen nn.Linear", base), _lora(base)]
     entries += [_oft(base, neumann=True), _oft(base, neumann=False), _peft_boft(base)]
-    for name, (m, b) in OURS.items():
+    for name in names(shape)[len(entries) :]:
+        m, b, _ = OURS[name]
         layer = BOFTLinear.from_linear(base, n_factors=m, block_size=b)
         entries.append(Entry(name, f"BOFT({m},{b})", layer))
     for entry in entries:

@@ -15,6 +15,7 @@ import boft_ops
 from boft_ops import _backend
 
 ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in results
 # what a measurement depends on; results and documents are written by it
 MEASURED = ("boft_ops", "csrc", "triton", "bench", "setup.py", ":!bench/results")
 

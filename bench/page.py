@@ -7,7 +7,9 @@ from pathlib import Path
 
 from contestants import NAMES
 from environment import slug
-from results import BOTH, Results, Row, goals
+from goals import MET, goals
+from operators import BOTH
+from results import Results, Row
 
 METHOD = """\
 <!-- Written by bench/run.py from bench/results: change bench/page.py, not this file. -->
@@ -22,9 +24,10 @@ report; `make bench ARGS=--help` lists the options (device, dtype, shapes, backe
 
 One linear layer with a bias, given as input features x output features x tokens, forward alone
 and with its backward: the frozen `nn.Linear` (the floor), PEFT's adapters around it, and
-`BOFTLinear` as BOFT(m, b): m factors of block size b. All share one weight. The input requires a
-gradient, as inside a network, the upstream gradient is random, and the adapters hold small random
-numbers. PEFT's layers are called directly, without the model around them.
+`BOFTLinear` as BOFT(m, b): m factors of block size b. BOFT(10, 8), the butterfly of which every
+output depends on every input, takes part at 4096 features only. All share one weight. The input
+requires a gradient, as inside a network, the upstream gradient is random, and the adapters hold
+small random numbers. PEFT's layers are called directly, without the model around them.
 
 ## How
 
@@ -41,13 +44,48 @@ numbers. PEFT's layers are called directly, without the model around them.
   the input counts for whoever keeps it. **Peak** is the most that forward and backward hold beyond
   what was there before: all tensor memory, not the scratch of the BLAS. **Adapter** is what the
   adapter's parameters and buffers take.
-- Before anything is timed, outputs and gradients are checked against the merged weight and against
-  float64 matrices built from the definition. A wrong answer is not timed.
+- Before a layer is timed, its output and the gradient of its input are checked against the merged
+  weight, and on a layer of 256 features all gradients against float64 matrices built from the
+  definition (of BOFT(10, 8) with the six factors that mix all of those). A wrong answer is not
+  timed.
 - pytest-benchmark times one function after the other, so the interleaved durations are replayed
   through its clock; bench/interleave.py says why that is sound.
 
 PEFT's BOFT falls back to one factor wherever its CUDA extension is not built, so on a CPU always:
 the name of its row has the m that was measured.
+
+## Operators and their floors
+
+Every operator has a **floor**: the larger of its bytes at the rate of the fastest `x.clone()` of
+the rotation's x, and its flops at the rate of the fastest `torch.mm` of 2048 x 2048 matrices in the
+run's dtype, both measured in the same run. "Of floor" is that floor in parts of the median time,
+and which of the two it comes from; "GB/s" is the same bytes over that time. That x takes 8 MiB in
+float32 and may lie in a large cache, for the copy as for the rotation.
+
+- **Rotation** of N rows of d features in groups of S = b 2^(m-1): x in and out and 2 N d S flops;
+  for the backward, which gives the Gram matrices as well, x and the gradient in, the gradient of x
+  out and 4 N d S flops. For S = 16 in float32 that is 4 flops for each byte forward and 5.3
+  backward. A CPU that does fewer flops than that in the time of a byte has its floor in the
+  arithmetic, not in the bytes, and cannot rotate as fast as it copies.
+- **Cayley transform** of blocks of size b, in float32 in every run: parameters, blocks and
+  gradients once each; b^3 multiply-adds a block forward and two products of b^3 backward. They are
+  float64 inside, and that is taken to run at half the rate of float32. (In runs in another dtype,
+  which do not measure that rate, the bytes alone count.)
+- **Linear**: the product itself, `F.linear` or `grad @ weight`, against the op that does the whole
+  of a layer of one stage of size 16 in it: rotation, product, scale and bias, keeping what the
+  backward needs; backward the gradients of x, stage, scale and bias. Where no kernel serves that
+  op it is not in the table. The kernel has a matrix product of its own, which can be faster than
+  the BLAS that torch calls: then the op takes less time than the product alone, a part of the floor
+  above 100 % is possible, and a layer's overhead can fall below zero. That comes from the product,
+  not from work left out: the op's results are checked against plain torch before it is timed.
+
+## Goals
+
+A goal compares times of the same round. Brackets hold the quartiles of that comparison over the
+rounds. If both are within the bound, the goal is met; if both are beyond, not met; otherwise the
+run cannot tell, and the verdict is **not separable**, whatever the median says. A goal for several
+shapes is met if every one of them meets it, and not met as soon as one does not. A goal is
+judged only where a run measured all that it needs.
 """
 
 
@@ -87,7 +125,7 @@ def _section(results: Results) -> Iterator[str]:
         yield "### Goals"
         yield ""
         for goal in found:
-            verdict = "met" if goal.met else "**not met**"
+            verdict = MET if goal.verdict == MET else f"**{goal.verdict}**"
             yield f"- {verdict}: {goal.text}. Measured: {goal.measured}."
         yield ""
 
@@ -121,7 +159,9 @@ def _overheads(results: Results, direction: str) -> Iterator[str]:
     rows = []
     for name in NAMES:
         cells = [results.find(group, direction, name) for group in groups]
-        rows.append([cells[0].info["label"], *(_overhead(cell) for cell in cells)])
+        label = next((cell.info["label"] for cell in cells if cell), None)
+        if label:
+            rows.append([label, *(_overhead(cell) if cell else "" for cell in cells)])
     yield from _table(["", *groups], rows)
 
 
@@ -169,13 +209,22 @@ def _ops(results: Results) -> Iterator[str]:
     rows = []
     for group, direction in groups:
         for row in results.table(group, direction):
-            seconds = row.stats["median"]
-            rate = f"{row.info['bytes'] / seconds / 1e9:.1f}" if "bytes" in row.info else ""
             first = f"{group}, {direction}: {row.info['label']}"
-            rows.append([first, f"{1e3 * seconds:.3f}", f"{row.info['ratio']:.2f}", rate])
-    yield from _table(["", "ms", "x first", "GB/s"], rows)
-    yield (
-        "GB/s counts the bytes that must move: x in and out, or for the backward x and the "
-        "gradient in and the gradient of x out."
-    )
-    yield ""
+            times = f"{1e3 * row.stats['median']:.3f}", f"{row.info['ratio']:.2f}"
+            rows.append([first, *times, *op_cells(results, row)])
+    yield from _table(["", "ms", "x first", "GB/s", "of floor"], rows)
+    rates = results.rates()
+    if rates is not None:
+        yield (
+            f"The fastest copy of this run moved {rates.bytes / 1e9:.1f} GB/s, its fastest matrix "
+            f"product did {rates.flops / 1e9:.0f} GFLOP/s: {rates.flops / rates.bytes:.1f} flops "
+            "in the time of a byte."
+        )
+        yield ""
+
+
+def op_cells(results: Results, row: Row) -> list[str]:
+    """Bytes per second, and the floor in parts of the time, with what the floor comes from."""
+    seconds, floor = row.stats["median"], results.floor(row)
+    rate = f"{row.info['bytes'] / seconds / 1e9:.1f}" if "bytes" in row.info else ""
+    return [rate, f"{floor.seconds / seconds:.0%} ({floor.by})" if floor is not None else ""]

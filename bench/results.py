@@ -1,4 +1,4 @@
-"""Results of a run as rows, as CSV, and against the goals."""
+"""Results of a run as rows, with the floors of its operators, and as CSV."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
-from contestants import LORA, PEFT_BOFT, SHAPES, Shape
+from operators import FORWARD, PRODUCT, ROTATION
 
-BOTH = "forward+backward"
-OURS = "boft-2-8"  # the one that the goals are about
-SPEEDUP_SHAPE = Shape(2048, 2048, 1024)
 CSV_FIELDS = (
     *("suite", "shape", "direction", "contestant", "label", "median_ms", "q1_ms", "q3_ms", "ratio"),
     *("ratio_q1", "ratio_q3", "overhead", "saved_bytes", "peak_bytes", "adapter_bytes"),
-    *("trainable", "rounds", "note", "dtype", "threads", "backend", "device", "cpu", "python"),
-    *("torch", "peft", "triton", "boft_ops", "commit", "dirty", "date"),
+    *("trainable", "bytes", "flops", "floor_ms", "rounds", "note", "dtype", "threads", "backend"),
+    *("device", "cpu", "python", "torch", "peft", "triton", "boft_ops", "commit", "dirty", "date"),
 )
 
 
@@ -40,6 +36,25 @@ class Row(NamedTuple):
     by_round: dict[int, float]
     info: dict
     stats: dict
+
+
+class Floor(NamedTuple):
+    """The least time that an operator can take.
+
+    Attributes:
+        seconds: at the rates that the same run measured.
+        by: what it comes from, "bytes" or "flops".
+    """
+
+    seconds: float
+    by: str
+
+
+class Rates(NamedTuple):
+    """The best that a run saw: bytes per second of a copy, flops per second of a matrix product."""
+
+    bytes: float
+    flops: float
 
 
 class Results:
@@ -73,6 +88,25 @@ class Results:
     def find(self, group: str, direction: str, name: str) -> Row | None:
         return next((r for r in self.table(group, direction) if r.name == name), None)
 
+    def rates(self) -> Rates | None:
+        """Of x.clone() and of torch.mm; None if the run has not measured both."""
+        copy = self.find(ROTATION, FORWARD, "clone")
+        product = self.find(PRODUCT, FORWARD, "mm")
+        if copy is None or product is None:
+            return None
+        return Rates(
+            copy.info["bytes"] / min(copy.by_round.values()),
+            product.info["flops"] / min(product.by_round.values()),
+        )
+
+    def floor(self, row: Row) -> Floor | None:
+        """Of a row with bytes and flops, in a run that measured its rates."""
+        rates = self.rates()
+        if rates is None or "flops" not in row.info:
+            return None
+        floors = [Floor(row.info[k] / getattr(rates, k), k) for k in ("bytes", "flops")]
+        return max(floors)
+
     def write_csv(self, path: Path) -> None:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, CSV_FIELDS, lineterminator="\n")
@@ -87,6 +121,9 @@ class Results:
             info = {k: round(v, 6) if isinstance(v, float) else v for k, v in info.items()}
             ms = {f"{k}_ms": round(1e3 * row.stats[k], 6) for k in ("median", "q1", "q3")}
             place = {"suite": row.suite, "shape": row.group, "rounds": len(row.by_round)}
+            floor = self.floor(row)
+            if floor is not None:
+                ms["floor_ms"] = round(1e3 * floor.seconds, 6)
             yield common | info | ms | place
 
 
@@ -95,42 +132,3 @@ def _row(benchmark: dict) -> Row:
     by_round = dict(zip(info["rounds"], benchmark["stats"]["data"], strict=True))
     key = info["suite"], info["group"], info["direction"], info["contestant"]
     return Row(*key, by_round, info, benchmark["stats"])
-
-
-class Goal(NamedTuple):
-    text: str
-    measured: str
-    met: bool
-
-
-def goals(results: Results) -> list[Goal]:
-    """The goals that this run can speak about: those whose shapes it measured, all of them."""
-    found = []
-    shapes = [str(s) for s in SHAPES if results.find(str(s), BOTH, OURS)]
-    if len(shapes) == len(SHAPES):
-        found.append(_cheaper_than_lora(results, shapes))
-    if str(SPEEDUP_SHAPE) in shapes:
-        found.append(_faster_than_peft(results, str(SPEEDUP_SHAPE)))
-    return found
-
-
-def _cheaper_than_lora(results: Results, shapes: list[str]) -> Goal:
-    parts, n = [], 0
-    for shape in shapes:
-        ours, lora = (results.find(shape, BOTH, name) for name in (OURS, LORA))
-        n += ours.info["overhead"] <= lora.info["overhead"]
-        won = [t <= lora.by_round[r] for r, t in ours.by_round.items() if r in lora.by_round]
-        parts.append(
-            f"{shape}: {ours.info['overhead']:+.1%} against {lora.info['overhead']:+.1%}, "
-            f"faster in {sum(won)} of {len(won)} rounds"
-        )
-    text = f"BOFT(2,8), {BOTH}: overhead <= that of PEFT LoRA r=16 on at least 3 of 4 shapes"
-    return Goal(text, f"on {n}: " + "; ".join(parts), n >= 3)
-
-
-def _faster_than_peft(results: Results, shape: str) -> Goal:
-    ours, peft = (results.find(shape, BOTH, name) for name in (OURS, PEFT_BOFT))
-    both = ours.by_round.keys() & peft.by_round.keys()
-    times = median(peft.by_round[r] / ours.by_round[r] for r in both)
-    text = f"BOFT(2,8), {BOTH}: at least 5 times faster than PEFT BOFT at {shape}"
-    return Goal(text, f"{times:.1f} times ({peft.info['label']})", times >= 5)

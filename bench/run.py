@@ -17,8 +17,10 @@ from pathlib import Path
 import chart
 import page
 from environment import ROOT, slug
-from results import Results, goals
+from goals import MET, NOT_MET, goals
+from results import Results
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 FOLDER = ROOT / "bench" / "results"
@@ -70,9 +72,10 @@ def show(results: Results, console: Console) -> None:
     for suite in ("layer", "ops"):
         for group, direction in results.groups(suite):
             console.print(_table(results, suite, group, direction))
+    colours = {MET: "green", NOT_MET: "red"}
     for goal in goals(results):
-        mark = "[green]met[/]" if goal.met else "[red]NOT met[/]"
-        console.print(f"{mark}: {goal.text}\n     {goal.measured}", highlight=False)
+        mark = f"[{colours.get(goal.verdict, 'yellow')}]{goal.verdict}[/]"
+        console.print(f"{mark}: {goal.text}\n     {escape(goal.measured)}", highlight=False)
 
 
 def _table(results: Results, suite: str, group: str, direction: str) -> Table:
@@ -80,7 +83,7 @@ def _table(results: Results, suite: str, group: str, direction: str) -> Table:
     table.add_column("", no_wrap=True)
     columns = ["ms", "ratio"]
     layer_columns = ["overhead", "saved MiB", "peak MiB", "trainable"]
-    columns += layer_columns if suite == "layer" else ["GB/s"]
+    columns += layer_columns if suite == "layer" else ["GB/s", "of floor"]
     for column in [*columns, "rounds"]:
         table.add_column(column, justify="right")
     for row in results.table(group, direction):
@@ -91,8 +94,7 @@ def _table(results: Results, suite: str, group: str, direction: str) -> Table:
             cells += [f"{info[k] / 2**20:.2f}" for k in ("saved_bytes", "peak_bytes")]
             cells.append(f"{info['trainable']:,}")
         else:
-            rate = info.get("bytes", 0) / row.stats["median"] / 1e9
-            cells.append(f"{rate:.1f}" if rate else "")
+            cells += page.op_cells(results, row)
         style = "bold" if row.name.startswith(("boft", "cayley", "rotate")) else None
         table.add_row(info["label"], *cells, str(len(row.by_round)), style=style)
     return table

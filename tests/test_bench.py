@@ -1,31 +1,19 @@
-"""The benchmarks: interleaving, replay, counters, report; and all of it on a tiny shape."""
+"""The benchmarks: interleaving, replay, counters, operators; and all of it on a tiny shape."""
 
-import csv
 import itertools
 import json
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from bench_modules import BENCH, contestants, correctness, goals, interleave, memory, operators
+from bench_modules import results as results_
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "bench"
-sys.path.insert(0, str(BENCH))  # as if one of its scripts were run
-try:
-    import chart
-    import correctness
-    import interleave
-    import memory
-    import page
-    import results
-    import run
-    from contestants import FLOOR, LORA, NAMES, PEFT_BOFT, SHAPES, Shape
-finally:
-    sys.path.remove(str(BENCH))
+from boft_ops import _backend
 
+ROOT = BENCH.parent
 CPU = torch.device("cpu")
 
 
@@ -143,7 +131,7 @@ def test_saved_bytes_count_a_storage_once_and_parameters_never():
 # --- Correctness ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("m", "b"), [(1, 16), (2, 8), (4, 4)])
+@pytest.mark.parametrize(("m", "b"), [(1, 16), (2, 8), (4, 4), (10, 8)])
 def test_right_layers_may_be_timed(m, b):
     correctness.check_gradients(m, b, CPU, torch.float32)
 
@@ -160,87 +148,48 @@ def test_wrong_layers_may_not(monkeypatch):
         correctness.check_gradients(2, 8, CPU, torch.float32)
 
 
-# --- Report ---------------------------------------------------------------------------------------
+# --- Operators ------------------------------------------------------------------------------------
 
 
-def synthetic(overheads):
-    """A result of all shapes in which contestants take 1 + overhead times as long as the floor."""
-    benchmarks = []
-    for shape, direction, name in itertools.product(SHAPES, ("forward", results.BOTH), NAMES):
-        ratio = 1 + overheads.get(name, 0.2)
-        data = [0.010 * ratio, 0.020 * ratio, 0.012 * ratio]
-        info = {"suite": "layer", "group": str(shape), "contestant": name, "label": f"<{name}>"}
-        info |= {"note": "", "direction": direction, **shape._asdict(), "rounds": [0, 1, 2]}
-        info |= {"ratio": ratio, "ratio_q1": ratio, "ratio_q3": ratio, "overhead": ratio - 1}
-        info |= dict.fromkeys(("saved_bytes", "peak_bytes", "adapter_bytes", "trainable"), 4096)
-        stats = {"data": data, "median": 0.012 * ratio, "q1": 0.010 * ratio, "q3": 0.020 * ratio}
-        benchmarks.append({"extra_info": info | {"threads": 2}, "stats": stats})
-    machine = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "dtype": "fp32", "torch": "2.13"}
-    machine |= {"backend": "auto", "peft": "0.21", "boft_ops": "0.1", "python": "3.12"}
-    machine |= {"triton": None, "serving": {"cayley": "cpu", "rotate": "reference"}}
-    return {
-        "machine_info": machine,
-        "commit_info": {"id": "0123456789abcdef", "dirty": False},
-        "datetime": "2030-01-02T03:04:05",
-        "benchmarks": benchmarks,
-    }
+def test_operators_that_take_part(monkeypatch):
+    monkeypatch.setattr(operators, "TOKENS", 64)  # small, and enough for the kernels
+    monkeypatch.setattr(operators, "FEATURES", 64)
+    monkeypatch.setattr(operators, "N_BLOCKS", 5)
+    for (group, direction), names in operators.members(CPU, torch.float32).items():
+        members = operators.contest(group, direction, CPU, torch.float32)
+        assert tuple(m.name for m in members) == names
+        for member in members:
+            member.run()
+            member.run()  # a backward, too, runs in every round
+            work = operators.work(group, direction, member.name, torch.float32)
+            assert work.bytes > 0
+            assert (work.flops == 0) == (member.name == "clone")
 
 
-@pytest.mark.parametrize(("boft", "met"), [(0.05, True), (0.1, True), (0.11, False)])
-def test_goal_against_lora(boft, met):
-    overheads = {FLOOR: 0.0, LORA: 0.1, results.OURS: boft, PEFT_BOFT: 9.0}
-    cheaper, faster = results.goals(results.Results(synthetic(overheads)))
-    assert cheaper.met == met
-    assert cheaper.measured.startswith("on 4" if met else "on 0")
-    assert faster.met
-    assert f"{10 / (1 + boft):.1f} times" in faster.measured
+def test_the_fused_layer_takes_part_where_a_kernel_serves_it():
+    with _backend.force("reference"):
+        groups = {group for group, _ in operators.members(CPU, torch.float32)}
+    assert groups == {operators.PRODUCT, operators.CAYLEY, operators.ROTATION}
 
 
-def test_goal_against_peft_boft():
-    overheads = {FLOOR: 0.0, results.OURS: 0.1, PEFT_BOFT: 4.0}
-    assert not results.goals(results.Results(synthetic(overheads)))[1].met
+def test_work_of_a_rotation():
+    n = operators.TOKENS * operators.FEATURES
+    forward = operators.work(operators.ROTATION, "forward", "rotate-2-8", torch.float32)
+    assert forward == (8 * n, 2 * n * 16)
+    backward = operators.work(operators.ROTATION, "backward", "rotate-4-4", torch.bfloat16)
+    assert backward == (6 * n, 4 * n * 32)
 
 
-def test_no_goal_is_judged_on_some_of_its_shapes():
-    content = synthetic({FLOOR: 0.0})
-    of_shape = [b for b in content["benchmarks"] if b["extra_info"]["group"] == str(SHAPES[0])]
-    assert results.goals(results.Results(content | {"benchmarks": of_shape})) == []
-
-
-def test_report_of_a_synthetic_result(tmp_path):
-    content = synthetic({FLOOR: 0.0, LORA: 0.1, results.OURS: 0.05, PEFT_BOFT: 30.0})
-    found = results.Results(content)
-    path = run.write(found, json.dumps(content), tmp_path / "results" / "cpu")
-    assert path.name == "auto.json"
-    with path.with_suffix(".csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(content["benchmarks"])
-    row = next(r for r in rows if r["contestant"] == results.OURS)
-    assert (row["shape"], row["overhead"], row["median_ms"]) == ("768x768x512", "0.05", "12.6")
-    assert (row["commit"], row["date"], row["device"]) == ("0123456789abcdef", "2030-01-02", "cpu")
-
-    run.publish(tmp_path / "results", tmp_path)
-    text = (tmp_path / "benchmarks.md").read_text()
-    assert "| <boft-2-8> | +5.0 % [+5.0, +5.0] |" in text
-    assert "Not measured on a GPU" in text
-    assert "- met: BOFT(2,8)" in text
-    picture = tmp_path / "images" / "bench_layer_cpu.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 10_000
-
-
-def test_page_tells_of_a_gpu(tmp_path):
-    content = synthetic({FLOOR: 0.0})
-    content["machine_info"]["device"] = "Some GPU"
-    page.write(tmp_path / "page.md", [results.Results(content)])
-    assert "Not measured on a GPU" not in (tmp_path / "page.md").read_text()
-    assert set(chart.STYLES) == set(NAMES) - {FLOOR}
+def test_some_contestants_take_part_at_some_shapes_only():
+    everywhere = [name for name in contestants.NAMES if name != "boft-dense"]
+    assert contestants.names(contestants.Shape(2048, 4096, 8)) == everywhere
+    assert contestants.names(contestants.Shape(4096, 8, 8)) == list(contestants.NAMES)
 
 
 def test_shapes_are_parsed():
-    assert Shape.parse("768x3072x512") == (768, 3072, 512)
+    assert contestants.Shape.parse("768x3072x512") == (768, 3072, 512)
     with pytest.raises(ValueError, match="expected DxNxTOKENS, got '768'"):
-        Shape.parse("768")
+        contestants.Shape.parse("768")
 
 
 # --- All of it ------------------------------------------------------------------------------------
@@ -256,16 +205,17 @@ def test_bench_of_a_tiny_shape(tmp_path):
     text = (out / "reference.json").read_text()
     assert platform.node() not in text
     assert str(ROOT) not in text
-    found = results.Results(json.loads(text))
+    found = results_.Results(json.loads(text))
     assert set(found.machine["serving"].values()) == {"reference"}
-    rows = {row.name: row.info for row in found.table("64x48x32", results.BOTH)}
-    assert tuple(rows) == NAMES
-    assert rows[FLOOR]["overhead"] == 0
-    assert rows[FLOOR]["saved_bytes"] == rows[FLOOR]["adapter_bytes"] == 0
+    rows = {row.name: row.info for row in found.table("64x48x32", operators.BOTH)}
+    assert list(rows) == contestants.names(contestants.Shape(64, 48, 32))
+    assert rows[contestants.FLOOR]["overhead"] == 0
+    assert rows[contestants.FLOOR]["saved_bytes"] == rows[contestants.FLOOR]["adapter_bytes"] == 0
     x, hidden, out_ = 32 * 64 * 4, 32 * 16 * 4, 32 * 48 * 4
-    assert rows[LORA]["saved_bytes"] == x + hidden
+    assert rows[contestants.LORA]["saved_bytes"] == x + hidden
     blocks, stages = 2 * 8 * 8 * 8 * 4, 4 * 16 * 16 * 4
-    assert x <= rows[results.OURS]["saved_bytes"] <= x + out_ + 2 * blocks + 2 * stages
-    assert rows[results.OURS]["trainable"] == 2 * 64 * 7 // 2 + 48
+    assert x <= rows[goals.OURS]["saved_bytes"] <= x + out_ + 2 * blocks + 2 * stages
+    assert rows[goals.OURS]["trainable"] == 2 * 64 * 7 // 2 + 48
     assert "PEFT BOFT(1,8)" in done.stdout
-    assert len(found.groups("ops")) == 4
+    assert len(found.groups("ops")) == 6
+    assert all(found.floor(row).seconds > 0 for row in found.rows if row.suite == "ops")

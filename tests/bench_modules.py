@@ -1,0 +1,34 @@
+"""The modules of bench/, imported as if one of its scripts were run."""
+
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+try:
+    import chart
+    import contestants
+    import correctness
+    import goals
+    import interleave
+    import memory
+    import operators
+    import page
+    import results
+    import run
+finally:
+    sys.path.remove(str(BENCH))
+
+__all__ = [
+    "BENCH",
+    "chart",
+    "contestants",
+    "correctness",
+    "goals",
+    "interleave",
+    "memory",
+    "operators",
+    "page",
+    "results",
+    "run",
+]
