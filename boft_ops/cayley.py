@@ -111,7 +111,7 @@ cayley_forward = Op(
     _fake_forward,
     triton="cayley:cayley",
     supports={
-        "cpu": lambda skew, _: skew.dtype != torch.float16 and skew.shape[-1] <= _packed(64),
+        "cpu": lambda skew, _: skew.dtype != torch.float16 and skew.shape[-1] <= _packed(128),
         "triton": lambda skew, _: skew.shape[-1] <= _packed(64),
     },
 )
@@ -122,7 +122,7 @@ cayley_backward = Op(
     triton="cayley:cayley_backward",
     supports={
         # BLAS wins on larger blocks
-        "cpu": lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 16,
+        "cpu": lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 32,
         "triton": lambda blocks, *_: blocks.shape[-1] <= 64,
     },
 )
