@@ -76,7 +76,8 @@ namespace {
 struct Butterfly {  // of n factors of n_blocks blocks, the first of which has the given stride
   int64_t n, n_blocks, b, stride, size, groups;
 
-  Butterfly(int64_t n, int64_t n_blocks, int64_t b, int64_t first) : n(n), n_blocks(n_blocks), b(b) {
+  Butterfly(int64_t n, int64_t n_blocks, int64_t b, int64_t first)
+      : n(n), n_blocks(n_blocks), b(b) {
     STD_TORCH_CHECK((b % 2 == 0 || n == 1) && 0 < n && n < 32 && 0 <= first && first < 31 &&
                         n_blocks > 0 && n_blocks % (int64_t(1) << (first + n - 1)) == 0,
                     "compose: factors: not a butterfly");

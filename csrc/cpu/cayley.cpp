@@ -205,7 +205,7 @@ BOFT_INLINE void forward_tiles(const T* skew, const bool* drop, T* blocks, int64
   for (int64_t first = begin * kTile; first < end * kTile && first < n; first += kTile) {
     const int64_t count = n - first < kTile ? n - first : kTile;
     forward_tile<piece_of(B)>(skew + first * (b * (b - 1) / 2), drop ? drop + first : nullptr,
-                 blocks + first * b * b, count, b, scratch);
+                              blocks + first * b * b, count, b, scratch);
   }
 }
 
@@ -216,8 +216,9 @@ BOFT_INLINE void backward_tiles(const T* blocks, const bool* drop, const T* grad
   const int64_t b = B ? B : b_;
   for (int64_t first = begin * kTile; first < end * kTile && first < n; first += kTile) {
     const int64_t count = n - first < kTile ? n - first : kTile;
-    backward_tile<piece_of(B)>(blocks + first * b * b, drop ? drop + first : nullptr, grad + first * b * b,
-                  skew_grad + first * (b * (b - 1) / 2), count, b, scratch);
+    backward_tile<piece_of(B)>(blocks + first * b * b, drop ? drop + first : nullptr,
+                               grad + first * b * b, skew_grad + first * (b * (b - 1) / 2), count,
+                               b, scratch);
   }
 }
 

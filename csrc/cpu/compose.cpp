@@ -1,6 +1,6 @@
 // Butterfly factors -> dense stage matrices, group by group. A group of n factors is its own small
-// butterfly of `size` features. It grows by doubling: the product of the first j factors is dense on
-// subgroups of `width` neighbouring local features, and factor j joins them in pairs, so that no
+// butterfly of `size` features. It grows by doubling: the product of the first j factors is dense
+// on subgroups of `width` neighbouring local features, and factor j joins them in pairs, so that no
 // structural zero is ever multiplied.
 #include <vector>
 
@@ -169,14 +169,14 @@ BOFT_INLINE void backward(const T* factors, const T* grad, T* factors_grad, cons
   }
 }
 
-#define BOFT_DTYPE(SUFFIX, BYTES, TARGET, T)                                                         \
-  TARGET void forward_##SUFFIX(const T* factors, T* stages, const Shape& s, int64_t begin,    \
-                               int64_t end, T* scratch) {                                     \
-    forward<BYTES>(factors, stages, s, begin, end, scratch);                                         \
-  }                                                                                           \
-  TARGET void backward_##SUFFIX(const T* factors, const T* grad, T* factors_grad,             \
-                                const Shape& s, int64_t begin, int64_t end, T* scratch) {     \
-    backward<BYTES>(factors, grad, factors_grad, s, begin, end, scratch);                            \
+#define BOFT_DTYPE(SUFFIX, BYTES, TARGET, T)                                               \
+  TARGET void forward_##SUFFIX(const T* factors, T* stages, const Shape& s, int64_t begin, \
+                               int64_t end, T* scratch) {                                  \
+    forward<BYTES>(factors, stages, s, begin, end, scratch);                               \
+  }                                                                                        \
+  TARGET void backward_##SUFFIX(const T* factors, const T* grad, T* factors_grad,          \
+                                const Shape& s, int64_t begin, int64_t end, T* scratch) {  \
+    backward<BYTES>(factors, grad, factors_grad, s, begin, end, scratch);                  \
   }
 #define BOFT_DTYPES(SUFFIX, BYTES, TARGET) \
   BOFT_DTYPE(SUFFIX, BYTES, TARGET, float)        \

@@ -13,10 +13,9 @@ constexpr int64_t kGramRows = 16;  // rows that a Gram block is kept in register
 constexpr int64_t kGramSum = 256;  // rows summed apart, so that rounding grows slower
 constexpr int64_t kGramBytes = 16384;
 
-// Offset of chunk c of group g in a row.
-BOFT_INLINE int64_t chunk_at(const Stage& s, int64_t g, int64_t c) {
-  const int64_t h = g / s.stride, l = g % s.stride;
-  return ((h * (s.size / s.chunk) + c) * s.stride + l) * s.chunk;
+// Offset of the first chunk of group g in a row; the others follow `stride` chunks apart.
+BOFT_INLINE int64_t group_at(const Stage& s, int64_t g) {
+  return (g / s.stride * (s.size / s.chunk) * s.stride + g % s.stride) * s.chunk;
 }
 
 // Rows of one group as the kernels compute with them: features side by side, in the compute type.
@@ -32,16 +31,42 @@ constexpr bool in_place(const Stage& s) {
   return sizeof(T) == sizeof(C) && s.stride == 1;
 }
 
+// One way or the other between rows and a buffer. CHUNK is the stage's chunk if it is known when
+// compiling, so that it moves as a vector, else 0.
+template <int64_t CHUNK, class T, class C>
+BOFT_INLINE void gather_chunks(const T* x, int64_t d, Stage s, int64_t g, int64_t rows, C* buffer) {
+  if (CHUNK) s.chunk = CHUNK;
+  const T* from = x + group_at(s, g);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < s.size / s.chunk; ++c)
+      for (int64_t e = 0; e < s.chunk; ++e)
+        buffer[i * s.size + c * s.chunk + e] = widen(from[i * d + c * s.stride * s.chunk + e]);
+}
+
+template <int64_t CHUNK, class T, class C>
+BOFT_INLINE void scatter_chunks(T* y, int64_t d, Stage s, int64_t g, int64_t rows,
+                                const C* buffer) {
+  if (CHUNK) s.chunk = CHUNK;
+  T* to = y + group_at(s, g);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < s.size / s.chunk; ++c)
+      for (int64_t e = 0; e < s.chunk; ++e)
+        to[i * d + c * s.stride * s.chunk + e] = narrow<T>(buffer[i * s.size + c * s.chunk + e]);
+}
+
+#define BOFT_CHUNKS(FUNCTION, ...)                    \
+  switch (s.chunk) {                                  \
+    case 2: FUNCTION<2>(__VA_ARGS__); break;          \
+    case 4: FUNCTION<4>(__VA_ARGS__); break;          \
+    case 8: FUNCTION<8>(__VA_ARGS__); break;          \
+    default: FUNCTION<0>(__VA_ARGS__);                \
+  }
+
 template <class T, class C = Compute<T>>
 BOFT_INLINE Tile<const C> gather(const T* x, int64_t d, const Stage& s, int64_t g, int64_t rows,
                                  C* buffer) {
   if (in_place<T>(s)) return {reinterpret_cast<const C*>(x) + g * s.size, d};
-  for (int64_t c = 0; c < s.size / s.chunk; ++c) {
-    const T* from = x + chunk_at(s, g, c);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t e = 0; e < s.chunk; ++e)
-        buffer[i * s.size + c * s.chunk + e] = widen(from[i * d + e]);
-  }
+  BOFT_CHUNKS(gather_chunks, x, d, s, g, rows, buffer)
   return {buffer, s.size};
 }
 
@@ -56,12 +81,7 @@ template <class T, class C = Compute<T>>
 BOFT_INLINE void scatter(T* y, int64_t d, const Stage& s, int64_t g, int64_t rows,
                          const C* buffer) {
   if (in_place<T>(s)) return;
-  for (int64_t c = 0; c < s.size / s.chunk; ++c) {
-    T* to = y + chunk_at(s, g, c);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t e = 0; e < s.chunk; ++e)
-        to[i * d + e] = narrow<T>(buffer[i * s.size + c * s.chunk + e]);
-  }
+  BOFT_CHUNKS(scatter_chunks, y, d, s, g, rows, buffer)
 }
 
 // SIZE is that of the stage if it is known when compiling, else 0.
@@ -165,7 +185,8 @@ void backward_as(const void* grad, const void* x, const void* stages, void* x_gr
                  void* stages_grad, int64_t rows, int64_t d, const Stage& s, bool transpose,
                  int64_t begin, int64_t end) {
   using C = Compute<T>;
-  std::vector<C> buffer(size_t(3 * kGramRows * s.size + groups_at_once<C>(s.size) * s.size * s.size));
+  const int64_t sums = groups_at_once<C>(s.size) * s.size * s.size;
+  std::vector<C> buffer(size_t(3 * kGramRows * s.size + sums));
   BOFT_RUN(backward, static_cast<const T*>(grad), static_cast<const T*>(x),
            static_cast<const C*>(stages), static_cast<T*>(x_grad), static_cast<C*>(stages_grad),
            rows, d, s, transpose, begin, end, buffer.data());

@@ -1,0 +1,72 @@
+"""Broken kernels must fail the tests: each of these takes one line away and runs a few of them."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from boft_ops import _backend, _paths
+
+ROOT = _paths.HERE.parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _backend.has_triton(), reason="triton is not installed"),
+    pytest.mark.skipif(not (ROOT / "triton").is_dir(), reason="not a checkout"),
+]
+
+# file, what stands there, what is put in its place, the tests that must notice
+MUTATIONS = {
+    "wrong chunk of a strided group": (
+        "triton/groups.py",
+        "(chunk * STRIDE + group % STRIDE) * CHUNK",
+        "(chunk * STRIDE) * CHUNK",
+        "test_triton_rotate.py::test_every_number_of_rows",
+    ),
+    "rows beyond the last": (
+        "triton/rotate.py",
+        "there = rows_axis(row < last - start, BANDS)",
+        "there = rows_axis(row < last - start + 1, BANDS)",
+        "test_triton_rotate.py::test_every_number_of_rows",
+    ),
+    "dropout without its mask": (
+        "triton/rotation.py",
+        "None if drop_ptr is None else drop_ptr + block",
+        "None",
+        "test_triton_small.py",
+    ),
+    "wrong half of a block": (
+        "triton/compose.py",
+        "row = (e // r * s + e % r) * 2 * s",
+        "row = (e % r) * 2 * s",
+        "test_triton_small.py",
+    ),
+    "a partial sum left out": (
+        "triton/compose.py",
+        "range(splits)",
+        "range(1)",
+        "test_triton_small.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_tests_notice(name, tmp_path):
+    file, before, after, tests = MUTATIONS[name]
+    for folder in ("boft_ops", "triton", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    source = tmp_path / file
+    text = source.read_text()
+    assert before in text, f"{file}: expected {before!r}"
+    source.write_text(text.replace(before, after))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    # 1: a test failed; an access beyond a tensor may also end the process
+    assert run.returncode == 1 or run.returncode < 0, (run.returncode, run.stdout[-2000:])
