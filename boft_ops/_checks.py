@@ -138,11 +138,7 @@ def linear_arguments(
         raise ValueError(
             f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}"
         )
-    if weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"x: expected a last dimension of {weight.shape[1]}, as weight {tuple(weight.shape)} "
-            f"has, got shape {tuple(x.shape)}"
-        )
+    linear_input(x, weight)
     if skew.dim() != 3:
         raise ValueError(
             "skew: expected shape (n_factors, features/block_size, block_size*(block_size-1)/2), "
@@ -156,9 +152,7 @@ def linear_arguments(
             f"block_size {b}, shape {tuple(skew.shape)}"
         )
     butterfly_shape(features, b, skew.shape[0])
-    same_device("weight", weight, "x", x)
     same_device("skew", skew, "x", x)
-    operands = [("weight", weight)]
     for name, vector in (("scale", scale), ("bias", bias)):
         if vector is None:
             continue
@@ -168,10 +162,24 @@ def linear_arguments(
             )
         same_device(name, vector, "x", x)
     if bias is not None:
-        operands.append(("bias", bias))
-    for name, operand in operands:
-        if _autocast.cast(operand).dtype != _autocast.cast(x).dtype:
-            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {operand.dtype}")
+        _same_dtype("bias", bias, x)
+
+
+def linear_input(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """x (..., d) fits a weight (n, d): all that is left to check in a layer, at every step."""
+    tensor("x", x, min_dim=1)
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"x: expected a last dimension of {weight.shape[1]}, as weight {tuple(weight.shape)} "
+            f"has, got shape {tuple(x.shape)}"
+        )
+    same_device("weight", weight, "x", x)
+    _same_dtype("weight", weight, x)
+
+
+def _same_dtype(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    if _autocast.cast(value).dtype != _autocast.cast(x).dtype:
+        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {value.dtype}")
 
 
 def rotation(name: str, value: object, skew: torch.Tensor, dropout: object) -> None:

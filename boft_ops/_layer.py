@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from . import _autocast, _checks
 from .butterfly import butterfly_matmul
 from .cayley import cayley
-from .dropout import multiplicative_dropout
+from .dropout import draw_mask, multiplicative_dropout
 
 
 def _exactly(method: Callable) -> Callable:
@@ -41,6 +41,12 @@ class MultiplicativeDropout(nn.Module):
         return multiplicative_dropout(
             blocks, self.p_component, self.p_block, training=self.training
         )
+
+    def draw(self, skew: torch.Tensor) -> torch.Tensor | None:
+        """The mask (m, K) of the blocks of ``skew`` that a forward pass is to drop, if any."""
+        if not self.training or not self.p_component or not self.p_block:
+            return None
+        return draw_mask(*skew.shape[:2], self.p_component, self.p_block, skew.device, None)
 
     def extra_repr(self) -> str:
         return f"p_component={self.p_component}, p_block={self.p_block}"

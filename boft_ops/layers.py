@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import _checks
 from ._layer import BOFTLayer
-from .linear import boft_linear
+from .linear import rotated_linear
 from .together import shared_rotation
 
 
@@ -73,19 +74,13 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         if self.merged:
             self._check_trainable()
             return super().forward(x)
-        rotation = shared_rotation(self)  # with its dropout
-        dropout = self.dropout  # a module: it can be put in evaluation mode on its own
-        masked = rotation is None and dropout.training
-        return boft_linear(
-            x,
-            self.weight,
-            self._active_skew(),
-            self.scale,
-            self.bias,
-            side=self.side,
-            method=self.method,
-            dropout=(dropout.p_component, dropout.p_block) if masked else None,
-            rotation=rotation,
+        _checks.linear_input(x, self.weight)
+        rotation, drop, skew = shared_rotation(self), None, self._active_skew()
+        if rotation is None:  # else it has its dropout
+            drop = self.dropout.draw(skew)
+        return rotated_linear(
+            *(x, self.weight, skew, self.scale, self.bias, drop),
+            *(self.side, self.method, rotation),
         )
 
 

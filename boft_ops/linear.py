@@ -240,6 +240,21 @@ def boft_linear(
         _checks.probability("p_component", dropout[0])
         _checks.probability("p_block", dropout[1])
         drop = draw_mask(*skew.shape[:2], *dropout, x.device, generator)
+    return rotated_linear(x, weight, skew, scale, bias, drop, side, method, rotation)
+
+
+def rotated_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    skew: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    drop: torch.Tensor | None,
+    side: str,
+    method: str,
+    rotation: torch.Tensor | None,
+) -> torch.Tensor:
+    """``boft_linear`` of checked arguments, with the mask (m, K) of the blocks to drop."""
     # On a CPU an identity stays torch's own layer, bit for bit: see _is_rotated.
     if rotation is not None and (x.device.type != "cpu" or _is_rotated(skew)):
         skew, method = rotation, GIVEN

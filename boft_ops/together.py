@@ -12,7 +12,6 @@ from torch import nn
 
 from . import _checks
 from ._layer import BOFTLayer
-from .dropout import draw_mask
 from .rotation import MAX_SIZE, Rotation
 
 
@@ -137,7 +136,7 @@ class Together:
                 groups[skew.shape[0], skew.shape[2], skew.dtype, skew.device].append(layer)
         for layers in groups.values():
             skews = [layer.skew for layer in layers]
-            stages = rotations(skews, [_mask(layer) for layer in layers])
+            stages = rotations(skews, [layer.dropout.draw(layer.skew) for layer in layers])
             for layer, stage in zip(layers, stages, strict=True):
                 _shared[layer] = _Shared(stage, layer.skew._version, ref(self))
         self.running = True
@@ -155,17 +154,11 @@ def _fits(layer: BOFTLayer) -> bool:
     )
 
 
-def _mask(layer: BOFTLayer) -> torch.Tensor | None:
-    dropout = layer.dropout
-    if not dropout.training:
-        return None
-    shape, device = layer.skew.shape[:2], layer.skew.device
-    return draw_mask(*shape, dropout.p_component, dropout.p_block, device, None)
-
-
 def shared_rotation(layer: BOFTLayer) -> torch.Tensor | None:
     """The rotation that was computed for this layer and this step, if there is one."""
-    shared = None if torch.compiler.is_compiling() else _shared.get(layer)
+    if not _shared or torch.compiler.is_compiling():
+        return None
+    shared = _shared.get(layer)
     if shared is None or not _fits(layer) or shared.version != layer.skew._version:
         return None
     owner = shared.owner()
