@@ -46,7 +46,8 @@ def _linear_backward(
 
 
 def _fake_linear(x, weight, stage, scale, bias, save):
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(x) if save else 0, len(weight))
+    rows, n = x.shape[0], weight.shape[0]  # len() would make a constant of symbolic rows
+    return x.new_empty(rows, n), x.new_empty(rows if save else 0, n)
 
 
 def _fake_linear_backward(grad, x, weight, stage, scale, z):
@@ -62,7 +63,7 @@ def _native_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) ->
     return (
         x.dtype == weight.dtype == stage.dtype == torch.float32
         and 192 % stage.shape[-1] == 0
-        and len(x) >= MIN_ROWS
+        and x.shape[0] >= MIN_ROWS
         and _native.isa in ("avx2", "avx512")
     )
 
@@ -89,6 +90,8 @@ linear_backward = Op(
 class RotatedLinear(torch.autograd.Function):
     """y = scale * (x R W^T) + bias with a frozen W: every gradient in closed form.
 
+    Returns rows (N, n), whatever the shape of x: a Function that returned a view of them would
+    forbid changing its output in place.
     Saves x, the blocks, the stage matrices and, for a trained scale alone, the output before it.
     """
 
@@ -100,7 +103,10 @@ class RotatedLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         wide_scale = None if scale is None else _scale_like(scale, x)
         save = scale is not None and ctx.needs_input_grad[3]
-        fused = linear_forward.has_kernel(rows, weight, matrices[0]) and _is_rotated(skew)
+        # an exported graph is for any number of rows, a compiled one is made again for few
+        fused = not torch.compiler.is_exporting()
+        fused = fused and linear_forward.has_kernel(rows, weight, matrices[0])
+        fused = fused and _is_rotated(skew)
         if fused:
             rows = apply_stages(rows, matrices[1:], stages[1:], False)
             y, z = linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
@@ -111,7 +117,7 @@ class RotatedLinear(torch.autograd.Function):
         ctx.stages, ctx.method, ctx.fused = stages, method, fused
         tensors = (x, weight, skew, scale, bias, drop, z if save else None)
         ctx.save_for_backward(*tensors, blocks, *matrices)
-        return y.reshape(*x.shape[:-1], len(weight))
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -120,7 +126,7 @@ class RotatedLinear(torch.autograd.Function):
             return _differentiable_backward(ctx, grad)
         need_x, _, need_skew, need_scale, need_bias, *_ = ctx.needs_input_grad
         stages, rows = ctx.stages, x.reshape(-1, x.shape[-1])
-        grad = grad.reshape(-1, len(weight)).contiguous()
+        grad = grad.contiguous()
         scale_grad = sums = None
         if scale is not None:
             wide_scale = _scale_like(scale, x)
@@ -144,8 +150,10 @@ class RotatedLinear(torch.autograd.Function):
                 grad = grad if scale is None else Scale.forward(grad, wide_scale, None, None)
             x_grad, partials = None, []
             if need_x or need_skew:
+                with _autocast.disabled(grad.device.type):  # it may be on in backward alone
+                    rows_grad = grad @ weight
                 x_grad, partials = apply_stages_backward(
-                    grad @ weight, rows if need_skew else None, matrices, stages, False, need_x
+                    rows_grad, rows if need_skew else None, matrices, stages, False, need_x
                 )
         skew_grad = None
         if need_skew:
@@ -171,15 +179,20 @@ def _is_rotated(skew: torch.Tensor) -> bool:
 
     A look at the data, on a CPU and not in a compiled graph.
     """
-    return torch.compiler.is_compiling() or bool(skew.detach().count_nonzero())
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(skew.detach().count_nonzero())
+    except RuntimeError:  # no data to look at: FakeTensorMode, make_fx
+        return True
 
 
 def _differentiable_backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradients as functions of everything, for gradients of gradients."""
     *inputs, drop, _ = ctx.saved_tensors[:7]
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-    with torch.enable_grad():
-        y = _compose_functions(*inputs, drop, "in", ctx.method)
+    with torch.enable_grad(), _autocast.disabled(grad.device.type):
+        y = _compose_functions(*inputs, drop, "in", ctx.method).reshape(grad.shape)
         grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return *(next(grads) if need else None for need in ctx.needs_input_grad[:5]), None, None
 
@@ -200,7 +213,8 @@ def boft_linear(
 
     ``side="in"``: y = s * (x R W^T) + bias, as if W were diag(s) W R^T. ``side="out"``:
     y = s * ((x W^T) R^T) + bias, as if W were diag(s) R W. The bias is not rotated. With ``skew``
-    at zero and ``scale`` at one the result equals ``F.linear(x, weight, bias)`` bit for bit.
+    at zero and ``scale`` at one the result equals ``F.linear(x, weight, bias)`` bit for bit (but in
+    compiled graphs, which are made without a look at ``skew``, up to rounding).
 
     Saved for backward beside ``weight`` (a reference): x (side "in") or x W^T (side "out"), the
     blocks and the stage matrices. A trained ``scale`` keeps the (N, n) output before scaling too:
@@ -239,7 +253,10 @@ def boft_linear(
     # One Function for the usual case; the rest is put together from the package's other functions.
     plain = side == "in" and not (torch.is_grad_enabled() and weight.requires_grad)
     if plain and not torch._C._are_functorch_transforms_active():
-        return RotatedLinear.apply(x, weight, skew, scale, bias, drop, method)
+        if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
+            scale = scale.detach()  # else the Function would save for it: it cannot see no_grad
+        y = RotatedLinear.apply(x, weight, skew, scale, bias, drop, method)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
     return _compose_functions(x, weight, skew, scale, bias, drop, side, method)
 
 
