@@ -145,13 +145,14 @@ def linear_arguments(
             f"got {tuple(skew.shape)}"
         )
     b = block_size_from_packed("skew", skew.shape[-1])
-    features = weight.shape[1 if side == "in" else 0]
+    features = operator.index(weight.shape[1 if side == "in" else 0])
+    m = operator.index(skew.shape[0])  # jit.trace hands out tensors for sizes
     if skew.shape[1] * b != features:
         raise ValueError(
             f"skew: expected {features} features on side {side!r}, got {skew.shape[1]} blocks of "
             f"block_size {b}, shape {tuple(skew.shape)}"
         )
-    butterfly_shape(features, b, skew.shape[0])
+    butterfly_shape(features, b, m)
     same_device("skew", skew, "x", x)
     for name, vector in (("scale", scale), ("bias", bias)):
         if vector is None:

@@ -5,90 +5,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import _autocast, _checks, _native
-from ._backend import Op
+from . import _autocast, _checks
 from .butterfly import butterfly_matmul
 from .cayley import cayley
 from .dropout import draw_mask
+from .fused_linear import linear_backward, linear_forward
 from .plan import plan
-from .rotate import _rotate, _rotate_backward, apply_stages, apply_stages_backward
+from .rotate import apply_stages, apply_stages_backward
 from .rotation import GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
-
-MIN_ROWS = 64
-
-
-def _linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stage: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    z = F.linear(_rotate(x, stage, stage.shape[-1], 1, False), weight)
-    y = z.clone() if scale is None else z * scale
-    return y if bias is None else y + bias, z if save else z.new_empty(0, len(weight))
-
-
-def _linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stage: torch.Tensor,
-    scale: torch.Tensor | None,
-    z: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rotated_grad = (grad if scale is None else grad * scale) @ weight
-    x_grad, gram = _rotate_backward(rotated_grad, x, stage, stage.shape[-1], 1, False, 1)
-    scale_grad = grad.new_empty(0) if z is None else (grad * z).sum(0)
-    return x_grad, gram[0], scale_grad, grad.sum(0)
-
-
-def _fake_linear(x, weight, stage, scale, bias, save):
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(x) if save else 0, len(weight))
-
-
-def _fake_linear_backward(grad, x, weight, stage, scale, z):
-    n = len(weight)
-    scale_grad = x.new_empty(0 if z is None else n)
-    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x_grad, torch.empty_like(stage), scale_grad, x.new_empty(n)
-
-
-def _native_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
-    """Enough rows to make up for reading the weight more slowly than a BLAS does; float32 alone,
-    with vector instructions that the BLAS has as well."""
-    return (
-        x.dtype == weight.dtype == stage.dtype == torch.float32
-        and 192 % stage.shape[-1] == 0
-        and len(x) >= MIN_ROWS
-        and _native.isa in ("avx2", "avx512")
-    )
-
-
-# y = scale * (x R W^T) + bias in one product, for a stage of stride 1; z, if it is to be saved, is
-# y before the scale and the bias. Where no kernel serves it, the layer is put together from others.
-linear_forward = Op(
-    "linear(Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? bias, bool save)"
-    " -> (Tensor, Tensor)",
-    _linear,
-    _fake_linear,
-    supports={"cpu": lambda x, weight, stage, *_: _native_takes(x, weight, stage)},
-)
-# -> gradients of x, stage, scale (empty without z) and bias
-linear_backward = Op(
-    "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? z)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _linear_backward,
-    _fake_linear_backward,
-    supports={"cpu": lambda grad, x, weight, stage, *_: _native_takes(x, weight, stage)},
-)
 
 
 class RotatedLinear(torch.autograd.Function):
     """y = scale * (x R W^T) + bias with a frozen W: every gradient in closed form.
 
+    Returns rows (N, n), whatever the shape of x: a Function that returned a view of them would
+    forbid changing its output in place.
     Saves x, the blocks, the stage matrices and, for a trained scale alone, the output before it.
     """
 
@@ -101,7 +33,10 @@ class RotatedLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         wide_scale = None if scale is None else _scale_like(scale, x)
         save = scale is not None and ctx.needs_input_grad[3]
-        fused = linear_forward.has_kernel(rows, weight, matrices[0]) and _is_rotated(skew)
+        # an exported graph is for any number of rows, a compiled one is made again for few
+        fused = not torch.compiler.is_exporting()
+        fused = fused and linear_forward.has_kernel(rows, weight, matrices[0])
+        fused = fused and _is_rotated(skew)
         if fused:
             rows = apply_stages(rows, matrices[1:], stages[1:], False)
             y, z = linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
@@ -112,7 +47,7 @@ class RotatedLinear(torch.autograd.Function):
         ctx.stages, ctx.method, ctx.fused = stages, method, fused
         tensors = (x, weight, skew, scale, bias, drop, z if save else None)
         ctx.save_for_backward(*tensors, blocks, *matrices)
-        return y.reshape(*x.shape[:-1], len(weight))
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -121,7 +56,7 @@ class RotatedLinear(torch.autograd.Function):
             return _differentiable_backward(ctx, grad)
         need_x, _, need_skew, need_scale, need_bias, *_ = ctx.needs_input_grad
         stages, rows = ctx.stages, x.reshape(-1, x.shape[-1])
-        grad = grad.reshape(-1, len(weight)).contiguous()
+        grad = grad.contiguous()
         scale_grad = sums = None
         if scale is not None:
             wide_scale = _scale_like(scale, x)
@@ -145,8 +80,10 @@ class RotatedLinear(torch.autograd.Function):
                 grad = grad if scale is None else Scale.forward(grad, wide_scale, None, None)
             x_grad, partials = None, []
             if need_x or need_skew:
+                with _autocast.disabled(grad.device.type):  # it may be on in backward alone
+                    rows_grad = grad @ weight
                 x_grad, partials = apply_stages_backward(
-                    grad @ weight, rows if need_skew else None, matrices, stages, False, need_x
+                    rows_grad, rows if need_skew else None, matrices, stages, False, need_x
                 )
         skew_grad = None
         if need_skew:
@@ -172,15 +109,20 @@ def _is_rotated(skew: torch.Tensor) -> bool:
 
     A look at the data, on a CPU and not in a compiled graph.
     """
-    return torch.compiler.is_compiling() or bool(skew.detach().count_nonzero())
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(skew.detach().count_nonzero())
+    except RuntimeError:  # no data to look at: FakeTensorMode, make_fx
+        return True
 
 
 def _differentiable_backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradients as functions of everything, for gradients of gradients."""
     *inputs, drop, _ = ctx.saved_tensors[:7]
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-    with torch.enable_grad():
-        y = _compose_functions(*inputs, drop, "in", ctx.method)
+    with torch.enable_grad(), _autocast.disabled(grad.device.type):
+        y = _compose_functions(*inputs, drop, "in", ctx.method).reshape(grad.shape)
         grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return *(next(grads) if need else None for need in ctx.needs_input_grad[:5]), None, None
 
@@ -202,7 +144,8 @@ def boft_linear(
 
     ``side="in"``: y = s * (x R W^T) + bias, as if W were diag(s) W R^T. ``side="out"``:
     y = s * ((x W^T) R^T) + bias, as if W were diag(s) R W. The bias is not rotated. With ``skew``
-    at zero and ``scale`` at one the result equals ``F.linear(x, weight, bias)`` bit for bit.
+    at zero and ``scale`` at one the result equals ``F.linear(x, weight, bias)`` bit for bit (but in
+    compiled graphs, which are made without a look at ``skew``, up to rounding).
 
     Saved for backward beside ``weight`` (a reference): x (side "in") or x W^T (side "out"), the
     blocks and the stage matrices. A trained ``scale`` keeps the (N, n) output before scaling too:
@@ -263,7 +206,10 @@ def rotated_linear(
     # One Function for the usual case; the rest is put together from the package's other functions.
     plain = side == "in" and not (torch.is_grad_enabled() and weight.requires_grad)
     if plain and not torch._C._are_functorch_transforms_active():
-        return RotatedLinear.apply(x, weight, skew, scale, bias, drop, method)
+        if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
+            scale = scale.detach()  # else the Function would save for it: it cannot see no_grad
+        y = RotatedLinear.apply(x, weight, skew, scale, bias, drop, method)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
     return _compose_functions(x, weight, skew, scale, bias, drop, side, method)
 
 

@@ -35,7 +35,7 @@ struct Shape {
                     "linear: scale, bias: expected (n,) in float32");
     return torch::stable::contiguous(*t);
   }
-  // (panels, n), to pack that many columns of rows into.
+  // Room for the packed panels of as many rows as are packed at a time.
   Tensor packed(const Tensor& like, int64_t columns) const {
     const int64_t most = rows < kRowsAtOnce ? rows : kRowsAtOnce;
     return torch::stable::new_empty(like, {panels_of(most) * boft::cpu::linear_panel() * columns});

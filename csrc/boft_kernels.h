@@ -1,5 +1,5 @@
 // The kernels' own interface: raw pointers and sizes. Neither this header nor any kernel file
-// includes torch; csrc/binding.cpp alone translates between the two.
+// includes torch; csrc/binding* translate between the two.
 #pragma once
 
 #include <cstdint>
@@ -92,7 +92,7 @@ void linear_backward(const float* packed, const float* weight, const float* x, c
 
 // Columns [begin, end) of the gradients of y = scale * (x - center) + bias, from grad (rows, n):
 //   x_grad = grad * scale, and the column sums scale_grad of grad * (x - center), bias_grad of grad
-// float32 or float64.
+// float32, float64, or bfloat16 with float32 scale, center and sums.
 void scale_backward(const void* grad, const void* x, const void* scale, const void* center,
                     void* x_grad, void* scale_grad, void* bias_grad, int64_t rows, int64_t n,
                     int64_t begin, int64_t end, DType dtype);

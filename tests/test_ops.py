@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from boft_ops import (
@@ -103,6 +106,42 @@ def test_compile_fullgraph(name, dynamic):
     torch.testing.assert_close(got, expected)
     for g, w in zip(torch.autograd.grad(got, arguments, upstream), grads, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
+def test_one_compiled_graph_for_any_number_of_rows():
+    """As many as the kernel for the whole layer takes: its fakes keep symbolic rows symbolic."""
+    _, (_, weight, skew, scale, bias) = functions()["linear"]
+    skew.requires_grad_()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(boft_linear, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (100, 130, 170):
+        compiled(torch.randn(rows, 32), weight, skew, scale, bias).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_an_exported_layer_takes_any_number_of_rows():
+    layer = BOFTLinear(32, 16, block_size=4)
+    torch.nn.init.normal_(layer.skew, std=0.2)
+    rows = {"x": {0: torch.export.Dim("rows", min=2)}}
+    exported = torch.export.export(layer, (torch.randn(100, 32),), dynamic_shapes=rows).module()
+    for n in (3, 130):
+        x = torch.randn(n, 32)
+        torch.testing.assert_close(exported(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_tracing_the_linear_function():
+    x, arguments = torch.randn(100, 32), functions()["linear"][1][1:]
+    expected = boft_linear(x, *arguments)
+    for traced in (
+        torch.jit.trace(lambda x: boft_linear(x, *arguments), x),
+        make_fx(lambda x: boft_linear(x, *arguments))(x),
+    ):
+        torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (x, *arguments)]
+        assert boft_linear(*fake).shape == expected.shape
 
 
 @pytest.mark.slow
