@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
 import environment
-from contestants import SHAPES, Shape
+from contestants import Shape
 from memory import settle_heap
 
 
@@ -27,8 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--shapes",
         type=lambda text: tuple(Shape.parse(part) for part in text.split(",")),
-        default=SHAPES,
-        help="DxNxTOKENS, comma-separated (the four of the comparison)",
+        help="DxNxTOKENS, comma-separated (those of the comparison)",
     )
     group.addoption("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     group.addoption("--dtype", choices=environment.DTYPES, default="fp32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import peft
@@ -67,6 +68,12 @@ SHAPES = (
     Shape(2048, 2048, 1024),
     Shape(4096, 4096, 512),
 )
+BULK = Shape(4096, 4096, 8192)  # enough to keep a GPU busy
+
+
+def default_shapes(device: torch.device) -> tuple[Shape, ...]:
+    """The shapes of the comparison."""
+    return SHAPES if device.type == "cpu" else (*SHAPES, BULK)
 
 
 def names(shape: Shape) -> list[str]:
@@ -98,22 +105,35 @@ class Entry:
         return [*self.layer.parameters(), *self.layer.buffers()]
 
 
-def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Entry]:
-    """The contestants at this shape, in the order of ``names``, over one shared weight and bias."""
+def frozen(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """The layer whose weight and bias all contestants at this shape share."""
     torch.manual_seed(0)
-    base = nn.Linear(shape.d, shape.n, device=device, dtype=dtype).requires_grad_(False)
-    entries = [Entry(FLOOR, "frozen nn.Linear", base), _lora(base)]
-    entries += [_oft(base, neumann=True), _oft(base, neumann=False), _peft_boft(base)]
-    for name in names(shape)[len(entries) :]:
+    return nn.Linear(shape.d, shape.n, device=device, dtype=dtype).requires_grad_(False)
+
+
+def build(name: str, base: nn.Linear) -> Entry:
+    """The contestant of that name over the weight and bias of ``base``."""
+    entry = _make(name, base)
+    entry.layer.train()
+    _perturb(entry)
+    if entry.layer is not base:
+        _check_shares(entry, base)
+    return entry
+
+
+def _make(name: str, base: nn.Linear) -> Entry:
+    if name == FLOOR:
+        return Entry(FLOOR, "frozen nn.Linear", base)
+    if name in OURS:
         m, b, _ = OURS[name]
         layer = BOFTLinear.from_linear(base, n_factors=m, block_size=b)
-        entries.append(Entry(name, f"BOFT({m},{b})", layer))
-    for entry in entries:
-        entry.layer.train()
-        _perturb(entry)
-        if entry.layer is not base:
-            _check_shares(entry, base)
-    return entries
+        return Entry(name, f"BOFT({m},{b})", layer)
+    return {
+        LORA: _lora,
+        "peft-oft": partial(_oft, neumann=True),
+        "peft-oft-exact": partial(_oft, neumann=False),
+        PEFT_BOFT: _peft_boft,
+    }[name](base)
 
 
 def _lora(base: nn.Linear) -> Entry:
@@ -188,12 +208,11 @@ class Job:
         return self.forward if direction == "forward" else self.both
 
 
-def jobs(
-    entries: list[Entry], shape: Shape, device: torch.device, dtype: torch.dtype
-) -> dict[str, Job]:
-    """A job per entry, all on the same x and upstream gradient."""
+def batch(
+    shape: Shape, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The x and upstream gradient that all contestants get."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(shape.tokens, shape.d, generator=generator).to(device, dtype)
     grad = torch.randn(shape.tokens, shape.n, generator=generator).to(device, dtype)
-    x.requires_grad_(True)
-    return {entry.name: Job(entry, x, grad) for entry in entries}
+    return x.requires_grad_(True), grad

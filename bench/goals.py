@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from contestants import FLOOR, LORA, PEFT_BOFT, SHAPES, Shape
+from contestants import BULK, FLOOR, LORA, PEFT_BOFT, SHAPES, Shape
 from interleave import summary
-from operators import BACKWARD, BOTH, CAYLEY, FORWARD, ROTATION
+from operators import BACKWARD, BOTH, FORWARD
 from results import Results
+from sizes import CPU, GPU
 
 MET, NOT_MET, UNCLEAR = "met", "not met", "not separable"
 OURS = "boft-2-8"  # the one that most of the goals are about
@@ -50,13 +52,21 @@ class Part(NamedTuple):
 
 def goals(results: Results) -> list[Goal]:
     """The goals of this run's backend that it can speak about: it measured all they need."""
-    sources = {"auto": _with_kernels, "reference": _in_plain_torch}
+    machine = results.machine
+    sources = {"auto": [_with_kernels], "reference": [_in_plain_torch]}.get(machine["backend"], [])
+    if machine["device"] != "cpu" and (machine["backend"], machine["dtype"]) == ("auto", "bf16"):
+        sources.append(_on_gpu)
     found = []
-    source = sources.get(results.machine["backend"], lambda _: ())
-    for text, parts, needed in source(results):
+    for text, parts, needed in chain.from_iterable(source(results) for source in sources):
         if None not in parts:
             found.append(Goal(text, "; ".join(map(str, parts)), _verdict(parts, needed)))
     return found
+
+
+def gpu_goals() -> list[str]:
+    """The goals that a run on a GPU alone can speak about, in words."""
+    nothing = Results({"machine_info": {}, "commit_info": {}, "datetime": "", "benchmarks": []})
+    return [text for text, _, _ in _on_gpu(nothing)]
 
 
 def _verdict(parts: Sequence[Part], needed: int) -> str:
@@ -99,7 +109,7 @@ def _with_kernels(results: Results) -> Iterator[Candidate]:
     for direction in (FORWARD, BACKWARD):
         yield (
             f"cayley, {direction}: at least 10 times faster than torch.linalg.solve",
-            [_speedup(results, CAYLEY, direction, "solve", "cayley", 10, alone=True)],
+            [_speedup(results, CPU.cayley, direction, "solve", "cayley", 10, alone=True)],
             1,
         )
     for direction, what, limit in (
@@ -108,7 +118,7 @@ def _with_kernels(results: Results) -> Iterator[Candidate]:
     ):
         yield (
             f"rotation (2,8), {what}: at most {limit} times x.clone()",
-            [_slowdown(results, ROTATION, direction, "clone", "rotate-2-8", limit)],
+            [_slowdown(results, CPU.rotation, direction, "clone", "rotate-2-8", limit)],
             1,
         )
 
@@ -120,6 +130,56 @@ def _in_plain_torch(results: Results) -> Iterator[Candidate]:
         3,
     )
     yield _against_peft_boft(results, MEDIUM, 5)
+
+
+SMALL_GROUPS = {16: "rotate-2-8", 64: "rotate-4-8"}  # features mixed -> contestant
+LARGE_GROUPS = {256: "rotate-6-8", GPU.features: "rotate-10-8"}
+
+
+def _on_gpu(results: Results) -> Iterator[Candidate]:
+    """Of bfloat16 and rows enough to keep a GPU busy."""
+    # a copy moves two arrays, so does a rotation; its backward with the Gram matrices moves three
+    for direction, what, arrays in (
+        (FORWARD, FORWARD, 2),
+        (BACKWARD, f"{BACKWARD} with the Gram matrices, half as many bytes again", 3),
+    ):
+        for groups in (SMALL_GROUPS, LARGE_GROUPS):
+            share = 0.85 if direction == FORWARD and groups is SMALL_GROUPS else 0.75
+            most = arrays / 2 / share
+            sizes = " and ".join(map(str, groups))
+            yield (
+                f"{GPU.rotation} in groups of {sizes}, {what}: at least {100 * share:.0f} % of the "
+                f"bandwidth of x.clone(), so at most {most:.3g} times its time",
+                [
+                    _slowdown(results, GPU.rotation, direction, "clone", name, most, str(size))
+                    for size, name in groups.items()
+                ],
+                len(groups),
+            )
+    model = f"rotations of all {len(GPU.linears)} linears of Llama-3.1-8B at (2,8), {FORWARD}"
+    yield f"{model}: at most 100 µs", [_duration(results, GPU.cayley, "rotations", 100e-6)], 1
+    yield (
+        f"{model}: at least 50 times faster than torch.linalg.solve",
+        [_speedup(results, GPU.cayley, FORWARD, "solve", "rotations", 50, alone=True)],
+        1,
+    )
+    layer = f"BOFT(2,8), {BOTH}, at {BULK}"
+    yield (
+        f"{layer}: at most 1.15 times the frozen nn.Linear",
+        [_slowdown(results, str(BULK), BOTH, FLOOR, OURS, 1.15)],
+        1,
+    )
+    for peer, label in (
+        (LORA, "LoRA r=16"),
+        ("peft-oft", "OFT (default)"),
+        ("peft-oft-exact", "OFT (exact)"),
+        (PEFT_BOFT, "BOFT"),
+    ):
+        yield (
+            f"{layer}: faster than PEFT {label}",
+            [_speedup(results, str(BULK), BOTH, peer, OURS, 1, alone=True)],
+            1,
+        )
 
 
 def _against_peft_boft(results: Results, shape: Shape, times: int) -> Candidate:
@@ -160,13 +220,28 @@ def _speedup(
 
 
 def _slowdown(
-    results: Results, group: str, direction: str, peer: str, name: str, most: float
+    results: Results,
+    group: str,
+    direction: str,
+    peer: str,
+    name: str,
+    most: float,
+    place: str = "",
 ) -> Part | None:
     rounds = _paired(results, group, direction, (peer, name))
     if not rounds:
         return None
     times = [ours / theirs for theirs, ours in rounds]
-    return Part("", f"{_quartiles(times, '{:.2f}'.format)} times", [v - most for v in times])
+    return Part(place, f"{_quartiles(times, '{:.2f}'.format)} times", [v - most for v in times])
+
+
+def _duration(results: Results, group: str, name: str, most: float) -> Part | None:
+    """The time itself against a number of seconds."""
+    times = [t for (t,) in _paired(results, group, FORWARD, (name,))]
+    if not times:
+        return None
+    measured = _quartiles(times, lambda seconds: f"{1e6 * seconds:.1f}")
+    return Part("", f"{measured} µs", [t - most for t in times])
 
 
 def _paired(

@@ -55,6 +55,7 @@ def measure(
     rounds: int,
     seconds: float,
     synchronize: Callable[[], None] = lambda: None,
+    calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Durations:
     """Time all contestants in turn, round after round.
@@ -65,15 +66,17 @@ def measure(
         seconds: aim at taking about this long, in no fewer than ``MIN_ROUNDS`` rounds (or
             ``rounds``, if that is less).
         synchronize: waits until the device is idle; called before each reading of the clock.
+        calls: so many in a row between two readings of the clock; a duration is that of one.
         clock: seconds.
     """
 
     def once(contestant: Contestant) -> float:
         synchronize()
         start = clock()
-        result = contestant.run()
+        for _ in range(calls):
+            result = contestant.run()
         synchronize()
-        duration = clock() - start
+        duration = (clock() - start) / calls
         del result
         contestant.reset()
         return duration
@@ -83,7 +86,7 @@ def measure(
         for c in contestants:
             if estimates[c.name] < 1.0:  # the first call pays for allocations, plans, caches
                 estimates[c.name] = once(c)
-        n_rounds, turns = schedule(estimates, rounds, seconds)
+        n_rounds, turns = schedule(estimates, rounds, seconds / calls)
         durations: Durations = {c.name: {} for c in contestants}
         for round_ in range(n_rounds):
             for i in order(len(contestants), round_):

@@ -8,29 +8,23 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from correctness import compare
+from gpu_operators import cayley_contest, rotation_contest
 from interleave import Contestant
+from sizes import BLOCK, Sizes, sizes_on
 
 from boft_ops import butterfly_matmul, cayley
 from boft_ops.linear import linear_backward, linear_forward
+from boft_ops.plan import plan
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
-N_BLOCKS, BLOCK = 4096, 8
-TOKENS, FEATURES = 1024, 2048
 SIZE = 16  # of the stage inside the fused layer
-
-PRODUCT = f"product, {FEATURES}x{FEATURES}x{FEATURES}"
-CAYLEY = f"cayley, {N_BLOCKS} blocks {BLOCK}x{BLOCK}"
-ROTATION = f"rotation, {TOKENS} rows of {FEATURES}"
-LINEAR = f"linear, {FEATURES}x{FEATURES}x{TOKENS}"
-
-ROTATIONS = {f"rotate-{m}-{b}": (m, b) for m, b in ((1, 16), (2, 8), (4, 4))}
 LABELS = {
     "mm": "torch.mm",
     "solve": "torch.linalg.solve",
     "cayley": "cayley",
+    "rotations": "rotations, layer by layer",
     "clone": "x.clone()",
-    **{name: f"butterfly_matmul ({m},{b})" for name, (m, b) in ROTATIONS.items()},
     "f-linear": "F.linear",
     "grad-weight": "grad @ weight",
     "boft-linear": "rotated layer, fused",
@@ -42,20 +36,30 @@ def members(device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str], t
 
     The fused layer takes part where a kernel serves it: elsewhere layers are made of other ops.
     """
-    found = {
-        (PRODUCT, FORWARD): ("mm",),
-        (CAYLEY, FORWARD): ("solve", "cayley"),
-        (CAYLEY, BACKWARD): ("solve", "cayley"),
-        (CAYLEY, BOTH): ("solve", "cayley"),
-        (ROTATION, FORWARD): ("clone", *ROTATIONS),
-        (ROTATION, BACKWARD): ("clone", *ROTATIONS),
-    }
-    x = torch.empty(TOKENS, SIZE, device=device, dtype=dtype)
+    sizes = sizes_on(device.type)
+    found = {(sizes.product, FORWARD): ("mm",)}
+    if sizes.linears:
+        found[sizes.cayley, FORWARD] = ("solve", "cayley", "rotations")
+    else:
+        for direction in (FORWARD, BACKWARD, BOTH):
+            found[sizes.cayley, direction] = ("solve", "cayley")
+    for direction in (FORWARD, BACKWARD):
+        found[sizes.rotation, direction] = ("clone", *sizes.rotations)
+    x = torch.empty(sizes.rows, SIZE, device=device, dtype=dtype)
     weight, stage = x[:SIZE], torch.empty(1, SIZE, SIZE, device=device)
     if linear_forward.has_kernel(x, weight, stage, None, None, True):
-        found[LINEAR, FORWARD] = ("f-linear", "boft-linear")
-        found[LINEAR, BACKWARD] = ("grad-weight", "boft-linear")
+        found[sizes.linear, FORWARD] = ("f-linear", "boft-linear")
+        found[sizes.linear, BACKWARD] = ("grad-weight", "boft-linear")
     return found
+
+
+def label(name: str, device: torch.device) -> str:
+    """What tables call a contestant."""
+    sizes = sizes_on(device.type)
+    if name not in sizes.rotations:
+        return LABELS[name]
+    m, b = sizes.rotations[name]
+    return f"{'stages of' if sizes.raw else 'butterfly_matmul'} ({m},{b})"
 
 
 def contest(
@@ -63,14 +67,19 @@ def contest(
 ) -> list[Contestant]:
     """The members of a group, ready to be timed."""
     torch.manual_seed(0)
-    if group == PRODUCT:
-        a, b = (torch.randn(FEATURES, FEATURES).to(device, dtype) for _ in range(2))
+    sizes = sizes_on(device.type)
+    if group == sizes.product:
+        a, b = (torch.randn(sizes.features, sizes.features).to(device, dtype) for _ in range(2))
         return [Contestant("mm", lambda: torch.mm(a, b))]
-    if group == CAYLEY:
-        return _cayley_contest(direction, device)
-    if group == ROTATION:
-        return _rotation_contest(direction, device, dtype)
-    return _linear_contest(direction, device, dtype)
+    if group == sizes.cayley:
+        if sizes.linears:
+            return cayley_contest(sizes, device, solve)
+        return _cayley_contest(sizes, direction, device)
+    if group == sizes.rotation:
+        if sizes.raw:
+            return rotation_contest(sizes, direction == BACKWARD, device, dtype)
+        return _rotation_contest(sizes, direction, device, dtype)
+    return _linear_contest(sizes, direction, device, dtype)
 
 
 def solve(skew: torch.Tensor) -> torch.Tensor:
@@ -83,10 +92,11 @@ def solve(skew: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(eye - q, eye + q)
 
 
-def _cayley_contest(direction: str, device: torch.device) -> list[Contestant]:
+def _cayley_contest(sizes: Sizes, direction: str, device: torch.device) -> list[Contestant]:
     # float32 in every run: batched solvers know no bfloat16
-    skew = (0.1 * torch.randn(N_BLOCKS, BLOCK * (BLOCK - 1) // 2)).to(device).requires_grad_(True)
-    grad = torch.randn(N_BLOCKS, BLOCK, BLOCK).to(device)
+    skew = 0.1 * torch.randn(sizes.n_blocks, BLOCK * (BLOCK - 1) // 2)
+    skew = skew.to(device).requires_grad_(True)
+    grad = torch.randn(sizes.n_blocks, BLOCK, BLOCK).to(device)
     compare("cayley", cayley(skew), solve(skew), skew.dtype)
 
     def run(function: Callable) -> Callable[[], object]:
@@ -99,13 +109,15 @@ def _cayley_contest(direction: str, device: torch.device) -> list[Contestant]:
     return [Contestant("solve", run(solve)), Contestant("cayley", run(cayley))]
 
 
-def _rotation_contest(direction: str, device: torch.device, dtype: torch.dtype) -> list[Contestant]:
-    x = torch.randn(TOKENS, FEATURES).to(device, dtype).requires_grad_(True)
-    grad = torch.randn(TOKENS, FEATURES).to(device, dtype)
+def _rotation_contest(
+    sizes: Sizes, direction: str, device: torch.device, dtype: torch.dtype
+) -> list[Contestant]:
+    x = torch.randn(sizes.rows, sizes.features).to(device, dtype).requires_grad_(True)
+    grad = torch.randn(sizes.rows, sizes.features).to(device, dtype)
     source = x.detach()
     contestants = [Contestant("clone", lambda: source.clone())]
-    for name, (m, b) in ROTATIONS.items():
-        skew = 0.1 * torch.randn(m, FEATURES // b, b * (b - 1) // 2)
+    for name, (m, b) in sizes.rotations.items():
+        skew = 0.1 * torch.randn(m, sizes.features // b, b * (b - 1) // 2)
         blocks = cayley(skew.to(device)).requires_grad_(True)
         contestants.append(Contestant(name, _rotation(direction, x, blocks, grad)))
     return contestants
@@ -126,13 +138,16 @@ def _backward(
     return lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True)
 
 
-def _linear_contest(direction: str, device: torch.device, dtype: torch.dtype) -> list[Contestant]:
+def _linear_contest(
+    sizes: Sizes, direction: str, device: torch.device, dtype: torch.dtype
+) -> list[Contestant]:
     """The ops themselves, without autograd and without making the stage."""
-    x, grad = (torch.randn(TOKENS, FEATURES).to(device, dtype) for _ in range(2))
-    weight = (torch.randn(FEATURES, FEATURES) / FEATURES**0.5).to(device, dtype)
-    bias = torch.randn(FEATURES).to(device, dtype)
-    scale = 1 + 0.1 * torch.randn(FEATURES).to(device)
-    stage = cayley(0.1 * torch.randn(FEATURES // SIZE, SIZE * (SIZE - 1) // 2).to(device))
+    d = sizes.features
+    x, grad = (torch.randn(sizes.rows, d).to(device, dtype) for _ in range(2))
+    weight = (torch.randn(d, d) / d**0.5).to(device, dtype)
+    bias = torch.randn(d).to(device, dtype)
+    scale = 1 + 0.1 * torch.randn(d).to(device)
+    stage = cayley(0.1 * torch.randn(d // SIZE, SIZE * (SIZE - 1) // 2).to(device))
     arguments = (x, weight, stage, scale, bias, True)
     y, z = linear_forward.raw(*arguments)
     if direction == FORWARD:
@@ -164,40 +179,42 @@ class Work(NamedTuple):
     flops: int
 
 
-def work(group: str, direction: str, name: str, dtype: torch.dtype) -> Work:
+def work(group: str, direction: str, name: str, device: torch.device, dtype: torch.dtype) -> Work:
     """The work of a contestant in its group."""
-    size = dtype.itemsize
-    if group == PRODUCT:
-        return Work(3 * FEATURES**2 * size, 2 * FEATURES**3)
-    if group == CAYLEY:
-        return _cayley_work(direction, dtype)
-    if group == ROTATION:
-        array = TOKENS * FEATURES
+    sizes, size = sizes_on(device.type), dtype.itemsize
+    d = sizes.features
+    if group == sizes.product:
+        return Work(3 * d**2 * size, 2 * d**3)
+    if group == sizes.cayley:
+        return _cayley_work(sizes.n_blocks, direction, dtype)
+    if group == sizes.rotation:
+        array = sizes.rows * d
         if name == "clone":
             return Work(2 * array * size, 0)
-        m, b = ROTATIONS[name]
-        mixed = b << (m - 1)
+        # the groups that are mixed: of all its features, or of each stage where there are several
+        mixed = sum(stage.size for stage in plan(*sizes.rotations[name], device.type))
         if direction == FORWARD:  # x in and out
             return Work(2 * array * size, 2 * array * mixed)
         # x and the gradient in, the gradient of x out; its product and the Gram matrix
         return Work(3 * array * size, 4 * array * mixed)
     # The same in both directions: rows in and out, the weight in, one product. The fused layer also
     # writes (forward) or reads (backward) the output before the scale; and x, in the backward.
-    rows, fused = TOKENS * FEATURES, name == "boft-linear"
+    rows, fused = sizes.rows * d, name == "boft-linear"
     arrays = 2 if not fused else 3 if direction == FORWARD else 4
     rotation = (2 if direction == FORWARD else 4) * rows * SIZE if fused else 0
-    return Work((arrays * rows + FEATURES**2) * size, 2 * rows * FEATURES + rotation)
+    return Work((arrays * rows + d**2) * size, 2 * rows * d + rotation)
 
 
-def _cayley_work(direction: str, dtype: torch.dtype) -> Work:
+def _cayley_work(n_blocks: int, direction: str, dtype: torch.dtype) -> Work:
     """Forward: an elimination of b^3 multiply-adds a block. Backward: two products of as many each.
 
     They are done in float64, taken to run at half the rate of float32: four flops a multiply-add.
-    Without a float32 rate, in runs in another dtype, the bytes alone count.
+    Without a float32 rate, in runs in another dtype, the bytes alone count. Two factors composed
+    into stages are as many numbers as their blocks.
     """
-    packed, square = N_BLOCKS * BLOCK * (BLOCK - 1) // 2, N_BLOCKS * BLOCK**2
-    forward = Work(4 * (packed + square), 4 * N_BLOCKS * BLOCK**3)
-    backward = Work(4 * (2 * square + packed), 8 * N_BLOCKS * BLOCK**3)
+    packed, square = n_blocks * BLOCK * (BLOCK - 1) // 2, n_blocks * BLOCK**2
+    forward = Work(4 * (packed + square), 4 * n_blocks * BLOCK**3)
+    backward = Work(4 * (2 * square + packed), 8 * n_blocks * BLOCK**3)
     total = {
         FORWARD: forward,
         BACKWARD: backward,

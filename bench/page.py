@@ -7,7 +7,7 @@ from pathlib import Path
 
 from contestants import NAMES
 from environment import slug
-from goals import MET, goals
+from goals import MET, goals, gpu_goals
 from operators import BOTH
 from results import Results, Row
 
@@ -62,11 +62,18 @@ run's dtype, both measured in the same run. "Of floor" is that floor in parts of
 and which of the two it comes from; "GB/s" is the same bytes over that time. That x takes 8 MiB in
 float32 and may lie in a large cache, for the copy as for the rotation.
 
+On a GPU the operands are larger: 8192 rows of 4096 features, matrices of 4096 x 4096, and for the
+Cayley transform the blocks of all linear layers of Llama-3.1-8B as BOFT(2, 8). A rotation is there
+the passes over the rows, without autograd and without making the stages, and ten calls lie between
+two readings of the clock, so that the device need not wait for each launch. `rotations` gets the
+224 parameters of those layers one by one, and its time has all that Python does with them in it.
+
 - **Rotation** of N rows of d features in groups of S = b 2^(m-1): x in and out and 2 N d S flops;
   for the backward, which gives the Gram matrices as well, x and the gradient in, the gradient of x
   out and 4 N d S flops. For S = 16 in float32 that is 4 flops for each byte forward and 5.3
   backward. A CPU that does fewer flops than that in the time of a byte has its floor in the
-  arithmetic, not in the bytes, and cannot rotate as fast as it copies.
+  arithmetic, not in the bytes, and cannot rotate as fast as it copies. Where the factors make
+  several stages, S is the sum of theirs.
 - **Cayley transform** of blocks of size b, in float32 in every run: parameters, blocks and
   gradients once each; b^3 multiply-adds a block forward and two products of b^3 backward. They are
   float64 inside, and that is taken to run at half the rate of float32. (In runs in another dtype,
@@ -97,7 +104,24 @@ def write(path: Path, results: Sequence[Results]) -> None:
         parts.append("Not measured on a GPU: all figures below are of a CPU.\n")
     for result in results:
         parts.append("\n".join(_section(result)))
+    if set(devices) <= {"cpu"}:
+        parts.append(_no_gpu())
     path.write_text("\n".join(parts))
+
+
+def _no_gpu() -> str:
+    goals_left = "\n".join(f"- not measured: {text}." for text in gpu_goals())
+    return f"""\
+## GPU
+
+Nothing was measured on a GPU yet. On a machine with one,
+
+    python bench/run.py --device cuda --dtype bf16
+
+writes its results into bench/results and its figures here. They are to meet these goals:
+
+{goals_left}
+"""
 
 
 def image(results: Results) -> str:
@@ -186,6 +210,8 @@ def _details(results: Results) -> Iterator[str]:
             rows.append([first, time, f"{row.info['ratio']:.3f}", *memory, _count(row)])
     header = ["", "ms", "x floor", "saved MiB", "peak MiB", "adapter MiB", "trainable"]
     yield from _table(header, rows)
+    for group, labels in results.left_out().items():
+        yield f"Left out at {group}, for want of memory: {', '.join(labels)}."
     notes = {r.info["label"]: r.info["note"] for r in results.rows if r.info["note"]}
     for label, note in notes.items():
         yield f"{label}: {note}."

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from operators import FORWARD, PRODUCT, ROTATION
+from operators import FORWARD
+from sizes import sizes_on
 
 CSV_FIELDS = (
     *("suite", "shape", "direction", "contestant", "label", "median_ms", "q1_ms", "q3_ms", "ratio"),
@@ -85,13 +86,20 @@ class Results:
     def table(self, group: str, direction: str) -> list[Row]:
         return [r for r in self.rows if (r.group, r.direction) == (group, direction)]
 
+    def left_out(self) -> dict[str, list[str]]:
+        """Shape -> labels of the contestants that needed more memory than the device has."""
+        labels = {r.name: r.info["label"] for r in self.rows}
+        names = {r.group: r.info["left_out"] for r in self.rows if "left_out" in r.info}
+        return {group: [labels.get(n, n) for n in left_out] for group, left_out in names.items()}
+
     def find(self, group: str, direction: str, name: str) -> Row | None:
         return next((r for r in self.table(group, direction) if r.name == name), None)
 
     def rates(self) -> Rates | None:
         """Of x.clone() and of torch.mm; None if the run has not measured both."""
-        copy = self.find(ROTATION, FORWARD, "clone")
-        product = self.find(PRODUCT, FORWARD, "mm")
+        sizes = sizes_on(self.machine["device"])
+        copy = self.find(sizes.rotation, FORWARD, "clone")
+        product = self.find(sizes.product, FORWARD, "mm")
         if copy is None or product is None:
             return None
         return Rates(

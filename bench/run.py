@@ -72,6 +72,8 @@ def show(results: Results, console: Console) -> None:
     for suite in ("layer", "ops"):
         for group, direction in results.groups(suite):
             console.print(_table(results, suite, group, direction))
+    for group, labels in results.left_out().items():
+        console.print(f"{group}: out of memory, left out: {', '.join(labels)}", highlight=False)
     colours = {MET: "green", NOT_MET: "red"}
     for goal in goals(results):
         mark = f"[{colours.get(goal.verdict, 'yellow')}]{goal.verdict}[/]"
@@ -95,7 +97,7 @@ def _table(results: Results, suite: str, group: str, direction: str) -> Table:
             cells.append(f"{info['trainable']:,}")
         else:
             cells += page.op_cells(results, row)
-        style = "bold" if row.name.startswith(("boft", "cayley", "rotate")) else None
+        style = "bold" if row.name.startswith(("boft", "cayley", "rotat")) else None
         table.add_row(info["label"], *cells, str(len(row.by_round)), style=style)
     return table
 

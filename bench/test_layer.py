@@ -13,7 +13,7 @@ from functools import cache
 
 import pytest
 import torch
-from contestants import FLOOR, OURS, Entry, Job, Shape, build, jobs, names
+from contestants import FLOOR, OURS, Job, Shape, batch, build, default_shapes, frozen, names
 from correctness import check_gradients, check_merged
 from interleave import Contestant, Durations, ReplayClock, measure, ratios, summary, synchronizer
 from memory import peak_bytes, saved_bytes
@@ -29,18 +29,34 @@ class Memory:
 
 
 class Contest:
-    """The contestants at one shape; measures a direction once, when first asked."""
+    """The contestants at one shape; measures a direction once, when first asked.
+
+    Attributes:
+        left_out: names of those for whom the memory of the device did not suffice.
+    """
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, options) -> None:
         self.shape, self.device, self.options = shape, device, options
-        entries = build(shape, device, dtype)
-        self.entries: dict[str, Entry] = {entry.name: entry for entry in entries}
-        self.jobs = jobs(entries, shape, device, dtype)
-        for name in filter(OURS.__contains__, self.entries):
-            # a fast wrong answer is worth nothing: refuse to time it
-            check_gradients(OURS[name].m, OURS[name].b, device, dtype)
-            check_merged(self.entries[name].layer, self.jobs[name].x, self.jobs[name].grad)
-        self.memory = {name: self._memory(job) for name, job in self.jobs.items()}
+        self.jobs: dict[str, Job] = {}
+        self.memory: dict[str, Memory] = {}
+        self.left_out: list[str] = []
+        base, (x, grad) = frozen(shape, device, dtype), batch(shape, device, dtype)
+        for name in names(shape):
+            try:
+                job = Job(build(name, base), x, grad)
+                if name in OURS:
+                    # a fast wrong answer is worth nothing: refuse to time it
+                    check_gradients(OURS[name].m, OURS[name].b, device, dtype)
+                    check_merged(job.entry.layer, x, grad)
+                self.memory[name] = self._memory(job)
+            except torch.OutOfMemoryError:
+                if name == FLOOR:  # nothing to compare with
+                    raise
+                self.left_out.append(name)
+                _say(options, f"{shape}: {name} needs more memory than there is, and is left out")
+            else:
+                self.jobs[name] = job
+            job = x.grad = None  # so that what was left out gives its memory back
         self._durations: dict[str, Durations] = {}
 
     def durations(self, direction: str) -> Durations:
@@ -63,10 +79,10 @@ class Contest:
 
     def facts(self, name: str, direction: str) -> dict:
         """What goes into the extra_info of a result."""
-        entry, durations = self.entries[name], self.durations(direction)
+        entry, durations = self.jobs[name].entry, self.durations(direction)
         ratio, low, high = summary(ratios(durations, name, FLOOR))
         adapter = sum(t.nbytes for t in entry.state()) - sum(
-            t.nbytes for t in self.entries[FLOOR].state()
+            t.nbytes for t in self.jobs[FLOOR].entry.state()
         )
         return {
             "suite": "layer",
@@ -86,6 +102,7 @@ class Contest:
             "trainable": sum(p.numel() for p in entry.trainable()),
             "threads": torch.get_num_threads(),
             "rounds": sorted(durations[name]),
+            **({"left_out": self.left_out} if self.left_out else {}),
         }
 
 
@@ -106,7 +123,8 @@ def contest(device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Confi
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    shapes = metafunc.config.getoption("shapes")
+    option = metafunc.config.getoption
+    shapes = option("shapes") or default_shapes(option("device"))
     pairs = [(str(shape), name) for shape in shapes for name in names(shape)]
     metafunc.parametrize(("shape", "name"), pairs)
 
@@ -116,6 +134,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_layer(benchmark, contest, shape: str, direction: str, name: str) -> None:
     of_shape = contest(shape)
+    if name in of_shape.left_out:
+        pytest.skip("out of memory")
     benchmark.group = f"{shape} {direction}"
     benchmark.extra_info.update(of_shape.facts(name, direction))
     CLOCK.replay(benchmark, list(of_shape.durations(direction)[name].values()))

@@ -12,7 +12,8 @@ import pytest
 import torch
 from environment import DTYPES
 from interleave import Durations, ReplayClock, measure, ratios, summary, synchronizer
-from operators import LABELS, contest, members, work
+from operators import contest, label, members, work
+from sizes import sizes_on
 
 CLOCK = ReplayClock()
 
@@ -26,6 +27,7 @@ def op_durations(device: torch.device, dtype: torch.dtype, pytestconfig: pytest.
             rounds=pytestconfig.getoption("rounds"),
             seconds=pytestconfig.getoption("seconds") / 10,
             synchronize=synchronizer(device),
+            calls=sizes_on(device.type).calls,
         )
 
     return get
@@ -41,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.benchmark(timer=CLOCK.read)
 def test_op(
-    benchmark, op_durations, dtype, group: str, direction: str, name: str, first: str
+    benchmark, op_durations, device, dtype, group: str, direction: str, name: str, first: str
 ) -> None:
     durations = op_durations(group, direction)
     ratio, low, high = summary(ratios(durations, name, first))
@@ -50,7 +52,7 @@ def test_op(
         "group": group,
         "direction": direction,
         "contestant": name,
-        "label": LABELS[name],
+        "label": label(name, device),
         "note": "",
         "ratio": ratio,
         "ratio_q1": low,
@@ -58,7 +60,7 @@ def test_op(
         "overhead": ratio - 1,
         "threads": torch.get_num_threads(),
         "rounds": sorted(durations[name]),
-        **work(group, direction, name, dtype)._asdict(),
+        **work(group, direction, name, device, dtype)._asdict(),
     }
     benchmark.group = f"{group}, {direction}"
     benchmark.extra_info.update(info)

@@ -10,12 +10,15 @@ try:
     import contestants
     import correctness
     import goals
+    import gpu_operators
     import interleave
     import memory
     import operators
     import page
     import results
     import run
+    import sizes
+    import test_layer
 finally:
     sys.path.remove(str(BENCH))
 
@@ -25,10 +28,13 @@ __all__ = [
     "contestants",
     "correctness",
     "goals",
+    "gpu_operators",
     "interleave",
     "memory",
     "operators",
     "page",
     "results",
     "run",
+    "sizes",
+    "test_layer",
 ]

@@ -8,7 +8,16 @@ import sys
 
 import pytest
 import torch
-from bench_modules import BENCH, contestants, correctness, goals, interleave, memory, operators
+from bench_modules import (
+    BENCH,
+    contestants,
+    correctness,
+    goals,
+    interleave,
+    memory,
+    operators,
+    sizes,
+)
 from bench_modules import results as results_
 
 from boft_ops import _backend
@@ -152,16 +161,15 @@ def test_wrong_layers_may_not(monkeypatch):
 
 
 def test_operators_that_take_part(monkeypatch):
-    monkeypatch.setattr(operators, "TOKENS", 64)  # small, and enough for the kernels
-    monkeypatch.setattr(operators, "FEATURES", 64)
-    monkeypatch.setattr(operators, "N_BLOCKS", 5)
+    # small, and enough for the kernels
+    monkeypatch.setattr(sizes, "CPU", sizes.CPU._replace(rows=64, features=64, n_blocks=5))
     for (group, direction), names in operators.members(CPU, torch.float32).items():
         members = operators.contest(group, direction, CPU, torch.float32)
         assert tuple(m.name for m in members) == names
         for member in members:
             member.run()
             member.run()  # a backward, too, runs in every round
-            work = operators.work(group, direction, member.name, torch.float32)
+            work = operators.work(group, direction, member.name, CPU, torch.float32)
             assert work.bytes > 0
             assert (work.flops == 0) == (member.name == "clone")
 
@@ -169,14 +177,14 @@ def test_operators_that_take_part(monkeypatch):
 def test_the_fused_layer_takes_part_where_a_kernel_serves_it():
     with _backend.force("reference"):
         groups = {group for group, _ in operators.members(CPU, torch.float32)}
-    assert groups == {operators.PRODUCT, operators.CAYLEY, operators.ROTATION}
+    assert groups == {sizes.CPU.product, sizes.CPU.cayley, sizes.CPU.rotation}
 
 
 def test_work_of_a_rotation():
-    n = operators.TOKENS * operators.FEATURES
-    forward = operators.work(operators.ROTATION, "forward", "rotate-2-8", torch.float32)
+    n, group = sizes.CPU.rows * sizes.CPU.features, sizes.CPU.rotation
+    forward = operators.work(group, "forward", "rotate-2-8", CPU, torch.float32)
     assert forward == (8 * n, 2 * n * 16)
-    backward = operators.work(operators.ROTATION, "backward", "rotate-4-4", torch.bfloat16)
+    backward = operators.work(group, "backward", "rotate-4-4", CPU, torch.bfloat16)
     assert backward == (6 * n, 4 * n * 32)
 
 

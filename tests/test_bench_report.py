@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from bench_modules import chart, contestants, goals, operators, page, results, run
+from bench_modules import chart, contestants, goals, operators, page, results, run, sizes
 
 FLOOR, LORA, PEFT_BOFT = contestants.FLOOR, contestants.LORA, contestants.PEFT_BOFT
 SHAPES, BOTH = contestants.SHAPES, operators.BOTH
+CPU = torch.device("cpu")
 
 NOISE = 0.010, 0.020, 0.012  # seconds of the first of each group, by round
 # Enough to meet every goal. Each is a number, or one for each round.
@@ -17,12 +18,12 @@ OVERHEADS = {
     **{"boft-1-16": 0.05, "boft-2-8": 0.04, "boft-4-4": 0.09, "boft-dense": 0.09},
 }
 OPS = {
-    (operators.PRODUCT, "forward"): {"mm": 10.0},
-    (operators.CAYLEY, "forward"): {"solve": 1.0, "cayley": 1 / 11},
-    (operators.CAYLEY, "backward"): {"solve": 1.0, "cayley": 1 / 11},
-    (operators.ROTATION, "forward"): {"clone": 1.0, "rotate-2-8": 1.4},
-    (operators.ROTATION, "backward"): {"clone": 1.0, "rotate-2-8": 2.4},
-    (operators.LINEAR, "forward"): {"f-linear": 1.0, "boft-linear": 0.9},
+    (sizes.CPU.product, "forward"): {"mm": 10.0},
+    (sizes.CPU.cayley, "forward"): {"solve": 1.0, "cayley": 1 / 11},
+    (sizes.CPU.cayley, "backward"): {"solve": 1.0, "cayley": 1 / 11},
+    (sizes.CPU.rotation, "forward"): {"clone": 1.0, "rotate-2-8": 1.4},
+    (sizes.CPU.rotation, "backward"): {"clone": 1.0, "rotate-2-8": 2.4},
+    (sizes.CPU.linear, "forward"): {"f-linear": 1.0, "boft-linear": 0.9},
 }
 
 
@@ -55,7 +56,7 @@ def synthetic(backend="auto", ops=None, **overheads):
                 benchmarks.append(benchmark("layer", str(shape), direction, name, ratios, more))
     for (group, direction), members in OPS.items():
         for name, ratio in members.items():
-            more = operators.work(group, direction, name, torch.float32)._asdict()
+            more = operators.work(group, direction, name, CPU, torch.float32)._asdict()
             ratio = (ops or {}).get((direction, name), ratio)
             benchmarks.append(benchmark("ops", group, direction, name, ratio, more))
     machine = {"device": "cpu", "cpu": "Some CPU", "threads": 2, "dtype": "fp32", "torch": "2.13"}
@@ -186,14 +187,14 @@ def test_floor_is_the_larger_of_bytes_and_flops():
     copy, product = (
         found.find(*key).info
         for key in (
-            (operators.ROTATION, "forward", "clone"),
-            (operators.PRODUCT, "forward", "mm"),
+            (sizes.CPU.rotation, "forward", "clone"),
+            (sizes.CPU.product, "forward", "mm"),
         )
     )
     assert found.rates() == (copy["bytes"] / 0.010, product["flops"] / 0.100)  # the best rounds
-    assert found.floor(found.find(operators.PRODUCT, "forward", "mm")) == (0.100, "flops")
+    assert found.floor(found.find(sizes.CPU.product, "forward", "mm")) == (0.100, "flops")
     # as many bytes as the copy, and few flops for so fast a product
-    rotation = found.find(operators.ROTATION, "forward", "rotate-2-8")
+    rotation = found.find(sizes.CPU.rotation, "forward", "rotate-2-8")
     assert found.floor(rotation) == (0.010, "bytes")
     assert page.op_cells(found, rotation)[1] == f"{0.010 / (0.012 * 1.4):.0%} (bytes)"
     assert found.floor(found.find(str(SHAPES[0]), BOTH, FLOOR)) is None
