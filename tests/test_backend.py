@@ -110,6 +110,7 @@ def test_results_do_not_depend_on_threads():
     x = torch.randn(700, 512, requires_grad=True)
     skew, upstream = torch.randn(8, 128, 6, requires_grad=True), torch.randn(700, 96)
     scale, bias = torch.randn(96, requires_grad=True), torch.randn(96)
+    weight = torch.randn(96, 512)
     results = []
     threads = torch.get_num_threads()
     for n in (1, 2):
@@ -120,6 +121,9 @@ def test_results_do_not_depend_on_threads():
             grads = torch.autograd.grad(y, (x, skew), torch.ones_like(y) + x.detach())
             z = Scale.apply(x[:, :96].contiguous(), scale, bias, bias)
             results.append([blocks, y, *grads, *torch.autograd.grad(z, (x, scale), upstream)])
+            for parameter in (skew, skew[:2]):  # several stages, and one
+                z = boft_linear(x, weight, parameter, scale, bias)
+                results[-1] += [z, *torch.autograd.grad(z, (x, skew, scale), upstream)]
         finally:
             torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
