@@ -78,7 +78,7 @@ def check(size, chunk, stride, n_groups, rows, transpose, dtype, splits):
     def gradients(x, grad, stage):
         pair = (grad, x) if transpose else (x, grad)
         x_grad = rotate._rotate(grad, stage, *layout, not transpose)
-        return x_grad, rotate._gram(*pair, size, *layout)
+        return x_grad, rotate._gram(*pair, size, *layout, 1)[0]
 
     truth = x.double(), grad.double(), stage.double()
     y = rotate._rotate(truth[0], truth[2], *layout, transpose)
