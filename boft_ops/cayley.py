@@ -9,6 +9,7 @@ import torch
 
 from . import _checks
 from ._backend import Op
+from .dropout import drop_blocks
 
 
 def unpack(skew: torch.Tensor) -> torch.Tensor:
@@ -43,8 +44,7 @@ def _exact(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # The symmetric part of I - Q is I: never singular, nothing to check (and no host sync).
     inverse = torch.linalg.inv_ex(eye - q, check_errors=False).inverse
-    blocks = (2 * inverse - eye).to(skew.dtype)
-    return blocks if drop is None else torch.where(drop[..., None, None], eye.to(blocks), blocks)
+    return drop_blocks((2 * inverse - eye).to(skew.dtype), drop)
 
 
 def _exact_backward(

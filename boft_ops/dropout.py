@@ -49,12 +49,17 @@ def multiplicative_dropout(
         )
     if not training:
         return blocks
-    m, n_blocks, b, _ = blocks.shape
+    m, n_blocks = blocks.shape[:2]
     drop = draw_mask(m, n_blocks, p_component, p_block, blocks.device, generator)
+    return drop_blocks(blocks, drop)
+
+
+def drop_blocks(blocks: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
+    """Blocks (..., b, b) with the identity where the boolean (...) is true."""
     if drop is None:
         return blocks
-    eye = torch.eye(b, dtype=blocks.dtype, device=blocks.device)
-    return torch.where(drop[:, :, None, None], eye, blocks)
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    return torch.where(drop[..., None, None], eye, blocks)
 
 
 def draw_mask(

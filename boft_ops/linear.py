@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from . import _autocast, _checks
 from .butterfly import butterfly_matmul
 from .cayley import cayley
-from .dropout import draw_mask
+from .dropout import draw_mask, drop_blocks
 from .fused_linear import linear_backward, linear_forward
 from .plan import plan
 from .rotate import apply_stages, apply_stages_backward
@@ -224,10 +224,7 @@ def _compose_functions(
     method: str,
 ) -> torch.Tensor:
     """The layer as functions that are differentiable any number of times, in every argument."""
-    blocks = skew[None] if method == GIVEN else cayley(skew, method=method)
-    if drop is not None:
-        eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-        blocks = torch.where(drop[..., None, None], eye, blocks)
+    blocks = skew[None] if method == GIVEN else drop_blocks(cayley(skew, method=method), drop)
     if side == "in":
         x = butterfly_matmul(x, blocks)
     # The bias goes into the matrix product, where torch's linear has it, and what the scale and the

@@ -18,7 +18,6 @@ import torch
 # 3.35 TB/s against 2 flops at some 600 TFLOP/s: about 350.
 PASS_COST = {"cpu": 64, "cuda": 350}
 
-
 GPU_PROGRAMS = 4 * 132  # wanted for one pass over x: four for each multiprocessor of an H100
 PARTIAL_BYTES = 16 << 20  # that the partial sums of one stage may take
 

@@ -14,6 +14,7 @@ from . import _checks
 from . import cayley as _cayley
 from . import compose as _compose
 from ._backend import Op
+from .dropout import drop_blocks
 from .plan import Stage
 
 MAX_SIZE = 64  # of the one stage that the op composes
@@ -115,10 +116,7 @@ def make_matrices(
     if method == "exact":
         blocks = _cayley.cayley_forward(skew, drop)
     else:
-        blocks = _cayley.neumann5_forward(skew)
-        if drop is not None:
-            eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-            blocks = torch.where(drop[..., None, None], eye, blocks)
+        blocks = drop_blocks(_cayley.neumann5_forward(skew), drop)
     if len(blocks) == 1:
         return blocks, [blocks[0]]  # one factor is its own stage
     parts = [_compose.compose_forward(blocks[s.first : s.last], s.first) for s in plan]

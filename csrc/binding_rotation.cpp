@@ -4,12 +4,15 @@
 namespace boft::binding {
 namespace {
 
+int64_t tiles_of(int64_t n_blocks) {
+  return (n_blocks + boft::cpu::kTile - 1) / boft::cpu::kTile;
+}
+
 // Run body(begin, end) over the tiles of n blocks, enough of them at a time to outweigh a thread.
 template <class F>
 void over_tiles(int64_t n_blocks, int64_t b, F body) {
-  const int64_t n_tiles = (n_blocks + boft::cpu::kTile - 1) / boft::cpu::kTile;
   const int64_t grain = std::max<int64_t>(1, 32768 / (b * b * b));
-  torch::stable::parallel_for(0, n_tiles, grain, body);
+  torch::stable::parallel_for(0, tiles_of(n_blocks), grain, body);
 }
 
 int64_t block_size(const Tensor& skew) {
@@ -142,10 +145,6 @@ template <class P>
 P behind(P pointer, int64_t index, int64_t byte_size) {
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<P>>, const char, char>;
   return static_cast<Byte*>(pointer) + index * byte_size;
-}
-
-int64_t tiles_of(int64_t n_blocks) {
-  return (n_blocks + boft::cpu::kTile - 1) / boft::cpu::kTile;
 }
 
 }  // namespace
