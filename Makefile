@@ -10,6 +10,8 @@ TORCH     ?=
 TORCH_PIN := torch==2.13.0
 PIP_FLAGS ?=
 ARGS      ?=
+# Processes that share the tests. Their threads are more than the cores then, and must not spin.
+WORKERS   ?= auto
 
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -q --disable-pip-version-check
@@ -42,7 +44,7 @@ help:
 	@echo 'make sanitize   the tests of the C++ kernels under AddressSanitizer and UBSan (GCC)'
 	@echo 'make build      recompile what changed in csrc/, in place'
 	@echo 'make clean      remove build products;  make distclean  also $(VENV) and data/'
-	@echo 'Variables: PYTHON VENV TORCH PIP_FLAGS ARGS MAX_JOBS BOFT_OPS_... (docs/env.md)'
+	@echo 'Variables: PYTHON VENV TORCH PIP_FLAGS ARGS WORKERS MAX_JOBS BOFT_OPS_... (docs/env.md)'
 
 setup: $(STAMPS)/setup
 	@cd / && $(abspath $(PY)) -m boft_ops
@@ -51,7 +53,7 @@ demo: $(STAMPS)/demo $(STAMPS)/data
 	$(PY) docs/examples/finetune_minilm.py $(ARGS)
 
 test: $(STAMPS)/test
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
 
 # A copy of the package with an instrumented library. -s: what a sanitizer says must not be captured
 # by a pytest that it is about to kill. Python itself leaks on purpose.

@@ -28,6 +28,14 @@ def needs_compiler():
         pytest.skip("no C++ compiler")
 
 
+def pytest_collection_modifyitems(items):
+    """One process for all that shares the wheel built here, if several share the tests."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("packaging"))
+
+
 class Runner:
     """Runs the interpreter of the tests in a clean environment, with folders put on its path."""
 
