@@ -15,11 +15,13 @@ from pathlib import Path
 
 import _common
 import _finetuned
+import _page
 import torch
 from _finetuned import Recipe, boft
 
 SHARES = (0.0, 0.1, 0.5)
 SEEDS = (0, 1, 2)
+KINDS = ("train", "test")
 
 
 def recipe(share: float, seed: int) -> Recipe:
@@ -35,6 +37,8 @@ def main() -> None:
     rows = measure(_finetuned.load_task(args.quick), range(args.seeds))
     _common.write_csv(out / "dropout.csv", rows)
     rows = _common.read_csv(out / "dropout.csv")
+    if not args.quick:
+        _page.fill(_common.HERE / "dropout.md", "accuracy", table(rows))
     draw(rows, out / "dropout.png", "a tiny random BERT" if args.quick else "MiniLM-L6")
     seconds = sum(float(row["training_s"]) for row in rows)
     _common.write_log(out / "dropout.log", clock, {"training_s": f"{seconds:.0f}"})
@@ -74,14 +78,39 @@ def mean_and_error(rows: list[dict], column: str) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
+def by_share(rows: list[dict]) -> dict[str, list[dict]]:
+    shares = dict.fromkeys(row["p_block"] for row in rows)
+    return {share: [row for row in rows if row["p_block"] == share] for share in shares}
+
+
+def difference(group: list[dict]) -> tuple[float, float]:
+    """Points of test accuracy over no dropout, and their standard error.
+
+    Of two parts: the seeds' spread, and the draw of the test sentences, which all seeds share.
+    """
+    mean, spread = mean_and_error(group, "difference")
+    sentences = 100 * statistics.fmean(float(row["difference_error"]) for row in group)
+    return mean, math.hypot(0.0 if math.isnan(spread) else spread, sentences)
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Accuracies and differences of every share, in the page's table."""
+    lines = []
+    for share, group in by_share(rows).items():
+        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(group, f"{k}_accuracy")) for k in KINDS]
+        over = "" if float(share) == 0 else "{:+.1f} ± {:.1f}".format(*difference(group))
+        lines.append([share, str(len(group)), *cells, over])
+    head = ["p_block", "seeds", "training %", "test %", "test, points over no dropout"]
+    return _page.table(head, lines, n_words=0)
+
+
 def draw(rows: list[dict], path: Path, model: str) -> None:
     """Accuracy of training and test sentences, and the difference to no dropout."""
     fig, (left, right) = _common.figure(2, (4.6, 3.6))
-    shares = list(dict.fromkeys(row["p_block"] for row in rows))
-    groups = [[row for row in rows if row["p_block"] == share] for share in shares]
-    at = [float(share) for share in shares]
+    groups = list(by_share(rows).values())
+    at = [float(share) for share in by_share(rows)]
     style = _common.style(["train_accuracy", "test_accuracy", "difference"])
-    for column, label in (("train_accuracy", "training"), ("test_accuracy", "test")):
+    for column, label in zip(style, ("training", "test"), strict=False):
         means, errors = zip(*(mean_and_error(group, column) for group in groups), strict=True)
         left.errorbar(at, means, yerr=errors, **style[column], label=label, capsize=4)
         for x, group in zip(at, groups, strict=True):
@@ -89,13 +118,8 @@ def draw(rows: list[dict], path: Path, model: str) -> None:
             left.plot([x] * len(values), values, ".", color=style[column]["color"], alpha=0.4)
     left.set(xlabel="share of dropped blocks in one of two factors", ylabel="accuracy (%)")
     left.legend(frameon=False)
-    # Two errors: the seeds' spread, and that of the test sentences, which all seeds share.
-    means, spread = zip(*(mean_and_error(group, "difference") for group in groups), strict=True)
-    test = [
-        100 * statistics.fmean(float(row["difference_error"]) for row in group) for group in groups
-    ]
-    total = [math.hypot(0 if math.isnan(s) else s, t) for s, t in zip(spread, test, strict=True)]
-    right.errorbar(at[1:], means[1:], yerr=total[1:], **style["difference"], ls="", capsize=4)
+    means, errors = zip(*(difference(group) for group in groups), strict=True)
+    right.errorbar(at[1:], means[1:], yerr=errors[1:], **style["difference"], ls="", capsize=4)
     right.axhline(0, color="black", lw=0.8)
     right.set(xlabel="share of dropped blocks", ylabel="test accuracy, points over no dropout")
     seeds = len(groups[0])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import _common
 import _finetuned
+import _page
 import torch
 from _finetuned import boft, minilm
 from torch import nn
@@ -37,6 +38,8 @@ def main() -> None:
     _common.write_csv(out / "interpolation.csv", rows)
     rows = _common.read_csv(out / "interpolation.csv")
     check(rows)
+    if not args.quick:
+        _page.fill(_common.HERE / "interpolation.md", "ways", table(rows))
     draw(rows, out / "interpolation.png", "a tiny random BERT" if args.quick else "MiniLM-L6")
     seconds = _finetuned.finetuned(task, RECIPE).seconds if not args.quick else 0
     facts = {"training_s": f"{seconds:.0f}", "test_sentences": len(task.test)}
@@ -125,6 +128,16 @@ def check(rows: list[dict]) -> None:
         lost = max(float(row["singular_values"]) for row in stops)
         if way != LINE and lost > 1e-5:
             raise AssertionError(f"{way}: expected the singular values to stay, {lost:.1e} lost")
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Every stop of every way, in the page's table."""
+    columns = {"t": ".1f", "accuracy": ".1%", "distance": ".4f", "singular_values": ".1e"}
+    lines = [
+        [row["way"], *(format(float(row[key]), form) for key, form in columns.items())]
+        for row in rows
+    ]
+    return _page.table(["way", "t", "accuracy", "distance", "singular values"], lines)
 
 
 def draw(rows: list[dict], path: Path, model: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import _common
 import _finetuned
+import _page
 import numpy as np
 import torch
 from _finetuned import Recipe, boft
@@ -48,6 +49,8 @@ def main() -> None:
     _common.write_csv(out / "spectrum.csv", rows)
     rows = _common.read_csv(out / "spectrum.csv")
     check(rows)
+    if not args.quick:
+        _page.fill(_common.HERE / "spectrum.md", "drift", table(rows))
     draw(rows, out / "spectrum.png", "a tiny random BERT" if args.quick else "MiniLM-L6")
     trained = {row["method"]: float(row["training_s"]) for row in rows}
     _common.write_log(out / "spectrum.log", clock, {"training_s": f"{sum(trained.values()):.0f}"})
@@ -87,17 +90,33 @@ def rounding(weight: torch.Tensor) -> Drift:
     return drift(weight, torch.nextafter(weight.detach(), towards))
 
 
+def worst(rows: list[dict], key: str) -> dict[str, float]:
+    """The largest change of any weight, by method."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return {m: max(float(row[key]) for row in rows if row["method"] == m) for m in methods}
+
+
+def table(rows: list[dict]) -> list[str]:
+    """The worst weight of each method, in the page's table."""
+    columns = {key: worst(rows, key) for key in ("distance", *TITLES)}
+    accuracy = {row["method"]: 100 * float(row["test_accuracy"]) for row in rows}
+    lines = []
+    for method, value in accuracy.items():
+        right = "" if method == ROUNDING else f"{value:.1f}"
+        lines.append([method, right, *(f"{column[method]:.1e}" for column in columns.values())])
+    head = ["method", "test %", "distance", "singular values", "spectral norm", "energy", "angle"]
+    return _page.table(head, lines)
+
+
 def check(rows: list[dict]) -> None:
     """The claim, on the data: orthogonal finetuning keeps what LoRA moves."""
     for key in TITLES:
-        worst = {row["method"]: 0.0 for row in rows}
-        for row in rows:
-            worst[row["method"]] = max(worst[row["method"]], float(row[key]))
+        largest = worst(rows, key)
         for method in (OFT, EXACT):
-            if worst[method] > 1e-5 or worst[LORA] < 100 * worst[method]:
+            if largest[method] > 1e-5 or largest[LORA] < 100 * largest[method]:
                 raise AssertionError(
                     f"{key}: expected {method} to keep it to 1e-5 and LoRA to move it a hundred "
-                    f"times as much, got {worst[method]:.1e} and {worst[LORA]:.1e}"
+                    f"times as much, got {largest[method]:.1e} and {largest[LORA]:.1e}"
                 )
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import _common
+import _page
 import torch
 
 from boft_ops import BOFTLinear, butterfly_matmul, cayley
@@ -35,6 +36,8 @@ def main() -> None:
     _common.write_csv(out / "stability.csv", rows)
     rows = _common.read_csv(out / "stability.csv")
     check(rows)
+    if not args.quick:
+        _page.fill(_common.HERE / "stability.md", "last", table(rows))
     draw(rows, out / "stability.png", steps)
     _common.write_log(out / "stability.log", clock)
 
@@ -90,6 +93,18 @@ def check(rows: list[dict]) -> None:
             raise AssertionError(f"expected errors below {limit} and 1e-13, got {row}")
 
 
+def table(rows: list[dict]) -> list[str]:
+    """The last step of each case, in the page's table."""
+    lines = []
+    for row in rows:
+        if row["seconds"]:
+            errors = [f"{float(row[f'{k}_error']):.1e}" for k in ("blocks", "product", "method")]
+            numbers = [f"{float(row['largest_q']):.2f}", f"{float(row['loss']):.3f}"]
+            lines.append([row["case"], *errors, *numbers])
+    head = ["case", "blocks", "whole rotation", "before rounding", "largest entry of Q", "loss"]
+    return _page.table(head, lines)
+
+
 def draw(rows: list[dict], path: Path, steps: int) -> None:
     """The error of the whole rotation against the step; what is the method's own, dotted."""
     style = _common.style(CASES)
@@ -97,14 +112,14 @@ def draw(rows: list[dict], path: Path, steps: int) -> None:
     for case, look in style.items():
         chosen = [row for row in rows if row["case"] == case]
         at = [int(row["step"]) for row in chosen]
-        left.plot(at, [float(r["product_error"]) for r in chosen], **look, label=case, ms=4)
+        left.plot(at, [float(r["product_error"]) for r in chosen], **look, ms=4)
         own = [max(float(row["method_error"]), 1e-17) for row in chosen]
         left.plot(at, own, color=look["color"], ls=":")
-        right.plot(at, [float(row["largest_q"]) for row in chosen], **look, ms=4)
+        right.plot(at, [float(row["largest_q"]) for row in chosen], **look, label=case, ms=4)
     left.set(xscale="log", yscale="log", xlabel="optimiser step")
     left.set_ylabel("orthogonality error |R'R - I| / sqrt(d)\ndotted: before any rounding")
     right.set(xscale="log", xlabel="optimiser step", ylabel="largest entry of Q")
-    left.legend(frameon=False)
+    right.legend(frameon=False)
     fig.suptitle(f"BOFT(4,8) of {FEATURES} features over {steps:,} steps of Adam")
     _common.save_figure(fig, path)
 

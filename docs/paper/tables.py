@@ -12,9 +12,9 @@ prints. LoRA's counts, which tell which layers were adapted, come from the same 
 from collections.abc import Callable
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import _common
+import _page
 import torch
 from torch import nn
 
@@ -38,7 +38,7 @@ def main() -> None:
     _common.write_csv(out / "tables.csv", rows)
     rows = _common.read_csv(out / "tables.csv")
     if not args.quick:
-        fill(PAGE, table(rows))
+        _page.fill(PAGE, "counts", table(rows))
     possible = check(rows)
     facts = {f"table_{n}_can_be_one_set_of_layers": yes for n, yes in possible.items()}
     _common.write_log(out / "tables.log", clock, facts)
@@ -235,28 +235,16 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 def table(rows: list[dict]) -> list[str]:
     """The Markdown table of the page."""
-    lines = [
-        "| table | model | method | printed | rotation | n | biases | trained here | counted as |"
-    ]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |")
+    numbers = ("rotation", "n", "biases", "trained")
+    lines = []
     for row in rows:
-        cells = [row[key] for key in ("table", "model", "method", "printed")]
-        cells += [
-            f"{int(row[k]):,}" if row[k] else "" for k in ("rotation", "n", "biases", "trained")
-        ]
-        if row["printed"].endswith("%"):
+        cells = [row[key] for key in ("table", "model", "method", "counted_as", "printed")]
+        cells += [f"{int(row[key]):,}" if row[key] else "" for key in numbers]
+        if row["trained_percent"]:
             cells[-1] += f" ({float(row['trained_percent']):.3f}%)"
-        lines.append("| " + " | ".join([*cells, row["counted_as"]]) + " |")
-    return lines
-
-
-def fill(page: Path, lines: list[str]) -> None:
-    """Put a table between the two comments that mark its place in a page."""
-    before, start, rest = page.read_text().partition("<!-- counts -->\n")
-    _, end, after = rest.partition("<!-- /counts -->")
-    if not start or not end:
-        raise ValueError(f"{page}: expected <!-- counts --> and <!-- /counts -->")
-    page.write_text(before + start + "\n".join(lines) + "\n" + end + after)
+        lines.append(cells)
+    head = ["table", "model", "method", "counted as", "printed", *numbers[:3], "trained here"]
+    return _page.table(head, lines, n_words=4)
 
 
 if __name__ == "__main__":
