@@ -57,8 +57,9 @@ def drift(before: torch.Tensor, after: torch.Tensor) -> Drift:
 
 def pairwise_angles(weight: torch.Tensor) -> torch.Tensor:
     """Angles between all pairs of rows of (n, d), in radians, (n (n-1) / 2,) in float64."""
-    cosine, i, j = _cosines(weight)
-    return torch.arccos(cosine[i, j].clamp(-1, 1))
+    rows = _unit_rows(weight)
+    i, j = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
+    return torch.arccos((rows @ rows.mT)[i, j].clamp(-1, 1))
 
 
 def hyperspherical_energy(weight: torch.Tensor) -> float:
@@ -67,11 +68,10 @@ def hyperspherical_energy(weight: torch.Tensor) -> float:
     Raises:
         ValueError: two rows have the same direction, so that the energy is infinite.
     """
-    cosine, i, j = _cosines(weight)
-    squared = 2 - 2 * cosine[i, j]
-    if (squared <= 0).any():
+    distances = torch.pdist(_unit_rows(weight))
+    if (distances == 0).any():
         raise ValueError("weight: expected rows of different directions, got two of the same")
-    return squared.rsqrt().sum().item()
+    return distances.reciprocal().sum().item()
 
 
 def orthogonality_error(matrix: torch.Tensor) -> float:
@@ -87,12 +87,9 @@ def orthogonality_error(matrix: torch.Tensor) -> float:
     return (excess.square().sum((-2, -1)).mean() / r.shape[-1]).sqrt().item()
 
 
-def _cosines(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The Gram matrix of the rows at length 1, and the indices of its strict upper triangle."""
+def _unit_rows(weight: torch.Tensor) -> torch.Tensor:
     weight = _matrix("weight", weight)
-    rows = weight / weight.norm(dim=1, keepdim=True)
-    i, j = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
-    return rows @ rows.mT, i, j
+    return weight / weight.norm(dim=1, keepdim=True)
 
 
 def _matrix(name: str, value: torch.Tensor) -> torch.Tensor:
