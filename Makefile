@@ -17,6 +17,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -q --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 RUFF   := $(shell sed -n 's/^dev = .*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
+DOCS   := $(shell sed -n '/^docs = /{s/^docs = \[\(.*\)\]/\1/; s/", "/" "/g; p;}' pyproject.toml)
 NATIVE := setup.py pyproject.toml boft_ops/_build.py $(shell find csrc -type f 2>/dev/null)
 say     = @echo "==> $(1)"
 
@@ -32,7 +33,7 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-triton-3.6 sanitize bench lint format build clean distclean
+.PHONY: help setup demo test test-triton-3.6 sanitize bench docs lint format build clean distclean
 
 help:
 	@echo 'make demo       finetune a real model with frozen features, LoRA, OFT and BOFT, side by side'
@@ -40,6 +41,7 @@ help:
 	@echo 'make test-triton-3.6   compile the Triton kernels with Triton 3.6, which comes with torch 2.11'
 	@echo 'make bench      compare speed and memory with PEFT    ARGS=...'
 	@echo 'make lint       ruff check and format check;  make format  applies both'
+	@echo 'make docs       build the documentation as a site in build/site; a warning is an error'
 	@echo 'make setup      only set up $(VENV)'
 	@echo 'make sanitize   the tests of the C++ kernels under AddressSanitizer and UBSan (GCC)'
 	@echo 'make build      recompile what changed in csrc/, in place'
@@ -76,6 +78,10 @@ test-triton-3.6: $(STAMPS)/triton-3.6
 
 bench: $(STAMPS)/bench
 	$(PY) bench/run.py $(ARGS)
+
+# mkdocs-material says at length that MkDocs 2 will be another program; the pins know.
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(PY) -m ruff check .
@@ -138,6 +144,11 @@ $(STAMPS)/bench: $(STAMPS)/torch $(NATIVE)
 	$(call say,building and installing boft_ops with what its benchmarks need)
 	@$(call install,[bench])
 	@touch $@ $(STAMPS)/setup
+
+$(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
+	$(call say,installing MkDocs)
+	@$(PIP) $(PIP_FLAGS) $(DOCS)
+	@touch $@
 
 $(STAMPS)/demo: $(STAMPS)/torch $(NATIVE)
 	$(call say,building and installing boft_ops with what its demo needs)

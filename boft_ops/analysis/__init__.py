@@ -1,0 +1,1 @@
+"""What the paper's figures and claims rest on, as functions."""

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Does a rotation stay a rotation? Orthogonality over 10,000 optimiser steps.
+
+A layer BOFT(4,8) of 128 features learns a random rotation, which a butterfly can only approach, so
+that gradients never vanish. Adam at a constant rate. The exact Cayley transform and the truncated
+series "neumann5", with parameters in float32, as the layers keep them, and in bfloat16.
+
+    python docs/paper/stability.py                     # about two minutes on two cores
+    python docs/paper/stability.py --quick --out X     # seconds
+"""
+
+import time
+from pathlib import Path
+
+import _common
+import _page
+import torch
+
+from boft_ops import BOFTLinear, butterfly_matmul, cayley
+from boft_ops.analysis.spectrum import orthogonality_error
+
+FEATURES, STEPS, BATCH, RATE = 128, 10_000, 64, 1e-2
+CASES = {
+    "exact, fp32": ("exact", torch.float32),
+    "exact, bf16": ("exact", torch.bfloat16),
+    "neumann5, fp32": ("neumann5", torch.float32),
+    "neumann5, bf16": ("neumann5", torch.bfloat16),
+}
+
+
+def main() -> None:
+    args = _common.parser(__doc__).parse_args()
+    out, clock = _common.output_folder(args), _common.Clock()
+    steps = 200 if args.quick else STEPS
+    rows = [row for name in CASES for row in train(name, steps)]
+    _common.write_csv(out / "stability.csv", rows)
+    rows = _common.read_csv(out / "stability.csv")
+    check(rows)
+    if not args.quick:
+        _page.fill(_common.HERE / "stability.md", "last", table(rows))
+    draw(rows, out / "stability.png", steps)
+    _common.write_log(out / "stability.log", clock)
+
+
+def train(case: str, steps: int) -> list[dict]:
+    """One row at each of the steps 1, 2, 4, ... and the last."""
+    method, dtype = CASES[case]
+    torch.manual_seed(0)
+    target = torch.linalg.qr(torch.randn(FEATURES, FEATURES)).Q
+    weight = torch.nn.Linear(FEATURES, FEATURES, bias=False).requires_grad_(False)
+    layer = BOFTLinear.from_linear(
+        weight, block_size=8, n_factors=4, scale=False, method=method
+    ).to(dtype)
+    optimizer = torch.optim.Adam([layer.skew], lr=RATE)
+    product = (target @ weight.weight.T).to(dtype)
+    seen = {2**k for k in range(steps.bit_length())} | {steps}
+    rows, started = [], time.perf_counter()
+    for step in range(1, steps + 1):
+        x = torch.randn(BATCH, FEATURES, dtype=dtype)
+        loss = (layer(x) - x @ product).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in seen:
+            rows.append({"case": case, "step": step, "loss": loss.item(), **look(layer)})
+    rows[-1]["seconds"] = time.perf_counter() - started
+    return [{"seconds": "", **row} for row in rows]
+
+
+@torch.no_grad()
+def look(layer: BOFTLinear) -> dict:
+    """How orthogonal R is: from the blocks as the layer computes them, and in float64."""
+    blocks = cayley(layer.skew, method=layer.method)
+    eye = torch.eye(FEATURES, dtype=torch.float64)
+    exactly = cayley(layer.skew.double(), method=layer.method)
+    return {
+        "largest_q": layer.skew.abs().max().item(),
+        "blocks_error": orthogonality_error(blocks),
+        "product_error": orthogonality_error(butterfly_matmul(eye, blocks.double())),
+        # without any rounding of R: what is left is the method's own
+        "method_error": orthogonality_error(butterfly_matmul(eye, exactly)),
+    }
+
+
+def check(rows: list[dict]) -> None:
+    """On the data: the Cayley transform is orthogonal to rounding after every number of steps."""
+    limits = {"exact, fp32": 1e-6, "exact, bf16": 2e-2}
+    for row in rows:
+        limit = limits.get(row["case"])
+        if limit is None:
+            continue
+        if float(row["product_error"]) > limit or float(row["method_error"]) > 1e-13:
+            raise AssertionError(f"expected errors below {limit} and 1e-13, got {row}")
+
+
+def table(rows: list[dict]) -> list[str]:
+    """The last step of each case, in the page's table."""
+    lines = []
+    for row in rows:
+        if row["seconds"]:
+            errors = [f"{float(row[f'{k}_error']):.1e}" for k in ("blocks", "product", "method")]
+            numbers = [f"{float(row['largest_q']):.2f}", f"{float(row['loss']):.3f}"]
+            lines.append([row["case"], *errors, *numbers])
+    head = ["case", "blocks", "whole rotation", "before rounding", "largest entry of Q", "loss"]
+    return _page.table(head, lines)
+
+
+def draw(rows: list[dict], path: Path, steps: int) -> None:
+    """The error of the whole rotation against the step; what is the method's own, dotted."""
+    style = _common.style(CASES)
+    fig, (left, right) = _common.figure(2, (4.8, 3.8))
+    for case, look in style.items():
+        chosen = [row for row in rows if row["case"] == case]
+        at = [int(row["step"]) for row in chosen]
+        left.plot(at, [float(r["product_error"]) for r in chosen], **look, ms=4)
+        own = [max(float(row["method_error"]), 1e-17) for row in chosen]
+        left.plot(at, own, color=look["color"], ls=":")
+        right.plot(at, [float(row["largest_q"]) for row in chosen], **look, label=case, ms=4)
+    left.set(xscale="log", yscale="log", xlabel="optimiser step")
+    left.set_ylabel("orthogonality error |R'R - I| / sqrt(d)\ndotted: before any rounding")
+    right.set(xscale="log", xlabel="optimiser step", ylabel="largest entry of Q")
+    right.legend(frameon=False)
+    fig.suptitle(f"BOFT(4,8) of {FEATURES} features over {steps:,} steps of Adam")
+    _common.save_figure(fig, path)
+
+
+if __name__ == "__main__":
+    main()
