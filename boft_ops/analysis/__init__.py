@@ -1,4 +1,1 @@
-"""What a factorised orthogonal matrix can do, on paper and by numbers (arXiv 2311.06243).
-
-Nothing of it is needed for training. ``python -m boft_ops.analysis d b m`` describes BOFT(m, b).
-"""
+"""What the paper's figures and claims rest on, as functions."""

@@ -93,15 +93,16 @@ def approximate(
     targets: torch.Tensor,
     factors: Sequence[Factor],
     *,
-    max_sweeps: int = 800,
+    max_sweeps: int = 200,
     tolerance: float = 1e-3,
     start: torch.Tensor | None = None,
 ) -> Fit:
     """Block coordinate ascent: each factor in turn is set to its optimum, given all the others.
 
     The error never grows. It is compared at sweeps 25, 50, 100, ...: where twice the sweeps gained
-    less than ``tolerance`` in the mean over the targets, the fit has converged and stops (one factor
-    alone is exact after one). All targets are fitted side by side, as the groups of one wide product.
+    less than ``tolerance`` in the mean over the targets, the fit has converged and stops (one
+    factor alone is exact after one). All targets are fitted side by side, as the groups of one wide
+    product.
 
     Args:
         targets: (n, d, d), float32 or float64, orthogonal.

@@ -76,7 +76,7 @@ class Clock:
         return self._now() - self._cpu
 
 
-def write_log(path: Path, clock: Clock, **facts: object) -> None:
+def write_log(path: Path, clock: Clock, facts: Mapping[str, object] | None = None) -> None:
     """Beside the data: the command, the machine and how long it took."""
     lines = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -87,7 +87,7 @@ def write_log(path: Path, clock: Clock, **facts: object) -> None:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **facts,
+        **(facts or {}),
     }
     path.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
 

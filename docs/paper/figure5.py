@@ -2,6 +2,7 @@
 
     python docs/paper/figure5.py              # all of it
     python docs/paper/figure5.py --seeds 3    # fewer matrices
+    python docs/paper/figure5.py --resume     # go on where an interrupted run stopped
     python docs/paper/figure5.py --plot       # only the figure and the claims, from the CSV files
     python docs/paper/figure5.py --quick --out /tmp/figure5
 
@@ -14,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
@@ -44,12 +46,13 @@ from boft_ops.analysis.approximation import (
 BETTER = {512: ((9, 2), (1, 16)), 64: ((6, 2), (1, 8))}
 AS_GOOD = {512: ((6, 4), (2, 16)), 64: ((4, 4), (2, 8))}
 SIMILAR = 0.02
+DATA, TRACES = "figure5.csv", "figure5_convergence.csv"
 
 
 class Task(NamedTuple):
     """One structure, fitted to the matrices of all seeds."""
 
-    method: str  # boft, shuffle, or a check: boft-random (start), boft-adam
+    method: str  # boft, shuffle, or a check: boft-random (start), boft-long, boft-adam
     m: int
     b: int
     d: int
@@ -70,6 +73,7 @@ def random_orthogonal(d: int, seed: int) -> torch.Tensor:
 
 def run(task: Task) -> tuple[Task, list[dict], list[dict]]:
     """Rows of the errors, one a seed, and of the mean error after some of the sweeps."""
+    begin = time.process_time()
     targets = torch.stack([random_orthogonal(task.d, seed) for seed in task.seeds])
     if task.method == "boft-adam":
         errors = adam(targets, task)
@@ -79,11 +83,13 @@ def run(task: Task) -> tuple[Task, list[dict], list[dict]]:
             targets.float(),
             places(task.d, task.b, task.m),
             max_sweeps=task.max_sweeps,
+            tolerance=0 if task.method == "boft-long" else 1e-3,
             start=random_start(task) if task.method == "boft-random" else None,
         )
         errors = fit.errors
         if task.method.startswith("boft"):  # as the layers would have it: from skew, in float64
             errors[-1] = errors_of(inverse_cayley(fit.blocks), targets)
+    seconds = f"{time.process_time() - begin:.2f}"  # of this process, which has one thread
     sweeps, half = len(errors), errors[(len(errors) - 1) // 2]
     common = {"method": task.method, "n_factors": task.m, "block_size": task.b}
     rows = [
@@ -94,6 +100,7 @@ def run(task: Task) -> tuple[Task, list[dict], list[dict]]:
             "error": f"{errors[-1, i]:.6f}",
             "error_at_half": f"{half[i]:.6f}",
             "sweeps": sweeps,
+            "cpu_s_of_all_seeds": seconds,
         }
         for i, seed in enumerate(task.seeds)
     ]
@@ -149,7 +156,7 @@ def low_rank(d: int, seeds: tuple[int, ...], most: int) -> list[dict]:
                 {
                     **{"method": "low-rank", "n_factors": k, "block_size": ""},
                     **{"parameters": 2 * d * k, "seed": seed, "error": error},
-                    **{"error_at_half": error, "sweeps": ""},
+                    **{"error_at_half": error, "sweeps": "", "cpu_s_of_all_seeds": ""},
                 }
             )
     return rows
@@ -158,44 +165,55 @@ def low_rank(d: int, seeds: tuple[int, ...], most: int) -> list[dict]:
 def tasks(args: argparse.Namespace) -> list[Task]:
     """What the claims need first."""
     d, sizes = (64, (2, 4, 8)) if args.quick else (512, (2, 4, 8, 16, 32))
-    common = (d, tuple(range(args.seeds)), 100 if args.quick else 800)
+    common = (d, tuple(range(args.seeds)), 100 if args.quick else 200)
+    few = (d, common[1][:3], common[2])  # the seeds hardly differ
     shuffled = (4,) if args.quick else (4, 16)  # for b = 2 the two structures are the same
     claims = [*BETTER[d], *AS_GOOD[d]]
     dense = {b: (d // b).bit_length() for b in sizes}
     every = {(m, b): None for b in sizes for m in range(dense[b], 0, -1)}
     every = dict.fromkeys(claims) | every
     made = [Task("boft", *structure, *common) for structure in every]
-    made += [Task("shuffle", m, b, *common) for b in shuffled for m in range(dense[b], 0, -1)]
-    few = (d, common[1][: args.checked], common[2])
+    made += [Task("shuffle", m, b, *few) for b in shuffled for m in range(dense[b], 0, -1)]
     checked = [structure for structure in claims if structure[0] > 1]
-    made += [Task("boft-random", *structure, *few) for structure in checked]
-    steps = 200 if args.quick else 1500
-    made += [Task("boft-adam", *structure, *few[:2], steps) for structure in checked]
+    pair = (d, common[1][:2])
+    for method, most in (("boft-random", 1), ("boft-long", 8), ("boft-adam", 5)):
+        made += [Task(method, *structure, *pair, most * common[2]) for structure in checked]
     return made
 
 
-def measure(args: argparse.Namespace, folder: Path) -> None:
+def measure(args: argparse.Namespace, folder: Path) -> int:
+    """Write the CSV files; returns how many structures are left for --resume."""
     clock, todo = Clock(), tasks(args)
     d, seeds = todo[0].d, todo[0].seeds
-    rows = low_rank(d, seeds, max(t.parameters for t in todo))
+    rows: list[dict] = low_rank(d, seeds, max(t.parameters for t in todo))
     convergence: list[dict] = []
+    if args.resume and (folder / DATA).exists():
+        rows, convergence = read_csv(folder / DATA), read_csv(folder / TRACES)
+        done = {(r["method"], int(r["n_factors"]), int(r["block_size"] or 0)) for r in rows}
+        todo = [task for task in todo if task[:3] not in done]
+    todo, left = todo[: args.most], todo[args.most :] if args.most else []
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
     # one core for each structure: its tensors are too small to be worth dividing
     with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) as pool:
-        for done, future in enumerate(as_completed([pool.submit(run, t) for t in todo]), 1):
+        for count, future in enumerate(as_completed([pool.submit(run, t) for t in todo]), 1):
             task, new, trace = future.result()
             rows += new
             convergence += trace
             mean = fmean(float(row["error"]) for row in new)
             print(
-                f"{done}/{len(todo)} {task.method}({task.m}, {task.b}): {mean:.4f} after "
+                f"{count}/{len(todo)} {task.method}({task.m}, {task.b}): {mean:.4f} after "
                 f"{new[0]['sweeps']} sweeps, {clock.wall():.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
-            write_csv(folder / "figure5.csv", sorted(rows, key=sort_key))  # what there is so far
-            write_csv(folder / "figure5_convergence.csv", sorted(convergence, key=sort_key))
-    write_log(folder / "figure5.log", clock, seeds=len(seeds), d=d, processes=args.jobs)
+            write_csv(folder / DATA, sorted(rows, key=sort_key))  # what there is so far
+            write_csv(folder / TRACES, sorted(convergence, key=sort_key))
+    cpu = {(r["method"], r["n_factors"], r["block_size"]): r["cpu_s_of_all_seeds"] for r in rows}
+    facts = {"seeds": len(seeds), "d": d, "processes": args.jobs}
+    # wall_s and cpu_s are of this command; what earlier ones left to --resume is in here too
+    facts["cpu_s_of_all_structures"] = f"{sum(float(value or 0) for value in cpu.values()):.0f}"
+    write_log(folder / "figure5.log", clock, facts)
+    return len(left)
 
 
 def sort_key(row: dict) -> tuple:
@@ -217,7 +235,7 @@ class Curve(NamedTuple):
 def means(folder: Path) -> dict[tuple[str, int, int], Curve]:
     """(method, m, b) -> the mean over the seeds."""
     groups: dict[tuple[str, int, int], list[dict]] = {}
-    for row in read_csv(folder / "figure5.csv"):
+    for row in read_csv(folder / DATA):
         key = row["method"], int(row["n_factors"]), int(row["block_size"] or 0)
         groups.setdefault(key, []).append(row)
     found = {}
@@ -281,12 +299,15 @@ def draw(folder: Path) -> None:
     left.legend(fontsize=7, frameon=False)
 
     traces: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
-    for row in read_csv(folder / "figure5_convergence.csv"):
+    for row in read_csv(folder / TRACES):
         key = row["method"], int(row["n_factors"]), int(row["block_size"])
         traces.setdefault(key, []).append((int(row["sweep"]), float(row["error"])))
     checked = [key for key in traces if key[0] == "boft-random"]
-    dashes = {"boft": "-", "boft-random": "--", "boft-adam": ":"}
-    names = {"boft": "sweeps from I", "boft-random": "sweeps, random", "boft-adam": "Adam steps"}
+    dashes = {"boft-long": "-", "boft-random": "--", "boft-adam": ":"}
+    names = {
+        **{"boft-long": "sweeps from I", "boft-random": "sweeps from a random start"},
+        **{"boft-adam": "steps of Adam from I"},
+    }
     for (_, m, b), look in zip(checked, style(checked).values()):
         for method, dash in dashes.items():
             label = f"BOFT({m}, {b}), {names[method]}"
@@ -301,13 +322,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--seeds", type=int, help="random matrices (default: 10)")
     arguments.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    arguments.add_argument("--resume", action="store_true", help="measure only what is not there")
+    arguments.add_argument("--most", type=int, help="structures, and leave the rest for --resume")
     arguments.add_argument("--plot", action="store_true", help="only draw what was measured")
     args = arguments.parse_args(argv)
     args.seeds = args.seeds or (2 if args.quick else 10)
-    args.checked = min(args.seeds, 2)  # matrices for the checks of the optimiser
     folder = output_folder(args)
-    if not args.plot:
-        measure(args, folder)
+    if not args.plot and (left := measure(args, folder)):
+        print(f"{left} structures are left for --resume")
+        return
     draw(folder)
     for line in check_claims(means(folder), 64 if args.quick else 512):
         print(line)
