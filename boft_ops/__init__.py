@@ -1,7 +1,7 @@
 """Orthogonal butterfly finetuning (BOFT, arXiv 2311.06243): operators and layers.
 
-Functions: ``cayley``, ``butterfly_matmul``, ``multiplicative_dropout``, ``boft_linear``,
-``rotations``.
+Functions: ``cayley``, ``butterfly_matmul``, ``kaleidoscope_matmul``, ``multiplicative_dropout``,
+``boft_linear``, ``rotations``.
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiplicativeDropout``.
 Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``, ``Together``.
 """
@@ -17,6 +17,7 @@ from .adapter_file import load_adapter, save_adapter  # noqa: E402
 from .butterfly import butterfly_matmul  # noqa: E402
 from .cayley import cayley  # noqa: E402
 from .dropout import multiplicative_dropout  # noqa: E402
+from .kaleidoscope import kaleidoscope_matmul  # noqa: E402
 from .layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .linear import boft_linear  # noqa: E402
 from .model import adapt, merge  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "boft_linear",
     "butterfly_matmul",
     "cayley",
+    "kaleidoscope_matmul",
     "load_adapter",
     "merge",
     "multiplicative_dropout",

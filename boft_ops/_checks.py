@@ -15,6 +15,19 @@ METHODS = ("exact", "neumann5")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def kaleidoscope(name: str, value: object, n_factors: int) -> None:
+    """A number of levels l >= 0 of R_{l,1} R_{l,2}^T ... that n_factors make sense for."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected 0 (a butterfly) or a number of levels, got {value}")
+    if value and n_factors == 1:
+        raise ValueError(
+            f"{name}: expected 0 with n_factors=1, as products of block-diagonal matrices are "
+            f"block-diagonal again, got {value}"
+        )
+
+
 def tensor(name: str, value: object, *, min_dim: int = 0) -> None:
     """A floating-point tensor of at least ``min_dim`` dimensions."""
     if not isinstance(value, torch.Tensor):

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import _autocast, _checks
-from .butterfly import butterfly_matmul
 from .cayley import cayley
 from .dropout import draw_mask, multiplicative_dropout
+from .kaleidoscope import multiply
 
 
 def _exactly(method: Callable) -> Callable:
@@ -56,7 +56,7 @@ class BOFTLayer(nn.Module):
     """What BOFTLinear and BOFTConv2d share: the rotation of a frozen weight seen as (n, d).
 
     Attributes:
-        skew: trainable (m, K, b(b-1)/2), zeros at first.
+        skew: trainable (m, K, b(b-1)/2), zeros at first; (2 l m, ...) with kaleidoscope = l.
         scale: trainable (n,), ones at first, or None.
         merged: whether ``weight`` holds the merged weight.
     """
@@ -75,6 +75,7 @@ class BOFTLayer(nn.Module):
         p_component: float,
         p_block: float,
         method: str,
+        kaleidoscope: int = 0,
     ) -> None:
         """Freeze the base parameters and add the adapter's, once the base module is there."""
         _checks.choice("side", side, _checks.SIDES)
@@ -84,12 +85,14 @@ class BOFTLayer(nn.Module):
         n, d = self._matrix().shape
         features = d if side == "in" else n
         _checks.butterfly_shape(features, block_size, n_factors)
+        _checks.kaleidoscope("kaleidoscope", kaleidoscope, n_factors)
         self.block_size, self.n_factors = block_size, n_factors
-        self.side, self.method = side, method
+        self.side, self.method, self.kaleidoscope = side, method, kaleidoscope
         self.dropout = MultiplicativeDropout(p_component, p_block)
         self.merged, self.n_identity = False, 0
         self.requires_grad_(False)
-        self._shapes = (n_factors, features // block_size, block_size * (block_size - 1) // 2), n
+        packed = block_size * (block_size - 1) // 2
+        self._shapes = ((2 * kaleidoscope or 1) * n_factors, features // block_size, packed), n
         self._init_adapter(scale, self.weight.device)
 
     def reset_parameters(self) -> None:
@@ -158,7 +161,7 @@ class BOFTLayer(nn.Module):
             "p_component": self.dropout.p_component,
             "p_block": self.dropout.p_block,
             "method": self.method,
-        }
+        } | ({"kaleidoscope": self.kaleidoscope} if self.kaleidoscope else {})
 
     def _active_skew(self) -> torch.Tensor:
         """``skew`` without the factors that ``interpolate`` made the identity."""
@@ -171,15 +174,17 @@ class BOFTLayer(nn.Module):
         skew = self._active_skew()
         return cayley(skew if dtype is None else skew.to(dtype), method=self.method)
 
-    def _rotate_matrix(self, matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        """W R^T (side "in") or R W (side "out")."""
+    def _rotate_matrix(
+        self, matrix: torch.Tensor, blocks: torch.Tensor, back: bool = False
+    ) -> torch.Tensor:
+        """W R^T (side "in") or R W (side "out"); ``back`` undoes it, for orthogonal blocks."""
         if self.side == "in":
-            return butterfly_matmul(matrix, blocks, transpose=True)
-        return butterfly_matmul(matrix.mT, blocks, transpose=True).mT
+            return multiply(matrix, blocks, self.kaleidoscope, transpose=not back)
+        return multiply(matrix.mT, blocks, self.kaleidoscope, transpose=not back).mT
 
     @property
     def n_effective_parameters(self) -> int:
-        """Trainable numbers: m d (b-1)/2, + n for the scale, + n for a bias that is trained."""
+        """Trainable numbers: those of skew, + n for the scale, + n for a bias that is trained."""
         return sum(p.numel() for p in self.parameters(recurse=False) if p.requires_grad)
 
     @_exactly
@@ -187,7 +192,7 @@ class BOFTLayer(nn.Module):
         """The dense rotation R, (features, features), for inspection; row vectors: y = x R."""
         features = self._shapes[0][1] * self.block_size
         eye = torch.eye(features, dtype=self.skew.dtype, device=self.skew.device)
-        return butterfly_matmul(eye, self._blocks())
+        return multiply(eye, self._blocks(), self.kaleidoscope)
 
     @_exactly
     def merged_weight(self) -> torch.Tensor:
@@ -238,10 +243,7 @@ class BOFTLayer(nn.Module):
         blocks = self._blocks(wide)
         if self.method != "exact":  # not orthogonal: the inverse is not the transpose
             blocks = torch.linalg.inv(blocks).mT
-        if self.side == "in":
-            matrix = butterfly_matmul(matrix, blocks)
-        else:
-            matrix = butterfly_matmul(matrix.mT, blocks).mT
+        matrix = self._rotate_matrix(matrix, blocks, back=True)
         weight = matrix.to(self.weight.dtype).reshape(self.weight.shape).contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.merged = False
@@ -255,8 +257,10 @@ class BOFTLayer(nn.Module):
 
         Raises:
             ValueError: n is not in [0, n_factors].
-            RuntimeError: the layer is merged.
+            RuntimeError: the layer is merged, or a kaleidoscope, for which no path is defined.
         """
+        if self.kaleidoscope:
+            raise RuntimeError("interpolate: expected a butterfly, got a kaleidoscope")
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= self.n_factors:
             raise ValueError(f"n: expected an int in [0, {self.n_factors}], got {n!r}")
         if self.merged:

@@ -15,6 +15,7 @@ from .model import build_layers, put_in
 
 FORMAT = "boft_ops"
 FORMAT_VERSION = 1
+LATER_OPTIONS = {"kaleidoscope"}  # written only where they are not the default
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
@@ -171,7 +172,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
     if not isinstance(config, dict) or not all(isinstance(v, dict) for v in config.values()):
         raise ValueError(f"{path}: expected layers with their options, got {config!r}")
     for name, options in config.items():
-        if odd := sorted(options.keys() ^ BOFTLayer.OPTIONS):
+        if odd := sorted((options.keys() ^ BOFTLayer.OPTIONS) - LATER_OPTIONS):
             raise ValueError(f"{path}: {name}: unknown or missing options {odd}")
     return config
 
@@ -184,7 +185,7 @@ def _compare_options(
     for name, layer in layers.items():
         # dropout may change between trainings; everything else is part of what the tensors mean
         mine = {k: v for k, v in layer.options().items() if not k.startswith("p_")}
-        saved = {k: config[name][k] for k in mine}
+        saved = {k: v for k, v in config[name].items() if not k.startswith("p_")}
         if saved != mine:
             raise ValueError(f"{path}: {name}: expected the model's {mine}, got {saved}")
 

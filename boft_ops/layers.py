@@ -25,6 +25,9 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         scale: train a factor for each output as well.
         p_component, p_block: multiplicative dropout in training, see ``multiplicative_dropout``.
         method: "exact" or "neumann5", see ``cayley``.
+        kaleidoscope: l levels of the generalised R_G = R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T
+            (see ``kaleidoscope_matmul``) in the place of R, all BOFT(n_factors, block_size); 0 is
+            the butterfly R itself.
 
     Shape: x (..., in_features) -> (..., out_features).
 
@@ -50,9 +53,12 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         p_component: float = 0.0,
         p_block: float = 0.0,
         method: str = "exact",
+        kaleidoscope: int = 0,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_rotation(block_size, n_factors, side, scale, p_component, p_block, method)
+        self._init_rotation(
+            *(block_size, n_factors, side, scale, p_component, p_block, method, kaleidoscope)
+        )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> BOFTLinear:
@@ -80,7 +86,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             drop = self.dropout.draw(skew)
         return rotated_linear(
             *(x, self.weight, skew, self.scale, self.bias, drop),
-            *(self.side, self.method, rotation),
+            *(self.side, self.method, rotation, self.kaleidoscope),
         )
 
 
@@ -122,8 +128,8 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
 
     Args:
         in_channels ... dtype: as for ``nn.Conv2d``.
-        block_size ... method: as for ``BOFTLinear``; features are in/groups * kh * kw (side "in")
-            or out_channels (side "out").
+        block_size ... kaleidoscope: as for ``BOFTLinear``; features are in/groups * kh * kw (side
+            "in") or out_channels (side "out").
 
     Shape: x (N, in_channels, H, W) -> (N, out_channels, H', W').
     """
@@ -151,6 +157,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
         p_component: float = 0.0,
         p_block: float = 0.0,
         method: str = "exact",
+        kaleidoscope: int = 0,
     ) -> None:
         super().__init__(
             in_channels,
@@ -165,7 +172,9 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
             device,
             dtype,
         )
-        self._init_rotation(block_size, n_factors, side, scale, p_component, p_block, method)
+        self._init_rotation(
+            *(block_size, n_factors, side, scale, p_component, p_block, method, kaleidoscope)
+        )
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **options) -> BOFTConv2d:

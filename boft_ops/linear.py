@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from . import _autocast, _checks
-from .butterfly import butterfly_matmul
 from .cayley import cayley
 from .dropout import draw_mask, drop_blocks
 from .fused_linear import linear_backward, linear_forward
+from .kaleidoscope import multiply
 from .plan import plan
 from .rotate import apply_stages, apply_stages_backward
 from .rotation import GIVEN, make_matrices, make_matrices_backward
@@ -196,8 +196,12 @@ def rotated_linear(
     side: str,
     method: str,
     rotation: torch.Tensor | None,
+    kaleidoscope: int = 0,
 ) -> torch.Tensor:
-    """``boft_linear`` of checked arguments, with the mask (m, K) of the blocks to drop."""
+    """``boft_linear`` of checked arguments, with the mask (m, K) of the blocks to drop.
+
+    With kaleidoscope = l, skew is (2 l m, K, b(b-1)/2): R_{1,1}, R_{1,2}, ..., R_{l,1}, R_{l,2}.
+    """
     # On a CPU an identity stays torch's own layer, bit for bit: see _is_rotated.
     if rotation is not None and (x.device.type != "cpu" or _is_rotated(skew)):
         skew, method = rotation, GIVEN
@@ -205,12 +209,13 @@ def rotated_linear(
     bias = None if bias is None else _autocast.cast(bias)
     # One Function for the usual case; the rest is put together from the package's other functions.
     plain = side == "in" and not (torch.is_grad_enabled() and weight.requires_grad)
+    plain = plain and not kaleidoscope
     if plain and not torch._C._are_functorch_transforms_active():
         if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
             scale = scale.detach()  # else the Function would save for it: it cannot see no_grad
         y = RotatedLinear.apply(x, weight, skew, scale, bias, drop, method)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
-    return _compose_functions(x, weight, skew, scale, bias, drop, side, method)
+    return _compose_functions(x, weight, skew, scale, bias, drop, side, method, kaleidoscope)
 
 
 def _compose_functions(
@@ -222,18 +227,19 @@ def _compose_functions(
     drop: torch.Tensor | None,
     side: str,
     method: str,
+    kaleidoscope: int = 0,
 ) -> torch.Tensor:
     """The layer as functions that are differentiable any number of times, in every argument."""
     blocks = skew[None] if method == GIVEN else drop_blocks(cayley(skew, method=method), drop)
     if side == "in":
-        x = butterfly_matmul(x, blocks)
+        x = multiply(x, blocks, kaleidoscope)
     # The bias goes into the matrix product, where torch's linear has it, and what the scale and the
     # rotation then do to it is taken back below. Both corrections vanish exactly at the identity.
     y, shift = F.linear(x, weight, bias), bias
     if side == "out":
-        y = butterfly_matmul(y, blocks, transpose=True)
+        y = multiply(y, blocks, kaleidoscope, transpose=True)
         if bias is not None:
-            shift = butterfly_matmul(bias, blocks, transpose=True)
+            shift = multiply(bias, blocks, kaleidoscope, transpose=True)
     if scale is None:
         return y if side == "in" or bias is None else y + (bias - shift)
     return scale_columns(y, scale, shift, bias)

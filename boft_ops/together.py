@@ -98,8 +98,8 @@ class Together:
 
     One launch for all layers of equal n_factors and block_size, and one in backward, instead of
     one for each layer. Numbers, gradients and dropout are those of the layers on their own.
-    Layers it cannot serve (merged, interpolated, "neumann5", groups of more than 64 features,
-    inside a compiled graph) compute their own. Activation checkpointing works with
+    Layers it cannot serve (merged, interpolated, kaleidoscopes, "neumann5", groups of more than 64
+    features, inside a compiled graph) compute their own. Activation checkpointing works with
     ``use_reentrant=False``; the reentrant kind runs backward once for every segment, through a
     graph that can be run once.
 
@@ -149,6 +149,7 @@ def _fits(layer: BOFTLayer) -> bool:
     return (
         not layer.merged
         and layer.n_identity == 0
+        and not layer.kaleidoscope
         and layer.method == "exact"
         and layer.block_size << (layer.n_factors - 1) <= MAX_SIZE
     )

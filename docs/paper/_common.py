@@ -36,7 +36,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """Where this run writes. A quick run must say where, lest it replaces the full run's outputs."""
+    """Where this run writes. A quick run must say where, lest it replaces what a full one wrote."""
     if args.out is None and args.quick:
         raise SystemExit("--quick: expected --out FOLDER, so that the full run's outputs stay")
     folder = args.out or OUTPUTS
@@ -59,15 +59,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 class Clock:
-    """Wall and CPU seconds since it was made, the CPU's of all threads."""
+    """Wall and CPU seconds since it was made, the CPU's of all threads and finished children."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), self._now()
 
     @staticmethod
     def _now() -> float:
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        return usage.ru_utime + usage.ru_stime
+        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
     def wall(self) -> float:
         return time.perf_counter() - self._wall
@@ -76,7 +76,7 @@ class Clock:
         return self._now() - self._cpu
 
 
-def write_log(path: Path, clock: Clock, facts: Mapping[str, object] = {}) -> None:  # noqa: B006
+def write_log(path: Path, clock: Clock, facts: Mapping[str, object] | None = None) -> None:
     """Beside the data: the command, the machine and how long it took."""
     lines = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -87,7 +87,7 @@ def write_log(path: Path, clock: Clock, facts: Mapping[str, object] = {}) -> Non
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **facts,
+        **(facts or {}),
     }
     path.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
 

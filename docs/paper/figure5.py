@@ -1,0 +1,340 @@
+"""Figure 5 of the paper: random orthogonal 512 x 512 matrices approximated by BOFT(m, b).
+
+    python docs/paper/figure5.py              # all of it
+    python docs/paper/figure5.py --seeds 3    # fewer matrices
+    python docs/paper/figure5.py --resume     # go on where an interrupted run stopped
+    python docs/paper/figure5.py --plot       # only the figure and the claims, from the CSV files
+    python docs/paper/figure5.py --quick --out /tmp/figure5
+
+Every matrix is approximated by BOFT(m, b) for every b and every m up to dense, by as many
+block-diagonal factors with shuffles between them, and by the identity plus a matrix of low rank.
+The error is ||R - A||_F^2 / (2 d): 1 - tr(R^T A) / d for orthogonal R, 1 in the mean for R = I.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from _common import (
+    Clock,
+    figure,
+    output_folder,
+    parser,
+    read_csv,
+    save_figure,
+    style,
+    write_csv,
+    write_log,
+)
+
+from boft_ops import butterfly_matmul, cayley
+from boft_ops.analysis.approximation import (
+    approximate,
+    butterfly_factors,
+    inverse_cayley,
+    shuffle_factors,
+)
+
+# ((m, b), (m, b)): the first has fewer parameters, and is better, or as good within SIMILAR.
+BETTER = {512: ((9, 2), (1, 16)), 64: ((6, 2), (1, 8))}
+AS_GOOD = {512: ((6, 4), (2, 16)), 64: ((4, 4), (2, 8))}
+SIMILAR = 0.02
+DATA, TRACES = "figure5.csv", "figure5_convergence.csv"
+
+
+class Task(NamedTuple):
+    """One structure, fitted to the matrices of all seeds."""
+
+    method: str  # boft, shuffle, or a check: boft-random (start), boft-long, boft-adam
+    m: int
+    b: int
+    d: int
+    seeds: tuple[int, ...]
+    max_sweeps: int
+
+    @property
+    def parameters(self) -> int:
+        return self.m * self.d * (self.b - 1) // 2
+
+
+def random_orthogonal(d: int, seed: int) -> torch.Tensor:
+    """Haar-distributed: QR of a Gaussian matrix, the signs of R's diagonal taken out."""
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()
+
+
+def run(task: Task) -> tuple[Task, list[dict], list[dict]]:
+    """Rows of the errors, one a seed, and of the mean error after some of the sweeps."""
+    begin = time.process_time()
+    targets = torch.stack([random_orthogonal(task.d, seed) for seed in task.seeds])
+    if task.method == "boft-adam":
+        errors = adam(targets, task)
+    else:
+        places = shuffle_factors if task.method == "shuffle" else butterfly_factors
+        fit = approximate(
+            targets.float(),
+            places(task.d, task.b, task.m),
+            max_sweeps=task.max_sweeps,
+            tolerance=0 if task.method == "boft-long" else 1e-3,
+            start=random_start(task) if task.method == "boft-random" else None,
+        )
+        errors = fit.errors
+        if task.method.startswith("boft"):  # as the layers would have it: from skew, in float64
+            errors[-1] = errors_of(inverse_cayley(fit.blocks), targets)
+    seconds = f"{time.process_time() - begin:.2f}"  # of this process, which has one thread
+    sweeps, half = len(errors), errors[(len(errors) - 1) // 2]
+    common = {"method": task.method, "n_factors": task.m, "block_size": task.b}
+    rows = [
+        {
+            **common,
+            "parameters": task.parameters,
+            "seed": seed,
+            "error": f"{errors[-1, i]:.6f}",
+            "error_at_half": f"{half[i]:.6f}",
+            "sweeps": sweeps,
+            "cpu_s_of_all_seeds": seconds,
+        }
+        for i, seed in enumerate(task.seeds)
+    ]
+    shown = sorted({round(1.2**k) for k in range(60) if 1.2**k < sweeps} | {sweeps})
+    means = errors.mean(1)
+    return task, rows, [{**common, "sweep": s, "error": f"{means[s - 1]:.6f}"} for s in shown]
+
+
+def errors_of(skew: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The error of each target from the parameters of all, side by side."""
+    n, d, _ = targets.shape
+    eye = torch.eye(d, dtype=targets.dtype).repeat(1, n)
+    r = butterfly_matmul(eye, cayley(skew)).unflatten(1, (n, d)).transpose(0, 1)
+    return (r - targets).square().sum((1, 2)) / (2 * d)
+
+
+def random_start(task: Task) -> torch.Tensor:
+    """Every block a random rotation."""
+    generator = torch.Generator().manual_seed(1234)
+    shape = (task.m, len(task.seeds) * task.d // task.b, task.b, task.b)
+    q = torch.linalg.qr(torch.randn(shape, generator=generator)).Q
+    q[..., 0] *= torch.linalg.det(q).sign()[..., None]
+    return q
+
+
+def adam(targets: torch.Tensor, task: Task) -> torch.Tensor:
+    """The usual way: Adam on the skew parameters, from the identity, cosine schedule."""
+    n, d, b = len(targets), task.d, task.b
+    rows = targets.float().transpose(0, 1).reshape(d, n * d)
+    skew = torch.zeros(task.m, n * d // b, b * (b - 1) // 2, requires_grad=True)
+    optimizer = torch.optim.Adam([skew], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.max_sweeps)
+    eye, errors = torch.eye(d).repeat(1, n), []
+    for _ in range(task.max_sweeps):
+        optimizer.zero_grad()
+        traces = (butterfly_matmul(eye, cayley(skew)) * rows).unflatten(1, (n, d)).sum((0, 2))
+        (-traces.sum()).backward()
+        optimizer.step()
+        schedule.step()
+        errors.append(1 - traces.detach().double() / d)
+    errors[-1] = errors_of(skew.detach().double(), targets)
+    return torch.stack(errors)
+
+
+def low_rank(d: int, seeds: tuple[int, ...], most: int) -> list[dict]:
+    """I plus the best matrix of rank k (Eckart and Young), 2 d k parameters as LoRA counts."""
+    rows = []
+    for seed in seeds:
+        values = torch.linalg.svdvals(random_orthogonal(d, seed) - torch.eye(d).double()).square()
+        for k in range(1, most // (2 * d) + 1):
+            error = f"{values[k:].sum() / (2 * d):.6f}"
+            rows.append(
+                {
+                    **{"method": "low-rank", "n_factors": k, "block_size": ""},
+                    **{"parameters": 2 * d * k, "seed": seed, "error": error},
+                    **{"error_at_half": error, "sweeps": "", "cpu_s_of_all_seeds": ""},
+                }
+            )
+    return rows
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    """What the claims need first."""
+    d, sizes = (64, (2, 4, 8)) if args.quick else (512, (2, 4, 8, 16, 32))
+    common = (d, tuple(range(args.seeds)), 100 if args.quick else 200)
+    few = (d, common[1][:3], common[2])  # the seeds hardly differ
+    shuffled = (4,) if args.quick else (4, 16)  # for b = 2 the two structures are the same
+    claims = [*BETTER[d], *AS_GOOD[d]]
+    dense = {b: (d // b).bit_length() for b in sizes}
+    every = {(m, b): None for b in sizes for m in range(dense[b], 0, -1)}
+    every = dict.fromkeys(claims) | every
+    made = [Task("boft", *structure, *common) for structure in every]
+    made += [Task("shuffle", m, b, *few) for b in shuffled for m in range(dense[b], 0, -1)]
+    checked = [structure for structure in claims if structure[0] > 1]
+    pair = (d, common[1][:2])
+    for method, most in (("boft-random", 1), ("boft-long", 8), ("boft-adam", 5)):
+        made += [Task(method, *structure, *pair, most * common[2]) for structure in checked]
+    return made
+
+
+def measure(args: argparse.Namespace, folder: Path) -> int:
+    """Write the CSV files; returns how many structures are left for --resume."""
+    clock, todo = Clock(), tasks(args)
+    d, seeds = todo[0].d, todo[0].seeds
+    rows: list[dict] = low_rank(d, seeds, max(t.parameters for t in todo))
+    convergence: list[dict] = []
+    if args.resume and (folder / DATA).exists():
+        rows, convergence = read_csv(folder / DATA), read_csv(folder / TRACES)
+        done = {(r["method"], int(r["n_factors"]), int(r["block_size"] or 0)) for r in rows}
+        todo = [task for task in todo if task[:3] not in done]
+    todo, left = todo[: args.most], todo[args.most :] if args.most else []
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
+    # one core for each structure: its tensors are too small to be worth dividing
+    with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        for count, future in enumerate(as_completed([pool.submit(run, t) for t in todo]), 1):
+            task, new, trace = future.result()
+            rows += new
+            convergence += trace
+            mean = fmean(float(row["error"]) for row in new)
+            print(
+                f"{count}/{len(todo)} {task.method}({task.m}, {task.b}): {mean:.4f} after "
+                f"{new[0]['sweeps']} sweeps, {clock.wall():.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            write_csv(folder / DATA, sorted(rows, key=sort_key))  # what there is so far
+            write_csv(folder / TRACES, sorted(convergence, key=sort_key))
+    cpu = {(r["method"], r["n_factors"], r["block_size"]): r["cpu_s_of_all_seeds"] for r in rows}
+    facts = {"seeds": len(seeds), "d": d, "processes": args.jobs}
+    # wall_s and cpu_s are of this command; what earlier ones left to --resume is in here too
+    facts["cpu_s_of_all_structures"] = f"{sum(float(value or 0) for value in cpu.values()):.0f}"
+    write_log(folder / "figure5.log", clock, facts)
+    return len(left)
+
+
+def sort_key(row: dict) -> tuple:
+    return (
+        row["method"],
+        int(row["block_size"] or 0),
+        int(row["n_factors"]),
+        int(row.get("seed", row.get("sweep"))),
+    )
+
+
+class Curve(NamedTuple):
+    parameters: int
+    error: float  # mean over the seeds
+    spread: float  # largest minus smallest over the seeds
+    unfinished: float  # what the second half of the sweeps gained
+
+
+def means(folder: Path) -> dict[tuple[str, int, int], Curve]:
+    """(method, m, b) -> the mean over the seeds."""
+    groups: dict[tuple[str, int, int], list[dict]] = {}
+    for row in read_csv(folder / DATA):
+        key = row["method"], int(row["n_factors"]), int(row["block_size"] or 0)
+        groups.setdefault(key, []).append(row)
+    found = {}
+    for key, group in groups.items():
+        errors = [float(row["error"]) for row in group]
+        half = fmean(float(row["error_at_half"]) for row in group)
+        found[key] = Curve(
+            int(group[0]["parameters"]),
+            fmean(errors),
+            max(errors) - min(errors),
+            half - fmean(errors),
+        )
+    return found
+
+
+def check_claims(data: dict[tuple[str, int, int], Curve], d: int) -> list[str]:
+    """The paper's statements about its figure, each with the numbers; raises if one fails."""
+    lines, failed = [], []
+    for (first, second), margin in ((BETTER[d], 0.0), (AS_GOOD[d], SIMILAR)):
+        few, many = data[("boft", *first)], data[("boft", *second)]
+        holds = few.parameters < many.parameters and few.error < many.error + margin
+        lines.append(
+            f"BOFT{first}: error {few.error:.4f} with {few.parameters} parameters; BOFT{second}: "
+            f"{many.error:.4f} with {many.parameters}: "
+            + ("holds" if holds else "DOES NOT HOLD")
+            + (f" (within {margin})" if margin else "")
+        )
+        failed += [] if holds else [lines[-1]]
+    if failed:
+        raise AssertionError("\n".join(failed))
+    return lines
+
+
+def draw(folder: Path) -> None:
+    data = means(folder)
+    made, (left, right) = figure(2)
+    looks = style(sorted({b for method, _, b in data if method == "boft"}))
+    for method, dash, label in (("boft", "-", "BOFT(1:{m}, {b})"), ("shuffle", ":", "shuffle {b}")):
+        for b, look in looks.items():
+            points = sorted(
+                (m, c) for (name, m, size), c in data.items() if (name, size) == (method, b)
+            )
+            if points:
+                left.plot(
+                    [c.parameters for _, c in points],
+                    [c.error for _, c in points],
+                    **{**look, "linestyle": dash, "markersize": 4},
+                    **({"markerfacecolor": "white"} if method == "shuffle" else {}),
+                    label=label.format(m=points[-1][0], b=b),
+                )
+    ranks = sorted(c for (name, *_), c in data.items() if name == "low-rank")
+    left.plot(
+        [c.parameters for c in ranks],
+        [c.error for c in ranks],
+        "--",
+        color="#767676",
+        label="low rank",
+    )
+    left.set(xscale="log", xlabel="trainable parameters", ylabel="||R - A||² / 2d")
+    left.set_title("Approximation of a random orthogonal matrix")
+    left.legend(fontsize=7, frameon=False)
+
+    traces: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
+    for row in read_csv(folder / TRACES):
+        key = row["method"], int(row["n_factors"]), int(row["block_size"])
+        traces.setdefault(key, []).append((int(row["sweep"]), float(row["error"])))
+    checked = [key for key in traces if key[0] == "boft-random"]
+    dashes = {"boft-long": "-", "boft-random": "--", "boft-adam": ":"}
+    names = {
+        **{"boft-long": "sweeps from I", "boft-random": "sweeps from a random start"},
+        **{"boft-adam": "steps of Adam from I"},
+    }
+    for (_, m, b), look in zip(checked, style(checked).values()):
+        for method, dash in dashes.items():
+            label = f"BOFT({m}, {b}), {names[method]}"
+            right.plot(*zip(*traces[method, m, b]), dash, color=look["color"], label=label)
+    right.set(xscale="log", xlabel="sweeps over all factors, or steps", ylabel="||R - A||² / 2d")
+    right.set_title("Convergence")
+    right.legend(fontsize=7, frameon=False)
+    save_figure(made, folder / "figure5.svg")
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--seeds", type=int, help="random matrices (default: 10)")
+    arguments.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    arguments.add_argument("--resume", action="store_true", help="measure only what is not there")
+    arguments.add_argument("--most", type=int, help="structures, and leave the rest for --resume")
+    arguments.add_argument("--plot", action="store_true", help="only draw what was measured")
+    args = arguments.parse_args(argv)
+    args.seeds = args.seeds or (2 if args.quick else 10)
+    folder = output_folder(args)
+    if not args.plot and (left := measure(args, folder)):
+        print(f"{left} structures are left for --resume")
+        return
+    draw(folder)
+    for line in check_claims(means(folder), 64 if args.quick else 512):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
