@@ -163,6 +163,10 @@ class BOFTLayer(nn.Module):
             "method": self.method,
         } | ({"kaleidoscope": self.kaleidoscope} if self.kaleidoscope else {})
 
+    def base_kind(self) -> tuple[str, int]:
+        """What is rotated: torch's layer, and its outputs."""
+        return self.BASE.__name__, self._shapes[1]
+
     def _active_skew(self) -> torch.Tensor:
         """``skew`` without the factors that ``interpolate`` made the identity."""
         m = self.n_factors - self.n_identity

@@ -33,8 +33,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         ValueError: the model has no BOFT layer, or factors are switched off by ``interpolate``.
     """
-    from safetensors.torch import save
-
     layers = _layers(model)
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
@@ -46,12 +44,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     stored = _trained(model) | _own_tensors(layers)
     tensors = {name: tensor.detach().contiguous() for name, tensor in stored.items()}
     config = {name: layer.options() for name, layer in layers.items()}
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "layers": json.dumps(config, sort_keys=True),
-    }
-    _write_whole(Path(path), save(tensors, metadata))
+    bases = {name: layer.base_kind() for name, layer in layers.items()}
+    write_adapter(Path(path), config, bases, tensors)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -100,6 +94,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     return model
 
 
+def write_adapter(
+    path: Path,
+    config: dict[str, dict],
+    bases: dict[str, tuple[str, int]],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Write each layer's options, what it rotates (kind of layer and outputs), and the tensors."""
+    from safetensors.torch import save
+
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "layers": json.dumps(config, sort_keys=True),
+        "bases": json.dumps(bases, sort_keys=True),
+    }
+    write_whole(path, save(tensors, metadata))
+
+
 def _layers(model: nn.Module) -> dict[str, BOFTLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BOFTLayer)}
 
@@ -131,7 +143,8 @@ def _own_tensors(layers: dict[str, BOFTLayer]) -> dict[str, torch.Tensor]:
     return own
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """A file with this content, which appears whole or not at all."""
     path = path.resolve()  # a link stays one
     temporary = path.with_name(f".boft_ops-{uuid.uuid4().hex}")
     try:
@@ -149,14 +162,15 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
         raise FileNotFoundError(f"path: expected a file, got {str(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            config = _parse(path, file.metadata() or {})
+            config = parse_metadata(path, file.metadata() or {})
             names = file.keys()
             return config, {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
 
 
-def _parse(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
+def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
+    """The options of each layer, or ValueError."""
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path}: expected a {FORMAT} adapter, got a safetensors file of format "
