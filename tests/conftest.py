@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 import hypothesis
 import pytest
@@ -43,3 +44,20 @@ def backend(request):
         pytest.skip("Triton serves CPU tensors in its interpreter only; the gpu tests run it here")
     with _backend.force(name):
         yield name
+
+
+@pytest.fixture
+def peft_extension(monkeypatch):
+    """A stand-in for PEFT's CUDA extension: without it, m falls back to 1 on every machine here."""
+    from peft.tuners.boft import layer
+
+    def forward(blocks):
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+    def backward(grad, blocks):
+        b = blocks.shape[-1]
+        split = grad.unflatten(1, (-1, b)).unflatten(3, (-1, b))
+        return [torch.diagonal(split, dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()]
+
+    extension = types.SimpleNamespace(forward=forward, backward=backward)
+    monkeypatch.setattr(layer, "_FBD_CUDA", extension)

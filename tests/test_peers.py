@@ -1,7 +1,6 @@
 """Agreement with others' code and numbers: PEFT's BOFT and OFT, the paper's parameter counts."""
 
 import copy
-import types
 
 import peft
 import pytest
@@ -9,23 +8,6 @@ import torch
 from torch import nn
 
 from boft_ops import BOFTLinear, OFTLinear
-
-
-@pytest.fixture
-def peft_extension(monkeypatch):
-    """A stand-in for PEFT's CUDA extension: without it, m falls back to 1 on every machine here."""
-    from peft.tuners.boft import layer
-
-    def forward(blocks):
-        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
-
-    def backward(grad, blocks):
-        b = blocks.shape[-1]
-        split = grad.unflatten(1, (-1, b)).unflatten(3, (-1, b))
-        return [torch.diagonal(split, dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()]
-
-    extension = types.SimpleNamespace(forward=forward, backward=backward)
-    monkeypatch.setattr(layer, "_FBD_CUDA", extension)
 
 
 def tuned(base, config, name="0"):

@@ -7,9 +7,44 @@ Q = +packed in its default one, whose series is ``neumann5``.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 
+from .._checks import block_size_from_packed
 from ..cayley import pack, unpack
+
+
+class _Entries(NamedTuple):
+    """Where the packed numbers of b x b blocks lie among their b * b.
+
+    Attributes:
+        upper, lower: (b(b-1)/2,), index of (i, j) and of (j, i), i < j.
+        packed: (b * b,), index of the packed number at each entry.
+        sign: (b * b,), -1/2 above the diagonal, 1/2 below, 0 on it.
+    """
+
+    upper: torch.Tensor
+    lower: torch.Tensor
+    packed: torch.Tensor
+    sign: torch.Tensor
+
+
+@lru_cache(maxsize=64)
+def _entries(b: int, device: torch.device, dtype: torch.dtype) -> _Entries:
+    """Made once: dozens of layers in every step would spend more on them than on the blocks."""
+    i, j = torch.triu_indices(b, b, 1, device=device)
+    numbers = torch.arange(1, len(i) + 1, device=device, dtype=torch.float64)
+    square = unpack(numbers).flatten()
+    packed = (square.abs().long() - 1).clamp(min=0)
+    return _Entries(i * b + j, j * b + i, packed, -0.5 * square.sign().to(dtype))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Outside of graphs and modes in which tensors that were made before must not turn up."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return plain and not torch.compiler.is_compiling()
 
 
 class _Skew(torch.autograd.Function):
@@ -17,11 +52,19 @@ class _Skew(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, boft_R):
-        return pack(boft_R).mul_(-0.5)
+        if not _is_plain(boft_R):
+            return pack(boft_R).mul(-0.5)
+        at = _entries(boft_R.shape[-1], boft_R.device, boft_R.dtype)
+        flat = boft_R.flatten(-2)
+        return flat.index_select(-1, at.lower).sub_(flat.index_select(-1, at.upper)).mul_(0.5)
 
     @staticmethod
     def backward(ctx, grad):
-        return unpack(grad.contiguous()).mul_(-0.5)
+        if not _is_plain(grad):
+            return unpack(grad.contiguous()).mul(-0.5)
+        b = block_size_from_packed("grad", grad.shape[-1])
+        at = _entries(b, grad.device, grad.dtype)
+        return grad.index_select(-1, at.packed).mul(at.sign).unflatten(-1, (b, b))
 
 
 def boft_skew(boft_R: torch.Tensor) -> torch.Tensor:
