@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 
-from . import _autocast, _native
+from . import _autocast, _native, _tuned
 from ._namespace import NS
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
@@ -65,28 +65,41 @@ class Op:
     def has_kernel(self, *args) -> bool:
         """Whether one of its kernels, or a forced one, would take this call: for an op that others
         can be put together for."""
-        device = args[0].device.type
-        backend = _forced or self.serving.get(device, "reference")
+        backend = _forced or self._chosen(args)
         if backend == "reference" or backend in self.missing:
             return False
+        return self.takes(backend, args)
+
+    def takes(self, backend: str, args: tuple) -> bool:
+        """Whether the kernel of a backend that has one is made for this call."""
         return backend not in self._supports or self._supports[backend](*args)
 
     def __call__(self, *args):
         device = args[0].device.type
-        backend = self._checked(_forced, args) if _forced else self.serving.get(device, "reference")
-        if backend in self._supports and not self._supports[backend](*args):
-            backend = "reference"
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled()  # a gradient of gradients: kernels are not differentiable,
             or torch._C._are_functorch_transforms_active()  # nor do they know of vmap
         ):
+            if _forced:
+                self._checked(_forced, args)
             backend = "reference"
+        else:
+            backend = self._checked(_forced, args) if _forced else self._chosen(args)
+            if not self.takes(backend, args):
+                backend = "reference"
         if backend == "reference":
             with _autocast.disabled(device):  # its matmuls define the op, never to be downcast
                 return self.reference(*args)
         if backend == "triton" and device == "cpu":
             return self.launcher()(*args)  # the interpreter; the raw op has the C++ kernel there
         return self.raw(*args)
+
+    def _chosen(self, args: tuple) -> str:
+        """What was measured to be best for such a call, or what serves the device by default."""
+        measured = _tuned.backend(self, args)
+        if measured and measured not in self.missing:
+            return measured
+        return self.serving.get(args[0].device.type, "reference")
 
     def _cuda(self, *args):
         """What the raw op runs on CUDA tensors where Triton is the backend."""
@@ -112,7 +125,7 @@ class Op:
                 f"BOFT_OPS_BACKEND={backend}: expected tensors on {' or '.join(devices[backend])}, "
                 f"got {device}"
             )
-        if backend in self._supports and not self._supports[backend](*args):
+        if not self.takes(backend, args):
             shapes = [f"{a.dtype} {tuple(a.shape)}" for a in args if isinstance(a, torch.Tensor)]
             raise RuntimeError(
                 f"BOFT_OPS_BACKEND={backend}: {self.name}: its kernel does not take {shapes}"
@@ -183,6 +196,7 @@ def has_triton() -> bool:
 @cache
 def _launcher(target: str) -> Callable:
     module, _, function = target.partition(":")
+    importlib.import_module(".triton_kernels.config", __package__).measured = _tuned.tile
     return getattr(importlib.import_module(f".triton_kernels.{module}", __package__), function)
 
 

@@ -22,7 +22,10 @@ from ._namespace import NS, PACKAGE
 status: str = "not looked for yet"
 library: Path | None = None
 isa: str | None = None  # the instruction set that its CPU kernels run on
+_lib: ctypes.CDLL | None = None
 _kernels: dict[str, frozenset[str]] = {}
+# How the CPU kernels cut work; csrc/boft_kernels.h says what the numbers are.
+DEFAULTS = {"grain": 65536, "linear_outputs": 192, "linear_rows": 1024}
 
 
 def kernels(device: str) -> frozenset[str]:
@@ -30,12 +33,28 @@ def kernels(device: str) -> frozenset[str]:
     return _kernels.get(device, frozenset())
 
 
+def tunable(name: str) -> int:
+    """A number of ``DEFAULTS``, as it is now."""
+    return DEFAULTS[name] if _lib is None else _lib.boft_ops_get(name.encode())
+
+
+def set_tunables(values: dict[str, int]) -> None:
+    """Set some of ``DEFAULTS`` for the process; without a library nobody reads them.
+
+    Raises:
+        ValueError: there is no such number, or it may not have this value.
+    """
+    for name, value in values.items():
+        if name not in DEFAULTS or (_lib and _lib.boft_ops_set(name.encode(), value) != 0):
+            raise ValueError(f"{name}: no such number of the kernels, or {value} is out of range")
+
+
 def load() -> bool:
     """Open the library, if there is one that fits the sources. Never compiles, prints or raises.
 
     Warns only where a library is there but cannot be used: one that is merely absent is no fault.
     """
-    global status, library, isa, _kernels
+    global status, library, isa, _lib, _kernels
     namespace = getattr(torch.ops, NS)
     # Kept on torch's own object: when this package is reloaded or imported anew in one process,
     # its kernels are registered already, and a second registration would be an error.
@@ -56,7 +75,7 @@ def load() -> bool:
                 message = f"{PACKAGE}: the native library is {status}; running without it"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
             return False
-    _, library, isa, _kernels = state
+    _lib, library, isa, _kernels = state
     names = ", ".join(f"{len(ops)} on {device}" for device, ops in _kernels.items() if ops)
     debug = ", debug build" if _build.read_info(library.parent).get("debug") else ""
     status = f"loaded ({isa}; kernels: {names or 'none'}{debug})"
@@ -83,7 +102,8 @@ def build(verbose: bool = False) -> Path:
     return folder / _build.LIB
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Of compiled libraries and tuned choices."""
     if chosen := os.environ.get("BOFT_OPS_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boft_ops"
@@ -92,7 +112,7 @@ def _cache() -> Path:
 def _cached(built_from: str, cuda: bool) -> Path:
     # No namespace in it: one library serves every copy that has the same sources.
     folder = f"{built_from}-{platform.machine()}-{'cuda' if cuda else 'cpu'}"
-    return _cache() / folder / _build.LIB
+    return cache_folder() / folder / _build.LIB
 
 
 def _candidates(faults: list[str]):
@@ -148,6 +168,8 @@ def _open(path: Path) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]
     lib.boft_ops_isa.restype = ctypes.c_char_p
     lib.boft_ops_kernels.restype = ctypes.c_char_p
     lib.boft_ops_kernels.argtypes = [ctypes.c_char_p]
+    lib.boft_ops_get.argtypes, lib.boft_ops_get.restype = [ctypes.c_char_p], ctypes.c_int64
+    lib.boft_ops_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     lib.boft_ops_register.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
     names = {}
     for device in ("cpu", "cuda"):

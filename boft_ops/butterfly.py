@@ -8,7 +8,7 @@ import torch
 
 from . import _autocast, _checks
 from .compose import compose
-from .plan import plan
+from .plan import plan_for
 from .rotate import rotate
 
 
@@ -47,8 +47,8 @@ def butterfly_matmul(
             f"got shape {tuple(x.shape)}"
         )
     _checks.same_device("blocks", blocks, "x", x)
-    stages = plan(m, b, x.device.type)
     x = _autocast.cast(x)
+    stages = plan_for(x, m, b)
     return rotate(x, compose(blocks, stages, x.dtype), stages, transpose)
 
 

@@ -10,7 +10,7 @@ from .cayley import cayley
 from .dropout import draw_mask, drop_blocks
 from .fused_linear import linear_backward, linear_forward
 from .kaleidoscope import multiply
-from .plan import plan
+from .plan import plan_for
 from .rotate import apply_stages, apply_stages_backward
 from .rotation import GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
@@ -28,7 +28,7 @@ class RotatedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, skew, scale, bias, drop, method):
         given = method == GIVEN
         b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
-        stages = plan(1 if given else len(skew), b, x.device.type)
+        stages = plan_for(x, 1 if given else len(skew), b)
         blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         wide_scale = None if scale is None else _scale_like(scale, x)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import _tuned
+
 # What reading and writing x once costs, in multiply-adds per feature. On two CPU cores 8 bytes at
 # 10 GB/s against 2 flops at 100 GFLOP/s: some 40 to 80. On an H100, by its data sheet, 4 bytes at
 # 3.35 TB/s against 2 flops at some 600 TFLOP/s: about 350.
@@ -53,17 +55,28 @@ class Stage(NamedTuple):
         return max(1, min(-(-GPU_PROGRAMS // programs), most))
 
 
-def plan(n_factors: int, block_size: int, device: str = "cpu") -> tuple[Stage, ...]:
+def plan_for(x: torch.Tensor, n_factors: int, block_size: int) -> tuple[Stage, ...]:
+    """``plan`` for rows x (..., d), with the number of stages that was measured to be best."""
+    n_stages = _tuned.n_stages(x, n_factors, block_size)
+    return plan(n_factors, block_size, x.device.type, n_stages)
+
+
+def plan(
+    n_factors: int, block_size: int, device: str = "cpu", n_stages: int | None = None
+) -> tuple[Stage, ...]:
     """The stages of a butterfly, smallest stride first.
 
     Args:
         n_factors: m >= 1.
         block_size: b; even if m > 1.
         device: the type of the device that x is on.
+        n_stages: how many; None for the cheapest number of them.
 
     Returns:
         Stages that cover the factors 0..m-1 in order. x meets the last one first.
     """
+    if n_stages is not None and n_factors > 1:
+        return _split(n_factors, block_size, n_stages)
     # Dynamo traces through a cache, with a warning: spare the user that
     function = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan
     return function(n_factors, block_size, PASS_COST["cpu" if device == "cpu" else "cuda"])

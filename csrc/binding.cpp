@@ -19,6 +19,20 @@ BOFT_API const char* boft_ops_kernels(const char* device) {
 #undef BOFT_NAME
 }
 
+// A number of the CPU kernels' blocking (Tunables); -1 if there is none of this name.
+BOFT_API int64_t boft_ops_get(const char* name) {
+  const auto* value = boft::cpu::tunable(name);
+  return value ? int64_t(*value) : -1;
+}
+
+// Set it for the process. Returns 0, or -1 for an unknown name or a value that it may not have.
+BOFT_API int boft_ops_set(const char* name, int64_t value) {
+  auto* found = boft::cpu::tunable(name);
+  if (!found || !boft::cpu::is_allowed(name, value)) return -1;
+  *found = value;
+  return 0;
+}
+
 // Register the kernels under `ns`. Returns 0, or -1 with the reason in err.
 BOFT_API int boft_ops_register(const char* ns, char* err, int err_len) {
   using torch::stable::detail::StableLibrary;

@@ -6,15 +6,14 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Rows whose packed operand is held at a time: it stays in the last-level cache, more or less.
-constexpr int64_t kRowsAtOnce = 2 * boft::cpu::kLinearRows;
-
 int64_t panels_of(int64_t rows) {
   return (rows + boft::cpu::linear_panel() - 1) / boft::cpu::linear_panel();
 }
 
 struct Shape {
   int64_t rows, d, n, size;
+  // Rows whose packed operand is held at a time: it stays in the last-level cache, more or less.
+  const int64_t at_once = boft::cpu::tunables().linear_rows;
 
   Shape(const Tensor& x, const Tensor& weight, const Tensor& stage) {
     STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
@@ -37,7 +36,7 @@ struct Shape {
   }
   // Room for the packed panels of as many rows as are packed at a time.
   Tensor packed(const Tensor& like, int64_t columns) const {
-    const int64_t most = rows < kRowsAtOnce ? rows : kRowsAtOnce;
+    const int64_t most = std::min(rows, at_once);
     return torch::stable::new_empty(like, {panels_of(most) * boft::cpu::linear_panel() * columns});
   }
 };
@@ -47,7 +46,7 @@ const float* data(const Tensor& t) { return static_cast<const float*>(t.const_da
 
 // out[j] = sum over `parts` of in[part][j], in double, in order.
 void sum_parts(const float* in, float* out, int64_t parts, int64_t n) {
-  parallel_for(0, n, std::max<int64_t>(64, 65536 / std::max<int64_t>(1, parts)),
+  parallel_for(0, n, std::max<int64_t>(64, boft::cpu::grain_of(parts)),
                [&](int64_t begin, int64_t end) {
     std::vector<double> sums(size_t(end - begin));
     for (int64_t part = 0; part < parts; ++part)
@@ -68,8 +67,8 @@ std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x_, const Tensor& weight_, c
   Tensor y = torch::stable::new_empty(x, {s.rows, s.n});
   Tensor z = torch::stable::new_empty(x, {save ? s.rows : 0, s.n});
   Tensor packed = s.packed(x, s.d);
-  for (int64_t top = 0; top < s.rows; top += kRowsAtOnce) {
-    const int64_t rows = std::min(s.rows - top, kRowsAtOnce);
+  for (int64_t top = 0; top < s.rows; top += s.at_once) {
+    const int64_t rows = std::min(s.rows - top, s.at_once);
     const float* from = data(x) + top * s.d;
     float *to = data(y) + top * s.n, *unscaled = save ? data(z) + top * s.n : nullptr;
     parallel_for(0, panels_of(rows), 1, [&](int64_t begin, int64_t end) {
@@ -103,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
   Tensor x_grad = torch::stable::empty_like(x), packed = s.packed(x, s.n);
   Tensor grams = torch::stable::new_empty(x, {blocks, groups, s.size, s.size});
   Tensor sums = torch::stable::new_empty(x, {2, panels, s.n});
-  for (int64_t top = 0; top < s.rows; top += kRowsAtOnce) {
-    const int64_t rows = std::min(s.rows - top, kRowsAtOnce);
+  for (int64_t top = 0; top < s.rows; top += s.at_once) {
+    const int64_t rows = std::min(s.rows - top, s.at_once);
     const int64_t panel = top / boft::cpu::linear_panel(), block = top / boft::cpu::kLinearRows;
     const float *upstream = data(grad) + top * s.n;
     const float *output = z ? data(*z) + top * s.n : nullptr;

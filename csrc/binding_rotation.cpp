@@ -11,8 +11,7 @@ int64_t tiles_of(int64_t n_blocks) {
 // Run body(begin, end) over the tiles of n blocks, enough of them at a time to outweigh a thread.
 template <class F>
 void over_tiles(int64_t n_blocks, int64_t b, F body) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / (b * b * b));
-  torch::stable::parallel_for(0, tiles_of(n_blocks), grain, body);
+  torch::stable::parallel_for(0, tiles_of(n_blocks), boft::cpu::grain_of(b * b * b, 2), body);
 }
 
 int64_t block_size(const Tensor& skew) {
@@ -90,7 +89,7 @@ struct Butterfly {  // of n factors of n_blocks blocks, the first of which has t
     check_square(factors, 4, "compose: factors");
     return {factors.size(0), factors.size(1), factors.size(2), first};
   }
-  int64_t grain(int64_t work) const { return std::max<int64_t>(1, work / (size * size * b)); }
+  int64_t grain(int64_t share) const { return boft::cpu::grain_of(size * size * b, share); }
   // Sums of partial gradients have one part on a CPU.
   Tensor grad(const Tensor& t, const Tensor& factors) const {
     STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == 1 && t.size(1) == groups && t.size(2) == size &&
@@ -110,7 +109,7 @@ Tensor compose_cpu(const Tensor& factors_, int64_t first) {
   Tensor stages = torch::stable::new_empty(factors, {shape.groups, shape.size, shape.size});
   const void* in = factors.const_data_ptr();
   void* out = stages.mutable_data_ptr();
-  torch::stable::parallel_for(0, shape.groups, shape.grain(32768), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.groups, shape.grain(2), [&](int64_t begin, int64_t end) {
     boft::cpu::compose(in, out, shape.n, shape.n_blocks, shape.b, shape.stride, begin, end, dtype);
   });
   return stages;
@@ -123,7 +122,7 @@ Tensor compose_backward_cpu(const Tensor& factors_, const Tensor& grad_, int64_t
   Tensor factors_grad = torch::stable::empty_like(factors);
   const void *in = factors.const_data_ptr(), *upstream = grad.const_data_ptr();
   void* out = factors_grad.mutable_data_ptr();
-  torch::stable::parallel_for(0, shape.groups, shape.grain(16384), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.groups, shape.grain(4), [&](int64_t begin, int64_t end) {
     boft::cpu::compose_backward(in, upstream, out, shape.n, shape.n_blocks, shape.b, shape.stride,
                                 begin, end, dtype);
   });
@@ -162,7 +161,7 @@ std::tuple<Tensor, Tensor> rotation_cpu(const Tensor& skew_, const MaybeTensor& 
   const void* in = skew.const_data_ptr();
   void *factors = blocks.mutable_data_ptr(), *out = stages.mutable_data_ptr();
   const bool* mask = pointer<bool>(drop);
-  torch::stable::parallel_for(0, shape.groups, shape.grain(16384), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.groups, shape.grain(4), [&](int64_t begin, int64_t end) {
     over_group_blocks(shape, begin, end, [&](int64_t at, int64_t count) {
       boft::cpu::cayley(behind(in, at * packed, width), mask ? mask + at : nullptr,
                         behind(factors, at * b * b, width), count, b, 0, tiles_of(count), dtype);
@@ -185,7 +184,7 @@ Tensor rotation_backward_cpu(const Tensor& blocks_, const MaybeTensor& drop_,
   const void *factors = blocks.const_data_ptr(), *upstream = grad.const_data_ptr();
   void *middle = blocks_grad.mutable_data_ptr(), *out = skew_grad.mutable_data_ptr();
   const bool* mask = pointer<bool>(drop);
-  torch::stable::parallel_for(0, shape.groups, shape.grain(8192), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.groups, shape.grain(8), [&](int64_t begin, int64_t end) {
     boft::cpu::compose_backward(factors, upstream, middle, shape.n, shape.n_blocks, b, 1, begin,
                                 end, dtype);
     over_group_blocks(shape, begin, end, [&](int64_t at, int64_t count) {

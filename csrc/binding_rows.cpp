@@ -39,7 +39,7 @@ Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t
   const void *in = x.const_data_ptr(), *matrices = stage.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const int64_t rows = x.size(0), d = x.size(1);
-  const int64_t grain = std::max<int64_t>(8, 65536 / (d * shape.size));
+  const int64_t grain = std::max<int64_t>(8, boft::cpu::grain_of(d * shape.size));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     boft::cpu::rotate(in, matrices, out, d, shape, begin, end, dtype);
   });
@@ -60,7 +60,7 @@ Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::cpu::Stage& sh
   const void* matrices = stage ? stage->const_data_ptr() : nullptr;
   void *to = out.mutable_data_ptr(), *dx = x_grad ? x_grad->mutable_data_ptr() : nullptr;
   const int64_t work = std::max<int64_t>(rows, 1) * shape.size * shape.size;
-  torch::stable::parallel_for(0, groups, std::max<int64_t>(1, 65536 / work),
+  torch::stable::parallel_for(0, groups, boft::cpu::grain_of(work),
                               [&](int64_t begin, int64_t end) {
     boft::cpu::rotate_backward(right, left, matrices, dx, to, rows, d, shape, transpose, begin, end,
                                dtype);
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const
   void *dx = x_grad.mutable_data_ptr(), *ds = scale_grad.mutable_data_ptr();
   void* db = bias_grad.mutable_data_ptr();
   const int64_t rows = x.size(0), n = x.size(1);
-  const int64_t grain = std::max<int64_t>(16, 65536 / std::max<int64_t>(rows, 1));
+  const int64_t grain = std::max<int64_t>(16, boft::cpu::grain_of(rows));
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
     boft::cpu::scale_backward(pg, px, ps, pc, dx, ds, db, rows, n, begin, end, dtype);
   });

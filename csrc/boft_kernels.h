@@ -2,6 +2,7 @@
 // includes torch; csrc/binding* translate between the two.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace boft {
@@ -12,6 +13,21 @@ namespace cpu {
 
 // The instruction set that this machine's kernels run on.
 const char* isa();
+
+// How work is cut, for the whole process (docs/tuning.md): never in which order numbers are added,
+// so that results do not depend on them.
+struct Tunables {
+  std::atomic<int64_t> grain;           // multiply-adds that a thread is to get at least
+  std::atomic<int64_t> linear_outputs;  // of one packed block of the weight; a multiple of 192
+  std::atomic<int64_t> linear_rows;     // packed at a time; a multiple of kLinearRows
+};
+Tunables& tunables();
+// By its name; null if there is none.
+std::atomic<int64_t>* tunable(const char* name);
+// Whether it may have this value.
+bool is_allowed(const char* name, int64_t value);
+// How many items of so many multiply-adds each make 1 / share of the grain; at least 1.
+int64_t grain_of(int64_t work, int64_t share = 1);
 
 // Blocks are handled in tiles of this many, one per vector lane.
 constexpr int64_t kTile = 8;
@@ -64,6 +80,7 @@ void rotate_backward(const void* grad, const void* x, const void* stages, void* 
 // Tokens are handled in panels of linear_panel() rows, and those in blocks of kLinearRows; a block
 // times some of the outputs is a unit of work. Any split of panels or units gives the same bits.
 constexpr int64_t kLinearRows = 512;
+constexpr int64_t kLinearOutputs = 192;  // of which a packed block of the weight has a multiple
 int64_t linear_panel();
 // Whether a stage of this size has a kernel.
 bool linear_takes(int64_t size);

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import MAX_BLOCK_SIZE, config_for
+from .config import MAX_BLOCK_SIZE, config_for, tuned
 
 
 @triton.jit
@@ -201,6 +201,7 @@ def _launch(kernel, tensors: tuple[torch.Tensor | None, ...], b: int) -> None:
     n_blocks = blocks.numel() // (b * b)
     if n_blocks == 0:
         return
-    config = config_for("cayley", b=b)
+    op = "cayley" if kernel is cayley_kernel else "cayley_backward"
+    config = tuned(config_for("cayley", b=b), op, tensors[0], (b,), (n_blocks,))
     with torch.cuda.device_of(blocks):  # does nothing for CPU tensors, under the interpreter
         kernel[(triton.cdiv(n_blocks, config.G),)](*tensors, n_blocks, b=b, **vars(config))

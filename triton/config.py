@@ -6,8 +6,8 @@ measurement. Block sizes are padded to powers of two, with the group sizes that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -45,6 +45,28 @@ class RotationConfig:
     G: int
     C: int
     num_warps: int
+
+
+# (op, x, structure, sizes) -> fields of a config that were measured, or None. The package sets it
+# when it first launches a kernel.
+measured: Callable[..., dict[str, int] | None] | None = None
+
+
+def tuned(config: Config, op: str, x: Any, structure: tuple, sizes: tuple) -> Config:
+    """The config to launch with: the one place where a measurement overrides ``config_for``."""
+    found = None if measured is None else measured(op, x, structure, sizes)
+    return config if found is None else replace(config, **found)
+
+
+def fields_of(op: str) -> frozenset[str]:
+    """What a measurement may say of the tile of an op's kernel."""
+    from . import config_rotate, config_scale
+
+    kinds = {"cayley": CayleyConfig, "cayley_backward": CayleyConfig}
+    kinds |= dict.fromkeys(("rotation", "rotation_backward"), RotationConfig)
+    kinds |= dict.fromkeys(("rotate", "rotate_backward", "gram"), config_rotate.Tile)
+    kinds["scale_backward"] = config_scale.ScaleConfig
+    return frozenset(f.name for f in fields(kinds[op])) if op in kinds else frozenset()
 
 
 @cache

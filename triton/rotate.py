@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import tuned
 from .config_rotate import Tile, config_for, constants_of
 from .groups import (
     columns_axis,
@@ -155,7 +156,7 @@ def rotate(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    tile = config_for("rotate", **_structure(x, size, chunk, stride))
+    tile = _tile("rotate", x, size, chunk, stride)
     n_tiles = _n_tiles(tile, d, size, tile.columns)
     row_tiles = triton.cdiv(n, tile.rows)
     # a program reads size^2 of the stage for rows * size of x: 16 * size rows make that cheap
@@ -181,7 +182,7 @@ def rotate_backward(
     Large groups take two launches: their Gram alone fills a program's registers.
     """
     size = stage.shape[-1]
-    tile = config_for("rotate_backward", **_structure(x, size, chunk, stride))
+    tile = _tile("rotate_backward", x, size, chunk, stride)
     if tile is None:
         pair = (grad, x) if transpose else (x, grad)
         partials = gram(*pair, size, chunk, stride, splits)
@@ -196,7 +197,7 @@ def gram(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
     """Partial sums over the rows, (splits, d/size, size, size), of x^T grad in each group."""
-    tile = config_for("gram", **_structure(x, size, chunk, stride))
+    tile = _tile("gram", x, size, chunk, stride)
     return _gram(x, grad.contiguous(), None, None, size, chunk, stride, False, splits, tile)
 
 
@@ -217,9 +218,10 @@ def _gram(x, grad, stage, x_grad, size, chunk, stride, transpose, splits, tile) 
     return partials
 
 
-def _structure(x: torch.Tensor, size: int, chunk: int, stride: int) -> dict:
+def _tile(op: str, x: torch.Tensor, size: int, chunk: int, stride: int) -> Tile | None:
     dtype = str(x.dtype).removeprefix("torch.")
-    return {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
+    tile = config_for(op, size=size, chunk=chunk, stride=stride, dtype=dtype)
+    return None if tile is None else tuned(tile, op, x, (size, chunk, stride), x.shape)
 
 
 def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:

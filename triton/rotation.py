@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .cayley import block_size, cayley_backward_tile, cayley_tile
 from .compose import join, unjoin
-from .config import config_for
+from .config import config_for, tuned
 
 
 @triton.jit
@@ -221,7 +221,7 @@ def _launch(kernel, tensors: tuple, blocks: torch.Tensor, *scalars: int) -> None
     if n_blocks == 0:
         return
     op = "rotation" if kernel is rotation_kernel else "rotation_backward"
-    config = config_for(op, m=m, b=b)
+    config = tuned(config_for(op, m=m, b=b), op, tensors[0], (m, b), (n_blocks,))
     grid = (triton.cdiv(n_blocks, config.G << (m - 1)),)
     with torch.cuda.device_of(blocks):  # does nothing for CPU tensors, under the interpreter
         kernel[grid](*tensors, n_blocks, *scalars, m=m, b=b, **vars(config))

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import tuned
 from .config_scale import PROGRAMS, ScaleConfig, config_for
 from .groups import round_to
 from .rotate import INTERPRETED
@@ -50,7 +51,7 @@ def scale_backward(
     x_grad = torch.empty_like(x)
     if x.numel() == 0:
         return x_grad, torch.zeros_like(scale), torch.zeros_like(center)
-    config: ScaleConfig = config_for()
+    config: ScaleConfig = tuned(config_for(), "scale_backward", x, (), x.shape)
     blocks = triton.cdiv(n, config.COLUMNS)
     splits = max(1, min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(n_rows, config.ROWS)))
     rows = triton.cdiv(triton.cdiv(n_rows, splits), config.ROWS) * config.ROWS

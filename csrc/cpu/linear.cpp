@@ -13,8 +13,7 @@
 namespace boft::cpu {
 namespace {
 
-constexpr int64_t kDepth = 256;   // of the sum that one pass over a tile adds up
-constexpr int64_t kOutputs = 192; // outputs of one packed block of the weight
+constexpr int64_t kDepth = 256;    // of the sum that one pass over a tile adds up
 constexpr int64_t kFeatures = 64; // features that are packed at a time, at least
 
 template <int BYTES>
@@ -226,16 +225,18 @@ struct Backward {
   }
 };
 
-// Units [begin, end): `unit` outputs each, of one block of kLinearRows tokens after the other.
+// Units [begin, end): `unit` outputs each, of one block of kLinearRows tokens after the other, with
+// up to at_once outputs of the weight packed at a time.
 template <int BYTES, class Op>
 BOFT_INLINE void run(const Op& op, const float* packed, int64_t unit, int64_t begin, int64_t end,
-                     float* scratch) {
+                     int64_t at_once, float* scratch) {
   using S = Shape<BYTES>;
-  constexpr int64_t most = kLinearRows / S::tokens, row = kOutputs + S::lanes;
-  float *a = scratch, *c = a + kOutputs * kDepth + S::lanes;
-  float* tile = c + kOutputs * kLinearRows;
+  constexpr int64_t most = kLinearRows / S::tokens;
+  const int64_t row = at_once + S::lanes;
+  float *a = scratch, *c = a + at_once * kDepth + S::lanes;
+  float* tile = c + at_once * kLinearRows;
   const int64_t depth = op.depth(), outputs = op.outputs();
-  const int64_t units = (outputs + unit - 1) / unit, per_block = kOutputs / unit;
+  const int64_t units = (outputs + unit - 1) / unit, per_block = at_once / unit;
   for (int64_t u = begin; u < end;) {
     const int64_t block = u / units, stop = (block + 1) * units < end ? (block + 1) * units : end;
     const int64_t next = u + per_block < stop ? u + per_block : stop;
@@ -269,10 +270,11 @@ BOFT_INLINE void run(const Op& op, const float* packed, int64_t unit, int64_t be
 
 // The tile of C and a row of the weight's tiles stay in the second-level cache of a core: kept by
 // each thread, as a fresh allocation of this size costs more than what it is for.
-float* scratch() {
+float* scratch(int64_t at_once) {
   constexpr int64_t widest = 16;
-  thread_local std::vector<float> memory(size_t(kOutputs * kDepth + kOutputs * kLinearRows +
-                                                2 * widest * (kOutputs + widest) + 2 * widest));
+  thread_local std::vector<float> memory;
+  memory.resize(size_t(at_once * (kDepth + kLinearRows) + 2 * widest * (at_once + widest) +
+                       2 * widest));
   const auto address = reinterpret_cast<uintptr_t>(memory.data());
   return memory.data() + (64 - address % 64) % 64 / sizeof(float);
 }
@@ -291,12 +293,12 @@ float* scratch() {
                          buffer);                                                                  \
   }                                                                                                \
   TARGET void forward_##SUFFIX(const Forward& op, const float* packed, int64_t unit,               \
-                               int64_t begin, int64_t end, float* memory) {                        \
-    run<BYTES>(op, packed, unit, begin, end, memory);                                              \
+                               int64_t begin, int64_t end, int64_t at_once, float* memory) {       \
+    run<BYTES>(op, packed, unit, begin, end, at_once, memory);                                     \
   }                                                                                                \
   TARGET void backward_##SUFFIX(const Backward& op, const float* packed, int64_t unit,             \
-                                int64_t begin, int64_t end, float* memory) {                       \
-    run<BYTES>(op, packed, unit, begin, end, memory);                                              \
+                                int64_t begin, int64_t end, int64_t at_once, float* memory) {      \
+    run<BYTES>(op, packed, unit, begin, end, at_once, memory);                                     \
   }                                                                                                \
   int64_t panel_##SUFFIX() { return Shape<BYTES>::tokens; }                                        \
   int64_t outputs_##SUFFIX() { return Shape<BYTES>::outputs; }
@@ -314,7 +316,7 @@ int64_t unit_of(int64_t size) {
 
 int64_t linear_panel() { return BOFT_RUN(panel); }
 
-bool linear_takes(int64_t size) { return kOutputs % size == 0; }
+bool linear_takes(int64_t size) { return kLinearOutputs % size == 0; }
 
 int64_t linear_units(int64_t rows, int64_t outputs, int64_t size) {
   const int64_t unit = unit_of(size);
@@ -330,7 +332,8 @@ void linear_pack(const float* x, const float* stages, float* packed, int64_t row
 void linear(const float* packed, const float* weight, const float* scale, const float* bias,
             float* y, float* z, int64_t rows, int64_t d, int64_t n, int64_t begin, int64_t end) {
   const Forward op{weight, scale, bias, y, z, rows, d, n};
-  BOFT_RUN(forward, op, packed, unit_of(1), begin, end, scratch());
+  const int64_t at_once = tunables().linear_outputs;
+  BOFT_RUN(forward, op, packed, unit_of(1), begin, end, at_once, scratch(at_once));
 }
 
 void linear_backward_pack(const float* grad, const float* z, const float* scale, float* packed,
@@ -345,7 +348,8 @@ void linear_backward(const float* packed, const float* weight, const float* x, c
                      float* x_grad, float* grams, int64_t rows, int64_t d, int64_t n, int64_t size,
                      int64_t begin, int64_t end) {
   const Backward op{weight, x, stages, x_grad, grams, rows, d, n, size};
-  BOFT_RUN(backward, op, packed, unit_of(size), begin, end, scratch());
+  const int64_t at_once = tunables().linear_outputs;
+  BOFT_RUN(backward, op, packed, unit_of(size), begin, end, at_once, scratch(at_once));
 }
 
 }  // namespace boft::cpu

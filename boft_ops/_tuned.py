@@ -1,0 +1,324 @@
+"""Look-up of what was measured on this machine (docs/tuning.md).
+
+The one place where measurements override built-in defaults. Nothing is read at import: a device's
+files are, at the first call on it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from . import _native
+from ._checks import block_size_from_packed
+from ._namespace import PACKAGE
+from ._tuned_file import Row, read, shipped_file, user_file
+
+if TYPE_CHECKING:
+    from ._backend import Op
+
+NEAR = 4.0  # octaves, summed over the sizes, beyond which a class says nothing
+SAME = 1.0  # within which BOFT_OPS_AUTOTUNE=1 measures no more
+MEMO = 4096  # look-ups remembered: batches of ever new sizes must not fill the memory
+
+
+class Classes(NamedTuple):
+    """How an operator's arguments become a shape class.
+
+    Attributes:
+        structure: names of what has to agree exactly.
+        sizes: names of what is to be near.
+        of: arguments -> (structure, sizes).
+    """
+
+    structure: tuple[str, ...]
+    sizes: tuple[str, ...]
+    of: Callable[..., tuple[tuple, tuple]]
+
+
+def _packed(skew: torch.Tensor) -> int:
+    return block_size_from_packed("skew", skew.shape[-1])
+
+
+def _factors(blocks: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
+    return (blocks.shape[0], blocks.shape[-1]), (blocks.shape[1],)
+
+
+_BUTTERFLY = ("n_factors", "block_size")
+_STAGE, _ROWS = ("size", "chunk", "stride"), ("rows", "features")
+CLASSES = {
+    "cayley": Classes(
+        ("block_size",),
+        ("blocks",),
+        lambda skew, _: ((_packed(skew),), (math.prod(skew.shape[:-1]),)),
+    ),
+    "cayley_backward": Classes(
+        ("block_size",), ("blocks",), lambda r, *_: (r.shape[-1:], (math.prod(r.shape[:-2]),))
+    ),
+    "compose": Classes(_BUTTERFLY, ("blocks",), _factors),
+    "compose_backward": Classes(_BUTTERFLY, ("blocks",), _factors),
+    "rotation": Classes(
+        _BUTTERFLY,
+        ("blocks",),
+        lambda skew, _: ((skew.shape[0], _packed(skew)), (skew.shape[1],)),
+    ),
+    "rotation_backward": Classes(_BUTTERFLY, ("blocks",), _factors),
+    "rotate": Classes(
+        _STAGE,
+        _ROWS,
+        lambda x, stage, chunk, stride, _: ((stage.shape[-1], chunk, stride), x.shape),
+    ),
+    "rotate_backward": Classes(
+        _STAGE,
+        _ROWS,
+        lambda grad, x, stage, chunk, stride, *_: ((stage.shape[-1], chunk, stride), x.shape),
+    ),
+    "gram": Classes(
+        _STAGE, _ROWS, lambda x, grad, size, chunk, stride, _: ((size, chunk, stride), x.shape)
+    ),
+    "scale_backward": Classes((), _ROWS, lambda grad, *_: ((), grad.shape)),
+    "linear": Classes(
+        ("size",),
+        ("rows", "inputs", "outputs"),
+        lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
+    ),
+    # not operators: the number of stages, and what the C++ kernels have for the whole process
+    "plan": Classes(_BUTTERFLY, ("features",), lambda x, m, b: ((m, b), (x.shape[-1],))),
+    "grain": Classes((), (), tuple),
+    "blocking": Classes((), (), tuple),
+}
+
+
+class Choice(NamedTuple):
+    """What was found best for a shape class: a backend, and numbers that its kernels take."""
+
+    sizes: tuple[int, ...]
+    backend: str
+    config: dict[str, int]
+
+
+Table = dict[tuple, list[Choice]]  # (op, dtype, *structure) -> classes
+
+
+def table_of(rows: Iterable[Row]) -> Table:
+    """What is looked up in, from the rows of a file. Raises KeyError for what is unknown here."""
+    table: Table = {}
+    for row in rows:
+        names = CLASSES[row["op"]]
+        if row["backend"] == "triton":
+            _check_tile(row)
+        key = row["op"], row["dtype"], *(row["structure"][name] for name in names.structure)
+        sizes = tuple(row["sizes"][name] for name in names.sizes)
+        table.setdefault(key, []).append(Choice(sizes, row["backend"], row["config"]))
+    return table
+
+
+def _check_tile(row: Row) -> None:
+    from .triton_kernels.config import fields_of
+
+    unknown = row["config"].keys() - fields_of(row["op"])
+    if unknown:
+        raise KeyError(f"{row['op']}: its tiles have no {', '.join(sorted(unknown))}")
+
+
+def nearest(table: Table, key: tuple, sizes: tuple, within: float = NEAR) -> Choice | None:
+    """The nearest class; of equally near ones the largest."""
+    best = min(
+        table.get(key, ()),
+        key=lambda c: (distance(sizes, c.sizes), [-size for size in c.sizes]),
+        default=None,
+    )
+    return best if best is not None and distance(sizes, best.sizes) <= within else None
+
+
+def distance(sizes: tuple, other: tuple) -> float:
+    """Octaves between two sizes; None, a size that is not known, is near to any."""
+    pairs = zip(sizes, other, strict=True)
+    return sum(abs(math.log2(max(1, a) / max(1, b))) for a, b in pairs if a is not None)
+
+
+# --- What this process has read -------------------------------------------------------------------
+
+_tables: dict[torch.device, list[Table]] = {}  # the user's before the package's
+_memo: dict[tuple, Choice | None] = {}
+_pinned: dict[str, Choice] | None = None
+_on_first_use = os.environ.get("BOFT_OPS_AUTOTUNE") == "1"
+_warned: set[str] = set()
+_seen: set[tuple] = set()  # by BOFT_OPS_AUTOTUNE=1, in this process
+
+
+def mode() -> str:
+    """BOFT_OPS_AUTOTUNE: "" (use what was measured), "1" (and measure what was not) or "0"."""
+    value = os.environ.get("BOFT_OPS_AUTOTUNE", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"BOFT_OPS_AUTOTUNE: expected 0, 1 or nothing, got {value!r}")
+    return value
+
+
+def tables(device: torch.device) -> list[Table]:
+    found = _tables.get(device)
+    if found is None:
+        found = _tables[device] = _load(device)
+    return found
+
+
+def _load(device: torch.device) -> list[Table]:
+    if mode() == "0" or device.type not in ("cpu", "cuda"):
+        return []
+    found = []
+    for file in (user_file, shipped_file):
+        try:
+            path = file(device)
+        except RuntimeError:  # no home folder to have a cache in
+            continue
+        try:
+            content = read(path, device)
+            if content is not None:
+                found.append(table_of(content["choices"]))
+        except (ValueError, KeyError) as error:
+            if str(path) not in _warned:
+                _warned.add(str(path))
+                message = f"{PACKAGE}: {path} is ignored: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if device.type == "cpu":
+        for table in reversed(found):
+            for op in ("grain", "blocking"):
+                for choice in table.get((op, ""), ()):
+                    _native.set_tunables(choice.config)
+    return found
+
+
+def forget() -> None:
+    """Read the files again, at the next call on each device."""
+    _tables.clear()
+    _memo.clear()
+
+
+@contextmanager
+def pinned(**choices: Choice) -> Iterator[None]:
+    """Within the block these ops have these choices, every other the default. In eager mode."""
+    global _pinned
+    before, _pinned = _pinned, choices
+    try:
+        yield
+    finally:
+        _pinned = before
+
+
+# --- Look-up --------------------------------------------------------------------------------------
+
+
+def lookup(
+    op: str, device: torch.device, dtype: torch.dtype, structure: tuple, sizes: tuple
+) -> Choice | None:
+    """What was measured for such a call, or None: the default serves it."""
+    if _pinned is not None:
+        return _pinned.get(op)
+    found = _tables.get(device)
+    if found is None:
+        found = tables(device)
+    if not found:
+        return None
+    key = op, device, dtype, structure, sizes
+    try:
+        return _memo[key]
+    except KeyError:
+        pass
+    except TypeError:  # symbolic sizes cannot be hashed
+        sizes = (None,) * len(sizes)
+    exact = (op, str(dtype).removeprefix("torch."), *map(operator.index, structure))
+    known = tuple(size if type(size) is int else None for size in sizes)
+    choices = (nearest(table, exact, known) for table in found)
+    choice = next((choice for choice in choices if choice is not None), None)
+    if None not in known:
+        if len(_memo) >= MEMO:
+            _memo.clear()
+        _memo[key] = choice
+    return choice
+
+
+def backend(op: Op, args: tuple) -> str | None:
+    """The backend that was measured to be best for a call of an operator, if it was."""
+    device = args[0].device
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _pinned is None and not _on_first_use and not tables(device):
+        return None  # the usual case, and a short one
+    classes = CLASSES.get(op.name)
+    if classes is None:
+        return None
+    if compiling:
+        structure = tuple(map(operator.index, classes.of(*args)[0]))
+        place = device.type, device.index, str(args[0].dtype)
+        return _backend_in_graph(op.name, *place, *structure)
+    if _pinned is None and _on_first_use:
+        _measure_unknown(op, args, classes)
+    choice = lookup(op.name, device, args[0].dtype, *classes.of(*args))
+    return None if choice is None else choice.backend
+
+
+def _measure_unknown(op: Op, args: tuple, classes: Classes) -> None:
+    """BOFT_OPS_AUTOTUNE=1: measure the class of a call, unless one near it is known."""
+    device, dtype = args[0].device, args[0].dtype
+    structure, sizes = classes.of(*args)
+    plain = all(type(size) is int for size in (*structure, *sizes)) and 0 not in sizes
+    if not plain or op.name == "linear" or (device.type == "cuda" and _is_capturing()):
+        return
+    key = op.name, device, dtype, structure, sizes
+    if key not in _seen:
+        _seen.add(key)
+        exact = op.name, str(dtype).removeprefix("torch."), *structure
+        if all(nearest(table, exact, sizes, SAME) is None for table in tables(device)):
+            from .tune.search import on_first_use
+
+            on_first_use(op, args)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def n_stages(x: torch.Tensor, n_factors: int, block_size: int) -> int | None:
+    """The measured number of stages for rows x (..., d), if it was measured."""
+    if n_factors == 1:
+        return None
+    args = x, n_factors, block_size
+    if torch.compiler.is_compiling():
+        place = x.device.type, x.device.index, str(x.dtype)
+        return _stages_in_graph(*place, operator.index(x.shape[-1]), n_factors, block_size)
+    choice = lookup("plan", x.device, x.dtype, *CLASSES["plan"].of(*args))
+    return None if choice is None else choice.config.get("stages")
+
+
+def tile(op: str, x: torch.Tensor, structure: tuple, sizes: tuple) -> dict[str, int] | None:
+    """The measured fields of a Triton kernel's config; the kernels ask for them at each launch."""
+    choice = lookup(op, x.device, x.dtype, structure, sizes)
+    return None if choice is None or choice.backend != "triton" else choice.config or None
+
+
+def _backend_in_graph(op: str, device: str, index: int | None, dtype: str, *structure: int):
+    sizes = (None,) * len(CLASSES[op].sizes)
+    choice = lookup(op, torch.device(device, index), _dtype(dtype), structure, sizes)
+    return None if choice is None else choice.backend
+
+
+def _stages_in_graph(device: str, index: int | None, dtype: str, features: int, *structure: int):
+    place = torch.device(device, index), _dtype(dtype)
+    choice = lookup("plan", *place, structure, (features,))
+    return None if choice is None else choice.config.get("stages")
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name.removeprefix("torch."))
+
+
+# A choice is a constant of a compiled graph, made for its structure and any number of rows. This is
+# what torch.compiler.assume_constant_result sets, which would import torch._dynamo here.
+_backend_in_graph._dynamo_marked_constant = True
+_stages_in_graph._dynamo_marked_constant = True

@@ -1,0 +1,126 @@
+"""The files of tuned choices: one JSON per device, read with suspicion, replaced in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _native, _paths
+from ._device import name_of, slug, versions
+
+FORMAT = 1
+Row = dict[str, Any]  # a choice as the file has it (docs/tuning.md)
+
+
+def user_file(device: torch.device) -> Path:
+    """Where this machine's own measurements are kept."""
+    return _native.cache_folder() / "tuned" / f"{slug(name_of(device))}.json"
+
+
+def shipped_file(device: torch.device) -> Path:
+    return _paths.HERE / "configs" / f"{slug(name_of(device))}.json"
+
+
+def read(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """The content of a file; None if there is none.
+
+    Raises:
+        ValueError: it is not to be used on this device with this software, or is no such file.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        if content["device"] != name_of(device):
+            raise ValueError(f"measured on {content['device']}, this is {name_of(device)}")
+        if content["versions"] != versions(device):
+            raise ValueError(f"measured with {content['versions']}, this is {versions(device)}")
+        for row in content["choices"]:
+            _check(row)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a table of tuned choices: {error!r}") from None
+    return content
+
+
+def _check(row: Row) -> None:
+    numbers = [*row["structure"].values(), *row["sizes"].values(), *row["config"].values()]
+    names = row["op"], row["dtype"], row["backend"]
+    if not all(type(n) is int and n > 0 for n in numbers) or not all(type(n) is str for n in names):
+        raise ValueError(f"not a choice: {row}")
+
+
+def key_of(row: Row) -> tuple:
+    """What a row is about: two with equal keys are the same measurement."""
+    return row["op"], row["dtype"], *row["structure"].items(), *row["sizes"].items()
+
+
+def update(path: Path, device: torch.device, rows: Sequence[Row], rates: Row | None = None) -> None:
+    """Merge rows into the file: under its lock, and in one step for whoever reads it.
+
+    A file that is not to be used on this device with this software is replaced.
+    """
+    with locked(path):
+        try:
+            content = read(path, device)
+        except ValueError:
+            content = None
+        old = content or {"rates": {"bytes": None, "flops": {}}, "choices": []}
+        merged = {key_of(row): row for row in (*old["choices"], *rows)}
+        if rates is not None:
+            flops = {**old["rates"]["flops"], **rates["flops"]}
+            old["rates"] = {"bytes": rates["bytes"], "flops": flops}
+        content = {
+            "format": FORMAT,
+            "device": name_of(device),
+            "versions": versions(device),
+            "rates": old["rates"],
+            "choices": list(merged.values()),
+        }
+        replace(path, _text(content))
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old one or the new one, whole."""
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, waiting for it; one process at a time. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        try:
+            import fcntl
+        except ImportError:  # Windows: replacing in one step is all the safety there is
+            yield
+            return
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a crash
+        yield
+
+
+def _text(content: Row) -> str:
+    """JSON with a line for each choice, so that a difference of two files can be read."""
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in content["choices"])
+    head = json.dumps({k: v for k, v in content.items() if k != "choices"}, indent=2)
+    return head.removesuffix("\n}") + f',\n  "choices": [\n{rows}\n  ]\n}}\n'

@@ -1,0 +1,176 @@
+"""Measure which backends, tiles, stages and blocking are fastest on this machine, and keep them.
+
+--shapes takes names (llama-2-7b, llama-3-8b, deberta-v3-base, dinov2-large, sd-1.5), DxNxROWS, and
+files with a JSON list of [d, n, rows]. --explain prints the model's opinion of a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .. import _checks, _tuned_file
+from .._device import name_of
+from .._namespace import PACKAGE
+from .._tuned import CLASSES, forget
+from . import explain
+from .machine import measured
+from .measure import Timer
+from .problems import Problem, problems
+from .search import DeviceError, tune
+from .shapes import NAMED, shapes_of
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+INTERRUPTED, LOST = 130, 3  # exit codes
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PACKAGE}.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--ops",
+        nargs="+",
+        choices=sorted(CLASSES),
+        metavar="OP",
+        help="of these alone: %(choices)s",
+    )
+    add("--shapes", default="deberta-v3-base", help=f"comma-separated: {', '.join(NAMED)}, ...")
+    add("--butterfly", default="2x8,4x8", help="n_factors x block_size, comma-separated (2x8,4x8)")
+    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+    add("--rows", type=int, help="for named shapes (512 on a CPU, 8192 on a GPU)")
+    add("--seconds", type=float, help="stop in good time before so many have passed")
+    add("--backends", nargs="+", metavar="B", help="of these backends alone")
+    add("--again", action="store_true", help="measure also what the file has")
+    add("--out", type=Path, help="write here, not into the cache")
+    add("--explain", nargs=3, type=int, metavar=("d", "n", "N"), help="measure nothing: the model")
+    options = parser.parse_args(argv)
+    if options.device.type == "cuda" and options.device.index is None:
+        options.device = torch.device("cuda", 0)
+    gpu = options.device.type == "cuda"
+    options.dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
+    options.rows = options.rows or (8192 if gpu else 512)
+    try:
+        pairs = (part.split("x") for part in options.butterfly.split(","))
+        options.butterfly = [(int(m), int(b)) for m, b in pairs]
+        options.shapes = shapes_of(options.shapes, options.rows)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    if options.explain:
+        d, n, rows = options.explain
+        for m, b in options.butterfly:
+            _checks.butterfly_shape(d, b, m)
+            explain.show(rows, d, n, m, b, options.dtype, options.device)
+        return 0
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch sees no GPU", file=sys.stderr)
+        return 1
+    path = options.out or _tuned_file.user_file(options.device)
+    if options.again:
+        path.unlink(missing_ok=True)
+    return _tune_all(options, path)
+
+
+def _tune_all(options: argparse.Namespace, path: Path) -> int:
+    start = time.perf_counter()
+    device = options.device
+    print(f"{name_of(device)}: measuring its rates", flush=True)
+    machine = measured(device, options.dtype)
+    rates = {"bytes": machine.bytes, "flops": machine.flops}
+    _tuned_file.update(path, device, [], rates)
+    valid = [
+        (shape, pair)
+        for shape in options.shapes
+        for pair in options.butterfly
+        if _checks.is_valid(shape.d, pair[1], pair[0])
+    ]
+    shapes = list(dict.fromkeys(shape for shape, _ in valid))
+    found = problems(shapes, options.butterfly, options.dtype, device, machine, options.ops)
+    known = {_tuned_file.key_of(row) for row in _tuned_file.read(path, device)["choices"]}
+    todo = [problem for problem in found if problem.key not in known]
+    if len(todo) < len(found):
+        print(f"{len(found) - len(todo)} of {len(found)} are in {path} already")
+    timer, done, longest = Timer(device, machine), 0, 0.0
+    with _progress(len(todo)) as advance:
+        for problem in todo:
+            began = time.perf_counter()
+            left = options.seconds and options.seconds - (began - start) - longest
+            if left is not None and left < 0:
+                break
+            try:
+                row = tune(problem, machine, timer, options.backends)
+            except KeyboardInterrupt:
+                print(f"interrupted; the same command goes on from {path}", file=sys.stderr)
+                return INTERRUPTED
+            except DeviceError as error:
+                print(f"{error}\nthe device is lost; run the same command again", file=sys.stderr)
+                _tuned_file.update(path, device, [_lost(problem, error)])
+                return LOST
+            _tuned_file.update(path, device, [row])
+            done, longest = done + 1, max(longest, time.perf_counter() - began)
+            advance(_line(problem, row))
+    forget()
+    left = f", {len(todo) - done} left for the next time" if done < len(todo) else ""
+    print(f"{done} measured in {time.perf_counter() - start:.0f} s{left}: {path}")
+    return 0
+
+
+def _lost(problem: Problem, error: Exception) -> dict:
+    """The row of a problem that is not to be tried again: its default serves."""
+    with torch.device("meta"):
+        pass
+    return {
+        "op": problem.op,
+        "dtype": problem.dtype,
+        "structure": problem.structure,
+        "sizes": problem.sizes,
+        "backend": "",
+        "config": {},
+        "failed": [{"why": str(error)[:300]}],
+    }
+
+
+def _line(problem: Problem, row: dict) -> str:
+    chosen = " ".join([row["backend"], *(f"{k}={v}" for k, v in row["config"].items())])
+    gain = row["default_us"] / row["us"]
+    of_floor = f", {row['floor_us'] / row['us']:.0%} of the floor" if row["floor_us"] else ""
+    tail = f" ({len(row['failed'])} of {row['tried']} failed)" if row["failed"] else ""
+    return f"{problem}: {row['us']:.1f} us{of_floor}, {gain:.2f}x the default: {chosen}{tail}"
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar with the time left where rich is installed and somebody looks, else lines alone."""
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    except ImportError:
+        yield lambda line: print(line, flush=True)
+        return
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=total)
+
+        def advance(line: str) -> None:
+            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            progress.advance(task)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    sys.exit(main())

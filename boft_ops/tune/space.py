@@ -1,0 +1,144 @@
+"""Tiles worth a try for each Triton kernel, with what the cost model says of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from .cost import Resources, seconds
+from .machine import Machine
+
+Tiles = list[tuple[float, dict[str, int]]]  # modelled seconds, fields of the config
+
+
+def tiles(
+    op: str, structure: dict[str, int], sizes: dict[str, int], dtype: str, machine: Machine
+) -> Tiles:
+    """All candidates for an operator's Triton kernel but the default; none if it has no choice."""
+    if op in ("rotate", "rotate_backward", "gram"):
+        return list(_of_rows(op, structure, sizes, dtype, machine))
+    if op == "scale_backward":
+        return list(_of_scale(sizes, dtype, machine))
+    if op in ("cayley", "cayley_backward", "rotation", "rotation_backward"):
+        return [(0.0, config) for config in _of_blocks(op, structure)]
+    return []  # compose and the rest
+
+
+def default_of(op: str, structure: dict[str, int], dtype: str) -> dict[str, int] | None:
+    """The fields of the config that serves where nothing was measured; None if there is none."""
+    config = _default(op, structure, dtype)
+    return None if config is None else asdict(config)
+
+
+def _default(op: str, structure: dict[str, int], dtype: str) -> Any:
+    from ..triton_kernels import config, config_rotate, config_scale
+
+    if op in ("rotate", "rotate_backward", "gram"):
+        return config_rotate.config_for(op, **structure, dtype=dtype)
+    if op == "scale_backward":
+        return config_scale.config_for()
+    if op in ("cayley", "cayley_backward"):
+        return config.config_for(op, b=structure["block_size"])
+    if op in ("rotation", "rotation_backward"):
+        return config.config_for(op, m=structure["n_factors"], b=structure["block_size"])
+    return None
+
+
+def _of_rows(
+    op: str, structure: dict[str, int], sizes: dict[str, int], dtype: str, machine: Machine
+) -> Iterator[tuple[float, dict[str, int]]]:
+    default = _default(op, structure, dtype)
+    if default is None:  # its groups are too large for one kernel
+        return
+    size, half = structure["size"], dtype in ("bfloat16", "float16")
+    padded = max(16, 1 << (size - 1).bit_length())
+    shapes = []  # (bands, columns, inner)
+    if size <= 16 or default.bands > 1:
+        shapes += [(bands, default.columns, default.inner) for bands in (2, 4, 8)]
+    if size > 16:
+        widths = [w for w in (16, 32, 64, 128, 256) if w <= padded]
+        # inner must hold a whole group of halves, and of whatever gives the gradient of x as well
+        whole = (half and op != "gram") or op == "rotate_backward"
+        inners = [padded] if whole else [w for w in widths if w >= min(16, padded)]
+        shapes += [(1, columns, inner) for columns in widths[-3:] for inner in inners[-3:]]
+    rows = [r for r in (16, 32, 64, 128, 256) if r <= max(16, 2 * sizes["rows"])]
+    for (bands, columns, inner), n_rows in itertools.product(shapes, rows):
+        for num_warps, num_stages in itertools.product((1, 2, 4, 8), (1, 2, 3, 4)):
+            if 1 < bands < num_warps:  # Triton 3.6 would repeat the work
+                continue
+            tile = replace(
+                default, bands=bands, rows=n_rows, columns=columns, inner=inner,
+                num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
+            if tile != default:
+                yield _seconds_of_rows(op, tile, structure, sizes, dtype, machine), asdict(tile)
+
+
+def _seconds_of_rows(op, tile, structure, sizes, dtype, machine: Machine) -> float:
+    width = {"float64": 8, "float32": 4}.get(dtype, 2)
+    wide = max(4, width)
+    size, rows, d = structure["size"], sizes["rows"], sizes["features"]
+    threads = 32 * tile.num_warps
+    left, right = tile.rows * tile.columns * tile.bands, tile.rows * tile.inner * tile.bands
+    matrix = tile.columns * tile.inner * tile.bands
+    both = op != "rotate"
+    loaded = width * (right + left * both)
+    numbers = matrix * wide / 4 if both else left * wide / 4  # what is summed up
+    if op == "rotate_backward":
+        numbers += left * wide / 4
+    # tensor cores read halves from shared memory; multiply-adds hold a row and a column of a tile
+    operands = 0 if width == 2 else (right + matrix) * width / 4
+    shared = tile.num_stages * loaded + matrix * width * (op != "gram")
+    registers = int((numbers + operands / 4) / threads) + 40  # and what is not tiles
+    used = Resources(shared, registers, tile.num_stages * loaded, tile.num_warps)
+    if tile.bands > 1:
+        n_tiles = math.ceil(d / (tile.bands * (tile.columns // size * size or 1)))
+    else:
+        n_tiles = d // size * math.ceil(size / tile.columns)
+        n_tiles *= math.ceil(size / tile.inner) if both else 1
+    programs = n_tiles * math.ceil(rows / tile.rows)
+    # a group in several columns is read as often, once from memory and then from the cache
+    reads = 1 + (math.ceil(size / tile.columns) - 1) / 4
+    arrays = {"rotate": 1 + reads, "gram": 1 + reads, "rotate_backward": 2 + reads}[op]
+    flops = 2 * rows * d * size * (2 if op == "rotate_backward" else 1)
+    return seconds(used, programs, arrays * rows * d * width, flops, dtype, machine)
+
+
+def _of_scale(
+    sizes: dict[str, int], dtype: str, machine: Machine
+) -> Iterator[tuple[float, dict[str, int]]]:
+    default = _default("scale_backward", {}, dtype)
+    width = {"float64": 8, "float32": 4}.get(dtype, 2)
+    n_bytes = 3 * sizes["rows"] * sizes["features"] * width
+    shapes = itertools.product((8, 16, 32, 64), (64, 128, 256, 512), (2, 4, 8), (2, 3, 4))
+    for rows, columns, num_warps, num_stages in shapes:
+        tile = replace(
+            default, ROWS=rows, COLUMNS=columns, num_warps=num_warps, num_stages=num_stages
+        )
+        loaded = num_stages * 2 * rows * columns * width
+        registers = 3 * rows * columns * max(4, width) // 4 // (32 * num_warps) + 40
+        used = Resources(loaded, registers, loaded, num_warps)
+        programs = max(528, math.ceil(sizes["features"] / columns))
+        if tile != default:
+            yield seconds(used, programs, n_bytes, 0, dtype, machine), asdict(tile)
+
+
+def _of_blocks(op: str, structure: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Fewer and more blocks in a program, on fewer and more warps: all of it is tiny."""
+    default = _default(op, structure, "")
+    for factor, num_warps in itertools.product((0.5, 1, 2, 4), (1, 2, 4, 8)):
+        G = int(default.G * factor)
+        if G < 1:
+            continue
+        tile = replace(default, G=G, num_warps=num_warps)
+        held = G * default.B**2
+        if op.startswith("rotation"):
+            most = G << (structure["n_factors"] - 1)
+            tile = replace(tile, C=min(most, default.C))
+            held = tile.C * default.B**2
+        # two float64 tiles in registers: at most 32 numbers for each thread
+        if tile != default and held <= 32 * 32 * num_warps:
+            yield asdict(tile)
