@@ -28,6 +28,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
     const MaybeTensor& scale, const MaybeTensor& z);
 
+Tensor cayley_cuda(const Tensor& skew, const MaybeTensor& drop);
+Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+
 }  // namespace boft::binding
 
 // Every operator with a kernel for the CPU.
@@ -35,3 +38,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)                 \
   OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale_backward) OP(linear)  \
   OP(linear_backward)
+
+// Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
+#define BOFT_CUDA_OPS(OP) OP(cayley) OP(cayley_backward)
