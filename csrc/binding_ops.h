@@ -30,6 +30,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
 
 Tensor cayley_cuda(const Tensor& skew, const MaybeTensor& drop);
 Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
+                   bool transpose);
+std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
+                                                const Tensor& stage, int64_t chunk, int64_t stride,
+                                                bool transpose, int64_t splits);
+Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+                 int64_t splits);
 
 }  // namespace boft::binding
 
@@ -40,4 +47,4 @@ Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const
   OP(linear_backward)
 
 // Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
-#define BOFT_CUDA_OPS(OP) OP(cayley) OP(cayley_backward)
+#define BOFT_CUDA_OPS(OP) OP(cayley) OP(cayley_backward) OP(rotate) OP(rotate_backward) OP(gram)

@@ -16,6 +16,7 @@ import torch
 
 from boft_ops import _backend, _build, _paths
 from boft_ops.cayley import _exact, _exact_backward
+from boft_ops.rotate import _rotate, _rotate_backward
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
@@ -86,3 +87,70 @@ def test_cayley_of_nothing_and_of_strided_operands(cuda):
     grad = torch.randn_like(blocks).mT
     got = cuda.cayley_backward(blocks, drop, grad)
     assert torch.equal(got, cuda.cayley_backward(blocks, drop, grad.contiguous()))
+
+
+# size, chunk, stride, number of groups, rows, transpose
+STRUCTURES = [
+    (1, 1, 1, 5, 5, False),
+    (2, 1, 2, 22, 67, True),
+    (3, 3, 1, 23, 67, False),  # five groups in a band of 16, the last tile half empty
+    (4, 2, 4, 24, 5, False),
+    (6, 3, 2, 10, 5, True),
+    (8, 4, 2, 18, 67, False),
+    (12, 6, 4, 8, 5, True),
+    (15, 15, 1, 3, 5, True),
+    (16, 16, 1, 5, 67, True),
+    (16, 4, 8, 16, 5, False),
+    (20, 10, 2, 2, 5, False),
+    (24, 24, 1, 2, 5, True),
+    (32, 32, 1, 3, 67, True),
+    (32, 4, 8, 8, 5, False),
+    (43, 43, 1, 2, 5, True),
+    (48, 12, 2, 2, 5, False),
+    (64, 64, 1, 2, 5, False),
+    (64, 4, 4, 4, 5, True),
+    (96, 48, 2, 2, 5, False),
+    (128, 16, 2, 2, 67, True),
+    (160, 80, 1, 1, 5, False),
+    (256, 128, 1, 1, 5, True),
+]
+
+
+def check_rotate(cuda, size, chunk, stride, n_groups, rows, transpose, dtype, splits=2):
+    exact = torch.promote_types(dtype, torch.float32)
+    x, grad = torch.randn(2, rows, size * n_groups, dtype=exact).to(dtype)
+    skew = 0.3 * torch.randn(n_groups, size, size, dtype=torch.float64) / size**0.5
+    stage = torch.matrix_exp(skew - skew.mT).to(exact)  # orthogonal, near the identity
+    layout = chunk, stride
+    truth = [t.double() for t in (grad, x, stage)]
+    y = cuda.rotate(x, stage, *layout, transpose)
+    check(
+        y,
+        _rotate(x, stage, *layout, transpose),
+        _rotate(truth[1], truth[2], *layout, transpose),
+    )
+    x_grad, gram = cuda.rotate_backward(grad, x, stage, *layout, transpose, splits)
+    want, sums = _rotate_backward(grad, x, stage, *layout, transpose, 1)
+    exact_grad, exact_sums = _rotate_backward(*truth, *layout, transpose, 1)
+    check(x_grad, want, exact_grad)
+    assert gram.shape == (splits, *sums.shape[1:])
+    # the reference of halves sums in them
+    check(gram.sum(0), sums[0].double().to(gram.dtype), exact_sums[0])
+    pair = (grad, x) if transpose else (x, grad)
+    alone = cuda.gram(*pair, size, *layout, splits)
+    torch.testing.assert_close(alone, gram, rtol=1e-5, atol=1e-5 * rows)
+    if splits == 1:
+        bound = 8 * torch.finfo(gram.dtype).eps * rows**0.5 * exact_sums.abs().max()
+        assert (gram.double() - exact_sums).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_rotate(cuda, structure, dtype):
+    check_rotate(cuda, *structure, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 63, 64, 65, 200])
+def test_every_number_of_rows(cuda, rows, dtype):
+    check_rotate(cuda, 16, 16, 1, 6, rows, rows % 2 == 0, dtype, splits=1 + rows % 3)
