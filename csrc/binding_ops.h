@@ -30,6 +30,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
 
 Tensor cayley_cuda(const Tensor& skew, const MaybeTensor& drop);
 Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+Tensor compose_cuda(const Tensor& factors, int64_t first);
+Tensor compose_backward_cuda(const Tensor& factors, const Tensor& grad, int64_t first);
+std::tuple<Tensor, Tensor> rotation_cuda(const Tensor& skew, const MaybeTensor& drop);
+Tensor rotation_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
 Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
                    bool transpose);
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
@@ -47,4 +51,6 @@ Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chun
   OP(linear_backward)
 
 // Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
-#define BOFT_CUDA_OPS(OP) OP(cayley) OP(cayley_backward) OP(rotate) OP(rotate_backward) OP(gram)
+#define BOFT_CUDA_OPS(OP)                                                        \
+  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
+  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram)

@@ -16,6 +16,7 @@ import torch
 
 from boft_ops import _backend, _build, _paths
 from boft_ops.cayley import _exact, _exact_backward
+from boft_ops.compose import _compose, _compose_backward
 from boft_ops.rotate import _rotate, _rotate_backward
 
 pytestmark = pytest.mark.skipif(
@@ -154,3 +155,59 @@ def test_rotate(cuda, structure, dtype):
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 63, 64, 65, 200])
 def test_every_number_of_rows(cuda, rows, dtype):
     check_rotate(cuda, 16, 16, 1, 6, rows, rows % 2 == 0, dtype, splits=1 + rows % 3)
+
+
+STAGES = [
+    *[(1, 2, 0), (1, 3, 0), (1, 8, 0), (2, 8, 0), (2, 6, 2), (3, 4, 1), (4, 4, 0), (1, 64, 0)],
+    *[(2, 32, 0), (6, 2, 1), (2, 8, 3)],
+]
+
+
+def check_compose(cuda, n, b, first, dtype, splits):
+    """Factors that are not orthogonal, and several runs of 2^first groups."""
+    size, runs = b << (n - 1), 3 if b << n <= 64 else 1
+    factors = torch.randn(n, runs << (n - 1 + first), b, b, dtype=dtype)
+    check(cuda.compose(factors, first), _compose(factors, first), _compose(factors.double(), first))
+    grad = torch.randn(splits, factors.shape[1] * b // size, size, size, dtype=dtype)
+    check(
+        cuda.compose_backward(factors, grad, first),
+        _compose_backward(factors, grad, first),
+        _compose_backward(factors.double(), grad.double(), first),
+    )
+
+
+@pytest.mark.parametrize(("n", "b", "first"), STAGES)
+def test_compose(cuda, n, b, first):
+    check_compose(cuda, n, b, first, torch.float32, splits=1 + b % 3)
+    check_compose(cuda, n, b, first, torch.float64, splits=1)
+
+
+@pytest.mark.parametrize(("n", "b"), [(5, 8), (6, 8), (3, 64), (8, 2)])
+def test_compose_in_several_slabs(cuda, n, b):
+    check_compose(cuda, n, b, 0, torch.float32, splits=1)
+
+
+@pytest.mark.parametrize("drop", ["none", "some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("m", "b"), [(1, 3), (1, 64), (2, 8), (2, 6), (3, 4), (4, 4), (2, 32), (6, 2), (4, 8)]
+)
+def test_rotation(cuda, m, b, dtype, drop):
+    size = b << (m - 1)
+    n_groups = 7 if size <= 16 else 2
+    mask = dropout(drop, m, n_groups * size // b)
+    skew = torch.randn(m, n_groups * size // b, b * (b - 1) // 2, dtype=dtype) / b**0.5
+    blocks, stage = cuda.rotation(skew, mask)
+    assert torch.equal(blocks, cuda.cayley(skew, mask))
+    truth = _exact(skew.double(), mask)
+    check(stage, _compose(_exact(skew, mask), 0), _compose(truth, 0))
+    splits = 1 + b % 4 // 2
+    grad = torch.randn(splits, n_groups, size, size, dtype=dtype)
+
+    def backward(blocks, grad):
+        return _exact_backward(blocks, mask, _compose_backward(blocks, grad, 0))
+
+    got = cuda.rotation_backward(blocks, mask, grad)
+    check(got, backward(blocks, grad), backward(blocks.double(), grad.double()), scale=1.0)
+    if mask is not None:
+        assert not got[mask].any()
