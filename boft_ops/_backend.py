@@ -22,7 +22,9 @@ from ._namespace import NS
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 # The order of preference on each device type; the reference serves wherever nothing else does.
-PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# Neither set of GPU kernels has been measured on a GPU: Triton's, which adapt to more shapes, go
+# first, and BOFT_OPS_BACKEND=cuda chooses the others (docs/cuda.md).
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 _forced = os.environ.get("BOFT_OPS_BACKEND") or None
 _ops: dict[str, Op] = {}
@@ -48,12 +50,13 @@ class Op:
         supports: dict[str, Callable[..., bool]] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
+        self.schema = schema
         self.reference = reference
         self._triton = triton
         self._supports = supports or {}
         self._library = _define(self.name, schema, reference, fake)
         self.raw = getattr(getattr(torch.ops, NS), self.name).default
-        if triton is not None and has_triton():
+        if (triton is not None and has_triton()) or self.name in _native.kernels("cuda"):
             _register(self._library, self.name, self._cuda)
         self.missing = {b: why for b in BACKENDS if (why := self._why_missing(b))}
         self.serving = {
@@ -102,9 +105,17 @@ class Op:
         return self.serving.get(args[0].device.type, "reference")
 
     def _cuda(self, *args):
-        """What the raw op runs on CUDA tensors where Triton is the backend."""
-        supported = self._supports.get("triton", lambda *_: True)(*args)
-        return self.launcher()(*args) if supported else self.reference(*args)
+        """What the raw op runs on CUDA tensors: one of two sets of kernels, or the reference."""
+        backend = _forced or self.serving["cuda"]
+        if backend in ("triton", "cuda") and backend not in self.missing:
+            if self._supports.get(backend, lambda *_: True)(*args):
+                return self.launcher()(*args) if backend == "triton" else self._native()(*args)
+        return self.reference(*args)
+
+    def _native(self) -> Callable:
+        """The CUDA kernel of the native library, which registers them in a namespace beside."""
+        _define(self.name, self.schema, namespace=_native.CUDA_NS)
+        return getattr(getattr(torch.ops, _native.CUDA_NS), self.name).default
 
     def launcher(self) -> Callable:
         """The function that launches the Triton kernel; imports triton on first use."""
@@ -200,20 +211,27 @@ def _launcher(target: str) -> Callable:
     return getattr(importlib.import_module(f".triton_kernels.{module}", __package__), function)
 
 
-def _define(name: str, schema: str, reference: Callable, fake: Callable) -> torch.library.Library:
+def _define(
+    name: str,
+    schema: str,
+    reference: Callable | None = None,
+    fake: Callable | None = None,
+    namespace: str = NS,
+) -> torch.library.Library:
     """Define the op under this copy's namespace, once per process.
 
     The library is kept on torch's own object: torch drops the operators of one that is freed, and a
     second import of the same copy must find them, not define them again.
     """
-    holder = getattr(torch.ops, NS)
+    holder = getattr(torch.ops, namespace)
     libraries = holder.__dict__.setdefault("_boft_libraries", {})
     if name not in libraries:
-        library = libraries[name] = torch.library.Library(NS, "FRAGMENT")
+        library = libraries[name] = torch.library.Library(namespace, "FRAGMENT")
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        # every device; a kernel registered for a device key wins over it
-        library.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NS}::{name}", fake, lib=library)
+        if reference is not None:
+            # every device; a kernel registered for a device key wins over it
+            library.impl(name, reference, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return libraries[name]
 
 

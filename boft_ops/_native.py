@@ -19,6 +19,8 @@ import torch
 from . import _build, _paths
 from ._namespace import NS, PACKAGE
 
+# Where the library's CUDA kernels are: the operators themselves choose among backends (_backend.py).
+CUDA_NS = f"{NS}_cuda"
 status: str = "not looked for yet"
 library: Path | None = None
 isa: str | None = None  # the instruction set that its CPU kernels run on
@@ -170,12 +172,14 @@ def _open(path: Path) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]
     lib.boft_ops_kernels.argtypes = [ctypes.c_char_p]
     lib.boft_ops_get.argtypes, lib.boft_ops_get.restype = [ctypes.c_char_p], ctypes.c_int64
     lib.boft_ops_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-    lib.boft_ops_register.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
+    lib.boft_ops_register.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_int]
     names = {}
     for device in ("cpu", "cuda"):
         listed = (lib.boft_ops_kernels(device.encode()) or b"").decode()
         names[device] = frozenset(filter(None, listed.split(",")))
     message = ctypes.create_string_buffer(2048)
-    if lib.boft_ops_register(NS.encode(), message, len(message)) != 0:
-        raise RuntimeError(message.value.decode(errors="replace"))
+    for device, namespace in (("cpu", NS), ("cuda", CUDA_NS)):
+        call = namespace.encode(), device.encode(), message, len(message)
+        if names[device] and lib.boft_ops_register(*call) != 0:
+            raise RuntimeError(message.value.decode(errors="replace"))
     return lib, path, lib.boft_ops_isa().decode(), names

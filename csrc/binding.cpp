@@ -15,6 +15,9 @@ BOFT_API const char* boft_ops_isa() { return boft::cpu::isa(); }
 // Names, each with a comma behind it, of the ops that have a kernel on `device`.
 BOFT_API const char* boft_ops_kernels(const char* device) {
 #define BOFT_NAME(OP) #OP ","
+#ifdef BOFT_OPS_CUDA
+  if (std::strcmp(device, "cuda") == 0) return BOFT_CUDA_OPS(BOFT_NAME);
+#endif
   return std::strcmp(device, "cpu") == 0 ? BOFT_CPU_OPS(BOFT_NAME) : "";
 #undef BOFT_NAME
 }
@@ -33,14 +36,25 @@ BOFT_API int boft_ops_set(const char* name, int64_t value) {
   return 0;
 }
 
-// Register the kernels under `ns`. Returns 0, or -1 with the reason in err.
-BOFT_API int boft_ops_register(const char* ns, char* err, int err_len) {
+// Register the kernels for `device` under `ns`. Returns 0, or -1 with the reason in err.
+BOFT_API int boft_ops_register(const char* ns, const char* device, char* err, int err_len) {
   using torch::stable::detail::StableLibrary;
   try {
+    const bool cuda = std::strcmp(device, "cuda") == 0;
     // never freed: taking it back at exit would race torch's own static destructors
-    auto* cpu = new StableLibrary(StableLibrary::Kind::IMPL, ns, "CPU", __FILE__, __LINE__);
-#define BOFT_REGISTER(OP) cpu->impl(#OP, TORCH_BOX(&boft::binding::OP##_cpu));
-    BOFT_CPU_OPS(BOFT_REGISTER)
+    auto* library =
+        new StableLibrary(StableLibrary::Kind::IMPL, ns, cuda ? "CUDA" : "CPU", __FILE__, __LINE__);
+#ifdef BOFT_OPS_CUDA
+#define BOFT_REGISTER(OP) library->impl(#OP, TORCH_BOX(&boft::binding::OP##_cuda));
+    if (cuda) {
+      BOFT_CUDA_OPS(BOFT_REGISTER)
+    }
+#undef BOFT_REGISTER
+#endif
+#define BOFT_REGISTER(OP) library->impl(#OP, TORCH_BOX(&boft::binding::OP##_cpu));
+    if (!cuda) {
+      BOFT_CPU_OPS(BOFT_REGISTER)
+    }
 #undef BOFT_REGISTER
     return 0;
   } catch (const std::exception& e) {

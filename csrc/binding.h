@@ -58,9 +58,10 @@ inline bool alike(const Tensor& a, const Tensor& b) {
   return same_sizes(a, b) && a.scalar_type() == b.scalar_type();
 }
 
-// What the kernels compute in: float32 for bfloat16.
+// What the kernels compute in: float32 for halves.
 inline ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : t.scalar_type();
+  const bool half = t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
+  return half ? ScalarType::Float : t.scalar_type();
 }
 
 template <class T>

@@ -28,6 +28,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
     const MaybeTensor& scale, const MaybeTensor& z);
 
+Tensor cayley_cuda(const Tensor& skew, const MaybeTensor& drop);
+Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+Tensor compose_cuda(const Tensor& factors, int64_t first);
+Tensor compose_backward_cuda(const Tensor& factors, const Tensor& grad, int64_t first);
+std::tuple<Tensor, Tensor> rotation_cuda(const Tensor& skew, const MaybeTensor& drop);
+Tensor rotation_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
+                   bool transpose);
+std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
+                                                const Tensor& stage, int64_t chunk, int64_t stride,
+                                                bool transpose, int64_t splits);
+Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+                 int64_t splits);
+
 }  // namespace boft::binding
 
 // Every operator with a kernel for the CPU.
@@ -35,3 +49,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)                 \
   OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale_backward) OP(linear)  \
   OP(linear_backward)
+
+// Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
+#define BOFT_CUDA_OPS(OP)                                                        \
+  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
+  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram)

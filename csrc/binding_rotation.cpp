@@ -1,4 +1,5 @@
 // From skew-symmetric parameters to stage matrices: cayley, compose, and both in one.
+#include "binding_checks.h"
 #include "binding_ops.h"
 
 namespace boft::binding {
@@ -12,25 +13,6 @@ int64_t tiles_of(int64_t n_blocks) {
 template <class F>
 void over_tiles(int64_t n_blocks, int64_t b, F body) {
   torch::stable::parallel_for(0, tiles_of(n_blocks), boft::cpu::grain_of(b * b * b, 2), body);
-}
-
-int64_t block_size(const Tensor& skew) {
-  STD_TORCH_CHECK(skew.dim() >= 1, "cayley: skew: expected at least 1 dimension");
-  const int64_t packed = skew.size(skew.dim() - 1);
-  int64_t b = 1;
-  while (b * (b - 1) / 2 < packed) ++b;
-  STD_TORCH_CHECK(b * (b - 1) / 2 == packed, "cayley: skew: expected b(b-1)/2 numbers, got ",
-                  packed);
-  return b;
-}
-
-// The mask of dropped blocks, one for each block of a tensor with these leading sizes.
-std::optional<Tensor> mask_of(const MaybeTensor& drop, const std::vector<int64_t>& sizes) {
-  if (!drop) return std::nullopt;
-  bool fits = drop->scalar_type() == ScalarType::Bool && drop->dim() == int64_t(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = drop->size(int64_t(i)) == sizes[i];
-  STD_TORCH_CHECK(fits, "cayley: drop: expected a boolean for each block");
-  return torch::stable::contiguous(*drop);
 }
 
 }  // namespace
@@ -75,30 +57,16 @@ Tensor cayley_backward_cpu(const Tensor& blocks_, const MaybeTensor& drop_,
 
 namespace {
 
-struct Butterfly {  // of n factors of n_blocks blocks, the first of which has the given stride
-  int64_t n, n_blocks, b, stride, size, groups;
+int64_t grain(const Butterfly& shape, int64_t share) {
+  return boft::cpu::grain_of(shape.size * shape.size * shape.b, share);
+}
 
-  Butterfly(int64_t n, int64_t n_blocks, int64_t b, int64_t first)
-      : n(n), n_blocks(n_blocks), b(b) {
-    STD_TORCH_CHECK((b % 2 == 0 || n == 1) && 0 < n && n < 32 && 0 <= first && first < 31 &&
-                        n_blocks > 0 && n_blocks % (int64_t(1) << (first + n - 1)) == 0,
-                    "compose: factors: not a butterfly");
-    stride = int64_t(1) << first, size = b << (n - 1), groups = n_blocks * b / size;
-  }
-  static Butterfly of(const Tensor& factors, int64_t first) {
-    check_square(factors, 4, "compose: factors");
-    return {factors.size(0), factors.size(1), factors.size(2), first};
-  }
-  int64_t grain(int64_t share) const { return boft::cpu::grain_of(size * size * b, share); }
-  // Sums of partial gradients have one part on a CPU.
-  Tensor grad(const Tensor& t, const Tensor& factors) const {
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == 1 && t.size(1) == groups && t.size(2) == size &&
-                        t.size(3) == size && t.scalar_type() == factors.scalar_type(),
-                    "compose_backward: grad: expected (1, groups, size, size) in the dtype of the "
-                    "stage matrices");
-    return torch::stable::contiguous(t);
-  }
-};
+// Sums of partial gradients have one part on a CPU.
+Tensor one_grad(const Butterfly& shape, const Tensor& grad, const Tensor& factors) {
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == 1,
+                  "compose_backward: grad: expected one part of a stage matrices' gradient");
+  return shape.grad(grad, factors);
+}
 
 }  // namespace
 
@@ -109,7 +77,7 @@ Tensor compose_cpu(const Tensor& factors_, int64_t first) {
   Tensor stages = torch::stable::new_empty(factors, {shape.groups, shape.size, shape.size});
   const void* in = factors.const_data_ptr();
   void* out = stages.mutable_data_ptr();
-  torch::stable::parallel_for(0, shape.groups, shape.grain(2), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.groups, grain(shape, 2), [&](int64_t begin, int64_t end) {
     boft::cpu::compose(in, out, shape.n, shape.n_blocks, shape.b, shape.stride, begin, end, dtype);
   });
   return stages;
@@ -118,11 +86,11 @@ Tensor compose_cpu(const Tensor& factors_, int64_t first) {
 Tensor compose_backward_cpu(const Tensor& factors_, const Tensor& grad_, int64_t first) {
   const auto dtype = wide_dtype_of(factors_, "compose: factors");
   const auto shape = Butterfly::of(factors_, first);
-  const Tensor factors = torch::stable::contiguous(factors_), grad = shape.grad(grad_, factors_);
+  const Tensor factors = torch::stable::contiguous(factors_), grad = one_grad(shape, grad_, factors_);
   Tensor factors_grad = torch::stable::empty_like(factors);
   const void *in = factors.const_data_ptr(), *upstream = grad.const_data_ptr();
   void* out = factors_grad.mutable_data_ptr();
-  torch::stable::parallel_for(0, shape.groups, shape.grain(4), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.groups, grain(shape, 4), [&](int64_t begin, int64_t end) {
     boft::cpu::compose_backward(in, upstream, out, shape.n, shape.n_blocks, shape.b, shape.stride,
                                 begin, end, dtype);
   });
@@ -161,7 +129,7 @@ std::tuple<Tensor, Tensor> rotation_cpu(const Tensor& skew_, const MaybeTensor& 
   const void* in = skew.const_data_ptr();
   void *factors = blocks.mutable_data_ptr(), *out = stages.mutable_data_ptr();
   const bool* mask = pointer<bool>(drop);
-  torch::stable::parallel_for(0, shape.groups, shape.grain(4), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.groups, grain(shape, 4), [&](int64_t begin, int64_t end) {
     over_group_blocks(shape, begin, end, [&](int64_t at, int64_t count) {
       boft::cpu::cayley(behind(in, at * packed, width), mask ? mask + at : nullptr,
                         behind(factors, at * b * b, width), count, b, 0, tiles_of(count), dtype);
@@ -175,7 +143,7 @@ Tensor rotation_backward_cpu(const Tensor& blocks_, const MaybeTensor& drop_,
                              const Tensor& grad_) {
   const auto dtype = wide_dtype_of(blocks_, "rotation_backward: blocks");
   const auto shape = Butterfly::of(blocks_, 0);
-  const Tensor blocks = torch::stable::contiguous(blocks_), grad = shape.grad(grad_, blocks_);
+  const Tensor blocks = torch::stable::contiguous(blocks_), grad = one_grad(shape, grad_, blocks_);
   const auto drop = mask_of(drop_, {shape.n, shape.n_blocks});
   const int64_t b = shape.b, packed = b * (b - 1) / 2;
   const int64_t width = dtype == boft::DType::F64 ? 8 : 4;
@@ -184,7 +152,7 @@ Tensor rotation_backward_cpu(const Tensor& blocks_, const MaybeTensor& drop_,
   const void *factors = blocks.const_data_ptr(), *upstream = grad.const_data_ptr();
   void *middle = blocks_grad.mutable_data_ptr(), *out = skew_grad.mutable_data_ptr();
   const bool* mask = pointer<bool>(drop);
-  torch::stable::parallel_for(0, shape.groups, shape.grain(8), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, shape.groups, grain(shape, 8), [&](int64_t begin, int64_t end) {
     boft::cpu::compose_backward(factors, upstream, middle, shape.n, shape.n_blocks, b, 1, begin,
                                 end, dtype);
     over_group_blocks(shape, begin, end, [&](int64_t at, int64_t count) {

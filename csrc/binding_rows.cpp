@@ -1,27 +1,11 @@
 // What touches the activations: rotate and its gradients, the gradients of the scale.
+#include "binding_checks.h"
 #include "binding_ops.h"
 
 namespace boft::binding {
 namespace {
 
 // Rows and groups are whole units of work: any split over threads gives the same bits.
-boft::cpu::Stage stage_of(const Tensor& x, int64_t size, int64_t chunk, int64_t stride) {
-  STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions");
-  const int64_t d = x.size(1);  // sizes bounded by it first: no product of them can wrap
-  STD_TORCH_CHECK(0 < size && size <= d && 0 < chunk && chunk <= size && size % chunk == 0 &&
-                      0 < stride && stride <= d / size && d % (size * stride) == 0,
-                  "stage: does not fit ", d, " features");
-  return {size, chunk, stride};
-}
-
-void check_stages(const Tensor& x, const Tensor& stage) {
-  check_square(stage, 3, "rotate: stage");
-  STD_TORCH_CHECK(stage.size(0) * stage.size(2) == x.size(x.dim() - 1) &&
-                      stage.scalar_type() == compute_type(x),
-                  "rotate: stage: expected d / size matrices in the dtype of x (float32 for "
-                  "bfloat16)");
-}
-
 Tensor as_applied(const Tensor& stage, bool transpose) {
   return torch::stable::contiguous(transpose ? torch::stable::transpose(stage, 1, 2) : stage);
 }
@@ -31,9 +15,7 @@ Tensor as_applied(const Tensor& stage, bool transpose) {
 Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
                   bool transpose) {
   const auto dtype = dtype_of(x_, "rotate: x");
-  check_square(stage_, 3, "rotate: stage");
-  const auto shape = stage_of(x_, stage_.size(2), chunk, stride);
-  check_stages(x_, stage_);
+  const auto shape = stage_of(x_, stage_, chunk, stride);
   const Tensor x = torch::stable::contiguous(x_), stage = as_applied(stage_, transpose);
   Tensor y = torch::stable::empty_like(x);
   const void *in = x.const_data_ptr(), *matrices = stage.const_data_ptr();
@@ -49,7 +31,7 @@ Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t
 namespace {
 
 // The Gram and, with a stage, the gradient of x; (1, groups, size, size).
-Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::cpu::Stage& shape, bool transpose,
+Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::Stage& shape, bool transpose,
                const Tensor* stage, Tensor* x_grad) {
   const auto dtype = dtype_of(x_, "gram: x");
   STD_TORCH_CHECK(alike(x_, grad_), "gram: grad: expected the shape and dtype of x");
@@ -84,9 +66,7 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
                                                const Tensor& stage_, int64_t chunk, int64_t stride,
                                                bool transpose, int64_t splits) {
   check_splits(splits);
-  check_square(stage_, 3, "rotate: stage");
-  const auto shape = stage_of(x, stage_.size(2), chunk, stride);
-  check_stages(x, stage_);
+  const auto shape = stage_of(x, stage_, chunk, stride);
   const Tensor stage = as_applied(stage_, !transpose);
   Tensor x_grad = torch::stable::empty_like(torch::stable::contiguous(x));
   const Tensor gram = gram_of(x, grad, shape, transpose, &stage, &x_grad);
@@ -97,13 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const
                                                       const Tensor& scale_,
                                                       const Tensor& center_) {
   const auto dtype = dtype_of(x_, "scale_backward: x");
-  STD_TORCH_CHECK(x_.dim() == 2 && alike(x_, grad_),
-                  "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
-  for (const Tensor* vector : {&scale_, &center_})
-    STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == x_.size(1) &&
-                        vector->scalar_type() == compute_type(x_),
-                    "scale_backward: scale, center: expected (n,) in the dtype of x (float32 for "
-                    "bfloat16)");
+  check_scale(grad_, x_, scale_, center_);
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
   const Tensor scale = torch::stable::contiguous(scale_);
   const Tensor center = torch::stable::contiguous(center_);

@@ -9,6 +9,13 @@ namespace boft {
 
 enum class DType : int { F32, F64, BF16 };
 
+// Where the features of a stage's dense blocks lie. Group g of the size x size blocks holds chunks
+// `stride` apart: with h = g div stride and l = g mod stride, element (c, e) of it is feature
+// ((h * size / chunk + c) * stride + l) * chunk + e.
+struct Stage {
+  int64_t size, chunk, stride;
+};
+
 namespace cpu {
 
 // The instruction set that this machine's kernels run on.
@@ -46,13 +53,6 @@ void cayley(const void* skew, const bool* drop, void* blocks, int64_t n_blocks, 
 void cayley_backward(const void* blocks, const bool* drop, const void* grad, void* skew_grad,
                      int64_t n_blocks, int64_t b, int64_t tile_begin, int64_t tile_end,
                      DType dtype);
-
-// Where the features of a stage's dense blocks lie. Group g of the size x size blocks holds chunks
-// `stride` apart: with h = g div stride and l = g mod stride, element (c, e) of it is feature
-// ((h * size / chunk + c) * stride + l) * chunk + e.
-struct Stage {
-  int64_t size, chunk, stride;
-};
 
 // Stage matrices of the groups [begin, end): the product C_{n-1} ... C_0 of n butterfly factors,
 // the first of which has the given stride (in chunks of b/2 features).

@@ -1,0 +1,84 @@
+// What the operators ask of their arguments, on every device: no shape may make a kernel read outside
+// its tensors, whoever calls it.
+#pragma once
+
+#include "binding.h"
+
+namespace boft::binding {
+
+inline int64_t block_size(const Tensor& skew) {
+  STD_TORCH_CHECK(skew.dim() >= 1, "cayley: skew: expected at least 1 dimension");
+  const int64_t packed = skew.size(skew.dim() - 1);
+  int64_t b = 1;
+  while (b * (b - 1) / 2 < packed) ++b;
+  STD_TORCH_CHECK(b * (b - 1) / 2 == packed, "cayley: skew: expected b(b-1)/2 numbers, got ",
+                  packed);
+  return b;
+}
+
+// The mask of dropped blocks, one for each block of a tensor with these leading sizes.
+inline std::optional<Tensor> mask_of(const std::optional<Tensor>& drop,
+                                     const std::vector<int64_t>& sizes) {
+  if (!drop) return std::nullopt;
+  bool fits = drop->scalar_type() == ScalarType::Bool && drop->dim() == int64_t(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = drop->size(int64_t(i)) == sizes[i];
+  STD_TORCH_CHECK(fits, "cayley: drop: expected a boolean for each block");
+  return torch::stable::contiguous(*drop);
+}
+
+struct Butterfly {  // of n factors of n_blocks blocks, the first of which has the given stride
+  int64_t n, n_blocks, b, stride, size, groups;
+
+  Butterfly(int64_t n, int64_t n_blocks, int64_t b, int64_t first)
+      : n(n), n_blocks(n_blocks), b(b) {
+    STD_TORCH_CHECK((b % 2 == 0 || n == 1) && 0 < n && n < 32 && 0 <= first && first < 31 &&
+                        n_blocks > 0 && n_blocks % (int64_t(1) << (first + n - 1)) == 0,
+                    "compose: factors: not a butterfly");
+    stride = int64_t(1) << first, size = b << (n - 1), groups = n_blocks * b / size;
+  }
+  static Butterfly of(const Tensor& factors, int64_t first) {
+    check_square(factors, 4, "compose: factors");
+    return {factors.size(0), factors.size(1), factors.size(2), first};
+  }
+  // Partial sums of the gradient of the stage matrices.
+  Tensor grad(const Tensor& t, const Tensor& factors) const {
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) > 0 && t.size(1) == groups && t.size(2) == size &&
+                        t.size(3) == size && t.scalar_type() == factors.scalar_type(),
+                    "compose_backward: grad: expected (splits, groups, size, size) in the dtype of "
+                    "the stage matrices");
+    return torch::stable::contiguous(t);
+  }
+};
+
+inline boft::Stage stage_of(const Tensor& x, int64_t size, int64_t chunk, int64_t stride) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions");
+  const int64_t d = x.size(1);  // sizes bounded by it first: no product of them can wrap
+  STD_TORCH_CHECK(0 < size && size <= d && 0 < chunk && chunk <= size && size % chunk == 0 &&
+                      0 < stride && stride <= d / size && d % (size * stride) == 0,
+                  "stage: does not fit ", d, " features");
+  return {size, chunk, stride};
+}
+
+// The same of a stage's matrices, which have to be of the type that x is computed in.
+inline boft::Stage stage_of(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride) {
+  check_square(stage, 3, "rotate: stage");
+  const auto shape = stage_of(x, stage.size(2), chunk, stride);
+  STD_TORCH_CHECK(stage.size(0) * stage.size(2) == x.size(1) &&
+                      stage.scalar_type() == compute_type(x),
+                  "rotate: stage: expected d / size matrices in the dtype of x (float32 for "
+                  "halves)");
+  return shape;
+}
+
+inline void check_scale(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                        const Tensor& center) {
+  STD_TORCH_CHECK(x.dim() == 2 && alike(x, grad),
+                  "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
+  for (const Tensor* vector : {&scale, &center})
+    STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == x.size(1) &&
+                        vector->scalar_type() == compute_type(x),
+                    "scale_backward: scale, center: expected (n,) in the dtype of x (float32 for "
+                    "halves)");
+}
+
+}  // namespace boft::binding

@@ -1,0 +1,67 @@
+// What touches the activations, on a GPU: rotate and its gradients.
+#ifdef BOFT_OPS_CUDA
+#include "binding_cuda.h"
+
+namespace boft::binding {
+namespace {
+
+void check_size(const char* op, const boft::Stage& shape) {
+  STD_TORCH_CHECK(shape.size <= boft::cuda::kMaxSize, op, ": expected groups of at most ",
+                  boft::cuda::kMaxSize, " features, got ", shape.size);
+}
+
+// The partial sums of a stage's gradient and, with the stage, the gradient of x.
+Tensor gram_of(const char* op, const Tensor& grad_, const Tensor& x_, const boft::Stage& shape,
+               bool transpose, int64_t splits, const Tensor* stage, Tensor* x_grad) {
+  const auto dtype = cuda_dtype_of(x_, op);
+  check_size(op, shape);
+  STD_TORCH_CHECK(alike(x_, grad_), op, ": grad: expected the shape and dtype of x");
+  STD_TORCH_CHECK(splits > 0, op, ": splits: expected a positive number, got ", splits);
+  check_device(op, x_, {&grad_, stage});
+  const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
+  const int64_t rows = x.size(0), d = x.size(1);
+  Tensor partials = torch::stable::new_empty(x, {splits, d / shape.size, shape.size, shape.size},
+                                             compute_type(x));
+  check_launch(op, boft::cuda::rotate_backward(
+                       grad.const_data_ptr(), x.const_data_ptr(),
+                       stage ? stage->const_data_ptr() : nullptr,
+                       x_grad ? x_grad->mutable_data_ptr() : nullptr, partials.mutable_data_ptr(),
+                       rows, d, shape, transpose, splits, dtype, queue_of(x)));
+  return partials;
+}
+
+}  // namespace
+
+Tensor rotate_cuda(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
+                   bool transpose) {
+  const auto dtype = cuda_dtype_of(x_, "rotate: x");
+  const auto shape = stage_of(x_, stage_, chunk, stride);
+  check_size("rotate", shape);
+  check_device("rotate", x_, {&stage_});
+  const Tensor x = torch::stable::contiguous(x_), stage = torch::stable::contiguous(stage_);
+  Tensor y = torch::stable::empty_like(x);
+  check_launch("rotate", boft::cuda::rotate(x.const_data_ptr(), stage.const_data_ptr(),
+                                            y.mutable_data_ptr(), x.size(0), x.size(1), shape,
+                                            transpose, dtype, queue_of(x)));
+  return y;
+}
+
+Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+                 int64_t splits) {
+  return gram_of("gram", grad, x, stage_of(x, size, chunk, stride), false, splits, nullptr,
+                 nullptr);
+}
+
+std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
+                                                const Tensor& stage_, int64_t chunk, int64_t stride,
+                                                bool transpose, int64_t splits) {
+  const auto shape = stage_of(x, stage_, chunk, stride);
+  const Tensor stage = torch::stable::contiguous(stage_);
+  Tensor x_grad = torch::stable::empty_like(torch::stable::contiguous(x));
+  const Tensor partials =
+      gram_of("rotate_backward", grad, x, shape, transpose, splits, &stage, &x_grad);
+  return {x_grad, partials};
+}
+
+}  // namespace boft::binding
+#endif

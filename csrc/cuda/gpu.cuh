@@ -1,0 +1,120 @@
+// What the kernels share: number types, shared memory, and launches.
+#pragma once
+
+#include "boft_cuda.h"
+
+#ifdef BOFT_EMULATED
+#include "emulation.h"  // tests/cuda: the same kernels, run on a CPU
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <type_traits>
+
+namespace boft::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+template <class T>
+constexpr bool is_half = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
+
+// What a type is computed in.
+template <class T>
+using Wide = std::conditional_t<is_half<T>, float, T>;
+
+template <class T>
+__device__ __forceinline__ Wide<T> widen(T value) {
+  if constexpr (std::is_same_v<T, bf16>) return __bfloat162float(value);
+  else if constexpr (std::is_same_v<T, fp16>) return __half2float(value);
+  else return value;
+}
+
+template <class T, class W>
+__device__ __forceinline__ T narrow(W value) {
+  if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(float(value));
+  else if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(float(value));
+  else return T(value);
+}
+
+// The block's own memory, of the size that it was launched with.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#ifdef BOFT_EMULATED
+  return emulation::block().shared;
+#else
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+#endif
+}
+
+#ifdef BOFT_EMULATED
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, Queue, A... arguments) {
+  if (blocks > 0) emulation::launch(blocks, threads, shared, [=] { kernel(arguments...); });
+  return 0;
+}
+#else
+// This library's runtime is linked statically and has its own idea of the current device.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error = cudaGetDevice(&before_);
+    if (error == cudaSuccess && before_ != device) error = cudaSetDevice(device);
+  }
+  ~OnDevice() {
+    if (error == cudaSuccess) cudaSetDevice(before_);
+  }
+  cudaError_t error;
+
+ private:
+  int before_ = 0;
+};
+
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, Queue queue,
+           A... arguments) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const OnDevice scope(queue.device);
+  if (scope.error != cudaSuccess) return scope.error;
+  if (shared > 48 * 1024) {  // more has to be asked for
+    const auto error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<unsigned(blocks), threads, shared, static_cast<cudaStream_t>(queue.stream)>>>(
+      arguments...);
+  return cudaGetLastError();
+}
+#endif
+
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Call f(Type<T>{}) with the T that a dtype stands for.
+template <class F>
+int with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::F32: return f(Type<float>{});
+    case DType::F64: return f(Type<double>{});
+    case DType::BF16: return f(Type<bf16>{});
+    case DType::F16: return f(Type<fp16>{});
+  }
+  return kInvalidValue;
+}
+template <class F>
+int with_wide_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::F32: return f(Type<float>{});
+    case DType::F64: return f(Type<double>{});
+    default: return kInvalidValue;
+  }
+}
+
+}  // namespace boft::cuda

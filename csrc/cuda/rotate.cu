@@ -1,0 +1,108 @@
+#include "cuda/rotate.cuh"
+
+namespace boft::cuda {
+namespace {
+
+constexpr int64_t kBlocks = 1024;            // that keep a large GPU busy
+constexpr size_t kEnoughShared = 100 * 1024;  // two blocks of more would not fit a multiprocessor
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Call f(std::integral_constant<int, Columns>{}) with the columns that a block multiplies at a time:
+// at most `most`, which is 32 for float64, or registers would not suffice.
+template <int Most, class F>
+int with_columns(int padded, F f) {
+  if (padded <= 16) return f(std::integral_constant<int, 16>{});
+  if (padded <= 32 || Most == 32) return f(std::integral_constant<int, 32>{});
+  if constexpr (Most >= 64) {
+    if (padded <= 64 || Most == 64) return f(std::integral_constant<int, 64>{});
+    if constexpr (Most >= 128) return f(std::integral_constant<int, 128>{});
+  }
+  return kInvalidValue;
+}
+
+uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+
+template <class T>
+int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d, Stage stage,
+              bool transpose, Queue queue) {
+  constexpr int kMost = is_half<T> ? 128 : kPositions<T>;
+  const int padded = int(divide_up(stage.size, kBand) * kBand);
+  return with_columns<kMost>(padded, [&](auto columns) {
+    constexpr int kColumns = decltype(columns)::value;
+    Job job{rows, d, 0, {}, int(divide_up(padded, kColumns)), 2, transpose};
+    const auto shared = [&] {
+      const Layout& l = job.layout;
+      return sizeof(T) * size_t(l.bands * kColumns * (padded + kPad<T>) +
+                                job.buffers * kWarps<T> * kRows * (l.bands * padded + kPad<T>));
+    };
+    const auto lay_out = [&](int positions) {
+      job.layout = layout_of<T>(stage, d, positions, address(x) | address(y));
+    };
+    // more bands where they lengthen runs of less than the 32 bytes that memory moves at least
+    const int64_t run = int64_t(sizeof(T)) * stage.chunk;
+    const int64_t bands = std::min(divide_up(32, run), divide_up(stage.stride, kBand / stage.size + 1));
+    lay_out(std::max(64, stage.stride > 1 && job.parts == 1 ? int(bands) * padded : 0));
+    if (shared() > kEnoughShared) lay_out(64);
+    if (shared() > kEnoughShared) job.buffers = 1;
+    const int64_t tiles = int64_t(job.layout.tiles) * job.parts, step = kWarps<T> * kRows;
+    // a block reads size^2 of the stage for rows * size of x: 16 size rows make that cheap
+    const int64_t most = std::max<int64_t>(256, 16 * stage.size) / step;
+    const int64_t turns = std::min(most, tiles * divide_up(rows, step) / kBlocks);
+    job.rows_per_block = step * std::max<int64_t>(1, turns);
+    return launch(rotate_kernel<T, kColumns>, tiles * divide_up(rows, job.rows_per_block),
+                  32 * kWarps<T>, shared(), queue, x, matrices, y, job);
+  });
+}
+
+template <class T, bool XGrad>
+int gram_as(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<T>* partials,
+            int64_t rows, int64_t d, Stage stage, bool transpose, int64_t splits, Queue queue) {
+  constexpr int kTile = kPositions<T>;
+  const int padded = int(divide_up(stage.size, kBand) * kBand);
+  return with_columns<kTile>(padded, [&](auto columns) {
+    constexpr int kColumns = decltype(columns)::value;
+    const int64_t step = kWarps<T> * kRows;
+    Job job{rows, d, 0, {}, int(divide_up(padded, kTile)), is_half<T> ? 2 : 1, transpose};
+    job.layout = layout_of<T>(stage, d, kTile, address(x) | address(grad) | address(x_grad));
+    job.rows_per_block = divide_up(divide_up(rows, splits), step) * step;
+    size_t shared = size_t(job.buffers) * 2 * step * (kTile + kPad<T>);
+    if (XGrad) shared += size_t(job.layout.bands) * kColumns * (padded + kPad<T>);
+    const int64_t blocks = splits * job.layout.tiles * job.parts * job.parts;
+    return launch(gram_kernel<T, kColumns, XGrad>, blocks, 32 * kWarps<T>, sizeof(T) * shared,
+                  queue, x, grad, matrices, x_grad, partials, job);
+  });
+}
+
+}  // namespace
+
+int rotate(const void* x, const void* stages, void* y, int64_t rows, int64_t d, Stage stage,
+           bool transpose, DType dtype, Queue queue) {
+  if (rows == 0) return 0;
+  return with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return rotate_as(static_cast<const T*>(x), static_cast<const Wide<T>*>(stages),
+                     static_cast<T*>(y), rows, d, stage, transpose, queue);
+  });
+}
+
+int rotate_backward(const void* grad, const void* x, const void* stages, void* x_grad,
+                    void* partials, int64_t rows, int64_t d, Stage stage, bool transpose,
+                    int64_t splits, DType dtype, Queue queue) {
+  return with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto gram = [&](auto fused) {
+      return gram_as<T, decltype(fused)::value>(
+          static_cast<const T*>(x), static_cast<const T*>(grad),
+          static_cast<const Wide<T>*>(stages), static_cast<T*>(x_grad),
+          static_cast<Wide<T>*>(partials), rows, d, stage, transpose, splits, queue);
+    };
+    if (x_grad == nullptr) return gram(std::false_type{});
+    if (stage.size <= kPositions<T>) return gram(std::true_type{});
+    // too large for one tile: two launches, each of which reads the rows
+    const int error = rotate(grad, stages, x_grad, rows, d, stage, !transpose, dtype, queue);
+    return error != 0 ? error : gram(std::false_type{});
+  });
+}
+
+}  // namespace boft::cuda

@@ -1,0 +1,298 @@
+// Rows times a stage, and both gradients, in one pass over the rows (rows.cuh: how they are laid out).
+//
+// Halves are multiplied by matrix instructions and summed in float32; float32 and float64 by ordinary
+// multiply-adds in the same arrangement of lanes. A lane (g, t) = (lane / 4, lane % 4) of a warp has, of
+// every 16 x 8 piece of a result, rows g and g + 8 of columns 2t and 2t + 1.
+#pragma once
+
+#include "rows.cuh"
+
+namespace boft::cuda {
+
+constexpr int kRows = 16;  // that a warp multiplies at a time
+
+// Warps of a block. float64 takes twice the room.
+template <class T>
+constexpr int kWarps = std::is_same_v<T, double> ? 2 : 4;
+// Positions of a tile of x in a Gram: 16 for each warp. And wanted in any tile.
+template <class T>
+constexpr int kPositions = 16 * kWarps<T>;
+
+// What all the parts of a block know.
+struct Job {
+  int64_t n_rows, d, rows_per_block;
+  Layout layout;
+  int parts;    // that the columns of a band are divided into
+  int buffers;  // of rows, 1 or 2: two let a warp load while it multiplies
+  bool transpose;
+};
+
+// The stage's matrix for columns [from, from + Columns) of every band, as stage[band][column][inner],
+// in the type of the rows. Of halves minus the identity: y = x + x (R - I), as rounding R itself to
+// 8 or 11 bits would swamp a small rotation.
+template <class T, int Columns>
+__device__ void load_stage(T* stage, int pitch, const Wide<T>* matrices, const Layout& l,
+                           const Place& place, int from, bool transpose) {
+  using W = Wide<T>;
+  const int count = l.bands * Columns * l.padded;
+  for (int index = int(threadIdx.x); index < count; index += int(blockDim.x)) {
+    // neighbouring threads read neighbouring entries of a row of the matrix
+    const int fast = index % (transpose ? l.padded : Columns);
+    const int slow = index / (transpose ? l.padded : Columns);
+    const int column = transpose ? slow % Columns : fast;
+    const int inner = transpose ? fast : slow % l.padded;
+    const int band = slow / (transpose ? Columns : l.padded);
+    const int to = from + column;
+    const int group = band * l.per_band + to / l.size;
+    const bool inside = to < l.per_band * l.size && inner / l.size == to / l.size &&
+                        inner < l.per_band * l.size && group < place.groups;
+    W value = 0;
+    if (inside) {
+      const int row = (transpose ? to : inner) % l.size, at = (transpose ? inner : to) % l.size;
+      value = matrices[(place.group + group) * l.size * l.size + row * l.size + at];
+      if (is_half<T> && inner == to) value -= W(1);
+    }
+    stage[(band * Columns + column) * pitch + inner] = narrow<T>(value);
+  }
+}
+
+__device__ __forceinline__ uint32_t pair_at(const void* halves) {
+  return *static_cast<const uint32_t*>(halves);
+}
+
+// sums += rows (16 x padded) times stage (padded x Columns).
+template <class T, int Columns>
+__device__ __forceinline__ void multiply(Wide<T> (&sums)[Columns / 8][4], const T* rows, int pitch,
+                                         const T* stage, int stage_pitch, int padded) {
+  const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const T *low = rows + g * pitch, *high = low + 8 * pitch;
+  if constexpr (is_half<T>) {
+    for (int k = 0; k < padded; k += 16) {
+      const uint32_t a[4] = {pair_at(low + k + 2 * t), pair_at(high + k + 2 * t),
+                             pair_at(low + k + 2 * t + 8), pair_at(high + k + 2 * t + 8)};
+#pragma unroll
+      for (int n = 0; n < Columns / 8; ++n) {
+        const T* column = stage + (8 * n + g) * stage_pitch + k + 2 * t;
+        mma<T>(sums[n], a, pair_at(column), pair_at(column + 8));
+      }
+    }
+  } else {
+    struct alignas(16) Vector {
+      T at[kVectors<T>];
+    };
+    const auto vector = [](const T* p) { return *reinterpret_cast<const Vector*>(p); };
+    for (int k = 0; k < padded; k += kVectors<T>) {
+      const Vector a = vector(low + k), b = vector(high + k);
+#pragma unroll
+      for (int n = 0; n < Columns / 8; ++n) {
+        const T* column = stage + (8 * n + 2 * t) * stage_pitch + k;
+        const Vector c = vector(column), e = vector(column + stage_pitch);
+#pragma unroll
+        for (int i = 0; i < kVectors<T>; ++i) {
+          sums[n][0] += a.at[i] * c.at[i];
+          sums[n][1] += a.at[i] * e.at[i];
+          sums[n][2] += b.at[i] * c.at[i];
+          sums[n][3] += b.at[i] * e.at[i];
+        }
+      }
+    }
+  }
+}
+
+// Columns [from, from + Columns) of every band of a warp's 16 rows, in place, times the stage.
+template <class T, int Columns>
+__device__ void rotate_in_place(T* rows, int pitch, const T* stage, int stage_pitch, const Layout& l,
+                                int from) {
+  const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  for (int band = 0; band < l.bands; ++band) {
+    T* left = rows + band * l.padded;
+    T* out = left + from + g * pitch + 2 * t;
+    const int columns = l.padded - from;  // the last part may reach beyond the band
+    Wide<T> sums[Columns / 8][4] = {};
+    if constexpr (is_half<T>) {
+#pragma unroll
+      for (int n = 0; n < Columns / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (8 * n < columns) sums[n][i] = widen(out[i / 2 * 8 * pitch + 8 * n + i % 2]);
+    }
+    multiply<T, Columns>(sums, left, pitch, stage + band * Columns * stage_pitch, stage_pitch,
+                         l.padded);
+    __syncwarp();  // every lane has read the rows
+#pragma unroll
+    for (int n = 0; n < Columns / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (8 * n < columns) out[i / 2 * 8 * pitch + 8 * n + i % 2] = narrow<T>(sums[n][i]);
+  }
+}
+
+template <class T>
+__device__ void clear(T* memory, int64_t count) {
+  for (int64_t i = int(threadIdx.x); i < count; i += int(blockDim.x)) memory[i] = narrow<T>(0.0f);
+}
+
+// y = x S, or x S^T. Warps go their own ways: each has tiles of 16 rows to itself.
+template <class T, int Columns>
+__global__ void __launch_bounds__(32 * kWarps<T>, 1)
+    rotate_kernel(const T* x, const Wide<T>* matrices, T* y, Job job) {
+  static_assert(Columns % 16 == 0 && Columns <= 128);
+  const Layout& l = job.layout;
+  const int warp = int(threadIdx.x) / 32;
+  const int tile = int(blockIdx.x) % (l.tiles * job.parts);
+  const int64_t first = int64_t(blockIdx.x) / (l.tiles * job.parts) * job.rows_per_block;
+  const int64_t last =
+      first + job.rows_per_block < job.n_rows ? first + job.rows_per_block : job.n_rows;
+  const Place place = place_of(l, tile / job.parts, job.d);
+  const int from = tile % job.parts * Columns, width = l.bands * l.padded;
+  const int pitch = width + kPad<T>, stage_pitch = l.padded + kPad<T>;
+  T* stage = reinterpret_cast<T*>(shared_memory());
+  T* buffers = stage + l.bands * Columns * stage_pitch;
+  load_stage<T, Columns>(stage, stage_pitch, matrices, l, place, from, job.transpose);
+  clear(buffers, int64_t(job.buffers) * kWarps<T> * kRows * pitch);
+  __syncthreads();
+  buffers += warp * job.buffers * kRows * pitch;
+  const int until = job.parts > 1 ? from + Columns : width;
+  const int64_t step = kWarps<T> * kRows;
+  int64_t row = first + warp * kRows;
+  const auto load = [&](int64_t at, int turn) {
+    if (at < last)
+      load_rows(buffers + turn % job.buffers * kRows * pitch, pitch, x, at, last, job.d, l, place,
+                0, width, kRows);
+    close_copies();
+  };
+  if (job.buffers == 2) load(row, 0);
+  for (int turn = 0; row < last; row += step, ++turn) {
+    if (job.buffers == 2) {
+      load(row + step, turn + 1);
+      await_copies<1>();
+    } else {
+      load(row, turn);
+      await_copies<0>();
+    }
+    __syncwarp();
+    T* rows = buffers + turn % job.buffers * kRows * pitch;
+    rotate_in_place<T, Columns>(rows, pitch, stage, stage_pitch, l, from);
+    __syncwarp();
+    store_rows(rows, pitch, y, row, last, job.d, l, place, job.parts > 1 ? from : 0, until, kRows);
+    __syncwarp();  // before it is loaded again
+  }
+}
+
+// sums += left^T right over `rows` rows: left 16 columns, right Columns.
+template <class T, int Columns>
+__device__ __forceinline__ void multiply_transposed(Wide<T> (&sums)[Columns / 8][4], const T* left,
+                                                    const T* right, int pitch, int rows) {
+  const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  if constexpr (is_half<T>) {
+    const int matrix = lane / 8, r = lane % 8;
+    for (int k = 0; k < rows; k += 16) {
+      uint32_t a[4];
+      load_transposed(a, left + (k + r + matrix / 2 * 8) * pitch + matrix % 2 * 8);
+#pragma unroll
+      for (int n = 0; n < Columns / 8; n += 2) {
+        uint32_t b[4];
+        load_transposed(b, right + (k + r + matrix % 2 * 8) * pitch + 8 * n + matrix / 2 * 8);
+        mma<T>(sums[n], a, b[0], b[1]);
+        mma<T>(sums[n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+#pragma unroll 2
+    for (int k = 0; k < rows; ++k) {
+      const T a = left[k * pitch + g], b = left[k * pitch + g + 8];
+#pragma unroll
+      for (int n = 0; n < Columns / 8; ++n) {
+        const T* c = right + k * pitch + 8 * n + 2 * t;
+        sums[n][0] += a * c[0];
+        sums[n][1] += a * c[1];
+        sums[n][2] += b * c[0];
+        sums[n][3] += b * c[1];
+      }
+    }
+  }
+}
+
+// The Gram of x and grad over one split of the rows, a partial sum of the stage's gradient: warps have
+// 16 positions of x each. With XGrad also x_grad, the gradient through the stage: groups have to fit in
+// a tile then.
+template <class T, int Columns, bool XGrad>
+__global__ void __launch_bounds__(32 * kWarps<T>, 1)
+    gram_kernel(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<T>* partials,
+                Job job) {
+  static_assert(Columns % 16 == 0 && Columns <= kPositions<T>);
+  const Layout& l = job.layout;
+  constexpr int kTile = kPositions<T>, kAtOnce = kWarps<T> * kRows;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int tiles = l.tiles * job.parts * job.parts;
+  const int part = int(blockIdx.x) % tiles % (job.parts * job.parts);
+  const Place place = place_of(l, int(blockIdx.x) % tiles / (job.parts * job.parts), job.d);
+  const int64_t split = int64_t(blockIdx.x) / tiles;
+  const int64_t first = split * job.rows_per_block;
+  const int64_t last =
+      first + job.rows_per_block < job.n_rows ? first + job.rows_per_block : job.n_rows;
+  const int width = l.bands * l.padded < kTile ? l.bands * l.padded : kTile;
+  const int left_from = part / job.parts * kTile, right_from = part % job.parts * kTile;
+  constexpr int kPitch = kTile + kPad<T>;
+  const int stage_pitch = l.padded + kPad<T>;
+  T* buffers = reinterpret_cast<T*>(shared_memory());
+  T* stage = buffers + job.buffers * 2 * kAtOnce * kPitch;
+  clear(buffers, int64_t(job.buffers) * 2 * kAtOnce * kPitch);
+  if (XGrad) load_stage<T, Columns>(stage, stage_pitch, matrices, l, place, 0, !job.transpose);
+  __syncthreads();
+  const auto load = [&](int64_t at, int turn) {  // each warp its 16 rows
+    T* to = buffers + turn % job.buffers * 2 * kAtOnce * kPitch + warp * kRows * kPitch;
+    at += warp * kRows;
+    load_rows(to, kPitch, x, at, last, job.d, l, place, left_from, left_from + width, kRows);
+    load_rows(to + kAtOnce * kPitch, kPitch, grad, at, last, job.d, l, place, right_from,
+              right_from + width, kRows);
+    close_copies();
+  };
+  // a warp has 16 positions of x, and all of their band's of grad
+  const int band = warp * 16 / l.padded;
+  const bool busy = warp * 16 < width;
+  Wide<T> sums[Columns / 8][4] = {};
+  if (job.buffers == 2) load(first, 0);
+  int turn = 0;
+  for (int64_t row = first; row < last; row += kAtOnce, ++turn) {
+    if (job.buffers == 2) {
+      load(row + kAtOnce, turn + 1);
+      await_copies<1>();
+    } else {
+      load(row, turn);
+      await_copies<0>();
+    }
+    __syncthreads();
+    T* left = buffers + turn % job.buffers * 2 * kAtOnce * kPitch;
+    T* right = left + kAtOnce * kPitch;
+    if (busy)
+      multiply_transposed<T, Columns>(sums, left + warp * 16, right + band * l.padded, kPitch,
+                                      kAtOnce);
+    __syncthreads();  // every warp has read the rows
+    if (XGrad) {
+      T* own = right + warp * kRows * kPitch;
+      rotate_in_place<T, Columns>(own, kPitch, stage, stage_pitch, l, 0);
+      __syncwarp();
+      store_rows(own, kPitch, x_grad, row + warp * kRows, last, job.d, l, place, 0, width, kRows);
+      __syncwarp();  // before it is loaded again
+    }
+  }
+  if (!busy) return;
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int n = 0; n < Columns / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int inner = left_from + warp * 16 - band * l.padded + g + i / 2 * 8;
+      const int to = right_from + 8 * n + 2 * t + i % 2;
+      const int most = l.per_band * l.size, group = band * l.per_band + inner / l.size;
+      if (inner >= most || to >= most || inner / l.size != to / l.size || group >= place.groups)
+        continue;
+      const int row = (job.transpose ? to : inner) % l.size;
+      const int at = (job.transpose ? inner : to) % l.size;
+      const int64_t matrix = split * (job.d / l.size) + place.group + group;
+      partials[(matrix * l.size + row) * l.size + at] = sums[n][i];
+    }
+}
+
+}  // namespace boft::cuda

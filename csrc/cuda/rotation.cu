@@ -1,0 +1,50 @@
+#include "cuda/rotation.cuh"
+
+#include <algorithm>
+
+namespace boft::cuda {
+
+int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int64_t n,
+             int64_t n_blocks, int64_t b, DType dtype, Queue queue) {
+  return with_wide_type(dtype, [&](auto type) {
+    using W = typename decltype(type)::type;
+    const int size = int(b << (n - 1));
+    const Butterfly f{n_blocks, n_blocks * b / size, int(n), int(b), size, 1};
+    const Share share = share_of<W>(f, 2);
+    if (share.columns < size) return kInvalidValue;
+    const int64_t grid = (f.groups + share.groups - 1) / share.groups;
+#define BOFT_LAUNCH(B)                                                                           \
+  if (b <= B)                                                                                    \
+    return launch(rotation_kernel<W, B>, grid, kCayleyThreads<B>,                                \
+                  std::max(sizeof(CayleyShared<B>), share.bytes), queue,                         \
+                  static_cast<const W*>(skew), drop, static_cast<W*>(blocks),                    \
+                  static_cast<W*>(stages), f, share.groups);
+    BOFT_TEAMS(BOFT_LAUNCH)
+#undef BOFT_LAUNCH
+    return kInvalidValue;
+  });
+}
+
+int rotation_backward(const void* blocks, const bool* drop, const void* grad, void* blocks_grad,
+                      void* skew_grad, int64_t n, int64_t n_blocks, int64_t b, int64_t splits,
+                      DType dtype, Queue queue) {
+  return with_wide_type(dtype, [&](auto type) {
+    using W = typename decltype(type)::type;
+    const int size = int(b << (n - 1));
+    const Butterfly f{n_blocks, n_blocks * b / size, int(n), int(b), size, 1};
+    const Share share = share_of<W>(f, int(n) + 1);
+    const int64_t grid = (f.groups + share.groups - 1) / share.groups;
+#define BOFT_LAUNCH(B)                                                                           \
+  if (b <= B)                                                                                    \
+    return launch(rotation_backward_kernel<W, B>, grid, kCayleyThreads<B>,                       \
+                  std::max(sizeof(CayleyBackwardShared<B, W>), share.bytes), queue,              \
+                  static_cast<const W*>(blocks), drop, static_cast<const W*>(grad),              \
+                  static_cast<W*>(blocks_grad), static_cast<W*>(skew_grad), f, splits,           \
+                  share.groups, share.columns);
+    BOFT_TEAMS(BOFT_LAUNCH)
+#undef BOFT_LAUNCH
+    return kInvalidValue;
+  });
+}
+
+}  // namespace boft::cuda

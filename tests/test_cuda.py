@@ -1,0 +1,213 @@
+"""The CUDA kernels, emulated on the CPU: through their bindings, against the ops' references.
+
+Truth is the reference in float64. Each structure runs in one order of threads, all three in turn;
+tests/test_cuda_broken.py shows that a kernel without one of its barriers fails.
+"""
+
+import itertools
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import cuda_emulation
+import pytest
+import torch
+
+from boft_ops import _backend, _build, _paths
+from boft_ops.cayley import _exact, _exact_backward
+from boft_ops.compose import _compose, _compose_backward
+from boft_ops.rotate import _rotate, _rotate_backward
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
+)
+ORDERS = ("forward", "reverse", "scattered")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ATOL = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory):
+    """The operators; a library built beforehand is that of BOFT_EMULATED_LIBRARY."""
+    built = os.environ.get("BOFT_EMULATED_LIBRARY")
+    if built is None:
+        built = cuda_emulation.build(_paths.csrc(), tmp_path_factory.mktemp("emulated"))
+    return cuda_emulation.register(Path(built), "boft_emulated")
+
+
+@pytest.fixture(autouse=True)
+def order(monkeypatch, _orders=itertools.cycle(ORDERS)):  # noqa: B008  one cycle for all the tests
+    monkeypatch.setenv("BOFT_EMULATION_ORDER", next(_orders))
+
+
+def check(got, reference, truth, scale=0.0):
+    """At most twice the error of the same computation in torch, and a few roundings of float32."""
+    assert got.dtype == reference.dtype
+    assert got.shape == reference.shape
+    assert got.isfinite().all()
+    if got.numel():
+        error, allowed = ((t.double() - truth).abs().max().item() for t in (got, reference))
+        assert error <= 2 * allowed + ATOL[got.dtype] * max(scale, truth.abs().max().item())
+
+
+def dropout(kind, *shape):
+    return None if kind == "none" else torch.rand(shape) < {"some": 0.4, "all": 1.0}[kind]
+
+
+@pytest.mark.parametrize("drop", ["none", "some", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [1, 2, 3, 4, 6, 8, 13, 16, 27, 32, 50, 64])
+def test_cayley(cuda, b, dtype, drop):
+    shape = (2, 17) if b <= 16 else (1, 3)  # the last team of a block of threads has no work
+    mask = dropout(drop, *shape)
+    skew = (torch.randn(*shape, b * (b - 1) // 2) / b**0.5).to(dtype)
+    blocks = cuda.cayley(skew, mask)
+    check(blocks, _exact(skew, mask), _exact(skew.double(), mask))
+    grad = torch.randn(*shape, b, b).to(dtype)
+    skew_grad = cuda.cayley_backward(blocks, mask, grad)
+    truth = _exact_backward(blocks.double(), mask, grad.double())
+    check(skew_grad, _exact_backward(blocks, mask, grad), truth, scale=1.0)
+    if mask is not None:
+        assert torch.equal(blocks[mask], torch.eye(b, dtype=dtype).expand_as(blocks[mask]))
+        assert not skew_grad[mask].any()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e2, 1e6])
+def test_cayley_of_any_size_of_angle(cuda, scale):
+    skew = torch.randn(40, 28) * scale
+    check(cuda.cayley(skew, None), _exact(skew), _exact(skew.double()))
+
+
+def test_cayley_of_nothing_and_of_strided_operands(cuda):
+    assert cuda.cayley(torch.randn(0, 28), None).shape == (0, 8, 8)
+    assert cuda.cayley_backward(torch.randn(0, 8, 8), None, torch.randn(0, 8, 8)).shape == (0, 28)
+    skew, drop = torch.randn(2, 28, 9).mT, dropout("some", 9, 2).T
+    blocks = cuda.cayley(skew, drop)
+    assert torch.equal(blocks, cuda.cayley(skew.contiguous(), drop.contiguous()))
+    grad = torch.randn_like(blocks).mT
+    got = cuda.cayley_backward(blocks, drop, grad)
+    assert torch.equal(got, cuda.cayley_backward(blocks, drop, grad.contiguous()))
+
+
+# size, chunk, stride, number of groups, rows, transpose
+STRUCTURES = [
+    (1, 1, 1, 5, 5, False),
+    (2, 1, 2, 22, 67, True),
+    (3, 3, 1, 23, 67, False),  # five groups in a band of 16, the last tile half empty
+    (4, 2, 4, 24, 5, False),
+    (6, 3, 2, 10, 5, True),
+    (8, 4, 2, 18, 67, False),
+    (12, 6, 4, 8, 5, True),
+    (15, 15, 1, 3, 5, True),
+    (16, 16, 1, 5, 67, True),
+    (16, 4, 8, 16, 5, False),
+    (20, 10, 2, 2, 5, False),
+    (24, 24, 1, 2, 5, True),
+    (32, 32, 1, 3, 67, True),
+    (32, 4, 8, 8, 5, False),
+    (43, 43, 1, 2, 5, True),
+    (48, 12, 2, 2, 5, False),
+    (64, 64, 1, 2, 5, False),
+    (64, 4, 4, 4, 5, True),
+    (96, 48, 2, 2, 5, False),
+    (128, 16, 2, 2, 67, True),
+    (160, 80, 1, 1, 5, False),
+    (256, 128, 1, 1, 5, True),
+]
+
+
+def check_rotate(cuda, size, chunk, stride, n_groups, rows, transpose, dtype, splits=2):
+    exact = torch.promote_types(dtype, torch.float32)
+    x, grad = torch.randn(2, rows, size * n_groups, dtype=exact).to(dtype)
+    skew = 0.3 * torch.randn(n_groups, size, size, dtype=torch.float64) / size**0.5
+    stage = torch.matrix_exp(skew - skew.mT).to(exact)  # orthogonal, near the identity
+    layout = chunk, stride
+    truth = [t.double() for t in (grad, x, stage)]
+    y = cuda.rotate(x, stage, *layout, transpose)
+    check(
+        y,
+        _rotate(x, stage, *layout, transpose),
+        _rotate(truth[1], truth[2], *layout, transpose),
+    )
+    x_grad, gram = cuda.rotate_backward(grad, x, stage, *layout, transpose, splits)
+    want, sums = _rotate_backward(grad, x, stage, *layout, transpose, 1)
+    exact_grad, exact_sums = _rotate_backward(*truth, *layout, transpose, 1)
+    check(x_grad, want, exact_grad)
+    assert gram.shape == (splits, *sums.shape[1:])
+    # the reference of halves sums in them
+    check(gram.sum(0), sums[0].double().to(gram.dtype), exact_sums[0])
+    pair = (grad, x) if transpose else (x, grad)
+    alone = cuda.gram(*pair, size, *layout, splits)
+    torch.testing.assert_close(alone, gram, rtol=1e-5, atol=1e-5 * rows)
+    if splits == 1:
+        bound = 8 * torch.finfo(gram.dtype).eps * rows**0.5 * exact_sums.abs().max()
+        assert (gram.double() - exact_sums).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_rotate(cuda, structure, dtype):
+    check_rotate(cuda, *structure, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 63, 64, 65, 200])
+def test_every_number_of_rows(cuda, rows, dtype):
+    check_rotate(cuda, 16, 16, 1, 6, rows, rows % 2 == 0, dtype, splits=1 + rows % 3)
+
+
+STAGES = [
+    *[(1, 2, 0), (1, 3, 0), (1, 8, 0), (2, 8, 0), (2, 6, 2), (3, 4, 1), (4, 4, 0), (1, 64, 0)],
+    *[(2, 32, 0), (6, 2, 1), (2, 8, 3)],
+]
+
+
+def check_compose(cuda, n, b, first, dtype, splits):
+    """Factors that are not orthogonal, and several runs of 2^first groups."""
+    size, runs = b << (n - 1), 3 if b << n <= 64 else 1
+    factors = torch.randn(n, runs << (n - 1 + first), b, b, dtype=dtype)
+    check(cuda.compose(factors, first), _compose(factors, first), _compose(factors.double(), first))
+    grad = torch.randn(splits, factors.shape[1] * b // size, size, size, dtype=dtype)
+    check(
+        cuda.compose_backward(factors, grad, first),
+        _compose_backward(factors, grad, first),
+        _compose_backward(factors.double(), grad.double(), first),
+    )
+
+
+@pytest.mark.parametrize(("n", "b", "first"), STAGES)
+def test_compose(cuda, n, b, first):
+    check_compose(cuda, n, b, first, torch.float32, splits=1 + b % 3)
+    check_compose(cuda, n, b, first, torch.float64, splits=1)
+
+
+@pytest.mark.parametrize(("n", "b"), [(5, 8), (6, 8), (3, 64), (8, 2)])
+def test_compose_in_several_slabs(cuda, n, b):
+    check_compose(cuda, n, b, 0, torch.float32, splits=1)
+
+
+@pytest.mark.parametrize("drop", ["none", "some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("m", "b"), [(1, 3), (1, 64), (2, 8), (2, 6), (3, 4), (4, 4), (2, 32), (6, 2), (4, 8)]
+)
+def test_rotation(cuda, m, b, dtype, drop):
+    size = b << (m - 1)
+    n_groups = 7 if size <= 16 else 2
+    mask = dropout(drop, m, n_groups * size // b)
+    skew = torch.randn(m, n_groups * size // b, b * (b - 1) // 2, dtype=dtype) / b**0.5
+    blocks, stage = cuda.rotation(skew, mask)
+    assert torch.equal(blocks, cuda.cayley(skew, mask))
+    truth = _exact(skew.double(), mask)
+    check(stage, _compose(_exact(skew, mask), 0), _compose(truth, 0))
+    splits = 1 + b % 4 // 2
+    grad = torch.randn(splits, n_groups, size, size, dtype=dtype)
+
+    def backward(blocks, grad):
+        return _exact_backward(blocks, mask, _compose_backward(blocks, grad, 0))
+
+    got = cuda.rotation_backward(blocks, mask, grad)
+    check(got, backward(blocks, grad), backward(blocks.double(), grad.double()), scale=1.0)
+    if mask is not None:
+        assert not got[mask].any()
