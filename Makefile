@@ -80,7 +80,7 @@ bench: $(STAMPS)/bench
 	$(PY) bench/run.py $(ARGS)
 
 # mkdocs-material says at length that MkDocs 2 will be another program; the pins know.
-docs: $(STAMPS)/docs
+docs: $(STAMPS)/docs $(STAMPS)/lint # ruff lays out the signatures
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 lint: $(STAMPS)/lint

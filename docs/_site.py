@@ -30,7 +30,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for path in sorted((ROOT / DOCS).rglob("*.md")):
         page = path.relative_to(ROOT / DOCS).as_posix()
         if page not in named:
-            _section(config.nav, PurePosixPath(page).parent).append(page)
+            _section(config.nav, _folder(page)).append(page)
     return config
 
 
@@ -108,12 +108,14 @@ def _paths(nav: list | dict | str | None) -> list[str]:
 
 
 def _section(nav: list, folder: PurePosixPath) -> list:
-    """The list of the nav's section that holds pages of a folder; the nav itself for none."""
-    for item in nav:
-        if isinstance(item, dict):
-            for pages in item.values():
-                if isinstance(pages, list) and folder in {
-                    PurePosixPath(path).parent for path in _paths(pages)
-                }:
-                    return pages if str(folder) != "." else nav
+    """The section of the nav that holds pages of a folder; the nav itself where there is none."""
+    if folder != PurePosixPath("."):
+        for item in nav:
+            for pages in item.values() if isinstance(item, dict) else ():
+                if isinstance(pages, list) and folder in map(_folder, _paths(pages)):
+                    return pages
     return nav
+
+
+def _folder(page: str) -> PurePosixPath:
+    return PurePosixPath(page).parent

@@ -1,10 +1,12 @@
 """The documentation: its code runs, its commands exist, its links lead somewhere, it builds."""
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -144,7 +146,22 @@ def test_the_api_page_has_everything_public():
 
     page = (ROOT / "docs" / "api.md").read_text()
     shown = re.findall(r"^::: boft_ops\.(?:[\w.]+\.)?(\w+)$", page, re.MULTILINE)
-    assert set(boft_ops.__all__) - {"__version__"} <= set(shown)
+    missing = set(boft_ops.__all__) - {"__version__"} - set(shown)
+    assert not missing, f"docs/api.md: expected a line '::: boft_ops.<module>.<name>' for {missing}"
+
+
+def test_pages_that_the_nav_does_not_name_come_to_their_folder():
+    spec = importlib.util.spec_from_file_location("_site", ROOT / "docs" / "_site.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    paper = ["paper/tables.md"]
+    config = types.SimpleNamespace(nav=[{"Start": "index.md"}, {"Paper": paper}, "tutorial.md"])
+    nav = hooks.on_config(config).nav
+    pages = {name(page).removeprefix("docs/") for page in PAGES if page not in OUTER}
+    listed = [path for path in hooks._paths(nav) if path != "index.md"]
+    assert sorted(listed) == sorted(pages)  # each once
+    assert {page for page in pages if page.startswith("paper/")} == set(paper)
+    assert nav[2] == "tutorial.md"
 
 
 def test_files_stay_small():

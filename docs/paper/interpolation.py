@@ -143,7 +143,7 @@ def table(rows: list[dict]) -> list[str]:
 def draw(rows: list[dict], path: Path, model: str) -> None:
     """Accuracy, distance and lost spectrum against the way that is left."""
     style = _common.style(dict.fromkeys(row["way"] for row in rows))
-    fig, (left, middle, right) = _common.figure(3, (4.2, 3.6))
+    fig, (left, middle, right) = _common.figure(3, (4.4, 4.0))
     for way, look in style.items():
         stops = [row for row in rows if row["way"] == way]
 
@@ -161,8 +161,8 @@ def draw(rows: list[dict], path: Path, model: str) -> None:
         capsize=4,
     )
     left.set(ylabel="test accuracy (%), bar: ± 1 standard error")
-    middle.set(ylabel="distance to the pretrained weights (of their norm)", ylim=(0, None))
-    right.set(ylabel="largest change of a singular value (of the largest)", yscale="log")
+    middle.set(ylabel="distance to the pretrained weights / their norm", ylim=(0, None))
+    right.set(ylabel="change of a singular value / the largest", yscale="log")
     for axes in (left, middle, right):
         axes.set(xlabel="t: 1 finetuned, 0 pretrained", xlim=(1.03, -0.03))
     left.legend(frameon=False)
