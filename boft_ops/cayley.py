@@ -112,6 +112,7 @@ cayley_forward = Op(
     triton="cayley:cayley",
     supports={
         "cpu": lambda skew, _: skew.dtype != torch.float16 and skew.shape[-1] <= _packed(128),
+        "cuda": lambda skew, _: skew.shape[-1] <= _packed(64),
         "triton": lambda skew, _: skew.shape[-1] <= _packed(64),
     },
 )
@@ -123,6 +124,7 @@ cayley_backward = Op(
     supports={
         # BLAS wins on larger blocks
         "cpu": lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 32,
+        "cuda": lambda blocks, *_: blocks.shape[-1] <= 64,
         "triton": lambda blocks, *_: blocks.shape[-1] <= 64,
     },
 )

@@ -107,6 +107,12 @@ def _native_takes(factors: torch.Tensor, grad_or_first: torch.Tensor | int, *_: 
     return b << (n - 1) <= 64 and b % 2 == 0 and one_part
 
 
+def _cuda_takes(factors: torch.Tensor, *_: object) -> bool:
+    n, _, b, _ = factors.shape
+    wide = factors.dtype in (torch.float32, torch.float64)
+    return wide and b << (n - 1) <= 256 and (n == 1 or b % 2 == 0)
+
+
 def _triton_takes(factors: torch.Tensor, *_: object) -> bool:
     n, _, b, _ = factors.shape
     return n == 1 or (b % 2 == 0 and b <= 64 and b << (n - 1) <= 256)
@@ -117,7 +123,7 @@ compose_forward = Op(
     _compose,
     _fake_compose,
     triton="compose:compose",
-    supports={"cpu": _native_takes, "triton": _triton_takes},
+    supports={"cpu": _native_takes, "cuda": _cuda_takes, "triton": _triton_takes},
 )
 compose_backward = Op(
     # grad (splits, d/size, size, size): partial sums, added up here
@@ -125,7 +131,7 @@ compose_backward = Op(
     _compose_backward,
     _fake_compose_backward,
     triton="compose:compose_backward",
-    supports={"cpu": _native_takes, "triton": _triton_takes},
+    supports={"cpu": _native_takes, "cuda": _cuda_takes, "triton": _triton_takes},
 )
 
 

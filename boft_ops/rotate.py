@@ -99,12 +99,17 @@ def _fake_rotate_backward(
     return x_grad, _fake_gram(x, grad, stage.shape[-1], chunk, stride, splits)
 
 
-MAX_TRITON_SIZE = 256  # of a group; the plan makes no larger ones on a GPU
+MAX_TRITON_SIZE = 256  # of a group, for CUDA C++ too; the plan makes no larger ones on a GPU
 
 
 def _native_takes(x: torch.Tensor, size: int, splits: int = 1) -> bool:
     """Up to the size from which BLAS wins."""
     return x.dtype != torch.float16 and size <= 128 and splits == 1
+
+
+def _cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor) -> bool:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return stage.dtype == wide and stage.shape[-1] <= MAX_TRITON_SIZE
 
 
 def _native_takes_stage(x: torch.Tensor, stage: torch.Tensor, splits: int = 1) -> bool:
@@ -119,6 +124,7 @@ rotate_rows = Op(
     triton="rotate:rotate",
     supports={
         "cpu": lambda x, stage, *_: _native_takes_stage(x, stage),
+        "cuda": lambda x, stage, *_: _cuda_takes_stage(x, stage),
         "triton": lambda x, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
 )
@@ -130,6 +136,7 @@ gram = Op(
     triton="rotate:gram",
     supports={
         "cpu": lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits),
+        "cuda": lambda x, grad, size, *_: size <= MAX_TRITON_SIZE,
         "triton": lambda x, grad, size, *_: size <= MAX_TRITON_SIZE,
     },
 )
@@ -143,6 +150,7 @@ rotate_backward = Op(
         "cpu": lambda grad, x, stage, chunk, stride, transpose, splits: _native_takes_stage(
             x, stage, splits
         ),
+        "cuda": lambda grad, x, stage, *_: _cuda_takes_stage(x, stage),
         "triton": lambda grad, x, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
 )

@@ -47,6 +47,11 @@ def _triton_takes(skew: torch.Tensor, _: object) -> bool:
     return b << (len(skew) - 1) <= MAX_SIZE
 
 
+def _cuda_takes(tensor: torch.Tensor, drop: torch.Tensor | None, *grad: torch.Tensor) -> bool:
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    return wide and (grad[0].shape[-1] <= MAX_SIZE if grad else _triton_takes(tensor, drop))
+
+
 def _native_takes(tensor: torch.Tensor, drop: torch.Tensor | None, *grad: torch.Tensor) -> bool:
     return tensor.dtype in (torch.float32, torch.float64) and (len(grad) == 0 or len(grad[0]) == 1)
 
@@ -57,7 +62,7 @@ rotation_forward = Op(
     _rotation,
     _fake_rotation,
     triton="rotation:rotation",
-    supports={"cpu": _native_takes, "triton": _triton_takes},
+    supports={"cpu": _native_takes, "cuda": _cuda_takes, "triton": _triton_takes},
 )
 rotation_backward = Op(
     # grad (splits, d/size, size, size): partial sums of the stage's gradient
@@ -67,6 +72,7 @@ rotation_backward = Op(
     triton="rotation:rotation_backward",
     supports={
         "cpu": _native_takes,
+        "cuda": _cuda_takes,
         "triton": lambda blocks, drop, grad: grad.shape[-1] <= MAX_SIZE,
     },
 )

@@ -30,6 +30,12 @@ def _fake_scale_backward(
     return x_grad, torch.empty_like(scale), torch.empty_like(center)
 
 
+def _wide_vectors(
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor
+) -> bool:
+    return scale.dtype == center.dtype == torch.promote_types(grad.dtype, torch.float32)
+
+
 scale_backward = Op(
     "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor center)"
     " -> (Tensor, Tensor, Tensor)",
@@ -37,10 +43,8 @@ scale_backward = Op(
     _fake_scale_backward,
     triton="scale:scale_backward",
     supports={
-        "cpu": lambda grad, x, scale, center: (
-            grad.dtype != torch.float16
-            and scale.dtype == center.dtype == torch.promote_types(grad.dtype, torch.float32)
-        )
+        "cpu": lambda grad, *rest: grad.dtype != torch.float16 and _wide_vectors(grad, *rest),
+        "cuda": _wide_vectors,
     },
 )
 

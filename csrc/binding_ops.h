@@ -41,6 +41,8 @@ std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor
                                                 bool transpose, int64_t splits);
 Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits);
+std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const Tensor& x,
+                                                       const Tensor& scale, const Tensor& center);
 
 }  // namespace boft::binding
 
@@ -53,4 +55,4 @@ Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chun
 // Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
 #define BOFT_CUDA_OPS(OP)                                                        \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
-  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram)
+  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale_backward)

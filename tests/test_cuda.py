@@ -18,6 +18,7 @@ from boft_ops import _backend, _build, _paths
 from boft_ops.cayley import _exact, _exact_backward
 from boft_ops.compose import _compose, _compose_backward
 from boft_ops.rotate import _rotate, _rotate_backward
+from boft_ops.scale import _scale_backward
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
@@ -211,3 +212,20 @@ def test_rotation(cuda, m, b, dtype, drop):
     check(got, backward(blocks, grad), backward(blocks.double(), grad.double()), scale=1.0)
     if mask is not None:
         assert not got[mask].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n"), [(0, 8), (1, 1), (70, 37), (33, 1040), (5, 0)])
+def test_scale_backward(cuda, rows, n, dtype):
+    exact = torch.promote_types(dtype, torch.float32)
+    grad, x = torch.randn(2, rows, n, dtype=exact).to(dtype)
+    scale, center = torch.randn(2, n, dtype=exact)
+    got = cuda.scale_backward(grad, x, scale, center)
+    truth = [t.double() for t in (grad, x, scale, center)]
+    for ours, want, real in zip(
+        got,
+        _scale_backward(grad, x, scale, center),
+        _scale_backward(*truth),
+        strict=True,
+    ):
+        check(ours, want, real)

@@ -21,14 +21,14 @@ struct Butterfly {  // n factors of n_blocks blocks, the first of which has this
 
 // Where row `row` of a group meets factor i: entry e of block k, whose halves begin at these rows.
 struct Meeting {
-  int k, e, begin[2];
+  int k, e, first, second;
 };
 
 __device__ __forceinline__ Meeting meet(const Butterfly& f, int i, int row) {
-  if (i == 0) return {row / f.b, row % f.b, {row - row % f.b, row - row % f.b + f.b / 2}};
+  if (i == 0) return {row / f.b, row % f.b, row - row % f.b, row - row % f.b + f.b / 2};
   const int r = f.b / 2, chunk = row / r, low = chunk % (1 << i), high = chunk >> (i + 1);
   const int begin = ((high << (i + 1)) + low) * r;
-  return {(high << i) + low, (chunk >> i) % 2 * r + row % r, {begin, begin + (r << i)}};
+  return {(high << i) + low, (chunk >> i) % 2 * r + row % r, begin, begin + (r << i)};
 }
 
 // Groups [first, first + groups) and the slab's columns [from, from + columns) of each.
@@ -54,11 +54,11 @@ __device__ W product_entry(const W* factors, const W* inner, const Butterfly& f,
   const W* row =
       factors + ((i * f.n_blocks + f.block(s.first + at.group, m.k)) * f.b + m.e) * f.b;
   if (i == 0) return at.column / f.b == m.k ? row[at.column % f.b] : W(0);
-  const int dense = f.b << (i - 1), half = at.column / dense - m.begin[0] / dense;
+  const int dense = f.b << (i - 1), half = at.column / dense - m.first / dense;
   W sum = 0;
   if (half != 0 && half != 1) return sum;
   const W* column =
-      inner + (at.group * f.size + m.begin[half]) * s.columns + at.column - s.from;
+      inner + (at.group * f.size + (half == 0 ? m.first : m.second)) * s.columns + at.column - s.from;
   for (int q = 0; q < f.b / 2; ++q) sum += row[half * (f.b / 2) + q] * column[q * s.columns];
   return sum;
 }
@@ -133,7 +133,7 @@ __device__ void compose_backward_slabs(W* slabs, const W* factors, const W* grad
                             (i * f.n_blocks + f.block(s.first + at.group, m.k)) * f.b * f.b + m.e;
           const W* g = now + at.group * f.size * s.columns + at.column - s.from;
           for (int e = 0; e < f.b; ++e)
-            sum += column[e * f.b] * g[(m.begin[e / r] + e % r) * s.columns];
+            sum += column[e * f.b] * g[(e < r ? m.first + e : m.second + e - r) * s.columns];
         }
         next[index] = sum;
       }

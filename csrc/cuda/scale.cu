@@ -1,0 +1,50 @@
+#include "cuda/scale.cuh"
+
+#include <algorithm>
+
+namespace boft::cuda {
+namespace {
+
+constexpr int64_t kBlocks = 1024;  // that keep a large GPU busy
+constexpr int64_t kLeastRows = 32;  // of a range of rows
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+int64_t scale_splits(int64_t rows, int64_t n) {
+  const int64_t across = std::max<int64_t>(1, divide_up(n, 8 * kScaleThreads));
+  return std::clamp<int64_t>(divide_up(rows, kLeastRows), 1, std::max<int64_t>(1, kBlocks / across));
+}
+
+int scale_backward(const void* grad, const void* x, const void* scale, const void* center,
+                   void* x_grad, void* partials, void* scale_grad, void* bias_grad, int64_t rows,
+                   int64_t n, DType dtype, Queue queue) {
+  if (n == 0) return 0;
+  const int64_t splits = scale_splits(rows, n), rows_per_block = divide_up(rows, splits);
+  return with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using W = Wide<T>;
+    const auto run = [&](auto vector) {
+      constexpr int kVector = decltype(vector)::value;
+      const int64_t across = divide_up(n, kVector * kScaleThreads);
+      return launch(scale_backward_kernel<T, kVector>, across * splits, kScaleThreads, 0, queue,
+                    static_cast<const T*>(grad), static_cast<const T*>(x),
+                    static_cast<const W*>(scale), static_cast<const W*>(center),
+                    static_cast<T*>(x_grad), static_cast<W*>(partials), rows, n, rows_per_block,
+                    int(across));
+    };
+    constexpr int kVector = 16 / sizeof(T);
+    const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+    const bool aligned =
+        (address(grad) | address(x) | address(x_grad)) % 16 == 0 && n % kVector == 0;
+    const int error = aligned ? run(std::integral_constant<int, kVector>{})
+                              : run(std::integral_constant<int, 1>{});
+    if (error != 0) return error;
+    return launch(sum_kernel<W>, divide_up(2 * n, kScaleThreads), kScaleThreads, 0, queue,
+                  static_cast<const W*>(partials), static_cast<W*>(scale_grad),
+                  static_cast<W*>(bias_grad), n, splits);
+  });
+}
+
+}  // namespace boft::cuda
