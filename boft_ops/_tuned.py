@@ -10,15 +10,15 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from . import _native
-from ._checks import block_size_from_packed
 from ._namespace import PACKAGE
+from ._shape_class import CLASSES, Classes
 from ._tuned_file import Row, read, shipped_file, user_file
 
 if TYPE_CHECKING:
@@ -27,73 +27,6 @@ if TYPE_CHECKING:
 NEAR = 4.0  # octaves, summed over the sizes, beyond which a class says nothing
 SAME = 1.0  # within which BOFT_OPS_AUTOTUNE=1 measures no more
 MEMO = 4096  # look-ups remembered: batches of ever new sizes must not fill the memory
-
-
-class Classes(NamedTuple):
-    """How an operator's arguments become a shape class.
-
-    Attributes:
-        structure: names of what has to agree exactly.
-        sizes: names of what is to be near.
-        of: arguments -> (structure, sizes).
-    """
-
-    structure: tuple[str, ...]
-    sizes: tuple[str, ...]
-    of: Callable[..., tuple[tuple, tuple]]
-
-
-def _packed(skew: torch.Tensor) -> int:
-    return block_size_from_packed("skew", skew.shape[-1])
-
-
-def _factors(blocks: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
-    return (blocks.shape[0], blocks.shape[-1]), (blocks.shape[1],)
-
-
-_BUTTERFLY = ("n_factors", "block_size")
-_STAGE, _ROWS = ("size", "chunk", "stride"), ("rows", "features")
-CLASSES = {
-    "cayley": Classes(
-        ("block_size",),
-        ("blocks",),
-        lambda skew, _: ((_packed(skew),), (math.prod(skew.shape[:-1]),)),
-    ),
-    "cayley_backward": Classes(
-        ("block_size",), ("blocks",), lambda r, *_: (r.shape[-1:], (math.prod(r.shape[:-2]),))
-    ),
-    "compose": Classes(_BUTTERFLY, ("blocks",), _factors),
-    "compose_backward": Classes(_BUTTERFLY, ("blocks",), _factors),
-    "rotation": Classes(
-        _BUTTERFLY,
-        ("blocks",),
-        lambda skew, _: ((skew.shape[0], _packed(skew)), (skew.shape[1],)),
-    ),
-    "rotation_backward": Classes(_BUTTERFLY, ("blocks",), _factors),
-    "rotate": Classes(
-        _STAGE,
-        _ROWS,
-        lambda x, stage, chunk, stride, _: ((stage.shape[-1], chunk, stride), x.shape),
-    ),
-    "rotate_backward": Classes(
-        _STAGE,
-        _ROWS,
-        lambda grad, x, stage, chunk, stride, *_: ((stage.shape[-1], chunk, stride), x.shape),
-    ),
-    "gram": Classes(
-        _STAGE, _ROWS, lambda x, grad, size, chunk, stride, _: ((size, chunk, stride), x.shape)
-    ),
-    "scale_backward": Classes((), _ROWS, lambda grad, *_: ((), grad.shape)),
-    "linear": Classes(
-        ("size",),
-        ("rows", "inputs", "outputs"),
-        lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
-    ),
-    # not operators: the number of stages, and what the C++ kernels have for the whole process
-    "plan": Classes(_BUTTERFLY, ("features",), lambda x, m, b: ((m, b), (x.shape[-1],))),
-    "grain": Classes((), (), tuple),
-    "blocking": Classes((), (), tuple),
-}
 
 
 class Choice(NamedTuple):
@@ -108,24 +41,14 @@ Table = dict[tuple, list[Choice]]  # (op, dtype, *structure) -> classes
 
 
 def table_of(rows: Iterable[Row]) -> Table:
-    """What is looked up in, from the rows of a file. Raises KeyError for what is unknown here."""
+    """What is looked up in, from the rows of a file."""
     table: Table = {}
     for row in rows:
         names = CLASSES[row["op"]]
-        if row["backend"] == "triton":
-            _check_tile(row)
         key = row["op"], row["dtype"], *(row["structure"][name] for name in names.structure)
         sizes = tuple(row["sizes"][name] for name in names.sizes)
         table.setdefault(key, []).append(Choice(sizes, row["backend"], row["config"]))
     return table
-
-
-def _check_tile(row: Row) -> None:
-    from .triton_kernels.config import fields_of
-
-    unknown = row["config"].keys() - fields_of(row["op"])
-    if unknown:
-        raise KeyError(f"{row['op']}: its tiles have no {', '.join(sorted(unknown))}")
 
 
 def nearest(table: Table, key: tuple, sizes: tuple, within: float = NEAR) -> Choice | None:
@@ -182,7 +105,7 @@ def _load(device: torch.device) -> list[Table]:
             content = read(path, device)
             if content is not None:
                 found.append(table_of(content["choices"]))
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             if str(path) not in _warned:
                 _warned.add(str(path))
                 message = f"{PACKAGE}: {path} is ignored: {error}"

@@ -14,6 +14,7 @@ import torch
 
 from . import _native, _paths
 from ._device import name_of, slug, versions
+from ._shape_class import CLASSES
 
 FORMAT = 1
 Row = dict[str, Any]  # a choice as the file has it (docs/tuning.md)
@@ -58,6 +59,16 @@ def _check(row: Row) -> None:
     names = row["op"], row["dtype"], row["backend"]
     if not all(type(n) is int and n > 0 for n in numbers) or not all(type(n) is str for n in names):
         raise ValueError(f"not a choice: {row}")
+    classes = CLASSES.get(row["op"])
+    if classes is None:
+        raise ValueError(f"unknown operator {row['op']}")
+    if (*row["structure"], *row["sizes"]) != classes.structure + classes.sizes:
+        raise ValueError(f"not a shape class of {row['op']}: {row}")
+    if row["backend"] == "triton":
+        from .triton_kernels.config import fields_of
+
+        if unknown := row["config"].keys() - fields_of(row["op"]):
+            raise ValueError(f"{row['op']}: its tiles have no {', '.join(sorted(unknown))}")
 
 
 def key_of(row: Row) -> tuple:

@@ -12,8 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ["BOFT_OPS_AUTOTUNE"] = "0"  # built-in defaults, whatever was measured on this machine
 
-from boft_ops import _backend
+from boft_ops import _backend, _native, _tuned
 
 # In CI the same examples every time; elsewhere new ones, which may find what nobody thought of.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -61,3 +62,15 @@ def peft_extension(monkeypatch):
 
     extension = types.SimpleNamespace(forward=forward, backward=backward)
     monkeypatch.setattr(layer, "_FBD_CUDA", extension)
+
+
+@pytest.fixture
+def tuned_cache(tmp_path, monkeypatch):
+    """Measurements count, and this empty folder is where they are kept."""
+    monkeypatch.setenv("BOFT_OPS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BOFT_OPS_AUTOTUNE", "")
+    monkeypatch.setattr(_tuned, "_warned", set())
+    _tuned.forget()
+    yield tmp_path / "cache" / "tuned"
+    _tuned.forget()
+    _native.set_tunables(_native.DEFAULTS)

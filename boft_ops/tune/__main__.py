@@ -18,11 +18,13 @@ import torch
 from .. import _checks, _tuned_file
 from .._device import name_of
 from .._namespace import PACKAGE
-from .._tuned import CLASSES, forget
+from .._shape_class import CLASSES
+from .._tuned import forget
 from . import explain
 from .machine import measured
+from .makers import problems
 from .measure import Timer
-from .problems import Problem, problems
+from .problems import Problem
 from .search import DeviceError, tune
 from .shapes import NAMED, shapes_of
 
@@ -132,8 +134,6 @@ def _tune_all(options: argparse.Namespace, path: Path) -> int:
 
 def _lost(problem: Problem, error: Exception) -> dict:
     """The row of a problem that is not to be tried again: its default serves."""
-    with torch.device("meta"):
-        pass
     return {
         "op": problem.op,
         "dtype": problem.dtype,

@@ -11,6 +11,7 @@ from .machine import Machine
 
 BYTES_IN_FLIGHT = 24 << 10  # for each multiprocessor, to keep memory busy: 3 TB/s * 1 us / 132
 REGISTERS = 65536  # of a multiprocessor, 32 bits each
+MOST_REGISTERS = 192  # of the 255 of a thread: above, a modelled tile is likely to spill
 WARPS = 64  # that a multiprocessor holds
 
 
@@ -100,7 +101,7 @@ def seconds(
     Memory is as fast as the bytes under way allow, and the last wave of programs takes as long as
     a full one.
     """
-    if resources.shared > machine.shared or resources.registers > 255:
+    if resources.shared > machine.shared or resources.registers > MOST_REGISTERS:
         return math.inf
     threads = 32 * resources.warps
     at_once = min(

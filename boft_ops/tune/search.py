@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 
 from .. import _backend, _tuned_file
-from .._tuned import CLASSES, SAME, Choice, forget, nearest, table_of
+from .._shape_class import CLASSES
+from .._tuned import SAME, Choice, forget, nearest, table_of
 from .machine import Machine, data_sheet
 from .measure import Timer, is_faster, sets_of, take_turns
 from .problems import Problem
 
+FIRST = 3  # calls of everyone
 FINALISTS = 4  # beside the default
 ROUNDS, MOST_ROUNDS, SECONDS = 15, 101, 0.5  # of the final; more rounds while they fit in SECONDS
 MEMORY = 2 << 30  # bytes that the sets of inputs may take
@@ -56,10 +59,12 @@ def tune(
         def timed(choices: Sequence[Choice], count: int) -> list[list[float]]:
             return take_turns(timer, [run_of(c) for c in choices], count)
 
-        first = [median(times) for times in timed(able, 3)]
+        began = time.perf_counter()
+        first = [median(times) for times in timed(able, FIRST)]
+        call = (time.perf_counter() - began) / (FIRST * len(able))  # with the overwriting
         ranked = sorted(range(1, len(able)), key=lambda i: first[i])[:FINALISTS]
         finalists = [default, *(able[i] for i in ranked)]
-        count = int(SECONDS / max(1e-9, sum(first[i] for i in (0, *ranked))))
+        count = int(SECONDS / (call * len(finalists)))
         times = timed(finalists, max(rounds, min(MOST_ROUNDS, count)))
     faster = [i for i in range(1, len(finalists)) if is_faster(times[i], times[0])]
     best = min(faster, key=lambda i: median(times[i]), default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .problems import Shape
+from .makers import Shape
 
 # (inputs, outputs) of each kind of adapted linear layer
 NAMED = {

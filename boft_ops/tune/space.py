@@ -11,6 +11,7 @@ from typing import Any
 from .cost import Resources, seconds
 from .machine import Machine
 
+FAR = 0.01  # of the modelled time for each octave away from the default: what decides ties
 Tiles = list[tuple[float, dict[str, int]]]  # modelled seconds, fields of the config
 
 
@@ -74,10 +75,13 @@ def _of_rows(
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
             if tile != default:
-                yield _seconds_of_rows(op, tile, structure, sizes, dtype, machine), asdict(tile)
+                yield (
+                    _seconds_of_rows(op, tile, default, structure, sizes, dtype, machine),
+                    asdict(tile),
+                )
 
 
-def _seconds_of_rows(op, tile, structure, sizes, dtype, machine: Machine) -> float:
+def _seconds_of_rows(op, tile, default, structure, sizes, dtype, machine: Machine) -> float:
     width = {"float64": 8, "float32": 4}.get(dtype, 2)
     wide = max(4, width)
     size, rows, d = structure["size"], sizes["rows"], sizes["features"]
@@ -89,10 +93,10 @@ def _seconds_of_rows(op, tile, structure, sizes, dtype, machine: Machine) -> flo
     numbers = matrix * wide / 4 if both else left * wide / 4  # what is summed up
     if op == "rotate_backward":
         numbers += left * wide / 4
-    # tensor cores read halves from shared memory; multiply-adds hold a row and a column of a tile
-    operands = 0 if width == 2 else (right + matrix) * width / 4
+    # as compiled for sm_90: what was loaded, and half of what stays, is held too, and 40 beside tiles
+    numbers += loaded / 4 + matrix * width / 8
+    registers = int(numbers / threads) + 40
     shared = tile.num_stages * loaded + matrix * width * (op != "gram")
-    registers = int((numbers + operands / 4) / threads) + 40  # and what is not tiles
     used = Resources(shared, registers, tile.num_stages * loaded, tile.num_warps)
     if tile.bands > 1:
         n_tiles = math.ceil(d / (tile.bands * (tile.columns // size * size or 1)))
@@ -104,7 +108,14 @@ def _seconds_of_rows(op, tile, structure, sizes, dtype, machine: Machine) -> flo
     reads = 1 + (math.ceil(size / tile.columns) - 1) / 4
     arrays = {"rotate": 1 + reads, "gram": 1 + reads, "rotate_backward": 2 + reads}[op]
     flops = 2 * rows * d * size * (2 if op == "rotate_backward" else 1)
-    return seconds(used, programs, arrays * rows * d * width, flops, dtype, machine)
+    modelled = seconds(used, programs, arrays * rows * d * width, flops, dtype, machine)
+    return modelled * (1 + FAR * _octaves(tile, default))
+
+
+def _octaves(tile: Any, default: Any) -> float:
+    """How far a tile is from the default, which was chosen by what compilers make of it."""
+    pairs = zip(asdict(tile).values(), asdict(default).values(), strict=True)
+    return sum(abs(math.log2(one / other)) for one, other in pairs)
 
 
 def _of_scale(
@@ -123,7 +134,8 @@ def _of_scale(
         used = Resources(loaded, registers, loaded, num_warps)
         programs = max(528, math.ceil(sizes["features"] / columns))
         if tile != default:
-            yield seconds(used, programs, n_bytes, 0, dtype, machine), asdict(tile)
+            modelled = seconds(used, programs, n_bytes, 0, dtype, machine)
+            yield modelled * (1 + FAR * _octaves(tile, default)), asdict(tile)
 
 
 def _of_blocks(op: str, structure: dict[str, int]) -> Iterator[dict[str, int]]:

@@ -1,0 +1,366 @@
+"""The tuner: what it tries, what it believes, how it goes on after an interruption."""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton_resources
+
+from boft_ops import _backend, _native, _tuned_file
+from boft_ops._tuned import Choice
+from boft_ops.plan import plan
+from boft_ops.tune import __main__ as command
+from boft_ops.tune import explain, measure, problems, search, space
+from boft_ops.tune import machine as machine_
+from boft_ops.tune.cost import Resources, cost, plans, seconds
+from boft_ops.tune.machine import data_sheet
+from boft_ops.tune.makers import Shape
+from boft_ops.tune.makers import problems as problems_of
+from boft_ops.tune.shapes import NAMED, shapes_of
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--shapes=64x48x32", "--butterfly=2x4"]
+STAGE = {"size": 16, "chunk": 16, "stride": 1}
+ROWS = {"rows": 8192, "features": 4096}
+
+
+@pytest.fixture
+def out(tmp_path, tuned_cache, monkeypatch):
+    monkeypatch.setattr(machine_, "_last_level_cache", lambda: 1 << 16)
+    monkeypatch.setattr(search, "SECONDS", 0.01)
+    return tmp_path / "out.json"
+
+
+def rows_of(path):
+    return json.loads(path.read_text())["choices"]
+
+
+# --- The cost model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m", "b"), [(2, 8), (4, 4), (6, 8), (10, 8), (12, 2)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_default_plan_has_the_cheapest_forward_passes(m, b, device):
+    """The rates of the data sheets and ``plan.PASS_COST`` are the same model."""
+    dtype = {"cpu": "float32", "cuda": "bfloat16"}[device]
+    machine = data_sheet(torch.device(device))._replace(launch=0.0)
+    found = plans(1 << 20, 1 << 16, 4096, m, b, dtype, machine, device)
+    # where both bytes and flops were paid in full: the default's rule adds them
+    rule = [
+        sum(
+            4 * s.size / machine.rate(dtype) * 0.5
+            + 2 * {"cpu": 4, "cuda": 2}[device] / machine.bytes
+            for s in c.stages
+        )
+        for c in found[:-1]
+    ]
+    assert len(plan(m, b, device)) == 1 + rule.index(min(rule))
+
+
+def test_costs_are_bytes_or_flops():
+    machine = data_sheet(CUDA)._replace(bytes=1e9, flops={"bfloat16": 1e12, "float32": 1e12})
+    machine = machine._replace(launch=0.0)
+    stages = plan(2, 8, "cuda")
+    few = cost(1000, 4096, 64, stages, 8, "bfloat16", machine)
+    assert few.forward == 2 * 1000 * 4096 * 2 / 1e9
+    assert few.backward == 3 * 1000 * 4096 * 2 / 1e9
+    slow = machine._replace(flops={"bfloat16": 1e9, "float32": 1e9})
+    assert cost(1000, 4096, 64, stages, 8, "bfloat16", slow).forward == 2 * 1000 * 4096 * 16 / 1e9
+    weight = cost(1000, 4096, 64, stages, 8, "bfloat16", machine, "weight")
+    assert weight.forward == 2 * 64 * 4096 * 2 / 1e9  # rows of W, not of x
+
+
+def test_what_does_not_fit_takes_forever():
+    machine = data_sheet(CUDA)
+    fits = Resources(shared=64 << 10, registers=128, loaded=32 << 10, warps=4)
+    one = seconds(fits, 10_000, 1e9, 1e9, "bfloat16", machine)
+    assert 0 < one < math.inf
+    assert (
+        seconds(fits._replace(shared=300 << 10), 10_000, 1e9, 1e9, "bfloat16", machine) == math.inf
+    )
+    assert seconds(fits._replace(registers=300), 10_000, 1e9, 1e9, "bfloat16", machine) == math.inf
+    # fewer bytes under way than keep the memory busy
+    assert seconds(fits._replace(loaded=1 << 10), 10_000, 1e9, 1e9, "bfloat16", machine) > 2 * one
+    # one wave and a little of another
+    alone = 132 * 3
+    full = seconds(fits, alone, 1e9, 1e9, "bfloat16", machine)
+    assert seconds(fits, alone + 1, 1e9, 1e9, "bfloat16", machine) > 1.5 * full
+
+
+def test_pruning_keeps_the_best_few_within_a_factor():
+    modelled = [(1.0, "best"), (2.9, "near"), (3.1, "far"), (math.inf, "never")]
+    assert problems.pruned(modelled) == ["best", "near"]
+    assert len(problems.pruned([(1.0, i) for i in range(100)])) == problems.MOST
+    assert problems.pruned([(math.inf, "never")]) == []
+    assert problems.pruned([]) == []
+
+
+@pytest.mark.parametrize("op", ["rotate", "gram", "rotate_backward"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("size", [6, 16, 32, 64, 128])
+def test_tiles_are_legal(op, dtype, size):
+    structure = {"size": size, "chunk": size, "stride": 1}
+    default = space.default_of(op, structure, dtype)
+    found = problems.pruned(space.tiles(op, structure, ROWS, dtype, data_sheet(CUDA)))
+    if default is None:
+        assert found == []
+        return
+    assert found
+    for tile in found:
+        assert all(value & (value - 1) == 0 for name, value in tile.items() if name != "num_stages")
+        assert tile["bands"] == 1 or tile["bands"] >= tile["num_warps"]
+        assert tile["bands"] == 1 or tile["columns"] == tile["inner"] >= size
+        assert (tile["bands"] > 1) == (size <= 16)
+        if op == "rotate_backward" or (dtype == "bfloat16" and op == "rotate"):
+            assert tile["inner"] >= size
+
+
+COMPILE = """
+import json, sys, torch
+import triton_resources
+from boft_ops.tune import problems, space
+from boft_ops.tune.machine import data_sheet
+from boft_ops.triton_kernels import config_rotate
+structures = {"rows": 8192, "features": 4096}
+for op, size, dtype in (("rotate", 16, "bfloat16"), ("rotate", 64, "bfloat16"),
+                        ("rotate_backward", 64, "bfloat16"), ("gram", 32, "float32")):
+    structure = {"size": size, "chunk": size, "stride": 1}
+    tiles = space.tiles(op, structure, structures, dtype, data_sheet(torch.device("cuda")))
+    tile = config_rotate.Tile(**problems.pruned(tiles)[0])
+    case = config_rotate._case(op, tile, structure | {"dtype": dtype})
+    print(json.dumps([op, size, dtype, triton_resources.compiled("sm_90", case)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _backend.has_triton(), reason="triton is not installed")
+def test_the_model_s_best_tiles_compile_for_a_gpu_that_is_not_there(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == 4
+    for *what, used in found:
+        assert used["stack"] == 0, (what, used)
+        assert used["shared"] <= triton_resources.TARGETS["sm_90"][1], (what, used)
+
+
+# --- The search -----------------------------------------------------------------------------------
+
+
+TIMES = {"default": 1.0, "slow": 2.0, "fast": 0.8, "noise": 0.985}
+
+
+class World:
+    """A problem of candidates whose times are known, and a clock that knows them."""
+
+    def __init__(self, *names):
+        self.now, self.names = None, names
+        world = self
+
+        class Known(problems.Problem):
+            def candidates(self, args, machine, backends=None):
+                return [Choice((), name, {}) for name in ("default", *world.names)]
+
+            @contextlib.contextmanager
+            def apply(self, choice):
+                before, world.now = world.now, choice.backend
+                yield
+                world.now = before
+
+        self.problem = Known("op", "float32", {}, {}, CPU, lambda seed: (torch.ones(3),), self.run)
+
+    def run(self, x):
+        if self.now == "broken":
+            raise RuntimeError("does not compile")
+        self.last = self.now
+        return x * (3.001 if self.now == "wrong" else 3.0)
+
+    def timer(self, run):
+        run()
+        assert self.last not in ("wrong", "broken"), "timed though it fails"
+        return TIMES[self.last]
+
+    def tune(self):
+        timer = type("Timer", (), {"device": CPU, "__call__": lambda _, run: self.timer(run)})()
+        return search.tune(self.problem, data_sheet(CPU), timer)
+
+
+def test_the_fastest_right_candidate_is_chosen():
+    row = World("wrong", "slow", "broken", "fast").tune()
+    assert (row["backend"], row["us"], row["default_us"]) == ("fast", 0.8e6, 1e6)
+    assert row["tried"] == 5
+    assert [f["backend"] for f in row["failed"]] == ["wrong", "broken"]
+    assert "relative error 0.00033" in row["failed"][0]["why"]
+    assert "does not compile" in row["failed"][1]["why"]
+
+
+def test_noise_does_not_replace_the_default():
+    row = World("noise", "slow").tune()
+    assert (row["backend"], row["us"]) == ("default", row["default_us"])
+    assert not measure.is_faster([0.9, 0.9, 1.1, 1.1], [1.0] * 4)
+    assert measure.is_faster([0.9, 0.9, 0.9, 1.1], [1.0] * 4)
+
+
+def test_a_default_that_fails_is_an_error():
+    world = World()
+    world.problem.candidates = lambda *_: [Choice((), "wrong", {})]
+    with pytest.raises(RuntimeError, match="the default itself fails: output 0: relative error"):
+        world.tune()
+
+
+@pytest.mark.parametrize("message", ["CUDA error: an illegal memory access", "HIP error: x"])
+def test_a_lost_device_ends_the_search(message):
+    world = World("broken")
+    world.run = None
+
+    def run(x):
+        if world.now == "broken":
+            raise RuntimeError(message)
+        return x
+
+    world.problem.run = run
+    with pytest.raises(search.DeviceError, match=message):
+        world.tune()
+
+
+def test_turns_change_and_inputs_rotate():
+    log, timer = [], type("Timer", (), {"device": CPU})
+    timer.__call__ = lambda self, run: run() or 1.0
+    runs = [lambda n, name=name: log.append((name, n)) for name in "abc"]
+    assert measure.take_turns(timer(), runs, 2) == [[1.0, 1.0]] * 3
+    assert log == [("a", 0), ("b", 0), ("c", 0), ("b", 1), ("c", 1), ("a", 1)]
+    sets = measure.sets_of(lambda seed: (torch.full((256,), seed), None), 3 * 2048)
+    assert [int(s[0][0]) for s in sets] == [0, 1, 2]
+
+
+def test_the_timer_overwrites_the_cache_before_each_call():
+    timer = measure.Timer(CPU, data_sheet(CPU)._replace(cache=1024))
+    timer._flush.fill_(7)
+    assert timer(lambda: None) >= 0
+    assert int(timer._flush.abs().max()) == 0
+
+
+def test_tiles_are_tried_in_the_interpreter(monkeypatch):
+    """The code that tunes Triton kernels, but for the clock."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the gpu tests do it on the device")
+    monkeypatch.setattr(problems, "MOST", 2)
+    machine = data_sheet(CPU)._replace(shared=227 << 10, cache=1024)
+    found = problems_of([Shape(32, 16, 20)], [(2, 8)], torch.float32, CPU, machine)
+    for problem in found:
+        if problem.op in ("rotate", "rotate_backward", "rotation", "scale_backward"):
+            row = search.tune(problem, machine, measure.Timer(CPU, machine), ["triton"], rounds=1)
+            assert row["failed"] == [], problem
+            assert row["tried"] == 1 + 1 + 2, problem  # default, default tile, two tiles
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tiles_are_tried_on_a_gpu(tuned_cache, out):
+    arguments = ["--device=cuda", "--shapes=1024x1024x2048", "--butterfly=2x8", f"--out={out}"]
+    assert command.main([*arguments, "--ops", "rotate", "rotate_backward", "rotation"]) == 0
+    assert {row["op"] for row in rows_of(out)} == {"rotate", "rotate_backward", "rotation"}
+    assert all(row["us"] <= row["default_us"] and row["tried"] > 4 for row in rows_of(out))
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def test_all_of_a_shape(out, capsys):
+    assert command.main([*TINY, f"--out={out}"]) == 0
+    rows = rows_of(out)
+    native = {"linear", "blocking", "grain"} if _native.library else set()
+    ops = {"rotation", "rotation_backward", "rotate", "gram", "rotate_backward", "scale_backward"}
+    assert {row["op"] for row in rows} == ops | {"plan"} | native
+    assert all(row["us"] <= row["default_us"] for row in rows)
+    assert all(row["failed"] == [] for row in rows)
+    assert all(row["floor_us"] > 0 for row in rows if row["structure"] or row["sizes"])
+    content = _tuned_file.read(out, CPU)
+    assert content["rates"]["bytes"] > 1e8
+    assert content["rates"]["flops"]["float32"] > 1e8
+    assert "x the default" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on(out, monkeypatch, capsys):
+    right, asked = search.tune, []
+
+    def tune(problem, *rest):
+        asked.append(problem.op)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return right(problem, *rest)
+
+    monkeypatch.setattr(command, "tune", tune)
+    arguments = [*TINY, f"--out={out}", "--ops", "rotate", "gram", "scale_backward"]
+    assert command.main(arguments) == 130
+    assert [row["op"] for row in rows_of(out)] == asked[:1]
+    assert command.main(arguments) == 0
+    assert asked == ["rotate", "gram", "gram", "scale_backward"]
+    assert f"1 of 3 are in {out} already" in capsys.readouterr().out
+    assert command.main([*arguments, "--again"]) == 0
+    assert asked[4:] == ["rotate", "gram", "scale_backward"]
+
+
+def test_a_deadline_leaves_the_rest_for_the_next_time(out, capsys):
+    assert command.main([*TINY, f"--out={out}", "--seconds=0.01"]) == 0
+    assert rows_of(out) == []
+    assert "0 measured" in capsys.readouterr().out
+
+
+def test_a_lost_device_is_written_down_and_not_met_again(out, monkeypatch):
+    def lost(problem, *rest):
+        raise search.DeviceError(f"{problem}: CUDA error")
+
+    monkeypatch.setattr(command, "tune", lost)
+    arguments = [*TINY, f"--out={out}", "--ops", "rotate"]
+    assert command.main(arguments) == command.LOST
+    assert rows_of(out)[0]["backend"] == ""
+    assert command.main(arguments) == 0  # nothing left to do
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_explain_marks_the_default(device, capsys, tuned_cache):
+    explain.show(8192, 4096, 4096, 10, 8, torch.bfloat16, torch.device(device))
+    title, header, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith(f"BOFT(10, 8), 4096 -> 4096, 8192 rows, bfloat16 on {device}")
+    assert header.split()[:3] == ["stages", "sizes", "side"]
+    assert len(lines) == 10 + 1
+    (default,) = [line for line in lines if line.endswith("default")]
+    assert int(default.split()[0]) == len(plan(10, 8, device))
+    assert lines[-1].endswith("not offered by the layers")
+
+
+def test_explain_needs_a_butterfly_that_fits():
+    with pytest.raises(ValueError, match="block_size: expected a divisor of 100 features, got 8"):
+        command.main(["--explain", "100", "100", "10"])
+
+
+def test_shapes(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text("[[64, 32, 7], [8, 8, 1]]")
+    found = shapes_of(f"dinov2-large,12x34x56,{file}", 100)
+    assert found[:3] == [(d, n, 100) for d, n in NAMED["dinov2-large"]]
+    assert found[3:] == [(12, 34, 56), (64, 32, 7), (8, 8, 1)]
+    for bad in ("llama", "1x2", "0x1x1", "axbxc"):
+        with pytest.raises(ValueError, match="shapes: expected"):
+            shapes_of(bad, 1)
+    with pytest.raises(SystemExit):
+        command.parse(["--shapes=llama"])
+
+
+def test_no_gpu_is_said(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert command.main(["--device=cuda"]) == 1
+    assert "torch sees no GPU" in capsys.readouterr().err
