@@ -46,7 +46,7 @@ class Sizes:
     sequences: int = 4
     tokens: int = 128
     rounds: int = 20
-    seconds: float = 60.0
+    seconds: float = 40.0
 
 
 SMOKE = Sizes(layers=1, features=32, heads=2, sequences=2, tokens=8, rounds=2, seconds=0.0)
