@@ -1,8 +1,9 @@
 """Orthogonal butterfly finetuning (BOFT, arXiv 2311.06243): operators and layers.
 
-Functions: ``cayley``, ``butterfly_matmul``, ``kaleidoscope_matmul``, ``multiplicative_dropout``,
-``boft_linear``, ``rotations``.
-Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiplicativeDropout``.
+Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kaleidoscope_matmul``,
+``multiplicative_dropout``, ``boft_linear``, ``rotations``.
+Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
+``MultiplicativeDropout``.
 Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``, ``Together``.
 """
 
@@ -17,15 +18,18 @@ from .adapter_file import load_adapter, save_adapter  # noqa: E402
 from .butterfly import butterfly_matmul  # noqa: E402
 from .cayley import cayley  # noqa: E402
 from .dropout import multiplicative_dropout  # noqa: E402
+from .indexed import butterfly_matmul_indexed  # noqa: E402
 from .kaleidoscope import kaleidoscope_matmul  # noqa: E402
 from .layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .linear import boft_linear  # noqa: E402
 from .model import adapt, merge  # noqa: E402
+from .multi import MultiAdapterLinear  # noqa: E402
 from .together import Together, rotations  # noqa: E402
 
 __all__ = [
     "BOFTConv2d",
     "BOFTLinear",
+    "MultiAdapterLinear",
     "MultiplicativeDropout",
     "OFTLinear",
     "Together",
@@ -33,6 +37,7 @@ __all__ = [
     "adapt",
     "boft_linear",
     "butterfly_matmul",
+    "butterfly_matmul_indexed",
     "cayley",
     "kaleidoscope_matmul",
     "load_adapter",

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from ._layer import BOFTLayer
-from .model import build_layers, put_in
+from ._linear_adapter import LinearAdapter
+from .model import DEFAULT, build_layers, put_in
+from .multi import MultiAdapterLinear
 
 FORMAT = "boft_ops"
 FORMAT_VERSION = 1
@@ -78,14 +80,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: does not fit the model: {error}") from error
         modules = dict(model.named_modules(remove_duplicate=False))
-        layers = {name: new[modules[name]] for name in config}
+        layers = {name: _adapted(name, new[modules[name]]) for name in config}
     own = _own_tensors(layers)
     others = set() if new else _trained(model).keys() - own.keys()
-    frozen = {f"{name}.weight" for name in layers}
+    frozen = {f"{name}.{weight}" for name in layers for weight in ("weight", "base.weight")}
     _check_tensors(path, tensors, _tensors(model, frozen) | own, own.keys() | others)
     if new:
         put_in(model, new)
-    targets = _tensors(model, frozen)  # those of the layers that were put in, if any
+    targets = _tensors(model, frozen) | own  # those of the layers that were put in, if any
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
@@ -112,13 +114,31 @@ def write_adapter(
     write_whole(path, save(tensors, metadata))
 
 
-def _layers(model: nn.Module) -> dict[str, BOFTLayer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, BOFTLayer)}
+Adapted = BOFTLayer | LinearAdapter
+
+
+def _layers(model: nn.Module) -> dict[str, Adapted]:
+    """What holds skew and scale, by the names of the pretrained layers."""
+    found = {name: _adapted(name, module) for name, module in model.named_modules()}
+    return {name: layer for name, layer in found.items() if layer is not None}
+
+
+def _adapted(name: str, module: nn.Module) -> Adapted | None:
+    if not isinstance(module, MultiAdapterLinear):
+        return module if isinstance(module, BOFTLayer) else None
+    if module.names != (DEFAULT,):
+        raise ValueError(
+            f"model: expected one adapter {DEFAULT!r} in each layer, {name!r} has {module.names}"
+        )
+    return module.adapters[DEFAULT]
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """Trained parameters, and the buffers beside them (running statistics)."""
-    stored = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrapped = [m for m in model.modules() if isinstance(m, LinearAdapter)]
+    own = {id(p) for m in wrapped for p in m.parameters()}  # stored under the layers' own names
+    named = model.named_parameters()
+    stored = {name: p for name, p in named if p.requires_grad and id(p) not in own}
     parents = {name.rpartition(".")[0] for name in stored}
     state = model.state_dict().keys()  # without buffers that are not persistent
     for name, buffer in model.named_buffers():
@@ -133,7 +153,7 @@ def _tensors(model: nn.Module, without: set[str]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in without}
 
 
-def _own_tensors(layers: dict[str, BOFTLayer]) -> dict[str, torch.Tensor]:
+def _own_tensors(layers: dict[str, Adapted]) -> dict[str, torch.Tensor]:
     own = {}
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
@@ -192,7 +212,7 @@ def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
 
 
 def _compare_options(
-    path: str | os.PathLike, config: dict[str, dict], layers: dict[str, BOFTLayer]
+    path: str | os.PathLike, config: dict[str, dict], layers: dict[str, Adapted]
 ) -> None:
     if odd := sorted(config.keys() ^ layers.keys()):
         raise ValueError(f"{path}: expected the model's BOFT layers, these differ: {odd[:4]}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
 from ._layer import BOFTLayer
+from ._quantised import is_quantised
 from .layers import BOFTConv2d, BOFTLinear
+from .multi import MultiAdapterLinear
+
+DEFAULT = "default"  # the adapter of a quantised layer
 
 # They read a child's weight without calling the child, so a rotation in it would be ignored.
 _BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -22,6 +26,10 @@ def adapt(
     **options,
 ) -> nn.Module:
     """Replace the matching linear and convolution layers by BOFT layers and freeze the rest.
+
+    A quantised linear layer (torchao's, bitsandbytes', and modules with packed integers and
+    in_features and out_features, as GPTQ's and AWQ's) is kept and called, on rotated inputs, by a
+    ``MultiAdapterLinear`` in its place.
 
     Args:
         model: changed in place. If an error is raised it is as it was.
@@ -37,8 +45,8 @@ def adapt(
         ``model``.
 
     Raises:
-        TypeError: a matching module is no nn.Linear or nn.Conv2d, or is a subclass with a forward
-            of its own, which a BOFT layer would lose.
+        TypeError: a matching module is no nn.Linear, nn.Conv2d or quantised linear layer, or is a
+            subclass with a forward of its own, which a BOFT layer would lose.
         ValueError: nothing matches, a layer's features do not fit the options (its name is in the
             message), it has hooks or parametrizations, which a BOFT layer would lose, or its parent
             bypasses its forward.
@@ -59,12 +67,14 @@ def adapt(
     return model
 
 
-def build_layers(model: nn.Module, options: dict[str, dict]) -> dict[nn.Module, BOFTLayer]:
+def build_layers(
+    model: nn.Module, options: dict[str, dict]
+) -> dict[nn.Module, BOFTLayer | MultiAdapterLinear]:
     """The BOFT layer for each named layer, with its own options; the model is not changed."""
-    if any(isinstance(m, BOFTLayer) for m in model.modules()):
+    if any(isinstance(m, (BOFTLayer, MultiAdapterLinear)) for m in model.modules()):
         raise ValueError("model: expected one without BOFT layers, got an adapted one")
     children = {name: (parent, module) for parent, _, name, module in _children(model)}
-    layers: dict[nn.Module, BOFTLayer] = {}
+    layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear] = {}
     for name, layer_options in options.items():
         if name not in children:
             raise ValueError(f"model: expected a module {name!r}, got none of that name")
@@ -75,7 +85,7 @@ def build_layers(model: nn.Module, options: dict[str, dict]) -> dict[nn.Module, 
     return layers
 
 
-def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer]) -> None:
+def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear]) -> None:
     """Replace each module by its BOFT layer, wherever it is registered; freeze all the rest."""
     model.requires_grad_(False)
     for parent, attribute, _, module in list(_children(model)):
@@ -83,28 +93,38 @@ def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer]) -> None:
             setattr(parent, attribute, layers[module])
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(
+    model: nn.Module, requantise: Callable[[nn.Linear], nn.Module] | None = None
+) -> nn.Module:
     """Replace every BOFT layer by a plain nn.Linear or nn.Conv2d with the merged weight.
 
     Args:
         model: changed in place; may itself be a BOFT layer, then the plain layer is returned.
+        requantise: what makes a quantised layer of a merged one, over quantised bases; see
+            ``MultiAdapterLinear.merged_layer``.
 
     Returns:
         ``model``, or the plain layer. Merged weights are frozen; other parameters keep their
         ``requires_grad``.
 
     Raises:
-        ValueError: the model has no BOFT layer.
+        ValueError: the model has no BOFT layer, or a quantised one and ``requantise`` is None: the
+            model is then as it was.
     """
-    if isinstance(model, BOFTLayer):
-        return model.merged_layer()
-    layers = [(p, a, m) for p, a, _, m in _children(model) if isinstance(m, BOFTLayer)]
+
+    def merged(layer: BOFTLayer | MultiAdapterLinear) -> nn.Module:
+        if isinstance(layer, BOFTLayer):
+            return layer.merged_layer()
+        return layer.merged_layer(requantise if is_quantised(layer.base) else None)
+
+    kinds = BOFTLayer, MultiAdapterLinear
+    if isinstance(model, kinds):
+        return merged(model)
+    layers = [(p, a, m) for p, a, _, m in _children(model) if isinstance(m, kinds)]
     if not layers:
         raise ValueError("model: expected at least one BOFT layer, got none")
-    plain: dict[nn.Module, nn.Module] = {}
+    plain = {layer: merged(layer) for layer in dict.fromkeys(m for _, _, m in layers)}
     for parent, attribute, layer in layers:
-        if layer not in plain:
-            plain[layer] = layer.merged_layer()
         setattr(parent, attribute, plain[layer])
     return model
 
@@ -142,13 +162,14 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
+    return isinstance(module, (nn.Linear, nn.Conv2d)) or is_quantised(module)
 
 
 def _check_replaceable(parent: nn.Module, name: str, module: nn.Module) -> None:
     if not _is_layer(module):
         raise TypeError(
-            f"target_modules: expected nn.Linear or nn.Conv2d, {name!r} is {type(module).__name__}"
+            "target_modules: expected nn.Linear, nn.Conv2d or a quantised linear layer, "
+            f"{name!r} is {type(module).__name__}"
         )
     if isinstance(parent, _BYPASSING_PARENTS):
         raise ValueError(
@@ -158,8 +179,12 @@ def _check_replaceable(parent: nn.Module, name: str, module: nn.Module) -> None:
         )
 
 
-def _wrap(name: str, module: nn.Module, options: dict) -> BOFTLayer:
+def _wrap(name: str, module: nn.Module, options: dict) -> BOFTLayer | MultiAdapterLinear:
     try:
+        if is_quantised(module):
+            layer = MultiAdapterLinear(module)
+            layer.add_adapter(DEFAULT, **options)
+            return layer.train(module.training)
         if isinstance(module, nn.Linear):
             return BOFTLinear.from_linear(module, **options)
         return BOFTConv2d.from_conv(module, **options)

@@ -15,6 +15,8 @@ std::tuple<Tensor, Tensor> rotation_cpu(const Tensor& skew, const MaybeTensor& d
 Tensor rotation_backward_cpu(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
 Tensor rotate_cpu(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
                   bool transpose);
+Tensor rotate_indexed_cpu(const Tensor& x, const Tensor& stages, const Tensor& index, int64_t chunk,
+                          int64_t stride, bool transpose);
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor& x,
                                                const Tensor& stage, int64_t chunk, int64_t stride,
                                                bool transpose, int64_t splits);
@@ -49,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const
 // Every operator with a kernel for the CPU.
 #define BOFT_CPU_OPS(OP)                                                                       \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)                 \
-  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale_backward) OP(linear)  \
+  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram) OP(scale_backward) OP(linear)  \
   OP(linear_backward)
 
 // Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.

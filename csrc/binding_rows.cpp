@@ -7,7 +7,9 @@ namespace {
 
 // Rows and groups are whole units of work: any split over threads gives the same bits.
 Tensor as_applied(const Tensor& stage, bool transpose) {
-  return torch::stable::contiguous(transpose ? torch::stable::transpose(stage, 1, 2) : stage);
+  const int64_t last = stage.dim() - 1;
+  return torch::stable::contiguous(transpose ? torch::stable::transpose(stage, last - 1, last)
+                                             : stage);
 }
 
 }  // namespace
@@ -24,6 +26,32 @@ Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t
   const int64_t grain = std::max<int64_t>(8, boft::cpu::grain_of(d * shape.size));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     boft::cpu::rotate(in, matrices, out, d, shape, begin, end, dtype);
+  });
+  return y;
+}
+
+Tensor rotate_indexed_cpu(const Tensor& x_, const Tensor& stages_, const Tensor& index_,
+                          int64_t chunk, int64_t stride, bool transpose) {
+  const auto dtype = dtype_of(x_, "rotate_indexed: x");
+  check_square(stages_, 4, "rotate_indexed: stages");
+  const auto shape = stage_of(x_, stages_.size(3), chunk, stride);
+  STD_TORCH_CHECK(stages_.size(1) * shape.size == x_.size(1) &&
+                      stages_.scalar_type() == compute_type(x_),
+                  "rotate_indexed: stages: expected (adapters, d / size, size, size) in the dtype "
+                  "of x (float32 for bfloat16)");
+  STD_TORCH_CHECK(index_.dim() == 1 && index_.size(0) == x_.size(0) &&
+                      index_.scalar_type() == ScalarType::Int,
+                  "rotate_indexed: index: expected an int32 for each row of x");
+  const Tensor x = torch::stable::contiguous(x_), stages = as_applied(stages_, transpose);
+  const Tensor index = torch::stable::contiguous(index_);
+  Tensor y = torch::stable::empty_like(x);
+  const void *in = x.const_data_ptr(), *matrices = stages.const_data_ptr();
+  const auto* which = static_cast<const int32_t*>(index.const_data_ptr());
+  void* out = y.mutable_data_ptr();
+  const int64_t rows = x.size(0), d = x.size(1), n = stages.size(0);
+  const int64_t grain = std::max<int64_t>(8, 65536 / (d * shape.size));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::rotate_indexed(in, matrices, which, out, n, d, shape, begin, end, dtype);
   });
   return y;
 }

@@ -70,7 +70,12 @@ void compose_backward(const void* factors, const void* grad, void* factors_grad,
 // float32, float64, or bfloat16 with float32 stages, in which it is computed then.
 void rotate(const void* x, const void* stages, void* y, int64_t d, Stage stage, int64_t begin,
             int64_t end, DType dtype);
-// Groups [begin, end) of its gradients: x_grad = grad stages, unless it is null, and the Gram x^T
+// The same with one set of stages for each row: stages are (n_adapters, d / size, size, size), and
+// row i takes those of index[i], or is copied where that is -1. Any other index gives NaN.
+void rotate_indexed(const void* x, const void* stages, const int32_t* index, void* y,
+                    int64_t n_adapters, int64_t d, Stage stage, int64_t begin, int64_t end,
+                    DType dtype);
+// Groups [begin, end) of the gradients of `rotate`: x_grad = grad stages, unless it is null, and the Gram x^T
 // grad (grad^T x if `transpose`) over all rows, in the dtype of the stages.
 void rotate_backward(const void* grad, const void* x, const void* stages, void* x_grad,
                      void* stages_grad, int64_t rows, int64_t d, Stage stage, bool transpose,

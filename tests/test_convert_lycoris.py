@@ -44,9 +44,10 @@ def tuned(algo, **options):
     return base, network.state_dict(), net(X).detach()
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-@pytest.mark.parametrize("constraint", [0, 0.01, 1e3])
-@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize(
+    ("rescaled", "constraint", "suffix"),
+    [(False, 0, ".safetensors"), (True, 0.01, ".pt"), (True, 1e3, ".safetensors")],
+)
 @pytest.mark.parametrize("algo", ["boft", "diag-oft"])
 def test_from_lycoris_and_back(algo, rescaled, constraint, suffix, tmp_path):
     base, state, want = tuned(algo, rescaled=rescaled, constraint=constraint)

@@ -92,6 +92,25 @@ def close_in_bfloat16(got, exact):
     return ((got.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 40, 300])
+@pytest.mark.parametrize(("n", "b", "first"), STAGES[::2])
+def test_rotate_indexed(n, b, first, rows, dtype):
+    """Each row is what rotate makes of it with its own matrices, to the bit, in any order."""
+    stages = torch.stack([stage_of(n, b, first, wide(dtype))[1] for _ in range(3)])
+    stages /= stages.shape[-1] ** 0.5
+    d, layout = stages.shape[1] * stages.shape[2], (b // 2, 1 << first)
+    x = torch.randn(d, rows).to(dtype).T
+    for index in (torch.randint(-2, 4, (rows,)).int(), torch.arange(rows).div(7).int() % 4 - 1):
+        for transpose in (False, True):
+            y = raw.rotate_indexed(x, stages, index, *layout, transpose)
+            assert torch.equal(y[index == -1], x[index == -1])
+            assert y[(index < -1) | (index > 2)].isnan().all()
+            for i, stage in enumerate(stages):
+                want = raw.rotate(x, stage, *layout, transpose)
+                assert torch.equal(y[index == i], want[index == i])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 12, 20, 100])
 def test_one_factor_of_any_size(size, dtype):
@@ -306,6 +325,26 @@ def test_the_instruction_set_is_the_one_asked_for():
         ("rotate", (torch.zeros(3, 16), torch.zeros(2, 8, 8), 0, 1, False), "does not fit"),
         ("rotate", (torch.zeros(3, 0), torch.zeros(0, 4, 4), 4, 1, False), "does not fit"),
         ("rotate", (torch.zeros(3, 8), torch.zeros(2, 4, 4), 1, 2**62, False), "does not fit"),
+        (
+            "rotate_indexed",
+            (torch.zeros(3, 8), torch.zeros(2, 8, 8), torch.zeros(3).int(), 4, 1, False),
+            "square blocks",
+        ),
+        (
+            "rotate_indexed",
+            (torch.zeros(3, 16), torch.zeros(2, 1, 8, 8), torch.zeros(3).int(), 4, 1, False),
+            "d / size, size, size",
+        ),
+        (
+            "rotate_indexed",
+            (torch.zeros(3, 16), torch.zeros(2, 2, 8, 8), torch.zeros(2).int(), 4, 1, False),
+            "an int32 for each row",
+        ),
+        (
+            "rotate_indexed",
+            (torch.zeros(3, 16), torch.zeros(2, 2, 8, 8), torch.zeros(3).long(), 4, 1, False),
+            "an int32 for each row",
+        ),
         ("gram", (*[torch.zeros(3, 3)] * 2, 3, 1, 0x5555555555555555, 1), "does not fit"),
         ("gram", (torch.zeros(3, 16), torch.zeros(2, 16), 8, 4, 1, 1), "shape and dtype of x"),
         ("gram", (*[torch.zeros(3, 16)] * 2, 8, 4, 1, 2), "expected 1 on a CPU"),

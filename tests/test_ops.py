@@ -14,6 +14,7 @@ from boft_ops import (
     _backend,
     boft_linear,
     butterfly_matmul,
+    butterfly_matmul_indexed,
     cayley,
     multiplicative_dropout,
 )
@@ -35,7 +36,7 @@ def samples():
     stage, stage1 = raw.compose(blocks, 0), raw.compose(blocks[1:], 1)
     x, g = torch.randn(5, 32), torch.randn(32, 5).T
     weight, scale, bias = torch.randn(6, 32), torch.randn(6), torch.randn(6)
-    y = torch.randn(5, 6)
+    y, rows = torch.randn(5, 6), torch.tensor([1, 1, -1, 0, 1], dtype=torch.int32)
     return {
         "cayley": [
             *[(skew, None), (skew.transpose(0, 1), drop.T), (skew.bfloat16(), None)],
@@ -49,6 +50,11 @@ def samples():
         "rotation": [(skew, None), (skew.double(), drop)],
         "rotation_backward": [(blocks, None, stage[None]), (blocks, dropped, stage.mT[None])],
         "rotate": [(x, stage, 2, 1, False), (g, stage1, 2, 2, True), (x[:0], stage, 2, 1, True)],
+        "rotate_indexed": [
+            (x, torch.stack([stage, stage.mT]), rows, 2, 1, False),
+            (g, torch.stack([stage1, stage1]).mT, rows, 2, 2, True),
+            (x[:0], stage[None], rows[:0], 2, 1, True),
+        ],
         "rotate_backward": [
             *[(x, g, stage, 2, 1, False, 1), (g, x, stage1, 2, 2, True, 1)],
             (x.bfloat16(), g.bfloat16(), stage, 2, 1, False, 1),
@@ -82,6 +88,10 @@ def functions():
         "butterfly": (butterfly_matmul, (x, blocks)),
         "butterfly_t": (lambda x, b: butterfly_matmul(x, b, transpose=True), (x, blocks)),
         "two stages": (butterfly_matmul, (torch.randn(3, 512), rotations(8, 4, 512))),
+        "indexed": (
+            lambda x, b: butterfly_matmul_indexed(x, b, torch.tensor([1, -1, 0, 1])),
+            (x, torch.stack([blocks, rotations()])),
+        ),
         "linear": (boft_linear, (x, weight, skew, scale, bias)),
         "linear_out": (
             lambda *a: boft_linear(*a, side="out"),

@@ -189,7 +189,7 @@ def test_a_small_change_is_not_rounded_away(size, dtype, stage_dtype):
         assert abs(float(ratio) - scale) < 2e-4
 
 
-@pytest.mark.parametrize("op", ["rotate", "rotate_backward", "gram"])
+@pytest.mark.parametrize("op", ["rotate", "rotate_indexed", "rotate_backward", "gram"])
 def test_every_structure_has_a_tile_that_fits(op):
     found = set()
     for dtype in config_rotate.KINDS:

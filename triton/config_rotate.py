@@ -53,6 +53,21 @@ TILES = {
         (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
         (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
     ),
+    # as rotate, but of halves, too, a group is summed over in parts: more addresses are alive here
+    ("rotate_indexed", "half"): (
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 64, 32, num_warps=4, num_stages=2)),
+    ),
+    ("rotate_indexed", "float32"): (
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
+    ),
+    ("rotate_indexed", "float64"): (
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
+    ),
     # inner must hold a whole group: above these sizes x_grad and Gram are launches of their own
     ("rotate_backward", "half"): (
         (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
@@ -91,6 +106,7 @@ STRIDED = {
         (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
         (64, Tile(4, 16, 64, 64, num_warps=4, num_stages=2)),
     ),
+    "rotate_indexed": ((32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),),
     "rotate_backward": ((32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),),
     "gram": (),
 }
@@ -104,7 +120,7 @@ def supports(size: int) -> bool:
 
 
 def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Tile | None:
-    """The tile of an op ("rotate", "rotate_backward", "gram") for such groups.
+    """The tile of an op ("rotate", "rotate_indexed", "rotate_backward", "gram") for such groups.
 
     None for a rotate_backward whose groups are too large for one kernel.
     """
@@ -136,7 +152,7 @@ def compile_cases() -> Iterator[Case]:
     For every target the usual structures, in bfloat16 and float32; float16 differs from bfloat16 in
     the names of its instructions.
     """
-    for op in ("rotate", "rotate_backward", "gram"):
+    for op in ("rotate", "rotate_indexed", "rotate_backward", "gram"):
         for tile, structure in reachable(op):
             if tile is not None:
                 yield _case(op, tile, structure)
@@ -149,8 +165,10 @@ def _case(op: str, tile: Tile, structure: dict) -> Case:
     group = {name.upper(): structure[name] for name in ("size", "chunk", "stride")}
     group["TRANSPOSE"] = structure["stride"] > 1
     constants = group | {"INTERPRETED": False} | constants_of(tile)
-    if op == "rotate":
+    if op in ("rotate", "rotate_indexed"):
         pointers = {"x_ptr": rows, "stage_ptr": sums, "y_ptr": rows}
+        if op == "rotate_indexed":
+            pointers["index_ptr"] = "i32"
     else:
         constants["X_GRAD"] = op == "rotate_backward"
         pointers = {"x_ptr": rows, "grad_ptr": rows, "partials_ptr": sums}
@@ -158,12 +176,13 @@ def _case(op: str, tile: Tile, structure: dict) -> Case:
             pointers |= {"stage_ptr": sums, "x_grad_ptr": rows}
         else:
             constants |= {"stage_ptr": None, "x_grad_ptr": None}
-    kernel = "rotate_kernel" if op == "rotate" else "rotate_backward_kernel"
+    kernel = {
+        "rotate": "rotate:rotate_kernel",
+        "rotate_indexed": "rotate_indexed:rotate_indexed_kernel",
+    }.get(op, "rotate:rotate_backward_kernel")
     usual = structure["size"] & (structure["size"] - 1) == 0 and structure["chunk"] != 2
     everywhere = usual and dtype in ("bfloat16", "float32")
-    return Case(
-        f"rotate:{kernel}", constants, pointers, tile.num_warps, tile.num_stages, everywhere
-    )
+    return Case(kernel, constants, pointers, tile.num_warps, tile.num_stages, everywhere)
 
 
 def constants_of(tile: Tile) -> dict[str, int]:

@@ -1,5 +1,7 @@
 // Rows times block-diagonal stages, and the Gram x^T g of the backward pass. A few rows at a time
 // go through all groups, so that x streams through memory once while the matrices stay in cache.
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "boft_kernels.h"
@@ -200,6 +202,50 @@ void rotate(const void* x, const void* stages, void* y, int64_t d, Stage stage, 
     case DType::F32: return rotate_as<float>(x, stages, y, d, stage, begin, end);
     case DType::F64: return rotate_as<double>(x, stages, y, d, stage, begin, end);
     case DType::BF16: return rotate_as<bf16>(x, stages, y, d, stage, begin, end);
+  }
+}
+
+namespace {
+
+template <class T>
+void copy_rows(const void* x, void* y, int64_t d, int64_t begin, int64_t end) {
+  std::memcpy(static_cast<T*>(y) + begin * d, static_cast<const T*>(x) + begin * d,
+              size_t((end - begin) * d) * sizeof(T));
+}
+
+template <class T>
+void poison_rows(void* y, int64_t d, int64_t begin, int64_t end) {
+  std::fill(static_cast<T*>(y) + begin * d, static_cast<T*>(y) + end * d,
+            narrow<T>(std::numeric_limits<Compute<T>>::quiet_NaN()));
+}
+
+template <class T>
+void indexed_as(const void* x, const void* stages, const int32_t* index, void* y,
+                int64_t n_adapters, int64_t d, const Stage& s, int64_t begin, int64_t end) {
+  // rows that follow each other often are of one request: a run of them shares its matrices
+  for (int64_t n = begin, last; n < end; n = last) {
+    const int64_t adapter = index[n];
+    for (last = n + 1; last < end && index[last] == adapter;) ++last;
+    if (adapter == -1)
+      copy_rows<T>(x, y, d, n, last);
+    else if (adapter < 0 || adapter >= n_adapters)
+      poison_rows<T>(y, d, n, last);
+    else
+      rotate_as<T>(x, static_cast<const Compute<T>*>(stages) + adapter * d * s.size, y, d, s, n,
+                   last);
+  }
+}
+
+}  // namespace
+
+void rotate_indexed(const void* x, const void* stages, const int32_t* index, void* y,
+                    int64_t n_adapters, int64_t d, Stage stage, int64_t begin, int64_t end,
+                    DType dtype) {
+  const auto run = [&](auto as) { as(x, stages, index, y, n_adapters, d, stage, begin, end); };
+  switch (dtype) {
+    case DType::F32: return run(indexed_as<float>);
+    case DType::F64: return run(indexed_as<double>);
+    case DType::BF16: return run(indexed_as<bf16>);
   }
 }
 
