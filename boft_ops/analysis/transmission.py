@@ -29,6 +29,12 @@ def butterfly_pattern(d: int, block_size: int, n_factors: int) -> torch.Tensor:
     return pattern(d, butterfly_factors(d, block_size, n_factors))
 
 
+def kaleidoscope_pattern(d: int, block_size: int, n_factors: int, levels: int) -> torch.Tensor:
+    """R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T, all BOFT(m, b): (2 l m, d, d)."""
+    one = butterfly_pattern(d, block_size, n_factors)
+    return torch.cat([one.flip(0).mT, one]).repeat(levels, 1, 1)
+
+
 def shuffle_pattern(d: int, block_size: int, n_factors: int) -> torch.Tensor:
     """Block-diagonal factors with shuffles between them, (m, d, d); see ``shuffle_factors``."""
     return pattern(d, shuffle_factors(d, block_size, n_factors))

@@ -22,17 +22,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from _common import (
-    Clock,
-    figure,
-    output_folder,
-    parser,
-    read_csv,
-    save_figure,
-    style,
-    write_csv,
-    write_log,
-)
+from _common import Clock, output_folder, parser, read_csv, write_csv, write_log
+from _figure5 import AS_GOOD, BETTER, DATA, TRACES, check_claims, draw, read_points
 
 from boft_ops import butterfly_matmul, cayley
 from boft_ops.analysis.approximation import (
@@ -41,12 +32,6 @@ from boft_ops.analysis.approximation import (
     inverse_cayley,
     shuffle_factors,
 )
-
-# ((m, b), (m, b)): the first has fewer parameters, and is better, or as good within SIMILAR.
-BETTER = {512: ((9, 2), (1, 16)), 64: ((6, 2), (1, 8))}
-AS_GOOD = {512: ((6, 4), (2, 16)), 64: ((4, 4), (2, 8))}
-SIMILAR = 0.02
-DATA, TRACES = "figure5.csv", "figure5_convergence.csv"
 
 
 class Task(NamedTuple):
@@ -225,99 +210,6 @@ def sort_key(row: dict) -> tuple:
     )
 
 
-class Curve(NamedTuple):
-    parameters: int
-    error: float  # mean over the seeds
-    spread: float  # largest minus smallest over the seeds
-    unfinished: float  # what the second half of the sweeps gained
-
-
-def means(folder: Path) -> dict[tuple[str, int, int], Curve]:
-    """(method, m, b) -> the mean over the seeds."""
-    groups: dict[tuple[str, int, int], list[dict]] = {}
-    for row in read_csv(folder / DATA):
-        key = row["method"], int(row["n_factors"]), int(row["block_size"] or 0)
-        groups.setdefault(key, []).append(row)
-    found = {}
-    for key, group in groups.items():
-        errors = [float(row["error"]) for row in group]
-        half = fmean(float(row["error_at_half"]) for row in group)
-        found[key] = Curve(
-            int(group[0]["parameters"]),
-            fmean(errors),
-            max(errors) - min(errors),
-            half - fmean(errors),
-        )
-    return found
-
-
-def check_claims(data: dict[tuple[str, int, int], Curve], d: int) -> list[str]:
-    """The paper's statements about its figure, each with the numbers; raises if one fails."""
-    lines, failed = [], []
-    for (first, second), margin in ((BETTER[d], 0.0), (AS_GOOD[d], SIMILAR)):
-        few, many = data[("boft", *first)], data[("boft", *second)]
-        holds = few.parameters < many.parameters and few.error < many.error + margin
-        lines.append(
-            f"BOFT{first}: error {few.error:.4f} with {few.parameters} parameters; BOFT{second}: "
-            f"{many.error:.4f} with {many.parameters}: "
-            + ("holds" if holds else "DOES NOT HOLD")
-            + (f" (within {margin})" if margin else "")
-        )
-        failed += [] if holds else [lines[-1]]
-    if failed:
-        raise AssertionError("\n".join(failed))
-    return lines
-
-
-def draw(folder: Path) -> None:
-    data = means(folder)
-    made, (left, right) = figure(2)
-    looks = style(sorted({b for method, _, b in data if method == "boft"}))
-    for method, dash, label in (("boft", "-", "BOFT(1:{m}, {b})"), ("shuffle", ":", "shuffle {b}")):
-        for b, look in looks.items():
-            points = sorted(
-                (m, c) for (name, m, size), c in data.items() if (name, size) == (method, b)
-            )
-            if points:
-                left.plot(
-                    [c.parameters for _, c in points],
-                    [c.error for _, c in points],
-                    **{**look, "linestyle": dash, "markersize": 4},
-                    **({"markerfacecolor": "white"} if method == "shuffle" else {}),
-                    label=label.format(m=points[-1][0], b=b),
-                )
-    ranks = sorted(c for (name, *_), c in data.items() if name == "low-rank")
-    left.plot(
-        [c.parameters for c in ranks],
-        [c.error for c in ranks],
-        "--",
-        color="#767676",
-        label="low rank",
-    )
-    left.set(xscale="log", xlabel="trainable parameters", ylabel="||R - A||² / 2d")
-    left.set_title("Approximation of a random orthogonal matrix")
-    left.legend(fontsize=7, frameon=False)
-
-    traces: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
-    for row in read_csv(folder / TRACES):
-        key = row["method"], int(row["n_factors"]), int(row["block_size"])
-        traces.setdefault(key, []).append((int(row["sweep"]), float(row["error"])))
-    checked = [key for key in traces if key[0] == "boft-random"]
-    dashes = {"boft-long": "-", "boft-random": "--", "boft-adam": ":"}
-    names = {
-        **{"boft-long": "sweeps from I", "boft-random": "sweeps from a random start"},
-        **{"boft-adam": "steps of Adam from I"},
-    }
-    for (_, m, b), look in zip(checked, style(checked).values()):
-        for method, dash in dashes.items():
-            label = f"BOFT({m}, {b}), {names[method]}"
-            right.plot(*zip(*traces[method, m, b]), dash, color=look["color"], label=label)
-    right.set(xscale="log", xlabel="sweeps over all factors, or steps", ylabel="||R - A||² / 2d")
-    right.set_title("Convergence")
-    right.legend(fontsize=7, frameon=False)
-    save_figure(made, folder / "figure5.svg")
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--seeds", type=int, help="random matrices (default: 10)")
@@ -332,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{left} structures are left for --resume")
         return
     draw(folder)
-    for line in check_claims(means(folder), 64 if args.quick else 512):
+    for line in check_claims(read_points(folder), 64 if args.quick else 512):
         print(line)
 
 

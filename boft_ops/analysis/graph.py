@@ -1,0 +1,88 @@
+"""The picture of a factorisation as a graph of levels, as in the paper's Figures 2 to 4: SVG."""
+
+from __future__ import annotations
+
+import torch
+
+from .transmission import product
+
+MAX_FEATURES = 64  # more cannot be told apart
+
+STRAIGHT, FREE, ENTRY, ZERO, TEXT = "#b0b0b0", "#0072B2", "#0072B2", "#f0f0f0", "#222222"
+LEFT, TOP, WIDTH = 34, 34, 110  # margins, and the distance of two levels
+
+
+def draw(pattern: torch.Tensor, title: str = "") -> str:
+    """An SVG of the graph, of each factor's pattern and of the products B_i ... B_1 so far.
+
+    Args:
+        pattern: boolean (m, d, d), B_1 first, d <= 64.
+        title: a line above the graph.
+
+    Raises:
+        ValueError: there are more than 64 features.
+    """
+    m, d, _ = pattern.shape
+    if d > MAX_FEATURES:
+        raise ValueError(f"pattern: expected at most {MAX_FEATURES} features to draw, got {d}")
+    pitch = max(9, min(26, 420 // d))
+    radius = min(6.0, 0.3 * pitch)
+    bottom = TOP + pitch * (d - 1) + 30
+    cell = max(1.2, min(14.0, 84 / d))
+    side = cell * d
+    parts = [_text(LEFT - 20, 14, title, 11)] if title else []
+    for i, factor in enumerate(pattern):
+        for target, source in factor.nonzero().tolist():
+            colour, width = (STRAIGHT, 1) if target == source else (FREE, 1.4)
+            ends = (LEFT + i * WIDTH, TOP + source * pitch, LEFT + (i + 1) * WIDTH)
+            parts.append(
+                f'<line x1="{ends[0]}" y1="{ends[1]}" x2="{ends[2]}" y2="{TOP + target * pitch}" '
+                f'stroke="{colour}" stroke-width="{width}"/>'
+            )
+    for i in range(m + 1):
+        x = LEFT + i * WIDTH
+        parts.append(_text(x, TOP - 14, f"level {i + 1}", 8, "middle"))
+        for node in range(d):
+            y = TOP + node * pitch
+            parts.append(
+                f'<circle cx="{x}" cy="{y}" r="{radius:.1f}" fill="white" stroke="{TEXT}"/>'
+            )
+            if i == 0:
+                parts.append(_text(x - 12, y + 3, str(node + 1), min(8, pitch), "end"))
+    so_far = torch.eye(d, dtype=torch.bool)
+    for i, factor in enumerate(pattern):
+        so_far = product(torch.stack([so_far, factor]))
+        x = LEFT + (i + 0.5) * WIDTH - side / 2
+        names = (f"B{i + 1}", f"B{i + 1}...B1" if i > 1 else "B2 B1")
+        parts += _grid(factor, x, bottom, cell, names[0])
+        if i:
+            parts += _grid(so_far, x, bottom + side + 26, cell, names[1])
+    width, height = 2 * LEFT + m * WIDTH, bottom + (2 * side + 36 if m > 1 else side + 10)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" '
+        f'width="{width}" height="{height:.0f}" font-family="sans-serif">\n'
+        '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def _grid(matrix: torch.Tensor, x: float, y: float, cell: float, name: str) -> list[str]:
+    side = cell * len(matrix)
+    parts = [_text(x + side / 2, y - 5, name, 8, "middle")]
+    parts.append(
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" fill="{ZERO}" '
+        f'stroke="{TEXT}" stroke-width="0.6"/>'
+    )
+    for row, column in matrix.nonzero().tolist():
+        parts.append(
+            f'<rect x="{x + column * cell:.1f}" y="{y + row * cell:.1f}" width="{cell:.2f}" '
+            f'height="{cell:.2f}" fill="{ENTRY}" stroke="white" stroke-width="{cell / 20:.2f}"/>'
+        )
+    return parts
+
+
+def _text(x: float, y: float, text: str, size: float, anchor: str = "start") -> str:
+    safe = text.replace("&", "&amp;").replace("<", "&lt;")
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{TEXT}" '
+        f'text-anchor="{anchor}">{safe}</text>'
+    )

@@ -1,0 +1,105 @@
+"""Figure 5 from its data files: the curves, the convergence, and the paper's statements."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from _common import figure, read_csv, save_figure, style
+
+DATA, TRACES = "figure5.csv", "figure5_convergence.csv"
+# ((m, b), (m, b)): the first has fewer parameters, and is better, or as good within SIMILAR.
+BETTER = {512: ((9, 2), (1, 16)), 64: ((6, 2), (1, 8))}
+AS_GOOD = {512: ((6, 4), (2, 16)), 64: ((4, 4), (2, 8))}
+SIMILAR = 0.02
+ERROR = "||R - A||² / 2d"
+
+
+class Point(NamedTuple):
+    """One structure, over all its seeds."""
+
+    parameters: int
+    error: float  # mean
+    seeds: int
+    spread: float  # largest minus smallest
+
+
+def read_points(folder: Path) -> dict[tuple[str, int, int], Point]:
+    """(method, m, b) -> the mean over the seeds."""
+    groups: dict[tuple[str, int, int], list[dict]] = {}
+    for row in read_csv(folder / DATA):
+        key = row["method"], int(row["n_factors"]), int(row["block_size"] or 0)
+        groups.setdefault(key, []).append(row)
+    found = {}
+    for key, group in groups.items():
+        errors = [float(row["error"]) for row in group]
+        parameters, spread = int(group[0]["parameters"]), max(errors) - min(errors)
+        found[key] = Point(parameters, fmean(errors), len(errors), spread)
+    return found
+
+
+def check_claims(data: dict[tuple[str, int, int], Point], d: int) -> list[str]:
+    """The paper's statements about its figure, each with the numbers; raises if one fails."""
+    lines, failed = [], []
+    for (first, second), margin in ((BETTER[d], 0.0), (AS_GOOD[d], SIMILAR)):
+        few, many = data[("boft", *first)], data[("boft", *second)]
+        holds = few.parameters < many.parameters and few.error < many.error + margin
+        lines.append(
+            f"BOFT{first}: error {few.error:.4f} with {few.parameters} parameters; BOFT{second}: "
+            f"{many.error:.4f} with {many.parameters}: "
+            + ("holds" if holds else "DOES NOT HOLD")
+            + (f" (within {margin})" if margin else "")
+        )
+        failed += [] if holds else [lines[-1]]
+    if failed:
+        raise AssertionError("\n".join(failed))
+    return lines
+
+
+def draw(folder: Path) -> None:
+    made, (left, right) = figure(2)
+    draw_errors(left, read_points(folder))
+    draw_convergence(right, folder)
+    save_figure(made, folder / "figure5.svg")
+
+
+def draw_errors(axes, data: dict[tuple[str, int, int], Point]) -> None:
+    """Error against parameters: a curve for each block size, m along it."""
+    looks = style(sorted({b for method, _, b in data if method == "boft"}))
+    curves = {
+        "boft": {"linestyle": "-", "markersize": 4},
+        "shuffle": {"linestyle": ":", "markersize": 4, "markerfacecolor": "white"},
+    }
+    for method, line in curves.items():
+        for b, look in looks.items():
+            points = sorted((key[1], p) for key, p in data.items() if key[::2] == (method, b))
+            if points:
+                most = points[-1][0]
+                name = f"BOFT(1:{most}, {b})" if method == "boft" else f"shuffle(1:{most}, {b})"
+                xs, ys = [p.parameters for _, p in points], [p.error for _, p in points]
+                axes.plot(xs, ys, **{**look, **line}, label=name)
+    ranks = sorted(point for key, point in data.items() if key[0] == "low-rank")
+    xs, ys = [p.parameters for p in ranks], [p.error for p in ranks]
+    axes.plot(xs, ys, "--", color="#767676", label="I + low rank")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=ERROR)
+    axes.set_title("Approximation of random orthogonal matrices")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def draw_convergence(axes, folder: Path) -> None:
+    traces: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
+    for row in read_csv(folder / TRACES):
+        key = row["method"], int(row["n_factors"]), int(row["block_size"])
+        traces.setdefault(key, []).append((int(row["sweep"]), float(row["error"])))
+    lines = {
+        "boft-long": ("-", "sweeps from I"),
+        "boft-random": ("--", "sweeps from a random start"),
+        "boft-adam": (":", "steps of Adam from I"),
+    }
+    checked = [key[1:] for key in traces if key[0] == "boft-long"]
+    for structure, look in style(checked).items():
+        for method, (dash, name) in lines.items():
+            xs, ys = zip(*traces[(method, *structure)])
+            axes.plot(xs, ys, dash, color=look["color"], label=f"BOFT{structure}, {name}")
+    axes.set(xscale="log", xlabel="sweeps over all factors, or steps", ylabel=ERROR)
+    axes.set_title("Convergence")
+    axes.legend(fontsize=7, frameon=False)

@@ -1,0 +1,88 @@
+"""Section 3 of the paper: factorisations as graphs, their edges, and how many parameters count.
+
+python docs/paper/transmission.py
+python docs/paper/transmission.py --quick --out /tmp/transmission
+"""
+
+from pathlib import Path
+
+import torch
+from _common import Clock, output_folder, parser, read_csv, write_csv, write_log
+
+from boft_ops.analysis import graph
+from boft_ops.analysis.transmission import (
+    analyse,
+    block_diagonal_pattern,
+    butterfly_pattern,
+    edges_pattern,
+    product,
+    shuffle_pattern,
+)
+
+# An arrangement with the properties that the text gives of Figure 2: d = 4, m = 5, ten free edges,
+# dense; without the last factor node 1 does not reach node 3. (Its own edges are a picture only.)
+FIGURE_2 = [(1, 2), (3, 4), (2, 4), (1, 4), (2, 3)]
+DATA = "transmission.csv"
+
+
+def figure_2() -> torch.Tensor:
+    swaps = enumerate(FIGURE_2, 1)
+    return edges_pattern(4, [(i, *edge) for i, (j, k) in swaps for edge in ((j, k), (k, j))])
+
+
+def structures(quick: bool) -> dict[str, torch.Tensor]:
+    made = {
+        "one dense matrix, d = 4": torch.ones(1, 4, 4, dtype=torch.bool),
+        "five exchanges (Figure 2), d = 4": figure_2(),
+        "butterfly, d = 4": butterfly_pattern(4, 2, 2),
+        "block-diagonal (Figure 3), d = 4": block_diagonal_pattern(4, 2),
+        "butterfly (Figure 4), d = 8": butterfly_pattern(8, 2, 3),
+    }
+    d = 16 if quick else 64
+    for b in (2, 4, 8) if quick else (2, 4, 8, 16):
+        for m in range(1, (d // b).bit_length() + 1):
+            made[f"BOFT({m}, {b}), d = {d}"] = butterfly_pattern(d, b, m)
+            if m > 1 and b > 2:
+                made[f"shuffle({m}, {b}), d = {d}"] = shuffle_pattern(d, b, m)
+    return made
+
+
+def check_claims(folder: Path) -> list[str]:
+    rows = {row["structure"]: row for row in read_csv(folder / DATA)}
+    counts = {
+        "one dense matrix, d = 4": "12",
+        "five exchanges (Figure 2), d = 4": "10",
+        "butterfly, d = 4": "8",
+    }
+    lines = []
+    for name, free in counts.items():
+        row = rows[name]
+        if row["free_edges"] != free or row["dense"] != "True":
+            raise AssertionError(f"{name}: the paper has {free} free edges, dense; got {row}")
+        lines.append(f"{name}: {free} free edges, dense: as in the paper")
+    if product(figure_2()[:4])[2, 0]:
+        raise AssertionError("Figure 2: B4 B3 B2 B1 should have a zero at (3, 1)")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser(__doc__).parse_args(argv)
+    folder, clock = output_folder(args), Clock()
+    rows = []
+    for name, pattern in structures(args.quick).items():
+        found = analyse(pattern)
+        rows.append({"structure": name, **found._asdict(), "dense": found.dense})
+    write_csv(folder / DATA, rows)
+    figures = {
+        "figure2.svg": (figure_2(), "d = 4, m = 5, ten free edges"),
+        "figure3.svg": (block_diagonal_pattern(4, 2), "OFT, d = 4, b = 2"),
+        "figure4.svg": (butterfly_pattern(8, 2, 3), "BOFT(3, 2), d = 8"),
+    }
+    for file, (pattern, title) in figures.items():
+        (folder / file).write_text(graph.draw(pattern, title))
+    write_log(folder / "transmission.log", clock)
+    print("\n".join(check_claims(folder)))
+
+
+if __name__ == "__main__":
+    main()
