@@ -13,9 +13,7 @@ from boft_ops import _backend, _native, _paths, boft_linear
 def gpu(test):
     """For a GPU, and a native library with CUDA kernels."""
     absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    without = pytest.mark.skipif(
-        not _native.kernels("cuda"), reason="a library without CUDA kernels"
-    )
+    without = pytest.mark.skipif(not _native.kernels("cuda"), reason="no CUDA kernels")
     return pytest.mark.gpu(absent(without(test)))
 
 
