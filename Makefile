@@ -33,7 +33,7 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-triton-3.6 sanitize bench docs lint format build clean distclean
+.PHONY: help setup demo test test-triton-3.6 sanitize cuda cuda-memcheck bench docs lint format build clean distclean
 
 help:
 	@echo 'make demo       finetune a real model with frozen features, LoRA, OFT and BOFT, side by side'
@@ -44,6 +44,8 @@ help:
 	@echo 'make docs       build the documentation as a site in build/site; a warning is an error'
 	@echo 'make setup      only set up $(VENV)'
 	@echo 'make sanitize   the tests of the C++ kernels under AddressSanitizer and UBSan (GCC)'
+	@echo 'make cuda       the CUDA kernels without a GPU: compiled by nvcc, emulated under sanitizers, and broken'
+	@echo 'make cuda-memcheck   on a GPU: the tests of the CUDA kernels under compute-sanitizer'
 	@echo 'make build      recompile what changed in csrc/, in place'
 	@echo 'make clean      remove build products;  make distclean  also $(VENV) and data/'
 	@echo 'Variables: PYTHON VENV TORCH PIP_FLAGS ARGS WORKERS MAX_JOBS BOFT_OPS_... (docs/env.md)'
@@ -72,6 +74,23 @@ sanitize: $(STAMPS)/test
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	  $(abspath $(PY)) -m pytest -q -s -p no:cacheprovider tests/test_native.py $(ARGS)
+
+# Without a GPU. `make test` has the emulated tests too; here they run under sanitizers.
+EMULATED := build/emulated
+cuda: $(STAMPS)/test
+	$(PY) -m pytest -q tests/cuda $(ARGS)
+	$(call say,emulating the CUDA kernels under sanitizers)
+	@PYTHONPATH=. $(PY) tests/cuda_emulation.py $(EMULATED) $(SANITIZE)
+	ASAN_OPTIONS=detect_leaks=0 BOFT_EMULATED_LIBRARY=$(EMULATED)/libboft_emulated.so \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  $(PY) -m pytest -q -s -p no:cacheprovider tests/test_cuda.py $(ARGS)
+
+# Needs a GPU, and a library with CUDA kernels. memcheck: accesses outside of allocations; racecheck:
+# shared memory without a barrier between.
+cuda-memcheck: $(STAMPS)/test
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -x -m gpu tests/test_cuda.py $(ARGS) || exit 1; \
+	done
 
 test-triton-3.6: $(STAMPS)/triton-3.6
 	$(VENV)/triton-3.6/bin/python -m pytest tests/test_triton_compile.py tests/test_triton_small.py tests/test_triton_rotate.py $(ARGS)

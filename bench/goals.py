@@ -180,6 +180,14 @@ def _on_gpu(results: Results) -> Iterator[Candidate]:
             [_speedup(results, str(BULK), BOTH, peer, OURS, 1, alone=True)],
             1,
         )
+    # 28 numbers in and 64 out, against 3.35 TB/s, the bandwidth of an H100 by its data sheet
+    floor = GPU.n_blocks * (28 + 64) * 4 / 3.35e12
+    yield (
+        f"cayley in CUDA C++ of {GPU.n_blocks} blocks, {FORWARD}: at most twice the time that its "
+        f"bytes take at 3.35 TB/s, {2e6 * floor:.0f} µs",
+        [_duration(results, GPU.cayley, "cayley-cuda", 2 * floor)],
+        1,
+    )
 
 
 def _against_peft_boft(results: Results, shape: Shape, times: int) -> Candidate:

@@ -12,7 +12,7 @@ from correctness import compare
 from interleave import Contestant
 from sizes import BLOCK, LLAMA_FACTORS, Sizes
 
-from boft_ops import _backend, cayley, rotations
+from boft_ops import _backend, _native, cayley, rotations
 from boft_ops.compose import compose_forward
 from boft_ops.plan import Stage, plan
 from boft_ops.rotate import apply_stages, apply_stages_backward
@@ -31,6 +31,9 @@ def cayley_contest(
 
     with torch.no_grad():
         blocks = solve(flat).view(*together.shape[:2], BLOCK, BLOCK)
+        for backend in rivals():
+            with _backend.force(backend):
+                compare(f"cayley by {backend}", cayley(together), blocks, flat.dtype)
         compare("cayley", cayley(together), blocks, flat.dtype)
         expected = compose_forward.reference(blocks, 0)
         compare("rotations", torch.cat(rotations(skews)), expected, flat.dtype)
@@ -38,7 +41,23 @@ def cayley_contest(
         Contestant("solve", lambda: solve(flat)),
         Contestant("cayley", lambda: cayley(together)),
         Contestant("rotations", lambda: rotations(skews)),
+        *[Contestant(f"cayley-{b}", forced(b, lambda: cayley(together))) for b in rivals()],
     ]
+
+
+def rivals() -> tuple[str, ...]:
+    """The set of GPU kernels that is not the one which serves by default, where both are there."""
+    return ("cuda",) if _native.kernels("cuda") and _backend.has_triton() else ()
+
+
+def forced(backend: str, run: Callable[[], object]) -> Callable[[], object]:
+    """The same on one backend."""
+
+    def on_backend() -> object:
+        with _backend.force(backend):
+            return run()
+
+    return on_backend
 
 
 def rotation_contest(
@@ -58,6 +77,10 @@ def rotation_contest(
             _check(name, x, grad, matrices, stages)
         run = _backward(grad, x, matrices, stages) if backward else _forward(x, matrices, stages)
         contestants.append(Contestant(name, run))
+        for backend in rivals():
+            with _backend.force(backend), torch.no_grad():
+                _check(f"{name} by {backend}", x, grad, matrices, stages)
+            contestants.append(Contestant(f"{name}-{backend}", forced(backend, run)))
     return contestants
 
 

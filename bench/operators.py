@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from correctness import compare
-from gpu_operators import cayley_contest, rotation_contest
+from gpu_operators import cayley_contest, rivals, rotation_contest
 from interleave import Contestant
 from sizes import BLOCK, Sizes, sizes_on
 
@@ -39,12 +40,16 @@ def members(device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str], t
     sizes = sizes_on(device.type)
     found = {(sizes.product, FORWARD): ("mm",)}
     if sizes.linears:
-        found[sizes.cayley, FORWARD] = ("solve", "cayley", "rotations")
+        others = (f"cayley-{backend}" for backend in rivals())
+        found[sizes.cayley, FORWARD] = ("solve", "cayley", "rotations", *others)
     else:
         for direction in (FORWARD, BACKWARD, BOTH):
             found[sizes.cayley, direction] = ("solve", "cayley")
     for direction in (FORWARD, BACKWARD):
         found[sizes.rotation, direction] = ("clone", *sizes.rotations)
+        if sizes.raw:  # on a GPU, each followed by the same on the other backend
+            pairs = ((name, *(f"{name}-{b}" for b in rivals())) for name in sizes.rotations)
+            found[sizes.rotation, direction] = ("clone", *chain.from_iterable(pairs))
     x = torch.empty(sizes.rows, SIZE, device=device, dtype=dtype)
     weight, stage = x[:SIZE], torch.empty(1, SIZE, SIZE, device=device)
     if linear_forward.has_kernel(x, weight, stage, None, None, True):
@@ -56,6 +61,9 @@ def members(device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str], t
 def label(name: str, device: torch.device) -> str:
     """What tables call a contestant."""
     sizes = sizes_on(device.type)
+    for backend in rivals():
+        if name.endswith(f"-{backend}"):
+            return f"{label(name.removesuffix(f'-{backend}'), device)}, {backend}"
     if name not in sizes.rotations:
         return LABELS[name]
     m, b = sizes.rotations[name]
@@ -183,6 +191,8 @@ def work(group: str, direction: str, name: str, device: torch.device, dtype: tor
     """The work of a contestant in its group."""
     sizes, size = sizes_on(device.type), dtype.itemsize
     d = sizes.features
+    for backend in rivals():
+        name = name.removesuffix(f"-{backend}")
     if group == sizes.product:
         return Work(3 * d**2 * size, 2 * d**3)
     if group == sizes.cayley:

@@ -107,10 +107,10 @@ class Op:
     def _cuda(self, *args):
         """What the raw op runs on CUDA tensors: one of two sets of kernels, or the reference."""
         backend = _forced or self.serving["cuda"]
-        if backend in ("triton", "cuda") and backend not in self.missing:
-            if self._supports.get(backend, lambda *_: True)(*args):
-                return self.launcher()(*args) if backend == "triton" else self._native()(*args)
-        return self.reference(*args)
+        there = backend in ("triton", "cuda") and backend not in self.missing
+        if not there or not self._supports.get(backend, lambda *_: True)(*args):
+            return self.reference(*args)
+        return self.launcher()(*args) if backend == "triton" else self._native()(*args)
 
     def _native(self) -> Callable:
         """The CUDA kernel of the native library, which registers them in a namespace beside."""

@@ -19,7 +19,7 @@ import torch
 from . import _build, _paths
 from ._namespace import NS, PACKAGE
 
-# Where the library's CUDA kernels are: the operators themselves choose among backends (_backend.py).
+# Where the library's CUDA kernels are: the operators themselves choose among backends.
 CUDA_NS = f"{NS}_cuda"
 status: str = "not looked for yet"
 library: Path | None = None

@@ -2,8 +2,7 @@
 
 The kernels are the same sources that nvcc compiles; tests/cuda/emulation.h stands for CUDA. As
 ``torch.ops.<namespace>.<op>`` they take CPU tensors.
-
-    python tests/cuda_emulation.py FOLDER [CXXFLAGS...]     builds into a folder, for another process
+``python tests/cuda_emulation.py FOLDER [CXXFLAGS...]`` builds into a folder, with further flags.
 """
 
 import ctypes
@@ -75,4 +74,4 @@ def register(library: Path, namespace: str):
 
 
 if __name__ == "__main__":
-    print(build(TESTS.parent / "csrc", Path(sys.argv[1]), tuple(sys.argv[2:]) or FLAGS))
+    print(build(TESTS.parent / "csrc", Path(sys.argv[1]), FLAGS + tuple(sys.argv[2:])))

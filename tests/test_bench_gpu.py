@@ -23,7 +23,9 @@ CAYLEY, ROTATION = sizes.GPU.cayley, sizes.GPU.rotation
 
 # Enough to meet every goal, and in units of 10 to 20 ms.
 MEASURED = {
-    (CAYLEY, "forward"): {"solve": 0.4, "cayley": 0.003, "rotations": 0.004},
+    (CAYLEY, "forward"): {
+        **{"solve": 0.4, "cayley": 0.003, "rotations": 0.004, "cayley-cuda": 0.003}
+    },
     (ROTATION, "forward"): {
         **{"clone": 1.0, "rotate-2-8": 1.17, "rotate-4-8": 1.17},
         **{"rotate-6-8": 1.33, "rotate-10-8": 1.33},
@@ -57,7 +59,7 @@ def on_gpu(changes=None, dtype="bf16", backend="auto", measured=MEASURED):
 
 def test_all_gpu_goals_can_be_met():
     found = goals.goals(on_gpu())
-    assert [goal.verdict for goal in found] == ["met"] * 11
+    assert [goal.verdict for goal in found] == ["met"] * 12
     assert [goal.text for goal in found] == goals.gpu_goals()
     assert (
         "rotation, 8192 rows of 4096 in groups of 16 and 64, forward: at least 85 %"
@@ -86,6 +88,7 @@ def test_all_gpu_goals_can_be_met():
         (BULK, operators.BOTH, "peft-oft", 1.13, [8]),
         (BULK, operators.BOTH, "peft-oft-exact", 1.13, [9]),
         (BULK, operators.BOTH, "peft-boft", 1.13, [10]),
+        (CAYLEY, "forward", "cayley-cuda", 0.007, [11]),
     ],
 )
 def test_each_gpu_goal_can_be_missed(group, direction, name, time, missed):
@@ -134,7 +137,7 @@ def test_page_says_who_was_left_out(tmp_path):
     assert (
         f"Left out at {BULK}, for want of memory: peft-boft." in (tmp_path / "page.md").read_text()
     )
-    assert len(goals.goals(found)) == 10
+    assert len(goals.goals(found)) == 11
 
 
 # --- Sizes ----------------------------------------------------------------------------------------
@@ -185,6 +188,24 @@ def test_rows_are_rotated(backward, dtype):
         y = made[0] if isinstance(made, tuple) else made
         assert (y.shape, y.dtype, y.requires_grad) == ((40, 64), dtype, False)
         assert isinstance(made, tuple) == (backward and contestant.name != "clone")
+
+
+def test_the_rival_backend_takes_part_where_it_is_there(monkeypatch):
+    for module in (gpu_operators, operators):
+        monkeypatch.setattr(module, "rivals", lambda: ("reference",))
+    found = gpu_operators.rotation_contest(TINY, False, CPU, torch.float32)
+    pairs = [n for name in TINY.rotations for n in (name, f"{name}-reference")]
+    assert [c.name for c in found] == ["clone", *pairs]
+    torch.testing.assert_close(found[1].run(), found[2].run(), rtol=1e-5, atol=1e-5)
+    *_, cayley, _, rival = gpu_operators.cayley_contest(TINY, CPU, operators.solve)
+    assert rival.name == "cayley-reference"
+    torch.testing.assert_close(rival.run(), cayley.run())
+    assert operators.label("rotate-2-8-reference", CUDA) == "stages of (2,8), reference"
+    one, other = (
+        operators.work(ROTATION, "forward", name, CUDA, torch.bfloat16)
+        for name in ("rotate-4-8", "rotate-4-8-reference")
+    )
+    assert one == other
 
 
 def test_rotations_of_a_whole_model():

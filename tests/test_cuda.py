@@ -1,7 +1,8 @@
-"""The CUDA kernels, emulated on the CPU: through their bindings, against the ops' references.
+"""The CUDA kernels, through their bindings, against the ops' references; truth is in float64.
 
-Truth is the reference in float64. Each structure runs in one order of threads, all three in turn;
-tests/test_cuda_broken.py shows that a kernel without one of its barriers fails.
+On a GPU where there is one with the native library's CUDA kernels; and everywhere emulated on the
+CPU (tests/cuda/emulation.h), one test after the other in one of three orders of threads.
+tests/cuda/test_mutations.py shows that kernels without one of their barriers fail.
 """
 
 import itertools
@@ -14,23 +15,41 @@ import cuda_emulation
 import pytest
 import torch
 
-from boft_ops import _backend, _build, _paths
+from boft_ops import _backend, _native, _paths
 from boft_ops.cayley import _exact, _exact_backward
 from boft_ops.compose import _compose, _compose_backward
 from boft_ops.rotate import _rotate, _rotate_backward
 from boft_ops.scale import _scale_backward
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
-)
 ORDERS = ("forward", "reverse", "scattered")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ATOL = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 
-@pytest.fixture(scope="module")
-def cuda(tmp_path_factory):
+class OnDevice:
+    """The CUDA operators of the native library, for tensors that come from the CPU."""
+
+    def __getattr__(self, name):
+        op = _backend._ops[name]._native()
+
+        def call(*arguments):
+            moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+            out = op(*moved)
+            return tuple(t.cpu() for t in out) if isinstance(out, tuple) else out.cpu()
+
+        return call
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("device", marks=pytest.mark.gpu)])
+def cuda(request, tmp_path_factory):
     """The operators; a library built beforehand is that of BOFT_EMULATED_LIBRARY."""
+    if request.param == "device":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        assert _native.kernels("cuda"), _native.status
+        return OnDevice()
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("emulated with GCC on Linux")
     built = os.environ.get("BOFT_EMULATED_LIBRARY")
     if built is None:
         built = cuda_emulation.build(_paths.csrc(), tmp_path_factory.mktemp("emulated"))
@@ -229,3 +248,46 @@ def test_scale_backward(cuda, rows, n, dtype):
         strict=True,
     ):
         check(ours, want, real)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "match"),
+    [
+        ("cayley", (torch.zeros(2, 4), None), r"b\(b-1\)/2"),
+        ("cayley", (torch.zeros(2, 2080), None), "at most 64, got 65"),
+        ("cayley", (torch.zeros(2, 6), torch.zeros(3, dtype=torch.bool)), "boolean for each"),
+        ("cayley", (torch.zeros(2, 6, dtype=torch.int32), None), "got another dtype"),
+        ("cayley_backward", (torch.zeros(2, 3, 3), None, torch.zeros(1, 3, 3)), "shape and dtype"),
+        ("compose", (torch.zeros(2, 3, 4, 4), 0), "not a butterfly"),
+        ("compose", (torch.zeros(5, 16, 32, 32), 0), "at most 256 rows, got 512"),
+        ("compose", (torch.zeros(2, 4, 4, 4).half(), 0), "float32 or float64"),
+        ("compose_backward", (torch.zeros(2, 4, 4, 4), torch.zeros(0, 2, 8, 8), 0), "stage matri"),
+        ("rotation", (torch.zeros(3, 6), None), "3 dimensions"),
+        ("rotation", (torch.zeros(4, 8, 120), None), "at most 64 rows, got 128"),
+        ("rotate", (torch.zeros(3, 12), torch.zeros(1, 8, 8), 4, 1, False), "does not fit"),
+        ("rotate", (torch.zeros(3, 16), torch.zeros(2, 8, 8).double(), 4, 1, False), "dtype of x"),
+        ("rotate", (torch.zeros(1, 512), torch.zeros(1, 512, 512), 4, 1, False), "at most 256"),
+        ("gram", (torch.zeros(3, 8), torch.zeros(3, 8), 8, 4, 1, 0), "positive number, got 0"),
+        ("gram", (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1), "shape and dtype of x"),
+        ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), r"expected \(n,\)"),
+    ],
+)
+def test_raw_ops_check_their_arguments(cuda, name, arguments, match):
+    """No shape may make a kernel read outside its tensors, whoever calls it."""
+    with pytest.raises(RuntimeError, match=match):
+        getattr(cuda, name)(*arguments)
+
+
+def test_the_same_bits_in_every_order_of_threads(cuda, monkeypatch):
+    """And in every run on a GPU: partial sums are added up in a fixed order, without atomics."""
+    x, grad = torch.randn(2, 150, 64).bfloat16()
+    skew = torch.randn(2, 8, 28)
+    results = []
+    for order in ORDERS:
+        monkeypatch.setenv("BOFT_EMULATION_ORDER", order)
+        blocks, stage = cuda.rotation(skew, None)
+        x_grad, gram = cuda.rotate_backward(grad, x, stage, 4, 1, False, 2)
+        sums = cuda.scale_backward(grad, x, torch.ones(64), torch.zeros(64))
+        results.append([blocks, x_grad, cuda.rotation_backward(blocks, None, gram), *sums])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -1,0 +1,99 @@
+"""Broken CUDA kernels must fail the emulated tests: each of these is wrong in one place."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_emulation
+import pytest
+
+from boft_ops import _paths
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
+)
+TESTS = Path(__file__).parent.parent
+# file, what stands there, what is put in its place, the tests that must notice
+MUTATIONS = {
+    "no barrier before a column is read": (
+        "cayley.cuh",
+        "    sync_team<B>();\n    const double inverse",
+        "    const double inverse",
+        "test_cayley and 8 and dtype0 and none",
+    ),
+    "no barrier between factors": (
+        "compose.cuh",
+        "    __syncthreads();\n    W* const swap = now;\n    now = before",
+        "    W* const swap = now;\n    now = before",
+        "test_compose and 4-4-0",
+    ),
+    "no barrier before rows are overwritten": (
+        "rotate.cuh",
+        "  __syncwarp();  // every lane has read the rows",
+        "",
+        "test_rotate and 16-16-1 and dtype0",
+    ),
+    "no barrier between loading and multiplying": (
+        "rotate.cuh",
+        "    __syncthreads();\n    T* left",
+        "    T* left",
+        "test_rotate and 32-32-1",
+    ),
+    "copies are not waited for": (
+        "rotate.cuh",
+        "await_copies<1>();",
+        "await_copies<2>();",
+        "test_every_number_of_rows and 200",
+    ),
+    "wrong chunk of a strided group": (
+        "rows.cuh",
+        "chunk * l.segment + rest;",
+        "rest;",
+        "test_rotate and 8-4-2",
+    ),
+    "wrong half of a block": (
+        "compose.cuh",
+        "(half == 0 ? m.first : m.second)",
+        "(half == 0 ? m.second : m.first)",
+        "test_compose",
+    ),
+    "a partial sum left out": (
+        "compose.cuh",
+        "split < splits; ++split)\n        sum += grad",
+        "split < 1; ++split)\n        sum += grad",
+        "test_compose",
+    ),
+    "dropout without its mask": (
+        "rotation.cuh",
+        "there && drop != nullptr && drop[block]",
+        "false",
+        "test_rotation and some",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_tests_notice(name, tmp_path):
+    file, before, after, tests = MUTATIONS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(_paths.csrc(), csrc)
+    source = csrc / "cuda" / file
+    text = source.read_text()
+    assert before in text, f"{file}: expected {before!r}"
+    source.write_text(text.replace(before, after))
+    library = cuda_emulation.build(csrc, tmp_path / "built")
+    run = subprocess.run(
+        [
+            *[sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests],
+            *["--import-mode=importlib", str(TESTS / "test_cuda.py")],
+        ],
+        cwd=TESTS.parent,
+        env={**os.environ, "BOFT_EMULATED_LIBRARY": str(library)},
+        capture_output=True,
+        text=True,
+    )
+    # a wrong number, nothing else; or the emulation, that ended the process
+    noticed = run.returncode == 1 and "AssertionError" in run.stdout
+    assert noticed or run.returncode < 0, (run.returncode, run.stdout[-2000:])
