@@ -1,12 +1,14 @@
-"""Hooks of the MkDocs site: the repository's own pages in it, and links that lead out of docs/.
+"""Hooks of the MkDocs site: the repository's own pages, links out of docs/, and nothing forgotten.
 
 The Markdown files are written to be read in the repository, where links are relative to the file.
 On the site README.md is the first page, CONTRIBUTING.md one of the pages, and what else a page
-links to outside of docs/ (raw results, the licence, a source file) is copied into ``files/``.
+links to outside of docs/ (raw results, the licence, a source file) is copied into ``files/``. Pages
+that the nav does not name, and public names that api.md does not, come to the end.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -52,7 +54,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let the links of the repository lead to the same things on the site."""
+    """Let the links of the repository lead to the same things on the site; complete api.md."""
+    if page.file.src_uri == "api.md":
+        markdown += "".join(f"\n::: {name}\n" for name in _not_placed(markdown))
     source = {uri: path for path, uri in PAGES.items()}.get(page.file.src_uri)
     path = ROOT / (source or f"{DOCS}/{page.file.src_uri}")
     here = PurePosixPath(page.file.src_uri).parent
@@ -74,6 +78,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         parts += [LINK.sub(rewritten, markdown[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, LINK.sub(rewritten, markdown[end:])])
+
+
+def _not_placed(api: str) -> list[str]:
+    """What the package exports and api.md has no place for, where it is defined."""
+    tree = ast.parse((ROOT / "boft_ops" / "__init__.py").read_text(encoding="utf-8"))
+    placed = set(re.findall(r"^::: \S+\.(\w+)$", api, re.MULTILINE))
+    found = []
+    for line in tree.body:
+        # "from .cayley import cayley", but not "from . import _paths"
+        if isinstance(line, ast.ImportFrom) and line.level == 1 and line.module != "_version":
+            names = [alias.name for alias in line.names if line.module]
+            found += [f"boft_ops.{line.module}.{n}" for n in names if n not in placed]
+    return found
 
 
 def _in_repository(page: Path, link: str) -> str | None:
