@@ -123,7 +123,7 @@ __device__ void cayley_backward_block(typename CayleyBackwardShared<B, Wide<T>>:
 }
 
 template <class T, int B>
-__global__ void __launch_bounds__(kCayleyThreads<B>)
+__global__ void __launch_bounds__(kCayleyThreads<B>, 1)
     cayley_kernel(const T* skew, const bool* drop, T* blocks, int64_t n_blocks, int b) {
   auto& shared = *reinterpret_cast<CayleyShared<B>*>(shared_memory());
   const int team = int(threadIdx.x) / B, lane = int(threadIdx.x) % B;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kCayleyThreads<B>)
 }
 
 template <class T, int B>
-__global__ void __launch_bounds__(kCayleyThreads<B>)
+__global__ void __launch_bounds__(kCayleyThreads<B>, 1)
     cayley_backward_kernel(const T* blocks, const bool* drop, const T* grad, T* skew_grad,
                            int64_t n_blocks, int b) {
   auto& shared = *reinterpret_cast<CayleyBackwardShared<B, Wide<T>>*>(shared_memory());
