@@ -11,7 +11,8 @@
 namespace boft::cuda {
 
 // Sizes of teams; every other block size goes to the next of them.
-#define BOFT_TEAMS(X) X(2) X(4) X(8) X(16) X(32) X(64)
+#define BOFT_SMALL_TEAMS(X) X(2) X(4) X(8) X(16) X(32)
+#define BOFT_TEAMS(X) BOFT_SMALL_TEAMS(X) X(64)
 
 template <int B>
 constexpr int kCayleyThreads = B <= 16 ? 128 : 64;
@@ -123,7 +124,7 @@ __device__ void cayley_backward_block(typename CayleyBackwardShared<B, Wide<T>>:
 }
 
 template <class T, int B>
-__global__ void __launch_bounds__(kCayleyThreads<B>, 1)
+__global__ void __launch_bounds__(kCayleyThreads<B>)
     cayley_kernel(const T* skew, const bool* drop, T* blocks, int64_t n_blocks, int b) {
   auto& shared = *reinterpret_cast<CayleyShared<B>*>(shared_memory());
   const int team = int(threadIdx.x) / B, lane = int(threadIdx.x) % B;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kCayleyThreads<B>, 1)
 }
 
 template <class T, int B>
-__global__ void __launch_bounds__(kCayleyThreads<B>, 1)
+__global__ void __launch_bounds__(kCayleyThreads<B>)
     cayley_backward_kernel(const T* blocks, const bool* drop, const T* grad, T* skew_grad,
                            int64_t n_blocks, int b) {
   auto& shared = *reinterpret_cast<CayleyBackwardShared<B, Wide<T>>*>(shared_memory());
