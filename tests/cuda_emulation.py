@@ -21,8 +21,17 @@ LIB = "libboft_emulated.so"
 FLAGS = ("-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fno-strict-aliasing")
 
 
-def build(csrc: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
-    """Compile the sources of ``csrc`` into a library in ``folder``; returns its path."""
+def build(
+    csrc: Path,
+    folder: Path,
+    flags: tuple[str, ...] = FLAGS,
+    reuse: Path | None = None,
+    changed: str = "",
+) -> Path:
+    """Compile the sources of ``csrc`` into a library in ``folder``; returns its path.
+
+    With ``reuse``, the folder of an earlier build, only what includes the file ``changed``.
+    """
     torch = _build.find_torch()
     compiler = ["g++", "-std=c++17", "-fPIC", "-fno-gnu-unique", *flags]
     compiler += ["-DBOFT_EMULATED", "-DBOFT_OPS_CUDA", f"-I{csrc}", f"-I{TESTS / 'cuda'}"]
@@ -35,14 +44,17 @@ def build(csrc: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
         TESTS / "cuda" / "binding.cpp",
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    objects = [folder / f"{source.name}.o" for source in sources]
 
-    def compile(pair):
-        source, target = pair
-        _run([*compiler, "-x", "c++", "-c", str(source), "-o", str(target)])
+    def compile(source: Path) -> Path:
+        name = f"{source.name}.o"
+        if reuse is not None and changed not in (reuse / f"{name}.d").read_text():
+            return reuse / name
+        out = ["-MD", "-MF", str(folder / f"{name}.d"), "-o", str(folder / name)]
+        _run([*compiler, "-x", "c++", "-c", str(source), *out])
+        return folder / name
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile, zip(sources, objects, strict=True)))
+        objects = list(pool.map(compile, sources))
     out = folder / LIB
     link = ["-shared", "-o", str(out), *map(str, objects)]
     _run([*compiler, *link, f"-L{torch.root / 'lib'}", "-ltorch_cpu"])

@@ -39,7 +39,8 @@ def compiled(nvcc: str, source: Path, arch: str) -> dict[str, dict[str, int]]:
         command += [f"-gencode=arch=compute_{code},code={arch}", "-c", str(source)]
         run = subprocess.run([*command, "-o", f"{folder}/out.o"], capture_output=True, text=True)
     if run.returncode:
-        raise RuntimeError(f"{source.name} for {arch}:\n{run.stdout}{run.stderr}")
+        lines = [line for line in (run.stdout + run.stderr).splitlines() if " info " not in line]
+        raise RuntimeError("\n".join([f"{source.name} for {arch}:", *lines]))
     pattern = (
         r"Function properties for (\S+)\s+"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"

@@ -166,7 +166,7 @@ def check_rotate(cuda, size, chunk, stride, n_groups, rows, transpose, dtype, sp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: "-".join(map(str, s)))
 def test_rotate(cuda, structure, dtype):
     check_rotate(cuda, *structure, dtype)
 

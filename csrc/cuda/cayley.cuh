@@ -11,7 +11,8 @@
 namespace boft::cuda {
 
 // Sizes of teams; every other block size goes to the next of them.
-#define BOFT_TEAMS(X) X(2) X(4) X(8) X(16) X(32) X(64)
+#define BOFT_SMALL_TEAMS(X) X(2) X(4) X(8) X(16) X(32)
+#define BOFT_TEAMS(X) BOFT_SMALL_TEAMS(X) X(64)
 
 template <int B>
 constexpr int kCayleyThreads = B <= 16 ? 128 : 64;

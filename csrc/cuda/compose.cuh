@@ -160,7 +160,7 @@ __device__ __forceinline__ Slab slab_of(const Butterfly& f, int groups, int colu
 }
 
 template <class W>
-__global__ void __launch_bounds__(kComposeThreads)
+__global__ void __launch_bounds__(kComposeThreads, 1)
     compose_kernel(const W* factors, W* stages, Butterfly f, int groups, int columns) {
   Slab s = slab_of(f, groups, columns);
   for (; s.from < f.size; s.from += columns) {
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kComposeThreads)
 }
 
 template <class W>
-__global__ void __launch_bounds__(kComposeThreads)
+__global__ void __launch_bounds__(kComposeThreads, 1)
     compose_backward_kernel(const W* factors, const W* grad, W* factors_grad, Butterfly f,
                             int64_t splits, int groups, int columns) {
   compose_backward_slabs(reinterpret_cast<W*>(shared_memory()), factors, grad, factors_grad, f,

@@ -3,9 +3,18 @@
 #include <algorithm>
 
 namespace boft::cuda {
+namespace {
+
+constexpr int64_t kLargestTeam = 32;  // in one kernel with compose, those of 64 would not fit registers
+
+}  // namespace
 
 int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int64_t n,
              int64_t n_blocks, int64_t b, DType dtype, Queue queue) {
+  if (b > kLargestTeam) {  // one factor, then, of few blocks
+    const int error = cayley(skew, drop, blocks, n * n_blocks, b, dtype, queue);
+    return error != 0 ? error : compose(blocks, stages, n, n_blocks, b, 1, dtype, queue);
+  }
   return with_wide_type(dtype, [&](auto type) {
     using W = typename decltype(type)::type;
     const int size = int(b << (n - 1));
@@ -19,7 +28,7 @@ int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int
                   std::max(sizeof(CayleyShared<B>), share.bytes), queue,                         \
                   static_cast<const W*>(skew), drop, static_cast<W*>(blocks),                    \
                   static_cast<W*>(stages), f, share.groups);
-    BOFT_TEAMS(BOFT_LAUNCH)
+    BOFT_SMALL_TEAMS(BOFT_LAUNCH)
 #undef BOFT_LAUNCH
     return kInvalidValue;
   });
@@ -28,6 +37,12 @@ int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int
 int rotation_backward(const void* blocks, const bool* drop, const void* grad, void* blocks_grad,
                       void* skew_grad, int64_t n, int64_t n_blocks, int64_t b, int64_t splits,
                       DType dtype, Queue queue) {
+  if (b > kLargestTeam) {
+    const int error =
+        compose_backward(blocks, grad, blocks_grad, n, n_blocks, b, 1, splits, dtype, queue);
+    if (error != 0) return error;
+    return cayley_backward(blocks, drop, blocks_grad, skew_grad, n * n_blocks, b, dtype, queue);
+  }
   return with_wide_type(dtype, [&](auto type) {
     using W = typename decltype(type)::type;
     const int size = int(b << (n - 1));
@@ -41,7 +56,7 @@ int rotation_backward(const void* blocks, const bool* drop, const void* grad, vo
                   static_cast<const W*>(blocks), drop, static_cast<const W*>(grad),              \
                   static_cast<W*>(blocks_grad), static_cast<W*>(skew_grad), f, splits,           \
                   share.groups, share.columns);
-    BOFT_TEAMS(BOFT_LAUNCH)
+    BOFT_SMALL_TEAMS(BOFT_LAUNCH)
 #undef BOFT_LAUNCH
     return kInvalidValue;
   });

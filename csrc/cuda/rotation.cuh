@@ -1,5 +1,5 @@
 // From skew-symmetric parameters to stage matrices in one launch: a block of threads transforms the
-// blocks of a few whole groups, and then composes them.
+// blocks of a few whole groups, and then composes them. For teams of a warp at most.
 #pragma once
 
 #include "cayley.cuh"
@@ -23,7 +23,7 @@ __device__ void for_each_block(const Butterfly& f, const Slab& s, int team, F bo
 }
 
 template <class W, int B>
-__global__ void __launch_bounds__(kCayleyThreads<B>)
+__global__ void __launch_bounds__(kCayleyThreads<B>, 4)
     rotation_kernel(const W* skew, const bool* drop, W* blocks, W* stages, Butterfly f, int groups) {
   const Slab s = slab_of(f, groups, f.size);
   const int team = int(threadIdx.x) / B, lane = int(threadIdx.x) % B;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kCayleyThreads<B>)
 
 // blocks_grad is memory to work in.
 template <class W, int B>
-__global__ void __launch_bounds__(kCayleyThreads<B>)
+__global__ void __launch_bounds__(kCayleyThreads<B>, 4)
     rotation_backward_kernel(const W* blocks, const bool* drop, const W* grad, W* blocks_grad,
                              W* skew_grad, Butterfly f, int64_t splits, int groups, int columns) {
   const Slab s = slab_of(f, groups, columns);

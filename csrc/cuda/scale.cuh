@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
 
 // sums (2, n) of partials (splits, 2, n).
 template <class W>
-__global__ void __launch_bounds__(kScaleThreads)
+__global__ void __launch_bounds__(kScaleThreads, 1)
     sum_kernel(const W* partials, W* scale_grad, W* bias_grad, int64_t n, int64_t splits) {
   const int64_t column = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x;
   if (column >= 2 * n) return;

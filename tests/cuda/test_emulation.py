@@ -1,4 +1,4 @@
-"""The emulation itself: what it computes, and which mistakes of a kernel it and sanitizers notice."""
+"""The emulation itself: what it computes, and which mistakes it and the sanitizers notice."""
 
 import os
 import shutil

@@ -74,8 +74,16 @@ MUTATIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of the unbroken library, whose objects the others share."""
+    folder = tmp_path_factory.mktemp("whole")
+    cuda_emulation.build(_paths.csrc(), folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_tests_notice(name, tmp_path):
+def test_the_tests_notice(name, whole, tmp_path):
     file, before, after, tests = MUTATIONS[name]
     csrc = tmp_path / "csrc"
     shutil.copytree(_paths.csrc(), csrc)
@@ -83,7 +91,8 @@ def test_the_tests_notice(name, tmp_path):
     text = source.read_text()
     assert before in text, f"{file}: expected {before!r}"
     source.write_text(text.replace(before, after))
-    library = cuda_emulation.build(csrc, tmp_path / "built")
+    built = tmp_path / "built"
+    library = cuda_emulation.build(csrc, built, reuse=whole, changed=f"/cuda/{file}")
     run = subprocess.run(
         [
             *[sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests],

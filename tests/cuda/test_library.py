@@ -1,0 +1,47 @@
+"""A library with CUDA kernels, made with whatever torch there is: it links, loads and registers."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from boft_ops import _backend, _build, _paths
+
+ROOT = _paths.HERE.parent
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(_build.find_nvcc() is None, reason="no nvcc on PATH or in CUDA_HOME")
+def test_a_library_for_cpu_and_cuda(tmp_path):
+    for folder in ("boft_ops", "csrc", "triton"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "BOFT_OPS_CUDA": "1"}
+    environment |= {"BOFT_OPS_FORCE_EXT": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "CXXFLAGS": "-O0"}
+
+    def python(*arguments):
+        run = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    python("setup.py", "-q", "build_ext", "--inplace")
+    code = """
+import torch
+from boft_ops import _backend, _native
+print(*sorted(_native.kernels("cuda")))
+for name in _native.kernels("cuda"):
+    for op in (_backend._ops[name].raw, _backend._ops[name]._native()):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name().partition(".")[0], "CUDA")
+"""
+    kernels = python("-c", code).split()
+    assert kernels == sorted(n for n, op in _backend._ops.items() if op._triton is not None)
+    assert "10 on cuda" in python("-m", "boft_ops")
