@@ -30,7 +30,9 @@ def test_the_contestants():
     assert len(trained[LORA]) == 2 * 6
     forms = {type(m).__module__ for m in models[OURS].modules()}
     assert "boft_ops.interop._peft_boft" in forms
-    assert "boft_ops.interop._peft_boft" not in {type(m).__module__ for m in models[STOCK].modules()}
+    assert "boft_ops.interop._peft_boft" not in {
+        type(m).__module__ for m in models[STOCK].modules()
+    }
 
 
 def test_a_wrong_model_is_not_timed(monkeypatch):
