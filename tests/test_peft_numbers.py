@@ -5,11 +5,14 @@ The oracle is PEFT's own code, with a stand-in for its CUDA extension where m > 
 
 import copy
 
+import peft
 import pytest
 import torch
 from peft_models import assert_same, boft, mlp, net, oft, step, tuned
 from torch import nn
 
+from boft_ops import cayley
+from boft_ops.interop._peft_parameters import boft_blocks, boft_skew
 from boft_ops.interop.peft import accelerate, patched
 
 CONVOLUTIONS = ("conv", "point", "hidden", "out")
@@ -199,3 +202,38 @@ def test_patched_equals_accelerated():
     later.load_state_dict(made.state_dict())
     assert torch.equal(made(x), later(x))
     assert type(made.base_model.model[0]) is type(later.base_model.model[0])
+
+
+def test_the_parameter_as_skew():
+    """PEFT's block is (I - S)(I + S)^-1 with S = (A - A^T)/2; gradients of gradients, vmap."""
+    a = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    s, eye = (a - a.mT) / 2, torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(cayley(boft_skew(a)), (eye - s) @ torch.linalg.inv(eye + s))
+    assert torch.autograd.gradcheck(boft_skew, a)
+    assert torch.autograd.gradgradcheck(boft_skew, a)
+    assert torch.equal(torch.func.vmap(boft_skew)(a[None]), boft_skew(a)[None])
+    skew = boft_skew(a)
+    torch.testing.assert_close(boft_skew(boft_blocks(skew)), skew)
+
+
+def test_gradients_of_gradients():
+    """Through a whole layer."""
+    model = accelerate(tuned(mlp()[0], boft(["0"]))).double()
+    layer, x = model.base_model.model[0], torch.randn(2, 32, dtype=torch.float64)
+    parameters = layer.boft_R["default"], layer.boft_s["default"]
+
+    def run(*values):
+        names = ("boft_R.default", "boft_s.default")
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    torch.autograd.gradgradcheck(run, parameters, fast_mode=True)
+
+
+def test_lora_beside_oft():
+    """A mixed model: the base layer of one is the layer of the other."""
+    base, x = mlp()
+    theirs = peft.get_peft_model(copy.deepcopy(base), oft(), mixed=True)
+    theirs.add_adapter("lora", peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    theirs.set_adapter(["default", "lora"])
+    ours = accelerate(copy.deepcopy(theirs))
+    assert_same(step(ours, x), step(theirs, x))

@@ -50,13 +50,19 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 class _Skew(torch.autograd.Function):
     """Q = -(A - A^T)/2, packed. Saves nothing: it is linear."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, boft_R):
+    def forward(boft_R):
         if not _is_plain(boft_R):
             return pack(boft_R).mul(-0.5)
         at = _entries(boft_R.shape[-1], boft_R.device, boft_R.dtype)
         flat = boft_R.flatten(-2)
         return flat.index_select(-1, at.lower).sub_(flat.index_select(-1, at.upper)).mul_(0.5)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, grad):
