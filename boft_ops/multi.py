@@ -260,9 +260,10 @@ class MultiAdapterLinear(nn.Module):
             wide = butterfly_matmul(wide, blocks, transpose=True)
             if adapter.scale is not None:
                 wide = wide * adapter.scale[:, None].to(wide.dtype)
-        layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dense.dtype)
-        layer.weight = nn.Parameter(wide.to(dense.dtype), requires_grad=False)
         bias = self._bias()
+        dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
+        layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
+        layer.weight = nn.Parameter(wide.to(dtype), requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         layer.train(self.training)
         return layer if requantise is None else requantise(layer)
