@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from boft_ops import BOFTLinear, MultiAdapterLinear, adapt, load_adapter, merge, save_adapter
@@ -195,9 +196,13 @@ def test_adapter_files(quantised, tmp_path):
     dense = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8))
     load_adapter(dense, tmp_path / "a")
     assert torch.equal(dense[0].skew, model[0].adapters["default"].skew)
-    fresh[0].add_adapter("second")
-    with pytest.raises(ValueError, match="expected one adapter 'default'"):
-        save_adapter(fresh, tmp_path / "b")
+    nn.init.ones_(fresh[0].add_adapter("second").skew)
+    save_adapter(fresh, tmp_path / "b", adapter="second")
+    assert (load_file(tmp_path / "b")["0.skew"] == 1).all()
+    save_adapter(fresh, tmp_path / "c")
+    assert torch.equal(load_file(tmp_path / "c")["0.skew"], load_file(tmp_path / "a")["0.skew"])
+    with pytest.raises(ValueError, match="without BOFT layers"):
+        save_adapter(fresh, tmp_path / "d", adapter="third")
 
 
 def test_what_adapt_refuses_over_them():
