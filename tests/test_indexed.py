@@ -145,6 +145,21 @@ def test_compiled_once_for_any_index():
     assert bad.isnan().any(1).tolist() == [False, True, True, False, False, False]
 
 
+def test_the_benchmark_times_what_it_says(capsys, monkeypatch):
+    from bench_modules import indexed as bench
+
+    one, ours, loop, clone = bench.contest(3, 20, 4, torch.device("cpu"))
+    assert torch.equal(ours.run()[:4], one.run()[:4])  # rows of the first adapter
+    torch.testing.assert_close(ours.run(), loop.run(), rtol=1e-5, atol=1e-5)
+    assert (ours.run() - clone.run()).abs().max() > 0.01
+    monkeypatch.setattr(bench, "CASES", [(3, 20, 4)])
+    monkeypatch.setattr("sys.argv", ["indexed.py", "--dry-run", "--seconds", "0.01"])
+    bench.main()
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [row[3] for row in rows] == list(bench.NAMES)
+    assert all(float(row[5]) > 0 for row in rows)
+
+
 BLOCKS = torch.zeros(3, 2, 4, 4, 4)
 
 
