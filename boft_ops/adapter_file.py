@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 LATER_OPTIONS = {"kaleidoscope"}  # written only where they are not the default
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DEFAULT) -> None:
     """Write what was finetuned to one safetensors file.
 
     It holds, under their names in the model, the skew and scale of every BOFT layer, every other
@@ -31,11 +31,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     Args:
         model: an adapted model; if layers are merged the adapter is the same.
         path: file to write; an existing one is replaced.
+        adapter: which one of each ``MultiAdapterLinear``; those that have none of that name are
+            left out.
 
     Raises:
-        ValueError: the model has no BOFT layer, or factors are switched off by ``interpolate``.
+        ValueError: the model has no BOFT layer and no such adapter, or factors are switched off by
+            ``interpolate``.
     """
-    layers = _layers(model)
+    layers = _layers(model, adapter)
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
     if switched := [name for name, layer in layers.items() if layer.n_identity]:
@@ -80,7 +83,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: does not fit the model: {error}") from error
         modules = dict(model.named_modules(remove_duplicate=False))
-        layers = {name: _adapted(name, new[modules[name]]) for name in config}
+        layers = {name: _adapted(new[modules[name]]) for name in config}
     own = _own_tensors(layers)
     others = set() if new else _trained(model).keys() - own.keys()
     frozen = {f"{name}.{weight}" for name in layers for weight in ("weight", "base.weight")}
@@ -117,20 +120,16 @@ def write_adapter(
 Adapted = BOFTLayer | LinearAdapter
 
 
-def _layers(model: nn.Module) -> dict[str, Adapted]:
+def _layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, Adapted]:
     """What holds skew and scale, by the names of the pretrained layers."""
-    found = {name: _adapted(name, module) for name, module in model.named_modules()}
+    found = {name: _adapted(module, adapter) for name, module in model.named_modules()}
     return {name: layer for name, layer in found.items() if layer is not None}
 
 
-def _adapted(name: str, module: nn.Module) -> Adapted | None:
-    if not isinstance(module, MultiAdapterLinear):
-        return module if isinstance(module, BOFTLayer) else None
-    if module.names != (DEFAULT,):
-        raise ValueError(
-            f"model: expected one adapter {DEFAULT!r} in each layer, {name!r} has {module.names}"
-        )
-    return module.adapters[DEFAULT]
+def _adapted(module: nn.Module, adapter: str = DEFAULT) -> Adapted | None:
+    if isinstance(module, MultiAdapterLinear):
+        return dict(module.adapters).get(adapter)
+    return module if isinstance(module, BOFTLayer) else None
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:

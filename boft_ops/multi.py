@@ -6,12 +6,12 @@ may be quantised, and several adapters can share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from . import _checks, _quantised
+from . import _autocast, _checks, _quantised
 from ._linear_adapter import LinearAdapter
 from .butterfly import butterfly_matmul
 from .cayley import cayley
@@ -56,7 +56,7 @@ class MultiAdapterLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        self._rows: Sequence[str | None] | None = None  # of adapter_rows
+        self._rows: torch.Tensor | None = None  # of adapter_rows, one number for each request
         self._prepared: list[tuple] | None = None
 
     @property
@@ -136,9 +136,7 @@ class MultiAdapterLinear(nn.Module):
                 f"x: expected a last dimension of {self.in_features}, got shape {tuple(x.shape)}"
             )
         if adapter_index is None and self._rows is not None:
-            known = [name if name in self.adapters else None for name in self._rows]
-            adapter_index = self.index_of(known).to(x.device)
-            adapter_index = adapter_index.view(-1, *[1] * (x.dim() - 2))
+            adapter_index = self._rows.view(-1, *[1] * (x.dim() - 2))
         if adapter_index is not None:
             return self._by_rows(x, index_of_rows(adapter_index, x, len(self.adapters)))
         active, scale = [self.adapters[name] for name in self.active], None
@@ -157,6 +155,7 @@ class MultiAdapterLinear(nn.Module):
         return bias if isinstance(bias, torch.Tensor) else None
 
     def _by_rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        x = _autocast.cast(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         stacks = self._stacks(wide) if self._prepared is None else self._prepared
         for numbers, stages, matrices in stacks:
@@ -260,9 +259,10 @@ class MultiAdapterLinear(nn.Module):
             wide = butterfly_matmul(wide, blocks, transpose=True)
             if adapter.scale is not None:
                 wide = wide * adapter.scale[:, None].to(wide.dtype)
-        layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dense.dtype)
-        layer.weight = nn.Parameter(wide.to(dense.dtype), requires_grad=False)
         bias = self._bias()
+        dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
+        layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
+        layer.weight = nn.Parameter(wide.to(dtype), requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         layer.train(self.training)
         return layer if requantise is None else requantise(layer)

@@ -11,6 +11,7 @@ try:
     import correctness
     import goals
     import gpu_operators
+    import indexed
     import interleave
     import memory
     import operators
@@ -30,6 +31,7 @@ __all__ = [
     "correctness",
     "goals",
     "gpu_operators",
+    "indexed",
     "interleave",
     "memory",
     "operators",

@@ -314,6 +314,26 @@ def test_a_batch_of_requests_through_a_whole_model(served):
         torch.testing.assert_close(model(x), tuned["one"](x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_model_serves_any_requests_with_one_graph(served):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    base, tuned, files = served
+    model = load_adapters(copy.deepcopy(base), files).eval()
+    for layer in (model.first, model.second):
+        layer.prepare()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(3, 2, 16)
+    for names in (["two", None, "one"], ["one", "one", "peft"], [None, "two", "two"]):
+        with adapter_rows(model, names), torch.no_grad():
+            got = compiled(x)
+        for row, name in enumerate(names):
+            want = (base if name is None else tuned[name])(x[row])
+            torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
 def test_what_cannot_be_served_leaves_the_model(served, tmp_path):
     base, _, files = served
     strange = {

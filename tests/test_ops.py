@@ -89,7 +89,9 @@ def functions():
         "butterfly_t": (lambda x, b: butterfly_matmul(x, b, transpose=True), (x, blocks)),
         "two stages": (butterfly_matmul, (torch.randn(3, 512), rotations(8, 4, 512))),
         "indexed": (
-            lambda x, b: butterfly_matmul_indexed(x, b, torch.tensor([1, -1, 0, 1])),
+            lambda x, b: butterfly_matmul_indexed(
+                x, b, torch.tensor([1, -1, 0, 1], device=x.device)
+            ),
             (x, torch.stack([blocks, rotations()])),
         ),
         "linear": (boft_linear, (x, weight, skew, scale, bias)),

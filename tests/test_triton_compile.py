@@ -56,7 +56,8 @@ def test_kernels_compile_without_spills(target, tmp_path):
 def test_half_precision_rows_use_matrix_units_and_whole_pieces_of_16_bytes():
     """What the table promises of the rotate kernels, wherever it was compiled."""
     _, table = triton_resources.read_table()
-    rows = [(name, used) for (_, name), used in table.items() if name.startswith("rotate:")]
+    kernels = ("rotate:", "rotate_indexed:")
+    rows = [(name, used) for (_, name), used in table.items() if name.startswith(kernels)]
     halves = [(name, used) for name, used in rows if " bf16" in name or " fp16" in name]
     assert len(halves) > 50
     for name, used in halves:

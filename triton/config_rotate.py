@@ -61,7 +61,7 @@ TILES = {
     ),
     ("rotate_indexed", "float32"): (
         (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
+        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
         (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
     ),
     ("rotate_indexed", "float64"): (

@@ -112,8 +112,9 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     known = {name for layer in layers for name in layer.names} | {None}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"names: expected some of {sorted(known - {None})}, got {unknown[0]!r}")
-    for layer in layers:
-        layer._rows = names
+    for layer in layers:  # as tensors: inputs of a compiled graph, which any names go through
+        own = [name if name in layer.adapters else None for name in names]
+        layer._rows = layer.index_of(own)
     try:
         yield
     finally:

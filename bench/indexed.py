@@ -1,0 +1,95 @@
+"""Rows by their own adapter, against looping over the adapters and against one adapter for all.
+
+python bench/indexed.py            prints, and writes bench/results/<device>/indexed.csv
+python bench/indexed.py --dry-run  prints
+
+Everything is timed in turn in one process; a ratio is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+
+import torch
+from environment import ROOT, commit, describe, device_name, slug
+from interleave import Contestant, measure, ratios, summary, synchronizer
+
+from boft_ops import cayley
+from boft_ops.indexed import compose_all, rotate_indexed_rows
+from boft_ops.plan import plan
+from boft_ops.rotate import rotate_rows
+
+D, M, B = 2048, 2, 8
+# adapters, rows, rows of one request: prefill, and decoding one token each
+CASES = [(8, 1024, 128), (8, 64, 1), (64, 1024, 16), (64, 64, 1)]
+NAMES = ("one adapter", "rotate_indexed", "loop with masks", "x.clone()")
+
+
+def contest(adapters: int, rows: int, run: int, device: torch.device) -> list[Contestant]:
+    """The same batch four ways, after a check that the two ways to serve it agree."""
+    torch.manual_seed(0)
+    skew = 0.1 * torch.randn(adapters, M, D // B, B * (B - 1) // 2)
+    (stage,) = plan(M, B, device.type)
+    (stages,) = compose_all(cayley(skew.to(device)), (stage,), torch.float32)
+    x = torch.randn(rows, D, device=device)
+    index = (torch.arange(rows, device=device) // run % adapters).int()
+    layout = stage.chunk, stage.stride, False
+
+    def loop() -> torch.Tensor:
+        y = torch.empty_like(x)
+        for adapter in range(adapters):
+            mine = (index == adapter).nonzero()[:, 0]
+            y.index_copy_(0, mine, rotate_rows(x.index_select(0, mine), stages[adapter], *layout))
+        return y
+
+    ours = rotate_indexed_rows(x, stages, index, *layout)
+    torch.testing.assert_close(ours, loop(), rtol=1e-5, atol=1e-5)
+    one = stages[0].contiguous()
+    return [
+        Contestant(NAMES[0], lambda: rotate_rows(x, one, *layout)),
+        Contestant(NAMES[1], lambda: rotate_indexed_rows(x, stages, index, *layout)),
+        Contestant(NAMES[2], loop),
+        Contestant(NAMES[3], lambda: x.clone()),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each case, about")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    table = []
+    with torch.no_grad():
+        for adapters, rows, run in CASES:
+            durations = measure(
+                contest(adapters, rows, run, device),
+                rounds=200,
+                seconds=options.seconds,
+                synchronize=synchronizer(device),
+                calls=1,
+            )
+            for name in NAMES:
+                ratio, low, high = summary(ratios(durations, name, NAMES[0]))
+                best = 1e6 * sorted(durations[name].values())[len(durations[name]) // 2]
+                table.append([adapters, rows, run, name, f"{best:.0f}", f"{ratio:.2f}",
+                              f"{low:.2f}", f"{high:.2f}"])  # fmt: skip
+                print(*table[-1], sep="\t")
+    if options.dry_run:
+        return
+    folder = ROOT / "bench" / "results" / slug(device_name(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "indexed.csv").open("w", newline="") as file:
+        facts, state = describe(device), commit()
+        keys = ("cpu", "device", "threads", "torch", "triton")
+        dirty = " and changes" if state["dirty"] else ""
+        file.write(f"# {', '.join(f'{k}: {facts[k]}' for k in keys)}, {state['id']}{dirty}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["adapters", "rows", "run", "contestant", "us", "ratio", "q1", "q3"])
+        writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()
