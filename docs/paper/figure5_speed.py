@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from _common import Clock, output_folder, parser, read_csv, write_csv, write_log
+from _common import HERE, OUTPUTS, Clock, output_folder, parser, read_csv, write_csv, write_log
+from _page import fill, table
 from figure5 import random_orthogonal
 
 from boft_ops import butterfly_matmul, cayley
@@ -121,11 +122,12 @@ def compare(d: int, m: int, b: int, rounds: int) -> list[dict]:
 
 
 def report(folder: Path) -> list[str]:
-    return [
-        f"{row['what']}, BOFT({row['n_factors']}, {row['block_size']}): {row['ours_ms']} ms, dense "
-        f"{row['dense_ms']} ms: {row['speedup']} times faster"
+    rows = [
+        [row["what"], f"BOFT({row['n_factors']}, {row['block_size']})"]
+        + [row[name] for name in ("ours_ms", "dense_ms", "speedup")]
         for row in read_csv(folder / DATA)
     ]
+    return table(["", "", "ours (ms)", "dense (ms)", "times faster"], rows, n_words=2)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     write_csv(folder / DATA, rows)
     write_log(folder / "figure5_speed.log", clock)
     print("\n".join(report(folder)))
+    if folder == OUTPUTS:
+        fill(HERE / "figure5.md", "speed", report(folder))
 
 
 if __name__ == "__main__":
