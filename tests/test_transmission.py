@@ -1,6 +1,8 @@
 """Factorisations as graphs: edges, non-zeros, dimensions, the command line."""
 
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import permutations
 
@@ -144,6 +146,16 @@ def test_bad_patterns():
         edges_pattern(4, [(1, 0, 2)])
     with pytest.raises(ValueError, match="expected at least one"):
         edges_pattern(4, [])
+
+
+def test_importing_costs_nothing_that_is_not_needed():
+    """The package leaves its analysis alone, and the analysis leaves matplotlib alone."""
+    code = (
+        "import sys, boft_ops; assert 'boft_ops.analysis' not in sys.modules;"
+        "import boft_ops.analysis.graph, boft_ops.analysis.representation;"
+        "assert not {'matplotlib', 'scipy', 'transformers', 'peft'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- Command line and graph -----------------------------------------------------------------------
