@@ -19,6 +19,8 @@ STAMPS := $(VENV)/.stamps
 RUFF   := $(shell sed -n 's/^dev = .*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 DOCS   := $(shell sed -n '/^docs = /{s/^docs = \[\(.*\)\]/\1/; s/", "/" "/g; p;}' pyproject.toml)
 NATIVE := setup.py pyproject.toml boft_ops/_build.py $(shell find csrc -type f 2>/dev/null)
+# what starts with an underscore is a part of others
+PAPER  := $(filter-out docs/paper/_%,$(sort $(wildcard docs/paper/*.py)))
 say     = @echo "==> $(1)"
 
 # What [build-system] requires, as pip arguments.
@@ -40,6 +42,7 @@ help:
 	@echo 'make test       run the tests                         ARGS="-k cayley -x"'
 	@echo 'make test-triton-3.6   compile the Triton kernels with Triton 3.6, which comes with torch 2.11'
 	@echo 'make bench      compare speed and memory with PEFT    ARGS=...'
+	@echo 'make paper      what docs/paper says of the paper, run again   ARGS="--quick --out FOLDER"'
 	@echo 'make lint       ruff check and format check;  make format  applies both'
 	@echo 'make docs       build the documentation as a site in build/site; a warning is an error'
 	@echo 'make setup      only set up $(VENV)'
@@ -94,6 +97,10 @@ cuda-memcheck: $(STAMPS)/test
 
 test-triton-3.6: $(STAMPS)/triton-3.6
 	$(VENV)/triton-3.6/bin/python -m pytest tests/test_triton_compile.py tests/test_triton_small.py tests/test_triton_rotate.py $(ARGS)
+
+.PHONY: paper
+paper: $(STAMPS)/paper $(STAMPS)/demo $(STAMPS)/data
+	@for script in $(PAPER); do echo "==> $$script"; $(PY) $$script $(ARGS) || exit 1; done
 
 bench: $(STAMPS)/bench
 	$(PY) bench/run.py $(ARGS)
@@ -173,6 +180,11 @@ $(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
 	@$(PIP) $(PIP_FLAGS) $(DOCS)
 	@touch $@
 
+$(STAMPS)/paper: $(STAMPS)/torch $(NATIVE)
+	$(call say,building and installing boft_ops with what the scripts of docs/paper need)
+	@$(call install,[paper])
+	@touch $@ $(STAMPS)/setup
+
 $(STAMPS)/demo: $(STAMPS)/torch $(NATIVE)
 	$(call say,building and installing boft_ops with what its demo needs)
 	@$(call install,[demo])
@@ -192,7 +204,7 @@ $(STAMPS)/lint: $(STAMPS)/venv
 
 clean:
 	rm -rf build dist *.egg-info boft_ops/*.so boft_ops/_build_info.json .pytest_cache .ruff_cache
-	rm -f $(addprefix $(STAMPS)/,setup test bench demo)
+	rm -f $(addprefix $(STAMPS)/,setup test bench demo paper)
 
 distclean: clean
 	rm -rf data

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 import boft_ops
 from boft_ops import BOFTConv2d, BOFTLinear, OFTLinear, Together, cayley, kaleidoscope_matmul
 
-# (l, (m1, b1), (m2, b2), d): one stage each; groups of two sizes; several stages; one level
+# (l, (m1, b1), (m2, b2), d): one stage each; groups of two sizes; odd blocks; one level
 SHAPES = [
     (3, (2, 8), (2, 8), 48),
     (2, (2, 4), (1, 8), 24),
     (2, (1, 3), (1, 9), 18),
-    (2, (8, 2), (7, 4), 256),
     (1, (3, 4), (3, 4), 16),
 ]
+SEVERAL_STAGES = (2, (8, 2), (7, 4), 256)
 
 
 def random_blocks(levels, m, b, d, dtype=torch.float64):
@@ -37,6 +37,15 @@ def dense(first, second):
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(("levels", "one", "two", "d"), SHAPES)
 def test_forward_and_backward(backend, levels, one, two, d, transpose):
+    check_forward_and_backward(levels, one, two, d, transpose)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_several_stages(transpose):  # on this machine's own backend: Triton's interpreter is slow
+    check_forward_and_backward(*SEVERAL_STAGES, transpose)
+
+
+def check_forward_and_backward(levels, one, two, d, transpose):
     first = random_blocks(levels, *one, d).requires_grad_()
     second = random_blocks(levels, *two, d).requires_grad_()
     x = torch.randn(2, 3, d, dtype=torch.float64, requires_grad=True)
@@ -161,6 +170,18 @@ def test_layer_is_the_formula(side, scale):
     torch.testing.assert_close(layer(x), x @ weight.T + layer.bias)
 
 
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_layer_compiles_whole(side):
+    layer = trained(BOFTLinear(16, 24, side=side, **OPTIONS))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(compiled(x), layer(x))
+    parameters = (layer.skew, layer.scale)
+    wanted = torch.autograd.grad(layer(x).square().sum(), parameters)
+    for got, want in zip(torch.autograd.grad(compiled(x).square().sum(), parameters), wanted):
+        torch.testing.assert_close(got, want)
+
+
 def test_layer_starts_as_the_frozen_one_and_counts_its_parameters():
     linear = torch.nn.Linear(16, 24)
     layer = BOFTLinear.from_linear(linear, **OPTIONS)
@@ -205,7 +226,7 @@ def test_training_finds_what_a_butterfly_cannot():
             loss = (layer(x) - x @ target).square().mean()
             loss.backward()
             optimizer.step()
-        losses[levels] = float(loss)
+        losses[levels] = loss.item()
     assert losses[3] < 1e-6 < 1e-2 < losses[0]
 
 

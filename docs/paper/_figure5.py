@@ -4,7 +4,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from _common import figure, read_csv, save_figure, style
+from _common import HERE, figure, read_csv, save_figure, style
+from _page import fill, table
 
 DATA, TRACES = "figure5.csv", "figure5_convergence.csv"
 # ((m, b), (m, b)): the first has fewer parameters, and is better, or as good within SIMILAR.
@@ -15,26 +16,32 @@ ERROR = "||R - A||² / 2d"
 
 
 class Point(NamedTuple):
-    """One structure, over all its seeds."""
+    """One structure, the mean over its seeds."""
 
     parameters: int
-    error: float  # mean
+    error: float
+    at_half: float  # after half of the sweeps
     seeds: int
-    spread: float  # largest minus smallest
+    sweeps: str
 
 
-def read_points(folder: Path) -> dict[tuple[str, int, int], Point]:
-    """(method, m, b) -> the mean over the seeds."""
+def read_points(folder: Path, seeds: int | None = None) -> dict[tuple[str, int, int], Point]:
+    """(method, m, b) -> the mean over all seeds, or over the first ones."""
     groups: dict[tuple[str, int, int], list[dict]] = {}
     for row in read_csv(folder / DATA):
         key = row["method"], int(row["n_factors"]), int(row["block_size"] or 0)
-        groups.setdefault(key, []).append(row)
-    found = {}
-    for key, group in groups.items():
-        errors = [float(row["error"]) for row in group]
-        parameters, spread = int(group[0]["parameters"]), max(errors) - min(errors)
-        found[key] = Point(parameters, fmean(errors), len(errors), spread)
-    return found
+        if seeds is None or int(row["seed"]) < seeds:
+            groups.setdefault(key, []).append(row)
+    return {
+        key: Point(
+            int(group[0]["parameters"]),
+            fmean(float(row["error"]) for row in group),
+            fmean(float(row["error_at_half"]) for row in group),
+            len(group),
+            group[0]["sweeps"],
+        )
+        for key, group in groups.items()
+    }
 
 
 def check_claims(data: dict[tuple[str, int, int], Point], d: int) -> list[str]:
@@ -103,3 +110,43 @@ def draw_convergence(axes, folder: Path) -> None:
     axes.set(xscale="log", xlabel="sweeps over all factors, or steps", ylabel=ERROR)
     axes.set_title("Convergence")
     axes.legend(fontsize=7, frameon=False)
+
+
+def fill_page(folder: Path, claims: list[str]) -> None:
+    """Write the tables of figure5.md."""
+    page, data = HERE / "figure5.md", read_points(folder)
+    fill(page, "claims", [f"- {line}" for line in claims])
+
+    checked = [key[1:] for key in data if key[0] == "boft-long"]
+    lines = []
+    for structure in checked:
+        seeds = data[("boft-long", *structure)].seeds
+        same = read_points(folder, seeds)
+        cells = [f"BOFT{structure}"]
+        for method in ("boft", "boft-random", "boft-long", "boft-adam"):
+            point = same[(method, *structure)]
+            cells.append(f"{point.error:.4f} ({point.sweeps})")
+        lines.append(cells)
+    head = ["", "from I", "from a random start", "from I, longer", "Adam, steps"]
+    fill(page, "checks", table(head, lines))
+
+    ranks = sorted(point for key, point in data.items() if key[0] == "low-rank")
+    lines = []
+    for (method, m, b), point in sorted(data.items(), key=lambda item: (item[0][2], item[0][1])):
+        if method != "boft":
+            continue
+        shuffled = data.get(("shuffle", m, b))
+        low = [rank.error for rank in ranks if rank.parameters <= point.parameters]
+        lines.append(
+            [
+                f"BOFT({m}, {b})",
+                f"{point.parameters:,}",
+                f"{512 * (b - 1) // 2 + (m - 1) * 512 * b // 4:,}",
+                f"{point.error:.4f}",
+                f"{point.at_half - point.error:.4f}",
+                f"{shuffled.error:.4f}" if shuffled else "",
+                f"{low[-1]:.4f}" if low else "",
+            ]
+        )
+    head = ["", "parameters", "dimension", "error", "last half", "shuffle(m, b)", "I + low rank"]
+    fill(page, "errors", table(head, lines))

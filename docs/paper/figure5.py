@@ -22,8 +22,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from _common import Clock, output_folder, parser, read_csv, write_csv, write_log
-from _figure5 import AS_GOOD, BETTER, DATA, TRACES, check_claims, draw, read_points
+from _common import OUTPUTS, Clock, output_folder, parser, read_csv, write_csv, write_log
+from _figure5 import AS_GOOD, BETTER, DATA, TRACES, check_claims, draw, fill_page, read_points
 
 from boft_ops import butterfly_matmul, cayley
 from boft_ops.analysis.approximation import (
@@ -224,8 +224,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{left} structures are left for --resume")
         return
     draw(folder)
-    for line in check_claims(read_points(folder), 64 if args.quick else 512):
-        print(line)
+    claims = check_claims(read_points(folder), 64 if args.quick else 512)
+    print("\n".join(claims))
+    if folder == OUTPUTS:
+        fill_page(folder, claims)
 
 
 if __name__ == "__main__":

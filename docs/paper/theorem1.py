@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from _common import (
+    HERE,
+    OUTPUTS,
     Clock,
     figure,
     output_folder,
@@ -23,6 +25,7 @@ from _common import (
     write_csv,
     write_log,
 )
+from _page import fill, table
 
 from boft_ops import cayley, kaleidoscope_matmul
 from boft_ops.analysis.representation import dense_factors, kaleidoscope_parameters
@@ -136,13 +139,24 @@ def check_claims(folder: Path) -> list[str]:
         f"{worst['largest_error']}, with parameters up to "
         f"{max(float(row['largest_parameter']) for row in rows):.3f}"
     ]
-    for row in read_csv(folder / FITTED):
-        if row["seed"] == "0":
-            lines.append(
-                f"d = {row['d']}, b = {row['block_size']}, l = {row['levels']}: dimension "
-                f"{row['dimension']} of {row['dimension_of_so_d']}, error {row['error']}"
-            )
     return lines
+
+
+def tables(folder: Path) -> dict[str, list[str]]:
+    rows = [
+        [row[name] for name in ("d", "block_size", "levels", "parameters", "dimension_of_so_d")]
+        + [row["largest_error"], row["largest_parameter"]]
+        for row in read_csv(folder / EXACT)
+    ]
+    head = ["d", "b", "l", "parameters", "dimension of SO(d)", "largest error", "largest parameter"]
+    exact = table(head, rows, n_words=0)
+    rows = [
+        [row[name] for name in ("block_size", "levels", "parameters", "dimension", "error")]
+        for row in read_csv(folder / FITTED)
+        if row["seed"] == "0"
+    ]
+    head = ["b", "l", "parameters", "dimension of the family", "error of seed 0"]
+    return {"exact": exact, "fitted": table(head, rows, n_words=0)}
 
 
 def draw(folder: Path) -> None:
@@ -181,6 +195,10 @@ def main(argv: list[str] | None = None) -> None:
         measure(args, folder)
     draw(folder)
     print("\n".join(check_claims(folder)))
+    for name, lines in tables(folder).items():
+        print("\n".join(lines))
+        if folder == OUTPUTS:
+            fill(HERE / "theorem1.md", name, lines)
 
 
 if __name__ == "__main__":

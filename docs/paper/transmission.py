@@ -7,7 +7,8 @@ python docs/paper/transmission.py --quick --out /tmp/transmission
 from pathlib import Path
 
 import torch
-from _common import Clock, output_folder, parser, read_csv, write_csv, write_log
+from _common import HERE, OUTPUTS, Clock, output_folder, parser, read_csv, write_csv, write_log
+from _page import fill, table
 
 from boft_ops.analysis import graph
 from boft_ops.analysis.transmission import (
@@ -65,6 +66,15 @@ def check_claims(folder: Path) -> list[str]:
     return lines
 
 
+def structure_table(folder: Path) -> list[str]:
+    rows = []
+    for row in read_csv(folder / DATA):
+        dense = "yes" if row["dense"] == "True" else "no"
+        numbers = (row["parameters"], row["dimension"])
+        rows.append([row["structure"], row["free_edges"], dense, *numbers])
+    return table(["", "free edges", "dense", "parameters", "dimension"], rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parser(__doc__).parse_args(argv)
     folder, clock = output_folder(args), Clock()
@@ -82,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         (folder / file).write_text(graph.draw(pattern, title))
     write_log(folder / "transmission.log", clock)
     print("\n".join(check_claims(folder)))
+    if folder == OUTPUTS:
+        fill(HERE / "transmission.md", "structures", structure_table(folder))
 
 
 if __name__ == "__main__":

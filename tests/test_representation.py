@@ -1,0 +1,56 @@
+"""Any rotation as a kaleidoscope, with the parameters that are computed for it."""
+
+import pytest
+import torch
+
+from boft_ops import cayley, kaleidoscope_matmul
+from boft_ops.analysis.representation import dense_factors, kaleidoscope_parameters
+
+
+def rotation(d):
+    q = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+    q[:, 0] *= torch.linalg.det(q).sign()
+    return q
+
+
+def special(d):
+    """No generic ones: eigenvalues -1, columns that are in place already, permutations."""
+    eye = torch.eye(d, dtype=torch.float64)
+    half_turn, cycle, partly = eye.clone(), eye.roll(1, 0), eye.clone()
+    half_turn[0, 0] = half_turn[-1, -1] = -1
+    cycle[0] *= torch.linalg.det(cycle)
+    partly[-2:, -2:] = rotation(2)
+    nearly = eye + 1e-9 * (eye.roll(1, 0) - eye.roll(1, 0).T)
+    return [eye, -eye, half_turn, cycle, partly, torch.linalg.qr(nearly).Q.abs() * nearly.sign()]
+
+
+@pytest.mark.parametrize(("d", "b"), [(2, 2), (4, 2), (4, 4), (8, 2), (12, 6), (16, 4), (16, 2)])
+def test_every_rotation_is_represented(d, b):
+    m = dense_factors(d, b)
+    for matrix in [*special(d), *(rotation(d) for _ in range(10))]:
+        first, second = kaleidoscope_parameters(matrix, b)
+        assert first.shape == second.shape == (d - 1, m, d // b, b * (b - 1) // 2)
+        r = kaleidoscope_matmul(torch.eye(d, dtype=torch.float64), cayley(first), cayley(second))
+        torch.testing.assert_close(r, matrix, rtol=0, atol=1e-13)
+        assert max(first.abs().max(), second.abs().max()) <= 1 + 1e-12
+
+
+def test_float32_rotations_are_represented_to_their_rounding():
+    matrix = rotation(8).float()
+    first, second = kaleidoscope_parameters(matrix)
+    r = kaleidoscope_matmul(torch.eye(8, dtype=torch.float64), cayley(first), cayley(second))
+    torch.testing.assert_close(r, matrix.double(), rtol=0, atol=1e-6)
+
+
+def test_what_is_no_rotation_is_refused():
+    mirror = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+    with pytest.raises(ValueError, match="expected determinant"):
+        kaleidoscope_parameters(mirror)
+    with pytest.raises(ValueError, match="expected an orthogonal matrix"):
+        kaleidoscope_parameters(2 * torch.eye(4))
+    with pytest.raises(ValueError, match="expected shape"):
+        kaleidoscope_parameters(torch.ones(4, 2))
+    with pytest.raises(ValueError, match="block_size: expected an even number"):
+        kaleidoscope_parameters(torch.eye(12), 4)
+    with pytest.raises(ValueError, match="block_size: expected an even number"):
+        kaleidoscope_parameters(torch.eye(9), 9)
