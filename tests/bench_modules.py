@@ -11,8 +11,10 @@ try:
     import correctness
     import goals
     import gpu_operators
+    import gpu_report
     import interleave
     import memory
+    import models
     import operators
     import page
     import results
@@ -29,8 +31,10 @@ __all__ = [
     "correctness",
     "goals",
     "gpu_operators",
+    "gpu_report",
     "interleave",
     "memory",
+    "models",
     "operators",
     "page",
     "results",

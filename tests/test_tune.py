@@ -155,6 +155,47 @@ def test_the_model_s_best_tiles_compile_for_a_gpu_that_is_not_there(tmp_path):
         assert used["shared"] <= triton_resources.TARGETS["sm_90"][1], (what, used)
 
 
+COMPILE_AHEAD = """
+import time, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class Nothing:  # a driver of a GPU that is not there
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Nothing())
+from boft_ops._tuned import Choice
+from boft_ops.tune import problems
+from boft_ops.tune.compile import compile_ahead
+from boft_ops.tune.machine import data_sheet
+from boft_ops.tune.makers import Shape, problems as problems_of
+problems.MOST = 3
+machine = data_sheet(torch.device("cuda"))
+cpu = torch.device("cpu")
+(problem,) = problems_of([Shape(64, 64, 32)], [(2, 8)], torch.bfloat16, cpu, machine, ["rotate"])
+args = problem.make(0)
+choices = [c for c in problem.candidates(args, machine, ["triton"]) if c.backend == "triton"]
+choices.append(Choice((), "triton", {"rows": 3}))  # no power of two: does not compile
+with torch.no_grad():
+    compile_ahead(problem, choices, args)
+from boft_ops.triton_kernels.rotate import rotate_kernel
+print(len(choices), len(rotate_kernel.device_caches[0][0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _backend.has_triton(), reason="triton is not installed")
+def test_candidates_are_compiled_at_once_and_none_is_launched(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE_AHEAD], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout == "5 4\n"  # the default tile, three others, and one that failed
+
+
 # --- The search -----------------------------------------------------------------------------------
 
 

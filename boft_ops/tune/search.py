@@ -12,6 +12,7 @@ import torch
 from .. import _backend, _tuned_file
 from .._shape_class import CLASSES
 from .._tuned import SAME, Choice, forget, nearest, table_of
+from .compile import compile_ahead
 from .machine import Machine, data_sheet
 from .measure import Timer, is_faster, sets_of, take_turns
 from .problems import Problem
@@ -20,7 +21,7 @@ FIRST = 3  # calls of everyone
 FINALISTS = 4  # beside the default
 ROUNDS, MOST_ROUNDS, SECONDS = 15, 101, 0.5  # of the final; more rounds while they fit in SECONDS
 MEMORY = 2 << 30  # bytes that the sets of inputs may take
-UNITS = 4  # in the last place, that an error may exceed twice that of plain torch by
+UNITS = 2  # in the last place, that an error may exceed twice that of plain torch by
 
 
 class DeviceError(RuntimeError):
@@ -39,6 +40,9 @@ def tune(
         sets = sets_of(problem.make, MEMORY)
         default, *others = problem.candidates(sets[0], machine, backends)
         failed: list[dict[str, Any]] = []
+        if problem.device.type == "cuda":
+            tiles = [choice for choice in (default, *others) if choice.backend == "triton"]
+            compile_ahead(problem, tiles, sets[0])
         right = _Checker(problem, sets[0])
         if (fault := right.fault(default)) is not None:
             raise RuntimeError(f"{problem}: the default itself fails: {fault}")
