@@ -83,7 +83,7 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
         Step("build", ("-m", "boft_ops", "build"), build, native and f"there already: {native}"),
         # else its first layer builds it, in the middle of a benchmark
         Step("peft", ("-c", PEFT), peers, "" if gpu else "its extension is for a GPU"),
-        Step("tests", ("-m", "pytest", *TESTS, "tests"), tests),
+        Step("tests", ("-m", "pytest", *TESTS, "tests" if gpu else "tests/test_ops.py"), tests),
         Step(
             "tune",
             (
@@ -102,7 +102,7 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
                 minutes,
             )
             for name, minutes, seconds, extras in (
-                ("ops", ops, 20 if quick else 60, ()),
+                ("ops", ops, (20 if quick else 60) if gpu else 1, ()),
                 ("layer", layer, 2 if quick else 8, () if quick else (f"--extras={_extras()}",)),
                 ("model", model, 10 if quick else 40, ()),
             )

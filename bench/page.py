@@ -148,7 +148,7 @@ def _section(results: Results) -> Iterator[str]:
     yield ""
     yield _provenance(results)
     yield ""
-    if results.is_main:
+    if results.is_main and results.groups("layer"):
         yield f"![Time that adapters add to a frozen linear layer]({image(results)})"
         yield ""
     for direction in (BOTH, "forward"):

@@ -172,7 +172,7 @@ def publish(folder: Path, docs: Path) -> None:
     """Redraw the charts and rewrite docs/benchmarks.md from all results under ``folder``."""
     found = [Results.load(path) for path in sorted(folder.glob("*/*.json")) if path.name != MACHINE]
     for results in found:
-        if results.is_main:
+        if results.is_main and results.groups("layer"):
             chart.draw(docs / page.image(results), results)
     page.write(docs / "benchmarks.md", found)
 

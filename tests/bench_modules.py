@@ -17,6 +17,7 @@ try:
     import models
     import operators
     import page
+    import peers
     import results
     import run
     import sizes
@@ -37,6 +38,7 @@ __all__ = [
     "models",
     "operators",
     "page",
+    "peers",
     "results",
     "run",
     "sizes",

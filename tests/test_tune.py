@@ -221,6 +221,8 @@ class World:
 
         self.problem = Known("op", "float32", {}, {}, CPU, lambda seed: (torch.ones(3),), self.run)
 
+        self.problem.default = lambda args: Choice((), "default", {})
+
     def run(self, x):
         if self.now == "broken":
             raise RuntimeError("does not compile")
@@ -351,6 +353,28 @@ def test_an_interrupted_run_goes_on(out, monkeypatch, capsys):
     assert f"1 of 3 are in {out} already" in capsys.readouterr().out
     assert command.main([*arguments, "--again"]) == 0
     assert asked[4:] == ["rotate", "gram", "scale_backward"]
+
+
+def test_what_was_chosen_is_timed_against_the_default(out, monkeypatch, capsys):
+    arguments = [*TINY, f"--out={out}", "--ops", "rotate", "scale_backward"]
+    assert command.main(arguments) == 0
+    assert len(rows_of(out)) == 2
+    capsys.readouterr()
+    found = iter([(0.8, 0.9, 0.95), (0.9, 1.0, 1.1)])
+    monkeypatch.setattr(command, "compare", lambda *_: next(found))
+    assert command.main([*arguments, "--verify"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith("0.900 [0.800, 0.950] of the default: faster")
+    assert lines[-1].endswith("1.000 [0.900, 1.100] of the default: the same")
+    monkeypatch.setattr(command, "compare", lambda *_: (1.01, 1.1, 1.2))
+    assert command.main([*arguments, "--verify"]) == 1
+    assert "SLOWER" in capsys.readouterr().out
+
+
+def test_comparing_pairs_the_rounds():
+    world = World("fast")
+    timer = type("Timer", (), {"device": CPU, "__call__": lambda _, run: world.timer(run)})()
+    assert search.compare(world.problem, Choice((), "fast", {}), timer, 5) == (0.8, 0.8, 0.8)
 
 
 def test_a_deadline_leaves_the_rest_for_the_next_time(out, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -54,14 +54,8 @@ def tune(
                 failed.append({"backend": choice.backend, "config": choice.config, "why": fault})
         del right
 
-        def run_of(choice: Choice) -> Callable[[int], object]:
-            def run(round_: int) -> object:
-                return problem.run(*sets[round_ % len(sets)])
-
-            return lambda round_: _under(problem, choice, run, round_)
-
         def timed(choices: Sequence[Choice], count: int) -> list[list[float]]:
-            return take_turns(timer, [run_of(c) for c in choices], count)
+            return take_turns(timer, [_run_of(problem, c, sets) for c in choices], count)
 
         began = time.perf_counter()
         first = [median(times) for times in timed(able, FIRST)]
@@ -89,9 +83,24 @@ def tune(
     }
 
 
-def _under(problem: Problem, choice: Choice, run: Callable[[int], object], round_: int) -> object:
-    with problem.apply(choice):
-        return run(round_)
+def _run_of(problem: Problem, choice: Choice, sets: Sequence[tuple]) -> Callable[[int], object]:
+    def run(round_: int) -> object:
+        with problem.apply(choice):
+            return problem.run(*sets[round_ % len(sets)])
+
+    return run
+
+
+def compare(
+    problem: Problem, choice: Choice, timer: Timer, rounds: int = 41
+) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, by round, of a choice's time over the default's."""
+    with torch.no_grad():
+        sets = sets_of(problem.make, MEMORY)
+        both = problem.default(sets[0]), choice
+        times = take_turns(timer, [_run_of(problem, c, sets) for c in both], rounds)
+    ratios = [chosen / default for default, chosen in zip(*times, strict=True)]
+    return tuple(quantiles(ratios, n=4, method="inclusive"))
 
 
 def _us(seconds: float) -> float:
