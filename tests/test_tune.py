@@ -371,6 +371,13 @@ def test_what_was_chosen_is_timed_against_the_default(out, monkeypatch, capsys):
     assert "SLOWER" in capsys.readouterr().out
 
 
+def test_a_butterfly_takes_part_where_it_fits():
+    shapes, machine = [Shape(48, 16, 20), Shape(64, 16, 20)], data_sheet(CPU)
+    found = problems_of(shapes, [(3, 8), (4, 8)], torch.float32, CPU, machine, ["plan"])
+    fitting = [(p.structure["n_factors"], p.sizes["features"]) for p in found]
+    assert fitting == [(3, 64), (4, 64)]  # 6 blocks are no multiple of 4, nor of 8
+
+
 def test_comparing_pairs_the_rounds():
     world = World("fast")
     timer = type("Timer", (), {"device": CPU, "__call__": lambda _, run: world.timer(run)})()

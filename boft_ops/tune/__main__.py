@@ -96,14 +96,7 @@ def _tune_all(options: argparse.Namespace, path: Path) -> int:
     machine = measured(device, options.dtype)
     rates = {"bytes": machine.bytes, "flops": machine.flops}
     _tuned_file.update(path, device, [], rates)
-    valid = [
-        (shape, pair)
-        for shape in options.shapes
-        for pair in options.butterfly
-        if _checks.is_valid(shape.d, pair[1], pair[0])
-    ]
-    shapes = list(dict.fromkeys(shape for shape, _ in valid))
-    found = problems(shapes, options.butterfly, options.dtype, device, machine, options.ops)
+    found = problems(options.shapes, options.butterfly, options.dtype, device, machine, options.ops)
     known = {_tuned_file.key_of(row) for row in _tuned_file.read(path, device)["choices"]}
     todo = [problem for problem in found if problem.key not in known]
     if len(todo) < len(found):

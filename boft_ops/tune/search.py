@@ -94,7 +94,7 @@ def _run_of(problem: Problem, choice: Choice, sets: Sequence[tuple]) -> Callable
 def compare(
     problem: Problem, choice: Choice, timer: Timer, rounds: int = 41
 ) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile, by round, of a choice's time over the default's."""
+    """Quartiles, over the rounds, of a choice's time in parts of the default's."""
     with torch.no_grad():
         sets = sets_of(problem.make, MEMORY)
         both = problem.default(sets[0]), choice
