@@ -11,11 +11,14 @@ try:
     import correctness
     import goals
     import gpu_operators
+    import gpu_report
     import indexed
     import interleave
     import memory
+    import models
     import operators
     import page
+    import peers
     import peft_model
     import results
     import run
@@ -31,11 +34,14 @@ __all__ = [
     "correctness",
     "goals",
     "gpu_operators",
+    "gpu_report",
     "indexed",
     "interleave",
     "memory",
+    "models",
     "operators",
     "page",
+    "peers",
     "peft_model",
     "results",
     "run",
