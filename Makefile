@@ -33,13 +33,14 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-triton-3.6 sanitize cuda cuda-memcheck bench docs lint format build clean distclean
+.PHONY: help setup demo test test-triton-3.6 sanitize cuda cuda-memcheck bench gpu-report docs lint format build clean distclean
 
 help:
 	@echo 'make demo       finetune a real model with frozen features, LoRA, OFT and BOFT, side by side'
 	@echo 'make test       run the tests                         ARGS="-k cayley -x"'
 	@echo 'make test-triton-3.6   compile the Triton kernels with Triton 3.6, which comes with torch 2.11'
 	@echo 'make bench      compare speed and memory with PEFT    ARGS=...'
+	@echo 'make gpu-report   on a machine with a GPU: test, tune, measure, render    ARGS=--quick'
 	@echo 'make lint       ruff check and format check;  make format  applies both'
 	@echo 'make docs       build the documentation as a site in build/site; a warning is an error'
 	@echo 'make setup      only set up $(VENV)'
@@ -101,6 +102,12 @@ bench: $(STAMPS)/bench
 # mkdocs-material says at length that MkDocs 2 will be another program; the pins know.
 docs: $(STAMPS)/docs $(STAMPS)/lint # ruff lays out the signatures
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+
+# With the Python that is there: a GPU machine may have no network, and has the torch it needs.
+# ARGS=--quick takes 9 minutes instead of 25. OUT: where the archive of the results goes.
+OUT ?= build/gpu-report
+gpu-report:
+	$(PYTHON) bench/gpu_report.py --out '$(OUT)' $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(PY) -m ruff check .

@@ -20,6 +20,8 @@ STYLES = {
     "peft-oft": ("#F0E442", "\\\\"),
     "peft-oft-exact": ("#CC79A7", ".."),
     "peft-boft": ("#D55E00", "xx"),
+    "compiled-boft": ("#999999", "++"),
+    "lycoris-boft": ("#BBBBBB", "oo"),
     "boft-1-16": ("#56B4E9", ""),
     "boft-2-8": ("#0072B2", ""),
     "boft-4-4": ("#003A5C", ""),
@@ -31,7 +33,8 @@ WIDTH = 0.8  # of a group with all the bars
 def draw(path: Path, results: Results) -> None:
     """Grouped bars: overhead of forward + backward over the frozen layer, by shape."""
     groups = [g for g, direction in results.groups("layer") if direction == BOTH]
-    names = [name for name in NAMES if name != FLOOR]
+    there = {row.name for row in results.rows if row.suite == "layer"}
+    names = [name for name in NAMES if name in there - {FLOOR}]
     top = _axis_end(results, groups)
     fig, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
     for at, group in enumerate(groups):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
 import environment
-from contestants import Shape
+from contestants import EXTRAS, Shape
 from memory import settle_heap
+from models import MODELS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,11 +34,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     group.addoption("--dtype", choices=environment.DTYPES, default="fp32")
+    group.addoption("--extras", type=_extras, default=(), help=f"also {', '.join(EXTRAS)}")
+    group.addoption("--minutes", type=float, help="start no measurement after so many")
+    group.addoption("--model", choices=MODELS, help="of the training step (by device)")
+
+
+def _extras(text: str) -> tuple[str, ...]:
+    found = tuple(filter(None, text.split(",")))
+    if not set(found) <= set(EXTRAS):
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(EXTRAS)}, got {text!r}")
+    return found
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # pytest-timeout's: it is no requirement of the benchmarks, and markers are strict
     config.addinivalue_line("markers", "timeout(seconds): where pytest-timeout is installed")
+
+
+@pytest.fixture(scope="session")
+def started() -> float:
+    return time.monotonic()
+
+
+@pytest.fixture(autouse=True)
+def _in_time(request: pytest.FixtureRequest, started: float) -> None:
+    minutes = request.config.getoption("minutes")
+    if minutes is not None and time.monotonic() - started > 60 * minutes:
+        pytest.skip(f"--minutes={minutes:g} are over")
 
 
 @pytest.fixture(scope="session")

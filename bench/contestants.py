@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import peft
 import torch
+from peers import LycorisBOFT, PlainBOFT
 from torch import nn
 
 from boft_ops import BOFTLinear
@@ -39,7 +40,9 @@ OURS = {
     "boft-4-4": Butterfly(4, 4),
     "boft-dense": Butterfly(10, 8, d=4096),
 }
-NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *OURS)
+# Who takes part where asked for: torch.compile takes a while, LyCORIS is not always there.
+EXTRAS = ("compiled-boft", "lycoris-boft")
+NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *EXTRAS, *OURS)
 
 
 class Shape(NamedTuple):
@@ -76,9 +79,11 @@ def default_shapes(device: torch.device) -> tuple[Shape, ...]:
     return SHAPES if device.type == "cpu" else (*SHAPES, BULK)
 
 
-def names(shape: Shape) -> list[str]:
-    """Who takes part at a shape, in the order of ``NAMES``."""
-    return [name for name in NAMES if name not in OURS or OURS[name].d in (None, shape.d)]
+def names(shape: Shape, extras: Sequence[str] = ()) -> list[str]:
+    """Who takes part at a shape, in the order of ``NAMES``; of ``EXTRAS`` those asked for."""
+    left_out = set(EXTRAS) - set(extras)
+    left_out |= {name for name, ours in OURS.items() if ours.d not in (None, shape.d)}
+    return [name for name in NAMES if name not in left_out]
 
 
 @dataclass
@@ -133,6 +138,8 @@ def _make(name: str, base: nn.Linear) -> Entry:
         "peft-oft": partial(_oft, neumann=True),
         "peft-oft-exact": partial(_oft, neumann=False),
         PEFT_BOFT: _peft_boft,
+        "compiled-boft": _compiled_boft,
+        "lycoris-boft": _lycoris_boft,
     }[name](base)
 
 
@@ -158,6 +165,18 @@ def _peft_boft(base: nn.Linear) -> Entry:
     m, _, b, _ = layer.boft_R["default"].shape
     note = "" if m == asked else f"asked for m={asked}; without its CUDA extension PEFT makes it 1"
     return Entry(PEFT_BOFT, f"PEFT BOFT({m},{b})", layer, note)
+
+
+def _compiled_boft(base: nn.Linear) -> Entry:
+    """BOFT(2, 8) as one would write it in torch, left to torch.compile."""
+    layer = torch.compile(PlainBOFT(base, n_factors=2, block_size=8))
+    return Entry("compiled-boft", "torch.compile of plain BOFT(2,8)", layer)
+
+
+def _lycoris_boft(base: nn.Linear) -> Entry:
+    layer = LycorisBOFT(base, block_size=8)
+    note = "rotates the outputs, with as many factors as there can be"
+    return Entry("lycoris-boft", f"LyCORIS BOFT({layer.m},{layer.b})", layer, note)
 
 
 def _inject(base: nn.Linear, config: peft.PeftConfig) -> nn.Module:

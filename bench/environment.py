@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import boft_ops
-from boft_ops import _backend
+from boft_ops import _backend, _tuned
+from boft_ops._device import cpu_name, slug, version
+
+__all__ = ["DTYPES", "ROOT", "commit", "describe", "device_name", "slug"]
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in results
@@ -38,6 +39,7 @@ def describe(device: torch.device) -> dict:
         "triton": version("triton"),
         "boft_ops": boft_ops.__version__,
         "backend": forced or "auto",
+        "tuned": bool(_tuned.tables(device)),  # measured choices (docs/tuning.md) were in use
         "serving": {
             row["op"]: forced or row["serving"]
             for row in _backend.report()
@@ -50,31 +52,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def slug(name: str) -> str:
-    """A device name as the name of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def cpu_name() -> str:
-    """The model, with family and model number where the name alone says little."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
-    if "model name" not in found:
-        return platform.machine()
-    numbers = f" (family {found['cpu family']}, model {found['model']})"
-    return found["model name"].strip() + numbers if "cpu family" in found else found["model name"]
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def commit() -> dict:
     """The commit that was measured, and whether files that matter differed from it."""
 
@@ -85,4 +62,4 @@ def commit() -> dict:
     try:
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "-s", "--", *MEASURED))}
     except (OSError, subprocess.CalledProcessError):  # an sdist, or no git
-        return {"id": None, "dirty": None}
+        return {"id": os.environ.get("BOFT_OPS_BENCH_COMMIT"), "dirty": None}

@@ -51,6 +51,9 @@ small random numbers. PEFT's layers are called directly, without the model aroun
 - pytest-benchmark times one function after the other, so the interleaved durations are replayed
   through its clock; bench/interleave.py says why that is sound.
 
+Where asked for (`--extras`) a BOFT(2, 8) in plain torch under torch.compile takes part, and
+LyCORIS' BOFT, which rotates the outputs in as many factors as there can be.
+
 PEFT's BOFT falls back to one factor wherever its CUDA extension is not built, so on a CPU always:
 the name of its row has the m that was measured.
 
@@ -86,6 +89,14 @@ two readings of the clock, so that the device need not wait for each launch. `ro
   above 100 % is possible, and a layer's overhead can fall below zero. That comes from the product,
   not from work left out: the op's results are checked against plain torch before it is timed.
 
+## Models
+
+A model of the Llama architecture with random weights, all linear layers of its blocks adapted; one
+training step: forward, loss, backward, AdamW on what is trained. The contestants share the frozen
+weights, and their steps are interleaved as above. **Peak** is what a step holds beyond weights,
+adapters and optimizer state. "Together" makes the rotations of all layers in one launch. On a CPU
+the model is a small one, whose figures say little about large ones.
+
 ## Goals
 
 A goal compares times of the same round. Brackets hold the quartiles of that comparison over the
@@ -116,9 +127,10 @@ def _no_gpu() -> str:
 
 Nothing was measured on a GPU yet. On a machine with one,
 
-    python bench/run.py --device cuda --dtype bf16
+    make gpu-report
 
-writes its results into bench/results and its figures here. They are to meet these goals:
+tunes, measures, writes its results into bench/results and its figures here
+([tuning.md](tuning.md)). They are to meet these goals:
 
 {goals_left}
 """
@@ -136,7 +148,7 @@ def _section(results: Results) -> Iterator[str]:
     yield ""
     yield _provenance(results)
     yield ""
-    if results.is_main:
+    if results.is_main and results.groups("layer"):
         yield f"![Time that adapters add to a frozen linear layer]({image(results)})"
         yield ""
     for direction in (BOTH, "forward"):
@@ -144,6 +156,7 @@ def _section(results: Results) -> Iterator[str]:
     if backend == "auto":
         yield from _details(results)
         yield from _ops(results)
+        yield from _models(results)
     found = goals(results)
     if found:
         yield "### Goals"
@@ -163,7 +176,8 @@ def _provenance(results: Results) -> str:
     state = f"commit {(commit['id'] or 'unknown')[:12]}" + (" + changes" if commit["dirty"] else "")
     kernels = [op for op, served in machine["serving"].items() if served != "reference"]
     native = "Kernels serve " + ", ".join(f"`{op}`" for op in kernels) if kernels else "No kernels"
-    return f"{where}. {what}, {state}, {results.date}. {native}; the rest is plain torch."
+    tuned = " Measured choices were in use." if machine.get("tuned") else ""
+    return f"{where}. {what}, {state}, {results.date}. {native}; the rest is plain torch.{tuned}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -247,6 +261,24 @@ def _ops(results: Results) -> Iterator[str]:
             "in the time of a byte."
         )
         yield ""
+
+
+def _models(results: Results) -> Iterator[str]:
+    for group, direction in results.groups("model"):
+        yield f"### {group}: {direction}"
+        yield ""
+        rows = [[row.info["label"], *model_cells(row)] for row in results.table(group, direction)]
+        yield from _table(["", *MODEL_COLUMNS], rows)
+
+
+MODEL_COLUMNS = ("ms", "tokens/s", "x first", "peak MiB", "trainable")
+
+
+def model_cells(row: Row) -> list[str]:
+    info = row.info
+    ratio = f"{info['ratio']:.3f} [{info['ratio_q1']:.3f}, {info['ratio_q3']:.3f}]"
+    times = f"{1e3 * row.stats['median']:.1f}", f"{info['tokens_per_s']:,.0f}"
+    return [*times, ratio, _mib(info["peak_bytes"]), _count(row)]
 
 
 def op_cells(results: Results, row: Row) -> list[str]:

@@ -14,7 +14,18 @@ from sizes import sizes_on
 CSV_FIELDS = (
     *("suite", "shape", "direction", "contestant", "label", "median_ms", "q1_ms", "q3_ms", "ratio"),
     *("ratio_q1", "ratio_q3", "overhead", "saved_bytes", "peak_bytes", "adapter_bytes"),
-    *("trainable", "bytes", "flops", "floor_ms", "rounds", "note", "dtype", "threads", "backend"),
+    *(
+        "trainable",
+        "tokens_per_s",
+        "bytes",
+        "flops",
+        "floor_ms",
+        "rounds",
+        "note",
+        "dtype",
+        "threads",
+        "backend",
+    ),
     *("device", "cpu", "python", "torch", "peft", "triton", "boft_ops", "commit", "dirty", "date"),
 )
 
@@ -23,8 +34,8 @@ class Row(NamedTuple):
     """One contestant in one group.
 
     Attributes:
-        suite: "layer" or "ops".
-        group: the shape (layer) or the operation (ops).
+        suite: "layer", "ops" or "model".
+        group: the shape (layer), the operation (ops) or the model.
         by_round: round -> seconds.
         info: the extra_info of the result.
         stats: pytest-benchmark's statistics, seconds.
@@ -77,7 +88,8 @@ class Results:
     @property
     def is_main(self) -> bool:
         """Whether this run is the one that its device's chart shows."""
-        return (self.machine["backend"], self.machine["dtype"]) == ("auto", "fp32")
+        dtype = "fp32" if self.machine["device"] == "cpu" else "bf16"
+        return (self.machine["backend"], self.machine["dtype"]) == ("auto", dtype)
 
     def groups(self, suite: str) -> list[tuple[str, str]]:
         """(group, direction), in the order of the run."""

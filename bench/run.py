@@ -3,15 +3,18 @@
 python bench/run.py                        everything, into bench/results/<device>
 python bench/run.py --backend reference    the same in plain torch
 python bench/run.py --shapes 768x768x512   a quick look: prints, writes nothing
+python bench/run.py --suites ops,model     some of ops, layer and model
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import chart
@@ -24,6 +27,8 @@ from rich.markup import escape
 from rich.table import Table
 
 FOLDER = ROOT / "bench" / "results"
+SUITES = {"layer": "test_layer.py", "ops": "test_operators.py", "model": "test_model.py"}
+MACHINE = "environment.json"  # beside the results: what gpu_report.py saw of the machine
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
@@ -35,19 +40,54 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", help="DxNxTOKENS, comma-separated; prints, writes nothing")
     parser.add_argument("--rounds", type=int, help="at most so many rounds")
     parser.add_argument("--seconds", type=float, help="time for each shape and direction, about")
+    parser.add_argument("--extras", help="also compiled-boft, lycoris-boft")
+    parser.add_argument("--model", help="of the training step: tiny, small or 1b (by device)")
+    parser.add_argument("--minutes", type=float, help="start no measurement of a suite after")
+    parser.add_argument("--suites", default=",".join(SUITES), help="of these alone")
+    parser.add_argument("--keep-going", action="store_true", help="without the suites that fail")
     parser.add_argument("--out", type=Path, help="write JSON and CSV here, and nothing else")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.suites = options.suites.split(",")
+    if not set(options.suites) <= SUITES.keys():
+        parser.error(f"--suites: expected some of {', '.join(SUITES)}, got {options.suites}")
+    return options
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
 
-def run(options: argparse.Namespace, json_file: Path) -> None:
-    """The benchmarks, in a process of their own, so that the backend is set before any import."""
-    command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "--benchmark-only", "-q"]
-    command += ["--benchmark-quiet", f"--benchmark-json={json_file}", f"--rootdir={ROOT}"]
-    for name in ("device", "dtype", "shapes", "rounds", "seconds"):
+def run(options: argparse.Namespace) -> str:
+    """The benchmarks of all suites as one JSON text.
+
+    Each suite has a process of its own, so that the backend is set before any import. What fails
+    is left out if ``--keep-going``; otherwise, or if nothing is left, it ends the program.
+    """
+    found: dict | None = None
+    for suite in options.suites:
+        with tempfile.TemporaryDirectory() as scratch:
+            json_file = Path(scratch) / "results.json"
+            code = _run_suite(options, suite, json_file)
+            if code and not options.keep_going:
+                sys.exit(f"the benchmarks failed (pytest: {code}): no result is written")
+            if not json_file.is_file() or not json_file.stat().st_size:
+                print(f"{suite}: failed (pytest: {code}), left out", file=sys.stderr)
+                continue
+            content = json.loads(json_file.read_text())
+        if found is None:
+            found = content
+        else:
+            found["benchmarks"] += content["benchmarks"]
+    if found is None:
+        sys.exit("no benchmark was run: no result is written")
+    return json.dumps(found, indent=1)
+
+
+def _run_suite(options: argparse.Namespace, suite: str, json_file: Path) -> int:
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / SUITES[suite]), "-q"]
+    command += ["--benchmark-only", "--benchmark-quiet", f"--benchmark-json={json_file}"]
+    command.append(f"--rootdir={ROOT}")
+    for name in ("device", "dtype", "shapes", "rounds", "seconds", "extras", "model", "minutes"):
         value = getattr(options, name)
         if value is not None:
             command.append(f"--{name}={value}")
@@ -55,9 +95,7 @@ def run(options: argparse.Namespace, json_file: Path) -> None:
     environment.pop("BOFT_OPS_BACKEND", None)
     if options.backend != "auto":
         environment["BOFT_OPS_BACKEND"] = options.backend
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-    if done.returncode:
-        sys.exit(f"the benchmarks failed (pytest: {done.returncode}): no result is written")
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 def show(results: Results, console: Console) -> None:
@@ -72,6 +110,11 @@ def show(results: Results, console: Console) -> None:
     for suite in ("layer", "ops"):
         for group, direction in results.groups(suite):
             console.print(_table(results, suite, group, direction))
+    for group, direction in results.groups("model"):
+        table = _new_table(f"{group}: {direction}", page.MODEL_COLUMNS)
+        for row in results.table(group, direction):
+            table.add_row(row.info["label"], *page.model_cells(row), style=_style(row.name))
+        console.print(table)
     for group, labels in results.left_out().items():
         console.print(f"{group}: out of memory, left out: {', '.join(labels)}", highlight=False)
     colours = {MET: "green", NOT_MET: "red"}
@@ -81,13 +124,10 @@ def show(results: Results, console: Console) -> None:
 
 
 def _table(results: Results, suite: str, group: str, direction: str) -> Table:
-    table = Table(title=f"{group}, {direction}", title_justify="left")
-    table.add_column("", no_wrap=True)
     columns = ["ms", "ratio"]
     layer_columns = ["overhead", "saved MiB", "peak MiB", "trainable"]
     columns += layer_columns if suite == "layer" else ["GB/s", "of floor"]
-    for column in [*columns, "rounds"]:
-        table.add_column(column, justify="right")
+    table = _new_table(f"{group}, {direction}", [*columns, "rounds"])
     for row in results.table(group, direction):
         info = row.info
         cells = [f"{1e3 * row.stats['median']:.3f}", f"{info['ratio']:.3f}"]
@@ -97,9 +137,20 @@ def _table(results: Results, suite: str, group: str, direction: str) -> Table:
             cells.append(f"{info['trainable']:,}")
         else:
             cells += page.op_cells(results, row)
-        style = "bold" if row.name.startswith(("boft", "cayley", "rotat")) else None
-        table.add_row(info["label"], *cells, str(len(row.by_round)), style=style)
+        table.add_row(info["label"], *cells, str(len(row.by_round)), style=_style(row.name))
     return table
+
+
+def _new_table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _style(name: str) -> str | None:
+    return "bold" if name.startswith(("boft", "cayley", "rotat")) else None
 
 
 def write(results: Results, raw: str, folder: Path) -> Path:
@@ -119,9 +170,9 @@ def write(results: Results, raw: str, folder: Path) -> Path:
 
 def publish(folder: Path, docs: Path) -> None:
     """Redraw the charts and rewrite docs/benchmarks.md from all results under ``folder``."""
-    found = [Results.load(path) for path in sorted(folder.glob("*/*.json"))]
+    found = [Results.load(path) for path in sorted(folder.glob("*/*.json")) if path.name != MACHINE]
     for results in found:
-        if results.is_main:
+        if results.is_main and results.groups("layer"):
             chart.draw(docs / page.image(results), results)
     page.write(docs / "benchmarks.md", found)
 
@@ -131,10 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 110
-    with tempfile.TemporaryDirectory() as scratch:
-        json_file = Path(scratch) / "results.json"
-        run(options, json_file)
-        raw = json_file.read_text()
+    raw = run(options)
     results = Results.load_text(raw)
     show(results, console)
     if options.shapes is not None and options.out is None:

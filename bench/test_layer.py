@@ -13,7 +13,17 @@ from functools import cache
 
 import pytest
 import torch
-from contestants import FLOOR, OURS, Job, Shape, batch, build, default_shapes, frozen, names
+from contestants import (
+    FLOOR,
+    OURS,
+    Job,
+    Shape,
+    batch,
+    build,
+    default_shapes,
+    frozen,
+    names,
+)
 from correctness import check_gradients, check_merged
 from interleave import Contestant, Durations, ReplayClock, measure, ratios, summary, synchronizer
 from memory import peak_bytes, saved_bytes
@@ -41,7 +51,7 @@ class Contest:
         self.memory: dict[str, Memory] = {}
         self.left_out: list[str] = []
         base, (x, grad) = frozen(shape, device, dtype), batch(shape, device, dtype)
-        for name in names(shape):
+        for name in names(shape, options.getoption("extras")):
             try:
                 job = Job(build(name, base), x, grad)
                 if name in OURS:
@@ -125,7 +135,8 @@ def contest(device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Confi
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     shapes = option("shapes") or default_shapes(option("device"))
-    pairs = [(str(shape), name) for shape in shapes for name in names(shape)]
+    extras = option("extras")
+    pairs = [(str(shape), name) for shape in shapes for name in names(shape, extras)]
     metafunc.parametrize(("shape", "name"), pairs)
 
 

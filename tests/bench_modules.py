@@ -11,10 +11,13 @@ try:
     import correctness
     import goals
     import gpu_operators
+    import gpu_report
     import interleave
     import memory
+    import models
     import operators
     import page
+    import peers
     import results
     import run
     import sizes
@@ -29,10 +32,13 @@ __all__ = [
     "correctness",
     "goals",
     "gpu_operators",
+    "gpu_report",
     "interleave",
     "memory",
+    "models",
     "operators",
     "page",
+    "peers",
     "results",
     "run",
     "sizes",

@@ -15,7 +15,9 @@ from bench_modules import (
     goals,
     interleave,
     memory,
+    models,
     operators,
+    peers,
     sizes,
 )
 from bench_modules import results as results_
@@ -189,9 +191,67 @@ def test_work_of_a_rotation():
 
 
 def test_some_contestants_take_part_at_some_shapes_only():
-    everywhere = [name for name in contestants.NAMES if name != "boft-dense"]
+    always = [name for name in contestants.NAMES if name not in contestants.EXTRAS]
+    everywhere = [name for name in always if name != "boft-dense"]
     assert contestants.names(contestants.Shape(2048, 4096, 8)) == everywhere
-    assert contestants.names(contestants.Shape(4096, 8, 8)) == list(contestants.NAMES)
+    assert contestants.names(contestants.Shape(4096, 8, 8)) == always
+    all_of = contestants.names(contestants.Shape(4096, 8, 8), contestants.EXTRAS)
+    assert all_of == list(contestants.NAMES)
+
+
+def test_plain_torch_is_the_same_layer():
+    """What torch.compile is given computes what ours computes, with the same gradients."""
+    torch.manual_seed(0)
+    base = contestants.frozen(contestants.Shape(64, 48, 8), CPU, torch.float32)
+    plain = peers.PlainBOFT(base, n_factors=3, block_size=8)
+    ours = contestants.BOFTLinear.from_linear(base, n_factors=3, block_size=8)
+    with torch.no_grad():
+        ours.skew.copy_(plain.skew.normal_(0, 0.3))
+        ours.scale.copy_(plain.scale.normal_(1, 0.3))
+    x, grad = torch.randn(8, 64, requires_grad=True), torch.randn(8, 48)
+    outputs = [layer(x) for layer in (plain, ours)]
+    torch.testing.assert_close(*outputs)
+    for one, other in zip(
+        torch.autograd.grad(outputs[0], (x, plain.skew, plain.scale), grad),
+        torch.autograd.grad(outputs[1], (x, ours.skew, ours.scale), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_lycoris_takes_part_where_it_is_installed():
+    pytest.importorskip("lycoris.modules.boft", reason="LyCORIS is not installed")
+    base = contestants.frozen(contestants.Shape(64, 32, 8), CPU, torch.float32)
+    entry = contestants.build("lycoris-boft", base)
+    assert entry.label == "LyCORIS BOFT(3,8)"
+    x = torch.randn(4, 64, requires_grad=True)
+    y = entry.layer(x)
+    assert not torch.equal(y, base(x))  # its adapter is in use
+    y.sum().backward()
+    assert all(p.grad is not None for p in entry.trainable())
+
+
+# --- Models ---------------------------------------------------------------------------------------
+
+
+def test_models_share_their_weights_and_adapt_all_linears():
+    base = models.base("tiny", CPU, torch.float32)
+    ids = models.text("tiny", CPU)
+    expected = base(input_ids=ids).logits
+    assert ids.shape == (1, 16)
+    for name in models.LABELS:
+        model = models.build(name, base)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-4)
+        ours, theirs = (
+            {p.data_ptr() for p in m.parameters() if not p.requires_grad} for m in (model, base)
+        )
+        assert ours == theirs  # nothing frozen was copied
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        for target in models.TARGETS:
+            assert sum(f".{target}." in n for n in trained) >= models.MODELS["tiny"].layers
+        losses = [float(models.training_step(model, ids)()) for _ in range(2)]
+        assert losses[1] < losses[0]
+        assert models.label(name, model).startswith(models.LABELS[name])
 
 
 def test_shapes_are_parsed():
@@ -207,7 +267,7 @@ def test_shapes_are_parsed():
 def test_bench_of_a_tiny_shape(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(BENCH / "run.py"), "--shapes=64x48x32", "--rounds=2"]
-    command += ["--seconds=1", f"--out={out}", "--backend=reference"]
+    command += ["--seconds=1", f"--out={out}", "--backend=reference", "--suites=layer,ops"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (out / "reference.json").read_text()

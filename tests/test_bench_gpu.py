@@ -118,7 +118,7 @@ def test_page_lists_gpu_goals_as_not_measured_until_there_is_a_gpu(tmp_path):
     page.write(path, [results.Results(synthetic())])
     text = path.read_text()
     assert "## GPU\n" in text
-    assert "python bench/run.py --device cuda --dtype bf16" in text
+    assert "make gpu-report" in text
     assert all(f"- not measured: {goal}." in text for goal in goals.gpu_goals())
     page.write(path, [results.Results(synthetic()), on_gpu()])
     text = path.read_text()
@@ -274,7 +274,7 @@ def a_contest(monkeypatch, failing, when):
             test_layer.Contest, "_memory", lambda c, job: fails(job.entry.name) or memory(c, job)
         )
     monkeypatch.setattr(test_layer, "check_gradients", lambda *_: None)
-    values = {"rounds": 1, "seconds": 0.01}
+    values = {"rounds": 1, "seconds": 0.01, "extras": ()}
     said = []
     reporter = SimpleNamespace(write_line=said.append)
     options = SimpleNamespace(

@@ -155,6 +155,47 @@ def test_the_model_s_best_tiles_compile_for_a_gpu_that_is_not_there(tmp_path):
         assert used["shared"] <= triton_resources.TARGETS["sm_90"][1], (what, used)
 
 
+COMPILE_AHEAD = """
+import time, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class Nothing:  # a driver of a GPU that is not there
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Nothing())
+from boft_ops._tuned import Choice
+from boft_ops.tune import problems
+from boft_ops.tune.compile import compile_ahead
+from boft_ops.tune.machine import data_sheet
+from boft_ops.tune.makers import Shape, problems as problems_of
+problems.MOST = 3
+machine = data_sheet(torch.device("cuda"))
+cpu = torch.device("cpu")
+(problem,) = problems_of([Shape(64, 64, 32)], [(2, 8)], torch.bfloat16, cpu, machine, ["rotate"])
+args = problem.make(0)
+choices = [c for c in problem.candidates(args, machine, ["triton"]) if c.backend == "triton"]
+choices.append(Choice((), "triton", {"rows": 3}))  # no power of two: does not compile
+with torch.no_grad():
+    compile_ahead(problem, choices, args)
+from boft_ops.triton_kernels.rotate import rotate_kernel
+print(len(choices), len(rotate_kernel.device_caches[0][0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _backend.has_triton(), reason="triton is not installed")
+def test_candidates_are_compiled_at_once_and_none_is_launched(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE_AHEAD], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout == "5 4\n"  # the default tile, three others, and one that failed
+
+
 # --- The search -----------------------------------------------------------------------------------
 
 
@@ -179,6 +220,8 @@ class World:
                 world.now = before
 
         self.problem = Known("op", "float32", {}, {}, CPU, lambda seed: (torch.ones(3),), self.run)
+
+        self.problem.default = lambda args: Choice((), "default", {})
 
     def run(self, x):
         if self.now == "broken":
@@ -310,6 +353,35 @@ def test_an_interrupted_run_goes_on(out, monkeypatch, capsys):
     assert f"1 of 3 are in {out} already" in capsys.readouterr().out
     assert command.main([*arguments, "--again"]) == 0
     assert asked[4:] == ["rotate", "gram", "scale_backward"]
+
+
+def test_what_was_chosen_is_timed_against_the_default(out, monkeypatch, capsys):
+    arguments = [*TINY, f"--out={out}", "--ops", "rotate", "scale_backward"]
+    assert command.main(arguments) == 0
+    assert len(rows_of(out)) == 2
+    capsys.readouterr()
+    found = iter([(0.8, 0.9, 0.95), (0.9, 1.0, 1.1)])
+    monkeypatch.setattr(command, "compare", lambda *_: next(found))
+    assert command.main([*arguments, "--verify"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith("0.900 [0.800, 0.950] of the default: faster")
+    assert lines[-1].endswith("1.000 [0.900, 1.100] of the default: the same")
+    monkeypatch.setattr(command, "compare", lambda *_: (1.01, 1.1, 1.2))
+    assert command.main([*arguments, "--verify"]) == 1
+    assert "SLOWER" in capsys.readouterr().out
+
+
+def test_a_butterfly_takes_part_where_it_fits():
+    shapes, machine = [Shape(48, 16, 20), Shape(64, 16, 20)], data_sheet(CPU)
+    found = problems_of(shapes, [(3, 8), (4, 8)], torch.float32, CPU, machine, ["plan"])
+    fitting = [(p.structure["n_factors"], p.sizes["features"]) for p in found]
+    assert fitting == [(3, 64), (4, 64)]  # 6 blocks are no multiple of 4, nor of 8
+
+
+def test_comparing_pairs_the_rounds():
+    world = World("fast")
+    timer = type("Timer", (), {"device": CPU, "__call__": lambda _, run: world.timer(run)})()
+    assert search.compare(world.problem, Choice((), "fast", {}), timer, 5) == (0.8, 0.8, 0.8)
 
 
 def test_a_deadline_leaves_the_rest_for_the_next_time(out, capsys):

@@ -19,13 +19,13 @@ from .. import _checks, _tuned_file
 from .._device import name_of
 from .._namespace import PACKAGE
 from .._shape_class import CLASSES
-from .._tuned import forget
+from .._tuned import Choice, forget
 from . import explain
 from .machine import measured
 from .makers import problems
 from .measure import Timer
 from .problems import Problem
-from .search import DeviceError, tune
+from .search import DeviceError, compare, tune
 from .shapes import NAMED, shapes_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--backends", nargs="+", metavar="B", help="of these backends alone")
     add("--again", action="store_true", help="measure also what the file has")
     add("--out", type=Path, help="write here, not into the cache")
+    add("--verify", action="store_true", help="time what the file says against the defaults")
     add("--explain", nargs=3, type=int, metavar=("d", "n", "N"), help="measure nothing: the model")
     options = parser.parse_args(argv)
     if options.device.type == "cuda" and options.device.index is None:
@@ -95,19 +96,16 @@ def _tune_all(options: argparse.Namespace, path: Path) -> int:
     machine = measured(device, options.dtype)
     rates = {"bytes": machine.bytes, "flops": machine.flops}
     _tuned_file.update(path, device, [], rates)
-    valid = [
-        (shape, pair)
-        for shape in options.shapes
-        for pair in options.butterfly
-        if _checks.is_valid(shape.d, pair[1], pair[0])
-    ]
-    shapes = list(dict.fromkeys(shape for shape, _ in valid))
-    found = problems(shapes, options.butterfly, options.dtype, device, machine, options.ops)
+    found = problems(options.shapes, options.butterfly, options.dtype, device, machine, options.ops)
     known = {_tuned_file.key_of(row) for row in _tuned_file.read(path, device)["choices"]}
     todo = [problem for problem in found if problem.key not in known]
     if len(todo) < len(found):
         print(f"{len(found) - len(todo)} of {len(found)} are in {path} already")
     timer, done, longest = Timer(device, machine), 0, 0.0
+    if options.verify:
+        rows = {_tuned_file.key_of(row): row for row in _tuned_file.read(path, device)["choices"]}
+        kept = [problem for problem in found if problem.key in rows]
+        return int(sum(_verify(problem, rows[problem.key], timer) for problem in kept) > 0)
     with _progress(len(todo)) as advance:
         for problem in todo:
             began = time.perf_counter()
@@ -130,6 +128,14 @@ def _tune_all(options: argparse.Namespace, path: Path) -> int:
     left = f", {len(todo) - done} left for the next time" if done < len(todo) else ""
     print(f"{done} measured in {time.perf_counter() - start:.0f} s{left}: {path}")
     return 0
+
+
+def _verify(problem: Problem, row: dict, timer: Timer) -> bool:
+    """Print the times of a choice in parts of the default's; whether it is slower beyond noise."""
+    low, middle, high = compare(problem, Choice((), row["backend"], row["config"]), timer)
+    verdict = "SLOWER" if low > 1.0 else "faster" if high < 1.0 else "the same"
+    print(f"{problem}: {middle:.3f} [{low:.3f}, {high:.3f}] of the default: {verdict}", flush=True)
+    return low > 1.0
 
 
 def _lost(problem: Problem, error: Exception) -> dict:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _backend, _native
+from .._checks import is_valid
 from .._shape_class import CLASSES
 from .._tuned import pinned
 from ..linear import RotatedLinear
@@ -34,11 +35,16 @@ def problems(
     machine: Machine,
     ops: Sequence[str] | None = None,
 ) -> list[Problem]:
-    """Everything to be tuned, each class once; ``ops``: no others than these."""
+    """Everything to be tuned, each class once; ``ops``: no others than these.
+
+    A butterfly takes part at the shapes that it fits.
+    """
     maker = _Maker(dtype, device, machine)
     found: dict[tuple, Problem] = {}
     for shape in shapes:
         for m, b in butterflies:
+            if not is_valid(shape.d, b, m):
+                continue
             for problem in maker.of(shape, m, b):
                 found.setdefault(problem.key, problem)
     if device.type == "cpu" and _native.library is not None:

@@ -23,7 +23,7 @@ class Timer:
 
     def __init__(self, device: torch.device, machine: Machine) -> None:
         self.device = device
-        n_bytes = machine.cache * (2 if device.type == "cuda" else 1)
+        n_bytes = machine.cache * (4 if device.type == "cuda" else 1)
         self._flush = torch.empty(n_bytes // 4, dtype=torch.int32, device=device)
         if device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]

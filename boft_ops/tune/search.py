@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from .. import _backend, _tuned_file
 from .._shape_class import CLASSES
 from .._tuned import SAME, Choice, forget, nearest, table_of
+from .compile import compile_ahead
 from .machine import Machine, data_sheet
 from .measure import Timer, is_faster, sets_of, take_turns
 from .problems import Problem
@@ -20,7 +21,7 @@ FIRST = 3  # calls of everyone
 FINALISTS = 4  # beside the default
 ROUNDS, MOST_ROUNDS, SECONDS = 15, 101, 0.5  # of the final; more rounds while they fit in SECONDS
 MEMORY = 2 << 30  # bytes that the sets of inputs may take
-UNITS = 4  # in the last place, that an error may exceed twice that of plain torch by
+UNITS = 2  # in the last place, that an error may exceed twice that of plain torch by
 
 
 class DeviceError(RuntimeError):
@@ -39,6 +40,9 @@ def tune(
         sets = sets_of(problem.make, MEMORY)
         default, *others = problem.candidates(sets[0], machine, backends)
         failed: list[dict[str, Any]] = []
+        if problem.device.type == "cuda":
+            tiles = [choice for choice in (default, *others) if choice.backend == "triton"]
+            compile_ahead(problem, tiles, sets[0])
         right = _Checker(problem, sets[0])
         if (fault := right.fault(default)) is not None:
             raise RuntimeError(f"{problem}: the default itself fails: {fault}")
@@ -50,14 +54,8 @@ def tune(
                 failed.append({"backend": choice.backend, "config": choice.config, "why": fault})
         del right
 
-        def run_of(choice: Choice) -> Callable[[int], object]:
-            def run(round_: int) -> object:
-                return problem.run(*sets[round_ % len(sets)])
-
-            return lambda round_: _under(problem, choice, run, round_)
-
         def timed(choices: Sequence[Choice], count: int) -> list[list[float]]:
-            return take_turns(timer, [run_of(c) for c in choices], count)
+            return take_turns(timer, [_run_of(problem, c, sets) for c in choices], count)
 
         began = time.perf_counter()
         first = [median(times) for times in timed(able, FIRST)]
@@ -85,9 +83,24 @@ def tune(
     }
 
 
-def _under(problem: Problem, choice: Choice, run: Callable[[int], object], round_: int) -> object:
-    with problem.apply(choice):
-        return run(round_)
+def _run_of(problem: Problem, choice: Choice, sets: Sequence[tuple]) -> Callable[[int], object]:
+    def run(round_: int) -> object:
+        with problem.apply(choice):
+            return problem.run(*sets[round_ % len(sets)])
+
+    return run
+
+
+def compare(
+    problem: Problem, choice: Choice, timer: Timer, rounds: int = 41
+) -> tuple[float, float, float]:
+    """Quartiles, over the rounds, of a choice's time in parts of the default's."""
+    with torch.no_grad():
+        sets = sets_of(problem.make, MEMORY)
+        both = problem.default(sets[0]), choice
+        times = take_turns(timer, [_run_of(problem, c, sets) for c in both], rounds)
+    ratios = [chosen / default for default, chosen in zip(*times, strict=True)]
+    return tuple(quantiles(ratios, n=4, method="inclusive"))
 
 
 def _us(seconds: float) -> float:

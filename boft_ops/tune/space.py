@@ -93,8 +93,9 @@ def _seconds_of_rows(op, tile, default, structure, sizes, dtype, machine: Machin
     numbers = matrix * wide / 4 if both else left * wide / 4  # what is summed up
     if op == "rotate_backward":
         numbers += left * wide / 4
-    # as compiled for sm_90: what was loaded, and half of what stays, is held too, and 40 beside tiles
-    numbers += loaded / 4 + matrix * width / 8
+    # As compiled for sm_90: what was loaded and half of what stays are held too, twice that by
+    # multiply-adds of float32, and some 40 beside the tiles.
+    numbers += (loaded / 4 + matrix * width / 8) * (1 if width == 2 else 2)
     registers = int(numbers / threads) + 40
     shared = tile.num_stages * loaded + matrix * width * (op != "gram")
     used = Resources(shared, registers, tile.num_stages * loaded, tile.num_warps)

@@ -1,0 +1,298 @@
+"""`make gpu-report`: everything that a machine with a GPU has to tell, in one command.
+
+Uses the Python that runs it: no network, no virtual environment, nothing installed. Each step has a
+process of its own and a time limit, and goes on whatever became of the one before. What there is so
+far is packed into one archive after each step, so that a run that is cut short leaves its results.
+
+python bench/gpu_report.py --quick         9 minutes
+python bench/gpu_report.py                 25 minutes
+python bench/gpu_report.py --dry-run       what it would do
+python bench/gpu_report.py --device cpu --quick --out /tmp/report      the same steps without a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+ARCHIVE = "gpu-report.tar.gz"
+TESTS = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+PEFT = "from peft.tuners.boft.layer import get_fbd_cuda; print(get_fbd_cuda())"
+SUITES = ("layer", "ops", "model")
+
+
+class Step(NamedTuple):
+    """One step of the report.
+
+    Attributes:
+        name: of its log, too.
+        command: arguments of this Python.
+        minutes: after which it is stopped.
+        skip: why it is left out, if it is.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    minutes: float
+    skip: str = ""
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="in 9 minutes instead of 25")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, help="where the archive goes (build/gpu-report)")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps alone")
+    parser.add_argument("--commit", help="that is measured, where there is no git to ask")
+    parser.add_argument("--environment", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
+    """The steps and their limits; those of 9 minutes add up to no more, nor do those of 25."""
+    gpu, quick = options.device == "cuda", options.quick
+    device, dtype = f"--device={options.device}", "bfloat16" if gpu else "float32"
+    limits = (0.3, 1.5, 1.0, 1.2, 1.6, 0.9, 1.3, 1.0) if quick else (0.5, 2, 2, 5, 7, 1.5, 3.5, 3)
+    environment, build, peers, tests, tune, ops, layer, model = limits
+    shapes = {
+        (True, True): "llama-2-7b",
+        (True, False): "llama-2-7b,llama-3-8b,dinov2-large",
+        (False, True): "64x48x32",
+        (False, False): "deberta-v3-base",
+    }[gpu, quick]
+    bench = ["bench/run.py", device, f"--dtype={'bf16' if gpu else 'fp32'}", "--keep-going"]
+    small = ["--model=quarter"] * quick if gpu else ["--shapes=64x48x32", "--rounds=3"]
+    native = _native_library()
+    return [
+        Step("environment", ("bench/gpu_report.py", "--environment", str(folder)), environment),
+        Step("build", ("-m", "boft_ops", "build"), build, native and f"there already: {native}"),
+        # else its first layer builds it, in the middle of a benchmark
+        Step("peft", ("-c", PEFT), peers, "" if gpu else "its extension is for a GPU"),
+        Step("tests", ("-m", "pytest", *TESTS, "tests" if gpu else "tests/test_ops.py"), tests),
+        Step(
+            "tune",
+            (
+                *("-m", "boft_ops.tune", device, f"--dtype={dtype}", f"--shapes={shapes}"),
+                f"--seconds={60 * tune - 20:.0f}",  # less what it takes to start
+            ),
+            tune,
+        ),
+        *(
+            Step(
+                name,
+                (
+                    *(*bench, *small, *extras, f"--suites={name}", f"--seconds={seconds}"),
+                    *(f"--minutes={0.75 * minutes:g}", f"--out={folder / name}"),
+                ),
+                minutes,
+            )
+            for name, minutes, seconds, extras in (
+                ("ops", ops, (20 if quick else 60) if gpu else 1, ()),
+                ("layer", layer, 2 if quick else 8, () if quick else (f"--extras={_extras()}",)),
+                ("model", model, 10 if quick else 40, ()),
+            )
+        ),
+    ]
+
+
+def _extras() -> str:
+    from importlib.util import find_spec
+
+    return "compiled-boft" + (",lycoris-boft" if find_spec("lycoris") else "")
+
+
+def _native_library() -> str:
+    """The library that this checkout would load, if there is one."""
+    code = "from boft_ops import _native; print(_native.library or '')"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        env=_environment(Path()),
+        capture_output=True,
+        text=True,
+    )
+    return run.stdout.strip()
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Of the steps: this checkout, and caches where one may write whatever the home folder is."""
+    environment = dict(os.environ)
+    inherited = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), inherited)))
+    environment["PYTHONUNBUFFERED"] = "1"
+    if folder != Path():
+        cache = folder / "cache"  # with what the step "tune" measured, for the benchmarks
+        environment["BOFT_OPS_CACHE"] = str(cache)
+        environment["TORCH_EXTENSIONS_DIR"] = str(cache / "extensions")
+        environment.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    return environment
+
+
+def run(step: Step, folder: Path) -> dict[str, object]:
+    """What became of a step, which never raises; its output is in a log and on the screen."""
+    print(f"==> {step.name}: at most {step.minutes:g} min", flush=True)
+    if step.skip:
+        print(step.skip)
+        return {"step": step.name, "outcome": "skipped", "why": step.skip}
+    start = time.monotonic()
+    log = folder / f"{step.name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *step.command],
+            cwd=ROOT,
+            env=_environment(folder),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a step's own children end with it
+        )
+        try:
+            code = process.wait(60 * step.minutes)
+            outcome = "done" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            outcome = f"stopped after {step.minutes:g} min"
+    tail = log.read_text(errors="replace").splitlines()[-12:]
+    seconds = time.monotonic() - start
+    print(
+        *(f"    {line}" for line in tail), f"    {outcome}, {seconds:.0f} s", sep="\n", flush=True
+    )
+    return {"step": step.name, "outcome": outcome, "seconds": round(seconds, 1)}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Interrupt, so that it writes what it has; then end it and its children."""
+    for sign, patience in ((signal.SIGINT, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(patience)
+            return
+        except (subprocess.TimeoutExpired, ProcessLookupError):
+            continue
+
+
+def write_environment(folder: Path) -> None:
+    """environment.json: the machine, the software, and the clocks as they are seen (never set)."""
+    import environment
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = environment.describe(device) | {"commit": environment.commit()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        names = ("multi_processor_count", "total_memory", "L2_cache_size", "major", "minor")
+        found["properties"] = {name: getattr(properties, name, None) for name in names}
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        seen = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        values = map(str.strip, seen.split(","))
+        found["nvidia-smi"] = dict(zip(QUERY.split(","), values, strict=False))
+    text = json.dumps(found, indent=2)
+    (folder / "environment.json").write_text(text + "\n")
+    print(text)
+
+
+def collect(work: Path, outcomes: list[dict[str, object]], place: Path) -> list[Path]:
+    """Put what there is where it is committed, and render the page; returns the files."""
+    sys.path.insert(0, str(ROOT))  # for boft_ops, which need not be installed
+    import run as bench
+    from environment import slug
+    from results import Results
+
+    written = []
+    parts = [path for name in SUITES for path in sorted((work / name).glob("*.json"))]
+    if parts:
+        contents = [json.loads(path.read_text()) for path in parts]
+        merged = contents[0] | {"benchmarks": [b for c in contents for b in c["benchmarks"]]}
+        text = json.dumps(merged, indent=1)
+        found = Results.load_text(text)
+        home = place / "bench" / "results" / slug(found.machine["device"])
+        path = bench.write(found, text, home)
+        written += [path, path.with_suffix(".csv")]
+        if (work / bench.MACHINE).is_file():
+            written.append(Path(shutil.copy(work / bench.MACHINE, home)))
+        images = place / "docs" / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        bench.publish(place / "bench" / "results", place / "docs")
+        written += [place / "docs" / "benchmarks.md", *sorted(images.glob("bench_layer_*"))]
+    for tuned in (work / "cache" / "tuned").glob("*.json"):
+        configs = place / "boft_ops" / "configs"
+        configs.mkdir(parents=True, exist_ok=True)
+        written.append(Path(shutil.copy(tuned, configs)))
+    return written
+
+
+def pack(out: Path, work: Path, place: Path, written: Sequence[Path]) -> Path:
+    """One archive: unpacked at the root of the repository, results and configs are in place."""
+    archive = out / ARCHIVE
+    aside = out / f".{ARCHIVE}"
+    with tarfile.open(aside, "w:gz") as tar:
+        for path in written:
+            tar.add(path, path.relative_to(place))
+        for path in sorted((*work.glob("*.log"), work / "report.json")):
+            if path.is_file():
+                tar.add(path, Path("build") / "gpu-report" / path.name)
+    aside.replace(archive)
+    return archive
+
+
+def report(options: argparse.Namespace) -> int:
+    """All steps; 0 if every one of them was done or had a reason not to be."""
+    out = options.out or ROOT / "build" / "gpu-report"
+    with tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch:
+        work = Path(scratch)
+        if options.commit:
+            os.environ["BOFT_OPS_BENCH_COMMIT"] = options.commit
+        todo = steps(options, work)
+        if options.dry_run:
+            for step in todo:
+                note = f" (skipped: {step.skip})" if step.skip else ""
+                print(f"{step.minutes:4.1f} min  {step.name}: {' '.join(step.command)}{note}")
+            return 0
+        out.mkdir(parents=True, exist_ok=True)
+        # a run without a GPU must not pass for results of this repository
+        place = ROOT if options.device == "cuda" and os.access(ROOT, os.W_OK) else work / "place"
+        if place != ROOT:
+            shutil.copytree(ROOT / "bench" / "results", place / "bench" / "results")
+        outcomes: list[dict[str, object]] = []
+        for step in todo:
+            outcomes.append(run(step, work))
+            (work / "report.json").write_text(json.dumps(outcomes, indent=2) + "\n")
+            try:
+                written = collect(work, outcomes, place)
+            except Exception as error:  # half a result: the next step may still say something
+                outcomes.append({"step": f"after {step.name}", "outcome": f"failed: {error!r}"})
+                written = []
+            archive = pack(out, work, place, written)
+        shutil.copy(work / "report.json", out)
+    for outcome in outcomes:
+        print(f"{outcome['step']:<12} {outcome['outcome']}  {outcome.get('seconds', '')}")
+    print(f"everything is in {archive}")
+    return int(any(str(o["outcome"]).startswith(("failed", "stopped")) for o in outcomes))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
+    if options.environment:
+        write_environment(options.environment)
+        return 0
+    return report(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Layers of others, and the layer that one would write without this package."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class PlainBOFT(nn.Module):
+    """y = scale * (x R W^T) + bias in plain torch: a solve, then factor after factor.
+
+    It rotates the activations, as ours does; no permutation matrix is made.
+    """
+
+    def __init__(self, base: nn.Linear, n_factors: int, block_size: int) -> None:
+        super().__init__()
+        self.base, self.block_size = base, block_size
+        packed = block_size * (block_size - 1) // 2
+        shape = n_factors, base.in_features // block_size, packed
+        self.skew = nn.Parameter(torch.zeros(shape, device=base.weight.device))
+        self.scale = nn.Parameter(torch.ones(base.out_features, device=base.weight.device))
+
+    def blocks(self) -> torch.Tensor:
+        b = self.block_size
+        i, j = torch.triu_indices(b, b, 1, device=self.skew.device)
+        upper = self.skew.new_zeros(*self.skew.shape[:2], b, b)
+        upper[:, :, i, j] = self.skew
+        q = upper - upper.mT
+        eye = torch.eye(b, device=q.device)
+        return torch.linalg.solve(eye - q, eye + q)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, d = x.shape
+        b, blocks = self.block_size, self.blocks().to(x.dtype)
+        for i in reversed(range(len(blocks))):
+            # blocks of two chunks of b / 2 features, 2^i chunks apart
+            runs = x.view(rows, d // (b << i), 2, 1 << i, b // 2).transpose(2, 3)
+            mixed = torch.einsum("nke,kef->nkf", runs.reshape(rows, d // b, b), blocks[i])
+            x = mixed.view(rows, d // (b << i), 1 << i, 2, b // 2).transpose(2, 3).reshape(rows, d)
+        return F.linear(x, self.base.weight) * self.scale.to(x.dtype) + self.base.bias
+
+
+def has_lycoris() -> bool:
+    return importlib.util.find_spec("lycoris") is not None
+
+
+class LycorisBOFT(nn.Module):
+    """LyCORIS' layer over the weight of ``base``.
+
+    Attributes:
+        m, b: its number of factors, and its block size: the largest up to ``block_size`` that it
+            finds for the outputs.
+    """
+
+    def __init__(self, base: nn.Linear, block_size: int) -> None:
+        super().__init__()
+        from lycoris.modules.boft import ButterflyOFTModule
+
+        self.linear = nn.Linear(base.in_features, base.out_features, device="meta")
+        self.linear.weight, self.linear.bias = base.weight, base.bias
+        self.adapter = ButterflyOFTModule("boft", self.linear, 1.0, block_size, 1.0)
+        self.adapter.to(base.weight.device)
+        self.adapter.apply_to()  # the forward of the linear is the adapter's from here on
+        self.m, self.b = self.adapter.boft_m, self.adapter.block_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
