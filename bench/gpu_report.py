@@ -7,7 +7,7 @@ far is packed into one archive after each step, so that a run that is cut short 
 python bench/gpu_report.py --quick         9 minutes
 python bench/gpu_report.py                 25 minutes
 python bench/gpu_report.py --dry-run       what it would do
-python bench/gpu_report.py --device cpu --quick --out /tmp/report      the same steps without a GPU
+python bench/gpu_report.py --device cpu --quick       the same steps without a GPU
 """
 
 from __future__ import annotations
