@@ -12,12 +12,11 @@ from . import _paths
 _paths.mount_triton(__name__)
 _paths.hide_phantom_triton()
 
-from ._layer import MultiplicativeDropout  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .adapter_file import load_adapter, save_adapter  # noqa: E402
 from .butterfly import butterfly_matmul  # noqa: E402
 from .cayley import cayley  # noqa: E402
-from .dropout import multiplicative_dropout  # noqa: E402
+from .dropout import MultiplicativeDropout, multiplicative_dropout  # noqa: E402
 from .indexed import butterfly_matmul_indexed  # noqa: E402
 from .kaleidoscope import kaleidoscope_matmul  # noqa: E402
 from .layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402

@@ -97,16 +97,19 @@ class Op:
             return self.launcher()(*args)  # the interpreter; the raw op has the C++ kernel there
         return self.raw(*args)
 
-    def _chosen(self, args: tuple) -> str:
-        """What was measured to be best for such a call, or what serves the device by default."""
-        measured = _tuned.backend(self, args)
+    def _chosen(self, args: tuple, measure: bool = True) -> str:
+        """What was measured to be best for such a call, or what serves the device by default.
+
+        ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now.
+        """
+        measured = _tuned.backend(self, args, measure)
         if measured and measured not in self.missing:
             return measured
         return self.serving.get(args[0].device.type, "reference")
 
     def _cuda(self, *args):
         """What the raw op runs on CUDA tensors: one of two sets of kernels, or the reference."""
-        backend = _forced or self.serving["cuda"]
+        backend = _forced or self._chosen(args, measure=False)  # maybe inside a compiled graph
         there = backend in ("triton", "cuda") and backend not in self.missing
         if not there or not self._supports.get(backend, lambda *_: True)(*args):
             return self.reference(*args)

@@ -167,8 +167,11 @@ def lookup(
     return choice
 
 
-def backend(op: Op, args: tuple) -> str | None:
-    """The backend that was measured to be best for a call of an operator, if it was."""
+def backend(op: Op, args: tuple, measure: bool = True) -> str | None:
+    """The backend that was measured to be best for a call of an operator, if it was.
+
+    ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now.
+    """
     device = args[0].device
     compiling = torch.compiler.is_compiling()
     if not compiling and _pinned is None and not _on_first_use and not tables(device):
@@ -180,7 +183,7 @@ def backend(op: Op, args: tuple) -> str | None:
         structure = tuple(map(operator.index, classes.of(*args)[0]))
         place = device.type, device.index, str(args[0].dtype)
         return _backend_in_graph(op.name, *place, *structure)
-    if _pinned is None and _on_first_use:
+    if measure and _pinned is None and _on_first_use:
         _measure_unknown(op, args, classes)
     choice = lookup(op.name, device, args[0].dtype, *classes.of(*args))
     return None if choice is None else choice.backend

@@ -231,6 +231,22 @@ def test_a_backend_is_a_constant_of_one_graph_for_any_rows(tuned_cache):
     assert not any("rotate" in name for name in called())
 
 
+def test_a_gpu_runs_the_measured_set_of_kernels(tuned_cache, monkeypatch):
+    """Of CUDA and Triton kernels that are both there; of a compiled graph, when it runs."""
+    monkeypatch.setattr(rotate_rows, "missing", {})
+    monkeypatch.setattr(rotate_rows, "serving", {"cpu": "cuda"})  # the tensors are a CPU's
+    monkeypatch.setattr(rotate_rows, "_native", lambda: lambda *_: "cuda")
+    monkeypatch.setattr(rotate_rows, "launcher", lambda: lambda *_: "triton")
+    args = torch.randn(64, 64), torch.randn(4, 16, 16), 16, 1, False
+    assert rotate_rows._cuda(*args) == "cuda"
+    keep(row("triton"))
+    assert rotate_rows._cuda(*args) == "triton"
+    with _backend.force("cuda"):
+        assert rotate_rows._cuda(*args) == "cuda"
+    keep(row("reference"))
+    torch.testing.assert_close(rotate_rows._cuda(*args), rotate_rows.reference(*args))
+
+
 def test_a_plan_has_the_measured_number_of_stages(tuned_cache):
     x, blocks = torch.randn(5, 256), cayley(0.1 * torch.randn(4, 32, 28))
     before = butterfly_matmul(x, blocks)

@@ -4,7 +4,7 @@
     python docs/paper/figure5.py --seeds 3    # fewer matrices
     python docs/paper/figure5.py --resume     # go on where an interrupted run stopped
     python docs/paper/figure5.py --plot       # only the figure and the claims, from the CSV files
-    python docs/paper/figure5.py --quick --out /tmp/figure5
+    python docs/paper/figure5.py --quick --out build/paper/figure5
 
 Every matrix is approximated by BOFT(m, b) for every b and every m up to dense, by as many
 block-diagonal factors with shuffles between them, and by the identity plus a matrix of low rank.

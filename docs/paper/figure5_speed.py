@@ -1,7 +1,7 @@
 """What Figure 5 costs with the package's kernels, and with dense d x d matrices.
 
     python docs/paper/figure5_speed.py
-    python docs/paper/figure5_speed.py --quick --out /tmp/figure5
+    python docs/paper/figure5_speed.py --quick --out build/paper/figure5
 
 Two ways of fitting, each both ways and measured in turn: a sweep of block coordinate ascent, as in
 figure5.py, and a step of gradient descent (forward and backward of tr(R^T A) from the parameters).

@@ -2,7 +2,7 @@
 
     python docs/paper/theorem1.py
     python docs/paper/theorem1.py --plot    # only the figure and the claims, from the CSV files
-    python docs/paper/theorem1.py --quick --out /tmp/theorem1
+    python docs/paper/theorem1.py --quick --out build/paper/theorem1
 
 First exactly: parameters of R_G are computed for rotations of d features, those of the theorem's
 proof with l = d - 1 levels. Then by optimisation: how few levels do for a random rotation.

@@ -1,7 +1,7 @@
 """Section 3 of the paper: factorisations as graphs, their edges, and how many parameters count.
 
 python docs/paper/transmission.py
-python docs/paper/transmission.py --quick --out /tmp/transmission
+python docs/paper/transmission.py --quick --out build/paper/transmission
 """
 
 from pathlib import Path
