@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from . import _checks
-from ._layer import MultiplicativeDropout
 from .cayley import cayley
+from .dropout import MultiplicativeDropout
 
 
 class LinearAdapter(nn.Module):
