@@ -69,7 +69,7 @@ def test_figure5_low_rank_is_the_best_of_its_rank():
 
 
 def test_figure5_claims_can_fail():
-    point = _figure5.Point(parameters=10, error=0.5, seeds=1, spread=0.0)
+    point = _figure5.Point(parameters=10, error=0.5, at_half=0.5, seeds=1, sweeps="50")
     structures = (*_figure5.BETTER[64], *_figure5.AS_GOOD[64])
     with pytest.raises(AssertionError, match="DOES NOT HOLD"):
         _figure5.check_claims({("boft", *s): point for s in structures}, 64)

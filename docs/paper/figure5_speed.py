@@ -6,7 +6,8 @@
 Two ways of fitting, each both ways and measured in turn: a sweep of block coordinate ascent, as in
 figure5.py, and a step of gradient descent (forward and backward of tr(R^T A) from the parameters).
 The dense versions hold every factor as a d x d matrix and multiply by BLAS, one matrix after
-another; the arithmetic they have in common, on the blocks, is the same code.
+another; the arithmetic they have in common, on the blocks, is the same code. One thread, as each
+process of figure5.py has: two threads made either version slower now and then, by much.
 """
 
 import time
@@ -136,9 +137,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     d, rounds = (64, 2) if args.quick else (512, 15)
     structures = [(6, 2), (4, 4)] if args.quick else [(9, 2), (6, 4), (2, 16), (6, 16), (5, 32)]
-    rows = [row for m, b in structures for row in compare(d, m, b, rounds)]
-    write_csv(folder / DATA, rows)
-    write_log(folder / "figure5_speed.log", clock)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = [row for m, b in structures for row in compare(d, m, b, rounds)]
+        write_csv(folder / DATA, rows)
+        write_log(folder / "figure5_speed.log", clock)
+    finally:
+        torch.set_num_threads(threads)
     print("\n".join(report(folder)))
     if folder == OUTPUTS:
         fill(HERE / "figure5.md", "speed", report(folder))
