@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .config_rotate import config_for
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
-from .rotate import PROGRAMS, _launch, _n_tiles, _structure
+from .rotate import PROGRAMS, _launch, _n_tiles, _tile
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_adapters", "rows_per_program"])
@@ -72,7 +71,7 @@ def rotate_indexed(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    tile = config_for("rotate_indexed", **_structure(x, size, chunk, stride))
+    tile = _tile("rotate_indexed", x, size, chunk, stride)
     n_tiles = _n_tiles(tile, d, size, tile.columns)
     row_tiles = triton.cdiv(n, tile.rows)
     rows = tile.rows * max(1, min(8, n_tiles * row_tiles // PROGRAMS))
