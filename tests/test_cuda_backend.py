@@ -30,7 +30,7 @@ def gpu(test):
 def test_what_the_raw_op_runs_on_cuda_tensors(monkeypatch, triton, forced, expected):
     op, ran = _backend._ops["cayley"], []
     monkeypatch.setattr(op, "missing", {} if triton else {"triton": "not installed"})
-    monkeypatch.setattr(op, "serving", {"cuda": "triton" if triton else "cuda"})
+    monkeypatch.setattr(op, "serving", {"cpu": "triton" if triton else "cuda"})  # the tensors'
     monkeypatch.setattr(op, "reference", lambda *_: ran.append("reference"))
     monkeypatch.setattr(op, "launcher", lambda: lambda *_: ran.append("triton"))
     monkeypatch.setattr(op, "_native", lambda: lambda *_: ran.append("cuda"))
@@ -44,7 +44,9 @@ def test_every_op_with_a_triton_kernel_has_a_cuda_kernel_but_for_serving():
     text = (_paths.csrc() / "binding_ops.h").read_text()
     listed = text[text.index("#define BOFT_CUDA_OPS") :]
     triton = {name for name, op in _backend._ops.items() if op._triton is not None}
-    assert {name for name in _backend._ops if f"OP({name})" in listed} == triton - {"rotate_indexed"}
+    assert {name for name in _backend._ops if f"OP({name})" in listed} == triton - {
+        "rotate_indexed"
+    }
 
 
 @gpu
