@@ -216,4 +216,6 @@ def rotate_indexed(
 ) -> torch.Tensor:
     """x (..., d) through the composed stages (A, d/size, size, size) that ``index`` (N,) names."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return RotateIndexed.apply(rows, index, transpose, plan, *matrices).reshape(x.shape)
+    # as in ``rotate``
+    function = RotateIndexed.apply if torch.is_grad_enabled() else RotateIndexed.forward
+    return function(rows, index, transpose, plan, *matrices).reshape(x.shape)

@@ -237,4 +237,7 @@ def rotate(
 ) -> torch.Tensor:
     """x (..., d) times the composed stages (or the transposed product), in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return Rotate.apply(rows, transpose, plan, *matrices).reshape(x.shape)
+    # Without grad not through the Function: of one with a varying number of arguments Dynamo takes
+    # the first for a context then.
+    function = Rotate.apply if torch.is_grad_enabled() else Rotate.forward
+    return function(rows, transpose, plan, *matrices).reshape(x.shape)

@@ -227,6 +227,16 @@ def test_properties(m, b, groups, n, seed):
     torch.testing.assert_close(butterfly_matmul(alone, blocks)[:, :span], y[:, :span])
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("m", "b", "d"), [(2, 8, 48), (7, 8, 512)])  # one stage and two
+def test_compiled_without_gradients(m, b, d, transpose):
+    x, blocks = torch.randn(4, d), random_blocks(m, b, d, torch.float32, orthogonal=True)
+    compiled = torch.compile(butterfly_matmul, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        expected = butterfly_matmul(x, blocks, transpose=transpose)
+        torch.testing.assert_close(compiled(x, blocks, transpose=transpose), expected)
+
+
 def test_saved_for_backward():
     x = torch.randn(1000, 512, requires_grad=True)
     saved = []
