@@ -96,7 +96,7 @@ def draw_mask(
     generator: torch.Generator | None,
 ) -> torch.Tensor | None:
     """Which blocks to drop, a boolean (m, n_blocks); None if that is none of them."""
-    n_components, n_dropped = _count(p_component, m), _count(p_block, n_blocks)
+    n_components, n_dropped = count(p_component, m), count(p_block, n_blocks)
     if n_components == 0 or n_dropped == 0:
         return None
     drop = _draw((m, n_blocks), n_dropped, device, generator)
@@ -105,7 +105,7 @@ def draw_mask(
     return drop
 
 
-def _count(p: float, n: int) -> int:
+def count(p: float, n: int) -> int:
     """floor(p n), where p n is a whole number in decimal: 0.29 * 100 is 28.999999999999996."""
     return math.floor(p * n + 1e-9)
 

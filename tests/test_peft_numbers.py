@@ -216,6 +216,14 @@ def test_the_parameter_as_skew():
     torch.testing.assert_close(boft_skew(boft_blocks(skew)), skew)
 
 
+def test_the_parameter_as_skew_first_in_inference_mode():
+    """What is kept from the first call must not forbid gradients of later ones."""
+    a = torch.randn(1, 2, 10, 10, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        boft_skew(a)
+    assert torch.autograd.gradgradcheck(boft_skew, a)
+
+
 def test_gradients_of_gradients():
     """Through a whole layer."""
     model = accelerate(tuned(mlp()[0], boft(["0"]))).double()

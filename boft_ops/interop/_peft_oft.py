@@ -7,9 +7,7 @@ from peft.tuners.oft import layer as peft_oft
 
 from ..rotation import GIVEN
 from ._peft_layer import Adapter, Rotated, RotatedInput, RotatedKernel
-from ._peft_parameters import oft_skew
-
-TERMS = 5  # of the series that is "neumann5"
+from ._peft_parameters import TERMS, oft_skew
 
 
 class OftRotated(Rotated):

@@ -15,6 +15,8 @@ import torch
 from .._checks import block_size_from_packed
 from ..cayley import pack, unpack
 
+TERMS = 5  # of PEFT OFT's default series, which is ``neumann5``
+
 
 class _Entries(NamedTuple):
     """Where the packed numbers of b x b blocks lie among their b * b.
@@ -34,11 +36,13 @@ class _Entries(NamedTuple):
 @lru_cache(maxsize=64)
 def _entries(b: int, device: torch.device, dtype: torch.dtype) -> _Entries:
     """Made once: dozens of layers in every step would spend more on them than on the blocks."""
-    i, j = torch.triu_indices(b, b, 1, device=device)
-    numbers = torch.arange(1, len(i) + 1, device=device, dtype=torch.float64)
-    square = unpack(numbers).flatten()
-    packed = (square.abs().long() - 1).clamp(min=0)
-    return _Entries(i * b + j, j * b + i, packed, -0.5 * square.sign().to(dtype))
+    # not in inference mode, in which the first call may be: no gradient could be taken around them
+    with torch.inference_mode(False):
+        i, j = torch.triu_indices(b, b, 1, device=device)
+        numbers = torch.arange(1, len(i) + 1, device=device, dtype=torch.float64)
+        square = unpack(numbers).flatten()
+        packed = (square.abs().long() - 1).clamp(min=0)
+        return _Entries(i * b + j, j * b + i, packed, -0.5 * square.sign().to(dtype))
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

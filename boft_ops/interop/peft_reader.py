@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ._peft_parameters import boft_skew, oft_skew
+from ._peft_parameters import TERMS, boft_skew, oft_skew
 from .adapter import Adapter, LayerAdapter, Shapes, described
 from .files import read_json, read_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _FOREIGN = re.compile(r"(^|\.)\w*(oft|lora)_\w+(\.|$)")  # parameters of any tuner that are left
-TERMS = 5  # of PEFT's default series, which is ``neumann5``
 
 
 def read(path: Path, shapes: Shapes) -> Adapter:

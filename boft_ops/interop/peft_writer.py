@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ._peft_parameters import boft_blocks, oft_skew
+from ..dropout import count
+from ._peft_parameters import TERMS, boft_blocks, oft_skew
 from .adapter import Adapter, LayerAdapter
 from .files import write_folder
-from .peft_reader import CONFIG, PREFIX, TERMS, WEIGHTS
+from .peft_reader import CONFIG, PREFIX, WEIGHTS
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -108,7 +109,7 @@ def _write_boft(
 
 def _dropout(layer: LayerAdapter) -> float:
     """PEFT's one probability: of the blocks, in exactly one factor."""
-    chosen = int(layer.p_component * layer.n_factors)
+    chosen = count(layer.p_component, layer.n_factors)
     if chosen > 1 and layer.p_block:
         raise ValueError(
             f"PEFT drops blocks of one factor at a time, got p_component={layer.p_component}, "
