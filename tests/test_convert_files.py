@@ -190,6 +190,20 @@ def test_options_that_do_not_fit_the_tensors(change, tmp_path):
     refused(source, tmp_path)
 
 
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_kaleidoscope_is_no_butterfly(forged, tmp_path):
+    """Nor is a butterfly that calls itself one."""
+    source = tmp_path / "ours.safetensors"
+    more = {} if forged else {"kaleidoscope": 1}
+    save_adapter(adapt(nn.Sequential(nn.Linear(16, 8)), ["0"], block_size=4, **more), source)
+    if forged:
+        metadata = metadata_of(source)
+        layers = json.loads(metadata["layers"])
+        layers["0"]["kaleidoscope"] = 1
+        save_file(load_file(source), source, metadata | {"layers": json.dumps(layers)})
+    refused(source, tmp_path, "0: kaleidoscope: expected a butterfly")
+
+
 BASES = ["[]", '{"0": 3}', '{"0": ["Linear"]}', '{"0": ["Linear", "8"]}', '{"0": ["os", 8]}',
          '{"0": ["Linear", true]}', '{"0": ["Linear", -8]}', "{",
          '{"0": ["Linear", 9]}']  # fmt: skip

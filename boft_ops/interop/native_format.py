@@ -23,6 +23,11 @@ def read(
     others = dict(tensors)
     layers = {}
     for name, options in config.items():
+        if "kaleidoscope" in options:
+            raise ValueError(
+                f"{path}: {name}: kaleidoscope: expected a butterfly, got a product of several, "
+                "which no other format has"
+            )
         prefix = f"{name}." if name else ""
         skew, scale = others.pop(f"{prefix}skew", None), others.pop(f"{prefix}scale", None)
         if skew is None or skew.dim() != 3:
