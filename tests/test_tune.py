@@ -353,6 +353,8 @@ def test_an_interrupted_run_goes_on(out, monkeypatch, capsys):
     assert f"1 of 3 are in {out} already" in capsys.readouterr().out
     assert command.main([*arguments, "--again"]) == 0
     assert asked[4:] == ["rotate", "gram", "scale_backward"]
+    assert command.main([*TINY, f"--out={out}", "--ops", "gram", "--again"]) == 0
+    assert {row["op"] for row in rows_of(out)} == {"rotate", "gram", "scale_backward"}
 
 
 def test_what_was_chosen_is_timed_against_the_default(out, monkeypatch, capsys):

@@ -84,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("--device cuda: torch sees no GPU", file=sys.stderr)
         return 1
     path = options.out or _tuned_file.user_file(options.device)
-    if options.again:
-        path.unlink(missing_ok=True)
     return _tune_all(options, path)
 
 
@@ -98,7 +96,7 @@ def _tune_all(options: argparse.Namespace, path: Path) -> int:
     _tuned_file.update(path, device, [], rates)
     found = problems(options.shapes, options.butterfly, options.dtype, device, machine, options.ops)
     known = {_tuned_file.key_of(row) for row in _tuned_file.read(path, device)["choices"]}
-    todo = [problem for problem in found if problem.key not in known]
+    todo = [problem for problem in found if options.again or problem.key not in known]
     if len(todo) < len(found):
         print(f"{len(found) - len(todo)} of {len(found)} are in {path} already")
     timer, done, longest = Timer(device, machine), 0, 0.0
