@@ -35,7 +35,7 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-triton-3.6 sanitize cuda cuda-memcheck bench gpu-report docs lint format build clean distclean
+.PHONY: help setup demo test test-triton-3.6 sanitize cuda cuda-memcheck bench paper gpu-report docs lint format build clean distclean
 
 help:
 	@echo 'make demo       finetune a real model with frozen features, LoRA, OFT and BOFT, side by side'
@@ -66,6 +66,7 @@ test: $(STAMPS)/test
 # A copy of the package with an instrumented library. -s: what a sanitizer says must not be captured
 # by a pytest that it is about to kill. Python itself leaks on purpose.
 SANITIZE  := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+PRELOAD   := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)"
 SANITIZED := build/sanitized
 sanitize: $(STAMPS)/test
 	$(call say,compiling csrc/ with sanitizers)
@@ -76,7 +77,7 @@ sanitize: $(STAMPS)/test
 	@cd $(SANITIZED) && CXX=g++ CXXFLAGS='-O1 -g $(SANITIZE)' LDFLAGS='$(SANITIZE)' \
 	  BOFT_OPS_FORCE_EXT=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  $(PRELOAD) \
 	  $(abspath $(PY)) -m pytest -q -s -p no:cacheprovider tests/test_native.py $(ARGS)
 
 # Without a GPU. `make test` has the emulated tests too; here they run under sanitizers.
@@ -86,7 +87,7 @@ cuda: $(STAMPS)/test
 	$(call say,emulating the CUDA kernels under sanitizers)
 	@PYTHONPATH=. $(PY) tests/cuda_emulation.py $(EMULATED) $(SANITIZE)
 	ASAN_OPTIONS=detect_leaks=0 BOFT_EMULATED_LIBRARY=$(EMULATED)/libboft_emulated.so \
-	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  $(PRELOAD) \
 	  $(PY) -m pytest -q -s -p no:cacheprovider tests/test_cuda.py $(ARGS)
 
 # Needs a GPU, and a library with CUDA kernels. memcheck: accesses outside of allocations; racecheck:
@@ -99,7 +100,6 @@ cuda-memcheck: $(STAMPS)/test
 test-triton-3.6: $(STAMPS)/triton-3.6
 	$(VENV)/triton-3.6/bin/python -m pytest tests/test_triton_compile.py tests/test_triton_small.py tests/test_triton_rotate.py $(ARGS)
 
-.PHONY: paper
 paper: $(STAMPS)/paper $(STAMPS)/demo $(STAMPS)/data
 	@for script in $(PAPER); do echo "==> $$script"; $(PY) $$script $(ARGS) || exit 1; done
 

@@ -111,7 +111,7 @@ class Op:
         """What the raw op runs on CUDA tensors: one of two sets of kernels, or the reference."""
         backend = _forced or self._chosen(args, measure=False)  # maybe inside a compiled graph
         there = backend in ("triton", "cuda") and backend not in self.missing
-        if not there or not self._supports.get(backend, lambda *_: True)(*args):
+        if not there or not self.takes(backend, args):
             return self.reference(*args)
         return self.launcher()(*args) if backend == "triton" else self._native()(*args)
 

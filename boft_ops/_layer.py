@@ -28,6 +28,19 @@ def _exactly(method: Callable) -> Callable:
     return wrapper
 
 
+def adapter_options(adapter: object, dropout: object) -> dict[str, int | float | str | bool]:
+    """The options of a rotation and its scale, whatever holds them, and of their dropout."""
+    return {
+        "block_size": adapter.block_size,
+        "n_factors": adapter.n_factors,
+        "side": adapter.side,
+        "scale": adapter.scale is not None,
+        "p_component": dropout.p_component,
+        "p_block": dropout.p_block,
+        "method": adapter.method,
+    }
+
+
 class BOFTLayer(nn.Module):
     """What BOFTLinear and BOFTConv2d share: the rotation of a frozen weight seen as (n, d).
 
@@ -129,15 +142,8 @@ class BOFTLayer(nn.Module):
 
     def options(self) -> dict[str, int | float | str | bool]:
         """The keyword arguments of BOFTLinear or BOFTConv2d that make another layer like this."""
-        return {
-            "block_size": self.block_size,
-            "n_factors": self.n_factors,
-            "side": self.side,
-            "scale": self.scale is not None,
-            "p_component": self.dropout.p_component,
-            "p_block": self.dropout.p_block,
-            "method": self.method,
-        } | ({"kaleidoscope": self.kaleidoscope} if self.kaleidoscope else {})
+        more = {"kaleidoscope": self.kaleidoscope} if self.kaleidoscope else {}
+        return adapter_options(self, self.dropout) | more
 
     def base_kind(self) -> tuple[str, int]:
         """What is rotated: torch's layer, and its outputs."""

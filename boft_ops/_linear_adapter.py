@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from . import _checks
+from ._layer import adapter_options
 from .cayley import cayley
 from .dropout import MultiplicativeDropout
 
@@ -18,7 +19,7 @@ class LinearAdapter(nn.Module):
         scale: (n,), ones at first, or None.
     """
 
-    merged, n_identity = False, 0  # as BOFTLayer has them; here they never change
+    side, merged, n_identity = "in", False, 0  # as BOFTLayer has them; here they never change
 
     def __init__(
         self,
@@ -57,15 +58,7 @@ class LinearAdapter(nn.Module):
 
     def options(self) -> dict[str, int | float | str | bool]:
         """The keyword arguments that make another one like this."""
-        return {
-            "block_size": self.block_size,
-            "n_factors": self.n_factors,
-            "side": "in",
-            "scale": self.scale is not None,
-            "p_component": self.dropout.p_component,
-            "p_block": self.dropout.p_block,
-            "method": self.method,
-        }
+        return adapter_options(self, self.dropout)
 
     def base_kind(self) -> tuple[str, int]:
         """What is rotated: torch's layer, and its outputs."""

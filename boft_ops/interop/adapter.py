@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import _checks
+from .._layer import adapter_options
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,7 @@ class LayerAdapter:
 
     def options(self) -> dict[str, int | float | str | bool]:
         """The keyword arguments of a BOFT layer for this adapter."""
-        return {
-            "block_size": self.block_size,
-            "n_factors": self.n_factors,
-            "side": self.side,
-            "scale": self.scale is not None,
-            "p_component": self.p_component,
-            "p_block": self.p_block,
-            "method": self.method,
-        }
+        return adapter_options(self, self)
 
 
 @dataclass(frozen=True)
