@@ -73,8 +73,8 @@ def main() -> None:
             )
             for name in NAMES:
                 ratio, low, high = summary(ratios(durations, name, NAMES[0]))
-                best = 1e6 * sorted(durations[name].values())[len(durations[name]) // 2]
-                table.append([adapters, rows, run, name, f"{best:.0f}", f"{ratio:.2f}",
+                middle = 1e6 * sorted(durations[name].values())[len(durations[name]) // 2]
+                table.append([adapters, rows, run, name, f"{middle:.0f}", f"{ratio:.2f}",
                               f"{low:.2f}", f"{high:.2f}"])  # fmt: skip
                 print(*table[-1], sep="\t")
     if options.dry_run:
