@@ -157,7 +157,8 @@ def _fits(layer: BOFTLayer) -> bool:
 
 def shared_rotation(layer: BOFTLayer) -> torch.Tensor | None:
     """The rotation that was computed for this layer and this step, if there is one."""
-    if not _shared or torch.compiler.is_compiling():
+    # first whether it is a graph that is made: Dynamo would guard on what other models share
+    if torch.compiler.is_compiling() or not _shared:
         return None
     shared = _shared.get(layer)
     if shared is None or not _fits(layer) or shared.version != layer.skew._version:

@@ -1,10 +1,12 @@
 """Rotations of many layers in one launch, and the hook that computes a model's so."""
 
 import copy
+import gc
 import pickle
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from boft_ops import (
@@ -205,6 +207,21 @@ def test_compiled_models_compute_their_own():
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_a_compiled_model_does_not_look_at_those_of_others():
+    """Which may be freed at any time, also between its tracing and its guards."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    other, net, x = model(), model(), torch.randn(3, 32, dtype=torch.float64)
+    Together(other)
+    other(x)
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    compiled(x)
+    del other
+    gc.collect()
+    compiled(x)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(
