@@ -92,6 +92,7 @@ TILES = {
     ),
     ("gram", "float32"): (
         (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=2)),
         (256, Tile(1, 16, 64, 32, num_warps=4, num_stages=2)),
     ),
     ("gram", "float64"): (

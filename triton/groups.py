@@ -38,11 +38,8 @@ def program(d, SIZE: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, BANDS: 
 
     Neighbouring programs take neighbouring columns, so that they read rows together.
     """
-    if BANDS == 1:
-        n_tiles = d // SIZE * PARTS
-    else:
-        width: tl.constexpr = BANDS * (W // SIZE * SIZE)
-        n_tiles = (d + width - 1) // width
+    width: tl.constexpr = BANDS * (W // SIZE * SIZE if W >= SIZE else SIZE)
+    n_tiles = (d + width - 1) // width * PARTS
     tile = tl.program_id(0) % n_tiles
     turn = (tl.program_id(0) // n_tiles).to(tl.int64)
     return tile // PARTS, tile % PARTS, turn
@@ -52,20 +49,31 @@ def program(d, SIZE: tl.constexpr, PARTS: tl.constexpr, W: tl.constexpr, BANDS: 
 def positions(tile, offset, d, SIZE: tl.constexpr, W: tl.constexpr, BANDS: tl.constexpr):
     """Positions of a run, and which of them exist.
 
-    BANDS == 1: ``tile`` is a group, and the run starts ``offset`` entries into it. Otherwise a band
-    holds as many whole groups as fit.
+    A band holds as many whole groups as fit; of a larger group (``tile``) the run starts ``offset``
+    entries into it.
     """
     lane = offset + tl.arange(0, W)
-    if BANDS == 1:
+    if W < SIZE:
         position = tile * SIZE + lane
         inside = lane < SIZE
     else:
         step: tl.constexpr = W // SIZE * SIZE
-        position = (tile * BANDS + tl.arange(0, BANDS)[:, None]) * step + lane[None, :]
+        if BANDS == 1:
+            position = tile * step + lane
+        else:
+            position = (tile * BANDS + tl.arange(0, BANDS)[:, None]) * step + lane[None, :]
         inside = position < d
         if step < W:
-            inside = inside & (lane < step)[None, :]
+            inside = inside & (lane < step if BANDS == 1 else (lane < step)[None, :])
     return position, inside
+
+
+@triton.jit
+def same_group(inner, column, inside, SIZE: tl.constexpr, W: tl.constexpr):
+    """Of the entries of a tile of the stage that exist, those of one group."""
+    if W >= 2 * SIZE:  # else there is but one group in a band
+        inside = inside & (inner // SIZE == column // SIZE)
+    return inside
 
 
 @triton.jit
@@ -106,8 +114,7 @@ def load_stage(
     """Block-diagonal tile of the stage in the dtype of the rows; for halves minus the identity."""
     inner, column = inner_axis(inner, BANDS), columns_axis(column, BANDS)
     inside = inner_axis(inner_inside, BANDS) & columns_axis(column_inside, BANDS)
-    if BANDS > 1:
-        inside = inside & (inner // SIZE == column // SIZE)
+    inside = same_group(inner, column, inside, SIZE, column.shape[-1])
     stage = tl.load(stage_ptr + entry(inner, column, SIZE, TRANSPOSE), mask=inside, other=0.0)
     if dtype.primitive_bitwidth < 32:
         stage = tl.where((inner == column) & inside, stage - 1.0, stage)

@@ -24,6 +24,7 @@ from .groups import (
     program,
     round_to,
     rows_axis,
+    same_group,
 )
 
 # Arithmetic of halves in Triton's interpreter needs help. @triton.jit, too, reads this on import.
@@ -141,8 +142,9 @@ def rotate_backward_kernel(
             tl.store(x_grad_ptr + base + left_at, x_grad, mask=left_mask)
         gram = gram_of(x, grad, gram, BANDS, INTERPRETED)
     inside = inner_axis(left_inside, BANDS) & columns_axis(right_inside, BANDS)
-    if BANDS > 1:
-        inside = inside & (inner_axis(left, BANDS) // SIZE == columns_axis(right, BANDS) // SIZE)
+    inside = same_group(
+        inner_axis(left, BANDS), columns_axis(right, BANDS), inside, SIZE, COLUMNS
+    )
     tl.store(partials_ptr + split * d * SIZE + at, gram, mask=inside)
 
 
@@ -226,9 +228,8 @@ def _tile(op: str, x: torch.Tensor, size: int, chunk: int, stride: int) -> Tile 
 
 def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
     """Programs that one range of rows takes, with groups cut into tiles of these widths."""
-    if tile.bands > 1:
-        return triton.cdiv(d, tile.bands * (tile.columns // size * size))
-    return d // size * math.prod(triton.cdiv(size, width) for width in widths)
+    width = tile.bands * max(size, tile.columns // size * size)
+    return triton.cdiv(d, width) * math.prod(triton.cdiv(size, width) for width in widths)
 
 
 def _launch(kernel, grid: int, arguments: tuple, structure: dict, tile: Tile) -> None:
