@@ -79,7 +79,8 @@ class Op:
 
     def __call__(self, *args):
         device = args[0].device.type
-        if not torch.compiler.is_compiling() and (
+        eager = not torch.compiler.is_compiling()
+        if eager and (
             torch.is_grad_enabled()  # a gradient of gradients: kernels are not differentiable,
             or torch._C._are_functorch_transforms_active()  # nor do they know of vmap
         ):
@@ -95,6 +96,8 @@ class Op:
                 return self.reference(*args)
         if backend == "triton" and device == "cpu":
             return self.launcher()(*args)  # the interpreter; the raw op has the C++ kernel there
+        if eager and device == "cuda" and _is_plain(args[0]):
+            return self._run(backend, args)  # the raw op would come back to Python for that
         return self.raw(*args)
 
     def _chosen(self, args: tuple, measure: bool = True) -> str:
@@ -113,12 +116,14 @@ class Op:
         there = backend in ("triton", "cuda") and backend not in self.missing
         if not there or not self.takes(backend, args):
             return self.reference(*args)
+        return self._run(backend, args)
+
+    def _run(self, backend: str, args: tuple):
         return self.launcher()(*args) if backend == "triton" else self._native()(*args)
 
     def _native(self) -> Callable:
         """The CUDA kernel of the native library, which registers them in a namespace beside."""
-        _define(self.name, self.schema, namespace=_native.CUDA_NS)
-        return getattr(getattr(torch.ops, _native.CUDA_NS), self.name).default
+        return _native_kernel(self.name, self.schema)
 
     def launcher(self) -> Callable:
         """The function that launches the Triton kernel; imports triton on first use."""
@@ -205,6 +210,21 @@ def has_triton() -> bool:
     except (ImportError, ValueError):
         return False
     return spec is not None and spec.origin is not None
+
+
+@cache
+def _native_kernel(name: str, schema: str) -> Callable:
+    _define(name, schema, namespace=_native.CUDA_NS)
+    return getattr(getattr(torch.ops, _native.CUDA_NS), name).default
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether nothing but the kernel itself is interested in a call: no subclass, no mode."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+    )
 
 
 @cache

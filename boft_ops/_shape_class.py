@@ -65,6 +65,7 @@ CLASSES = {
     "gram": Classes(
         _STAGE, _ROWS, lambda x, grad, size, chunk, stride, _: ((size, chunk, stride), x.shape)
     ),
+    "scale": Classes((), _ROWS, lambda x, *_: ((), x.shape)),
     "scale_backward": Classes((), _ROWS, lambda grad, *_: ((), grad.shape)),
     "linear": Classes(
         ("size",),

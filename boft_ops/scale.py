@@ -7,6 +7,30 @@ import torch
 from ._backend import Op
 
 
+def _scale(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    if bias is None:
+        return _times(x, scale)
+    # exactly x where scale is 1 and center is bias: the vector below is then exactly 0
+    shift = (bias - scale * center).to(x.dtype)
+    if torch.finfo(x.dtype).bits >= 32:
+        return torch.addcmul(shift, x, scale)
+    return _times(x, scale) + shift
+
+
+def _fake_scale(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _scale_backward(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -36,6 +60,13 @@ def _wide_vectors(
     return scale.dtype == center.dtype == torch.promote_types(grad.dtype, torch.float32)
 
 
+scale_forward = Op(
+    # center and bias come together or not at all
+    "scale(Tensor x, Tensor scale, Tensor? center, Tensor? bias) -> Tensor",
+    _scale,
+    _fake_scale,
+    triton="scale:scale",
+)
 scale_backward = Op(
     "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor center)"
     " -> (Tensor, Tensor, Tensor)",
@@ -59,13 +90,9 @@ class Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(x, scale, center, bias):
-        if bias is None:
-            return _times(x, scale)
-        # exactly x where scale is 1 and center is bias: the vector below is then exactly 0
-        shift = (bias - scale * center).to(x.dtype)
-        if torch.finfo(x.dtype).bits >= 32:
-            return torch.addcmul(shift, x, scale)
-        return _times(x, scale) + shift
+        if torch.compiler.is_compiling():
+            return _scale(x, scale, center, bias)  # which Inductor fuses with what is around it
+        return scale_forward(x, scale, center, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -78,7 +105,8 @@ class Scale(torch.autograd.Function):
         x, scale, center = ctx.saved_tensors
         scale_grad = None
         if x is None:
-            x_grad, sums = _times(grad, scale), grad.sum(0) if ctx.bias_dtype else None
+            x_grad = scale_forward(grad.contiguous(), scale, None, None)
+            sums = grad.sum(0) if ctx.bias_dtype else None
         else:
             offset = torch.zeros_like(scale) if center is None else center
             x_grad, scale_grad, sums = scale_backward(grad.contiguous(), x, scale, offset)

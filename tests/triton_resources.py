@@ -69,11 +69,11 @@ def compiled(target, case):
         for arg in kernel.arg_names
     }
     types = {arg: "i32" if kind == "*" else kind for arg, kind in types.items()}
-    # torch's tensors, and so their strides here, are multiples of 16 bytes; d of 16 features
+    # torch's tensors, and so their strides here, are multiples of 16 bytes; d and n of 16 features
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(kernel.arg_names)
-        if types[arg] != "constexpr" and (arg.endswith(("_ptr", "_stride")) or arg == "d")
+        if types[arg] != "constexpr" and (arg.endswith(("_ptr", "_stride")) or arg in ("d", "n"))
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=case.constants, attrs=aligned)
     backend, arch, width = TARGETS[target][0]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .config import MAX_BLOCK_SIZE, config_for, tuned
+from .launch import launch
 
 
 @triton.jit
@@ -203,5 +204,5 @@ def _launch(kernel, tensors: tuple[torch.Tensor | None, ...], b: int) -> None:
         return
     op = "cayley" if kernel is cayley_kernel else "cayley_backward"
     config = tuned(config_for("cayley", b=b), op, tensors[0], (b,), (n_blocks,))
-    with torch.cuda.device_of(blocks):  # does nothing for CPU tensors, under the interpreter
-        kernel[(triton.cdiv(n_blocks, config.G),)](*tensors, n_blocks, b=b, **vars(config))
+    constants = {"b": b, "B": config.B, "G": config.G}
+    launch(kernel, triton.cdiv(n_blocks, config.G), tensors, (n_blocks,), constants, config.num_warps)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .config import config_for
+from .launch import launch
 
 
 @triton.jit
@@ -208,6 +209,6 @@ def _launch(kernel, tensors: tuple[torch.Tensor, ...], inner: torch.Tensor, *sca
     if n_blocks == 0:
         return
     config = config_for("compose", b=b, s=s)
-    grid = (triton.cdiv(2 * n_blocks, config.U),)
-    with torch.cuda.device_of(inner):  # does nothing for CPU tensors, under the interpreter
-        kernel[grid](*tensors, 2 * n_blocks, *scalars, b=b, s=s, **vars(config))
+    constants = {"b": b, "s": s, "B": config.B, "T": config.T, "U": config.U}
+    grid, scalars = triton.cdiv(2 * n_blocks, config.U), (2 * n_blocks, *scalars)
+    launch(kernel, grid, tensors, scalars, constants, config.num_warps)

@@ -38,10 +38,9 @@ class Tile:
 # Per op and kind of dtype, in ascending order: the largest group, and its tile.
 TILES = {
     ("rotate", "half"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
-        (64, Tile(1, 128, 64, 64, num_warps=4, num_stages=2)),
-        (128, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
+        (32, Tile(1, 64, 64, 64, num_warps=4, num_stages=3)),
+        (64, Tile(1, 128, 64, 64, num_warps=8, num_stages=3)),
+        (128, Tile(1, 64, 128, 128, num_warps=8, num_stages=3)),
         (256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1)),
     ),
     ("rotate", "float32"): (
@@ -70,9 +69,8 @@ TILES = {
     ),
     # inner must hold a whole group: above these sizes x_grad and Gram are launches of their own
     ("rotate_backward", "half"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=3)),
-        (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
+        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
+        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
         (128, Tile(1, 64, 64, 128, num_warps=8, num_stages=1)),
     ),
     ("rotate_backward", "float32"): (
@@ -85,8 +83,7 @@ TILES = {
         (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
     ("gram", "half"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=3)),
+        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
         (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
         (256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
     ),

@@ -1,11 +1,11 @@
-"""The tile of the scale's gradient: bound by memory, so one of whole lines serves everything."""
+"""The tiles of the scale and of its gradient: bound by memory, so one each serves everything."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .config import Case
 
-PROGRAMS = 4 * 132  # wanted at least: four for each multiprocessor of an H100
+PROGRAMS = 8 * 132  # of the gradient, wanted at least: eight for each multiprocessor of an H100
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,27 @@ class ScaleConfig:
     num_stages: int
 
 
-def config_for() -> ScaleConfig:
-    return ScaleConfig(ROWS=16, COLUMNS=128, num_warps=4, num_stages=3)
+TILES = {
+    "scale": ScaleConfig(ROWS=8, COLUMNS=512, num_warps=4, num_stages=1),
+    "scale_backward": ScaleConfig(ROWS=8, COLUMNS=256, num_warps=4, num_stages=1),
+}
+
+
+def config_for(op: str) -> ScaleConfig:
+    """The tile of "scale" or "scale_backward"."""
+    return TILES[op]
 
 
 def compile_cases() -> Iterator[Case]:
-    config = config_for()
-    constants = {"INTERPRETED": False, "ROWS": config.ROWS, "COLUMNS": config.COLUMNS}
     for rows, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
-        pointers = dict.fromkeys(("grad_ptr", "x_ptr", "x_grad_ptr"), rows)
-        pointers |= dict.fromkeys(("scale_ptr", "center_ptr", "sums_ptr"), wide)
-        everywhere = rows in ("bf16", "fp32")
-        launch = config.num_warps, config.num_stages
-        yield Case("scale:scale_backward_kernel", constants, pointers, *launch, everywhere)
+        vectors = {
+            "scale": dict.fromkeys(("x_ptr", "y_ptr", "center_ptr", "bias_ptr"), rows)
+            | {"scale_ptr": wide},
+            "scale_backward": dict.fromkeys(("grad_ptr", "x_ptr", "x_grad_ptr"), rows)
+            | dict.fromkeys(("scale_ptr", "center_ptr", "sums_ptr"), wide),
+        }
+        for op, pointers in vectors.items():
+            config = TILES[op]
+            constants = {"INTERPRETED": False, "ROWS": config.ROWS, "COLUMNS": config.COLUMNS}
+            launch = config.num_warps, config.num_stages
+            yield Case(f"scale:{op}_kernel", constants, pointers, *launch, rows in ("bf16", "fp32"))

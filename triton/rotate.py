@@ -26,11 +26,13 @@ from .groups import (
     rows_axis,
     same_group,
 )
+from .launch import launch
 
 # Arithmetic of halves in Triton's interpreter needs help. @triton.jit, too, reads this on import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Programs that keep a large GPU busy, below which a program takes fewer rows than it could
 PROGRAMS = 1024
+LARGE = PROGRAMS // 4  # the same for groups of more than 64: each reads more of the stage first
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
@@ -163,10 +165,10 @@ def rotate(
     row_tiles = triton.cdiv(n, tile.rows)
     # a program reads size^2 of the stage for rows * size of x: 16 * size rows make that cheap
     most = max(256, 16 * size) // tile.rows
-    rows = tile.rows * max(1, min(most, n_tiles * row_tiles // PROGRAMS))
+    rows = tile.rows * max(1, min(most, n_tiles * row_tiles // (PROGRAMS if size <= 64 else LARGE)))
     grid = n_tiles * triton.cdiv(n, rows)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    _launch(rotate_kernel, grid, (x, stage, y, n, d, rows), structure, tile)
+    _launch(rotate_kernel, grid, (x, stage, y), (n, d, rows), structure, tile)
     return y
 
 
@@ -216,7 +218,7 @@ def _gram(x, grad, stage, x_grad, size, chunk, stride, transpose, splits, tile) 
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
     structure |= {"X_GRAD": x_grad is not None}
     tensors = x, grad, stage, x_grad, partials
-    _launch(rotate_backward_kernel, grid, (*tensors, n, d, rows), structure, tile)
+    _launch(rotate_backward_kernel, grid, tensors, (n, d, rows), structure, tile)
     return partials
 
 
@@ -232,8 +234,8 @@ def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
     return triton.cdiv(d, width) * math.prod(triton.cdiv(size, width) for width in widths)
 
 
-def _launch(kernel, grid: int, arguments: tuple, structure: dict, tile: Tile) -> None:
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+def _launch(
+    kernel, grid: int, tensors: tuple, scalars: tuple, structure: dict, tile: Tile
+) -> None:
     constants = structure | constants_of(tile) | {"INTERPRETED": INTERPRETED}
-    with torch.cuda.device_of(arguments[0]):  # does nothing for CPU tensors, in the interpreter
-        kernel[(grid,)](*arguments, **constants, **options)
+    launch(kernel, grid, tensors, scalars, constants, tile.num_warps, tile.num_stages)

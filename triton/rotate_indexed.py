@@ -77,6 +77,6 @@ def rotate_indexed(
     rows = tile.rows * max(1, min(8, n_tiles * row_tiles // PROGRAMS))
     grid = n_tiles * triton.cdiv(n, rows)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    arguments = x, stages, index, y, n, len(stages), d, rows
-    _launch(rotate_indexed_kernel, grid, arguments, structure, tile)
+    scalars = n, len(stages), d, rows
+    _launch(rotate_indexed_kernel, grid, (x, stages, index, y), scalars, structure, tile)
     return y

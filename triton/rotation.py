@@ -16,6 +16,7 @@ import triton.language as tl
 from .cayley import block_size, cayley_backward_tile, cayley_tile
 from .compose import join, unjoin
 from .config import config_for, tuned
+from .launch import launch
 
 
 @triton.jit
@@ -222,6 +223,6 @@ def _launch(kernel, tensors: tuple, blocks: torch.Tensor, *scalars: int) -> None
         return
     op = "rotation" if kernel is rotation_kernel else "rotation_backward"
     config = tuned(config_for(op, m=m, b=b), op, tensors[0], (m, b), (n_blocks,))
-    grid = (triton.cdiv(n_blocks, config.G << (m - 1)),)
-    with torch.cuda.device_of(blocks):  # does nothing for CPU tensors, under the interpreter
-        kernel[grid](*tensors, n_blocks, *scalars, m=m, b=b, **vars(config))
+    constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
+    grid = triton.cdiv(n_blocks, config.G << (m - 1))
+    launch(kernel, grid, tensors, (n_blocks, *scalars), constants, config.num_warps)

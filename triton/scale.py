@@ -1,4 +1,4 @@
-"""Gradients of y = scale * (x - center) + bias in Triton, in one pass over the rows."""
+"""y = scale * (x - center) + bias for rows x in Triton, and its gradients: one pass over the rows."""
 
 import torch
 import triton
@@ -7,7 +7,37 @@ import triton.language as tl
 from .config import tuned
 from .config_scale import PROGRAMS, ScaleConfig, config_for
 from .groups import round_to
+from .launch import launch
 from .rotate import INTERPRETED
+
+
+@triton.jit
+def _columns(ptr, column, inside, dtype: tl.constexpr):
+    """Some entries of a vector; a half goes through float32, as the interpreter wants it."""
+    value = tl.load(ptr + column, mask=inside, other=0.0)
+    return value if value.dtype == tl.float64 else value.to(tl.float32).to(dtype)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def scale_kernel(
+    x_ptr, scale_ptr, center_ptr, bias_ptr, y_ptr, n_rows, n,
+    INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Without a bias there is no center. The shift is exactly 0 where scale is 1 and both agree."""
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    blocks = (n + COLUMNS - 1) // COLUMNS
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    inside = column < n
+    mask = (row < n_rows - first)[:, None] & inside[None, :]
+    at = first * n + row[:, None] * n + column[None, :]
+    scale = _columns(scale_ptr, column, inside, dtype)
+    y = tl.load(x_ptr + at, mask=mask, other=0.0).to(dtype) * scale[None, :]
+    if bias_ptr is not None:
+        bias = _columns(bias_ptr, column, inside, dtype)
+        y += (bias - scale * _columns(center_ptr, column, inside, dtype))[None, :]
+    tl.store(y_ptr + at, round_to(y, y_ptr.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
@@ -16,15 +46,16 @@ def scale_backward_kernel(
     INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of x_grad, and their sums over a split of the rows: grad (x - center), grad."""
-    sum_dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
     blocks = (n + COLUMNS - 1) // COLUMNS
     split = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
-    scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(sum_dtype)
-    center = tl.load(center_ptr + column, mask=inside, other=0.0).to(sum_dtype)
-    scale_sum = tl.zeros([COLUMNS], sum_dtype)
-    bias_sum = tl.zeros([COLUMNS], sum_dtype)
+    scale = _columns(scale_ptr, column, inside, dtype)
+    center = _columns(center_ptr, column, inside, dtype)
+    # summed over the rows of a tile at the very end: before, no thread needs another's numbers
+    scale_sum = tl.zeros([ROWS, COLUMNS], dtype)
+    bias_sum = tl.zeros([ROWS, COLUMNS], dtype)
     first = split * rows_per_program
     last = tl.minimum(first + rows_per_program, n_rows)
     row = tl.arange(0, ROWS)
@@ -32,14 +63,36 @@ def scale_backward_kernel(
     for start in range(first, last, ROWS):
         mask = (row < last - start)[:, None] & inside[None, :]
         at = start * n + offset
-        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(sum_dtype)
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(sum_dtype)
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(dtype)
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(dtype)
         x_grad = round_to(grad * scale[None, :], x_grad_ptr.dtype.element_ty, INTERPRETED)
         tl.store(x_grad_ptr + at, x_grad, mask=mask)
-        scale_sum += tl.sum(grad * (x - center[None, :]), axis=0)
-        bias_sum += tl.sum(grad, axis=0)
-    tl.store(sums_ptr + split * 2 * n + column, scale_sum, mask=inside)
-    tl.store(sums_ptr + split * 2 * n + n + column, bias_sum, mask=inside)
+        scale_sum += grad * (x - center[None, :])
+        bias_sum += grad
+    tl.store(sums_ptr + split * 2 * n + column, tl.sum(scale_sum, axis=0), mask=inside)
+    tl.store(sums_ptr + split * 2 * n + n + column, tl.sum(bias_sum, axis=0), mask=inside)
+
+
+def scale(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """scale * (x - center) + bias for x (N, n), vectors (n,); checked by the caller."""
+    x, scale = x.contiguous(), scale.contiguous()
+    n_rows, n = x.shape
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    config: ScaleConfig = tuned(config_for("scale"), "scale", x, (), x.shape)
+    if bias is None:
+        center = None
+    else:
+        center, bias = center.contiguous(), bias.contiguous()
+    grid = triton.cdiv(n, config.COLUMNS) * triton.cdiv(n_rows, config.ROWS)
+    _launch(scale_kernel, grid, (x, scale, center, bias, y), (n_rows, n), config)
+    return y
 
 
 def scale_backward(
@@ -51,16 +104,19 @@ def scale_backward(
     x_grad = torch.empty_like(x)
     if x.numel() == 0:
         return x_grad, torch.zeros_like(scale), torch.zeros_like(center)
-    config: ScaleConfig = tuned(config_for(), "scale_backward", x, (), x.shape)
+    config: ScaleConfig = tuned(
+        config_for("scale_backward"), "scale_backward", x, (), x.shape
+    )
     blocks = triton.cdiv(n, config.COLUMNS)
     splits = max(1, min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(n_rows, config.ROWS)))
     rows = triton.cdiv(triton.cdiv(n_rows, splits), config.ROWS) * config.ROWS
     sums = x.new_empty(splits, 2, n, dtype=torch.promote_types(x.dtype, torch.float32))
-    arguments = grad, x, scale, center, x_grad, sums, n_rows, n, rows
-    constants = {"ROWS": config.ROWS, "COLUMNS": config.COLUMNS, "INTERPRETED": INTERPRETED}
-    with torch.cuda.device_of(x):  # does nothing for CPU tensors, in the interpreter
-        scale_backward_kernel[(blocks * splits,)](
-            *arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages
-        )
+    tensors = grad, x, scale, center, x_grad, sums
+    _launch(scale_backward_kernel, blocks * splits, tensors, (n_rows, n, rows), config)
     scale_grad, bias_grad = sums.sum(0)
     return x_grad, scale_grad.to(scale.dtype), bias_grad.to(center.dtype)
+
+
+def _launch(kernel, grid: int, tensors: tuple, scalars: tuple, config: ScaleConfig) -> None:
+    constants = {"INTERPRETED": INTERPRETED, "ROWS": config.ROWS, "COLUMNS": config.COLUMNS}
+    launch(kernel, grid, tensors, scalars, constants, config.num_warps, config.num_stages)

@@ -120,7 +120,7 @@ class _Maker:
                 flops=2 * work,
                 reduce=lambda result: (result[0], result[1].sum(0)),
             )
-        yield self._scale(rows, n)
+        yield from self._scale(rows, n)
         if _backend._ops["linear"].serving[self.device.type] != "reference":
             yield self._linear(shape, stages[0].size)
         if m > 1:
@@ -167,12 +167,20 @@ class _Maker:
             n_bytes=numbers,
         )
 
-    def _scale(self, rows: int, n: int) -> Problem:
-        def make(seed: int) -> tuple:
-            scale, center = (self.tensor(n, seed=seed + i, wide=True) for i in (0, 100))
-            return *(self.tensor(rows, n, seed=seed + i) for i in (0, 100)), scale, center
+    def _scale(self, rows: int, n: int) -> Iterator[Problem]:
+        def vectors(seed: int) -> tuple:
+            return tuple(self.tensor(n, seed=seed + i, wide=True) for i in (0, 100))
 
-        return self._op("scale_backward", make, n_bytes=3 * rows * n * self.dtype.itemsize)
+        def forward(seed: int) -> tuple:
+            scale, center = vectors(seed)
+            return self.tensor(rows, n, seed=seed), scale, center, center
+
+        def backward(seed: int) -> tuple:
+            return *(self.tensor(rows, n, seed=seed + i) for i in (0, 100)), *vectors(seed)
+
+        array = rows * n * self.dtype.itemsize
+        yield self._op("scale", forward, n_bytes=2 * array)
+        yield self._op("scale_backward", backward, n_bytes=3 * array)
 
     def _linear(self, shape: Shape, size: int) -> Problem:
         """One stage, given, and the product: forward and backward."""

@@ -21,8 +21,8 @@ def tiles(
     """All candidates for an operator's Triton kernel but the default; none if it has no choice."""
     if op in ("rotate", "rotate_backward", "gram"):
         return list(_of_rows(op, structure, sizes, dtype, machine))
-    if op == "scale_backward":
-        return list(_of_scale(sizes, dtype, machine))
+    if op in ("scale", "scale_backward"):
+        return list(_of_scale(op, sizes, dtype, machine))
     if op in ("cayley", "cayley_backward", "rotation", "rotation_backward"):
         return [(0.0, config) for config in _of_blocks(op, structure)]
     return []  # compose and the rest
@@ -39,8 +39,8 @@ def _default(op: str, structure: dict[str, int], dtype: str) -> Any:
 
     if op in ("rotate", "rotate_backward", "gram"):
         return config_rotate.config_for(op, **structure, dtype=dtype)
-    if op == "scale_backward":
-        return config_scale.config_for()
+    if op in ("scale", "scale_backward"):
+        return config_scale.config_for(op)
     if op in ("cayley", "cayley_backward"):
         return config.config_for(op, b=structure["block_size"])
     if op in ("rotation", "rotation_backward"):
@@ -120,20 +120,23 @@ def _octaves(tile: Any, default: Any) -> float:
 
 
 def _of_scale(
-    sizes: dict[str, int], dtype: str, machine: Machine
+    op: str, sizes: dict[str, int], dtype: str, machine: Machine
 ) -> Iterator[tuple[float, dict[str, int]]]:
-    default = _default("scale_backward", {}, dtype)
+    default = _default(op, {}, dtype)
     width = {"float64": 8, "float32": 4}.get(dtype, 2)
-    n_bytes = 3 * sizes["rows"] * sizes["features"] * width
-    shapes = itertools.product((8, 16, 32, 64), (64, 128, 256, 512), (2, 4, 8), (2, 3, 4))
-    for rows, columns, num_warps, num_stages in shapes:
-        tile = replace(
-            default, ROWS=rows, COLUMNS=columns, num_warps=num_warps, num_stages=num_stages
-        )
-        loaded = num_stages * 2 * rows * columns * width
-        registers = 3 * rows * columns * max(4, width) // 4 // (32 * num_warps) + 40
-        used = Resources(loaded, registers, loaded, num_warps)
-        programs = max(528, math.ceil(sizes["features"] / columns))
+    both = op == "scale_backward"
+    n_bytes = (3 if both else 2) * sizes["rows"] * sizes["features"] * width
+    shapes = itertools.product((4, 8, 16, 32), (128, 256, 512, 1024), (2, 4, 8))
+    for rows, columns, num_warps in shapes:
+        tile = replace(default, ROWS=rows, COLUMNS=columns, num_warps=num_warps)
+        loaded = (2 if both else 1) * rows * columns * width
+        numbers = (4 if both else 1) * rows * columns
+        registers = numbers * max(4, width) // 4 // (32 * num_warps) + 40
+        used = Resources(0, registers, loaded, num_warps)
+        row_tiles = math.ceil(sizes["rows"] / rows)
+        programs = math.ceil(sizes["features"] / columns) * row_tiles
+        if both:
+            programs = min(programs, max(1056, math.ceil(sizes["features"] / columns)))
         if tile != default:
             modelled = seconds(used, programs, n_bytes, 0, dtype, machine)
             yield modelled * (1 + FAR * _octaves(tile, default)), asdict(tile)
