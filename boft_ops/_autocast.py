@@ -21,4 +21,5 @@ def disabled(device: str) -> AbstractContextManager:
 
 
 def _enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    known = device in ("cuda", "cpu") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)

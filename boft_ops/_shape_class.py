@@ -72,6 +72,11 @@ CLASSES = {
         ("rows", "inputs", "outputs"),
         lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
     ),
+    "rotate_linear": Classes(
+        ("size",),
+        ("rows", "inputs", "outputs"),
+        lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
+    ),
     # not operators: the number of stages, and what the C++ kernels have for the whole process
     "plan": Classes(_BUTTERFLY, ("features",), lambda x, m, b: ((m, b), (x.shape[-1],))),
     "grain": Classes((), (), tuple),

@@ -12,6 +12,7 @@ from .fused_linear import linear_backward, linear_forward
 from .kaleidoscope import multiply
 from .plan import plan_for
 from .rotate import apply_stages, apply_stages_backward
+from .rotate_linear import rotate_linear_backward, rotate_linear_forward
 from .rotation import GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
 
@@ -36,15 +37,17 @@ class RotatedLinear(torch.autograd.Function):
         # an exported graph is for any number of rows, a compiled one is made again for few
         fused = not torch.compiler.is_exporting()
         fused = fused and linear_forward.has_kernel(rows, weight, matrices[0])
-        fused = fused and _is_rotated(skew)
+        fused, launched = fused and _is_rotated(skew), False
         if fused:
             rows = apply_stages(rows, matrices[1:], stages[1:], False)
             y, z = linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
+        elif launched := _is_launched(rows, weight, matrices):
+            y, z = rotate_linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
         else:
             # the bias inside the product, as torch's linear has it: see _compose_functions
             z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
             y = z if scale is None else Scale.forward(z, wide_scale, bias, bias)
-        ctx.stages, ctx.method, ctx.fused = stages, method, fused
+        ctx.stages, ctx.method, ctx.fused, ctx.launched = stages, method, fused, launched
         tensors = (x, weight, skew, scale, bias, drop, z if save else None)
         ctx.save_for_backward(*tensors, blocks, *matrices)
         return y
@@ -71,16 +74,25 @@ class RotatedLinear(torch.autograd.Function):
                     rows_grad, rows if need_skew else None, matrices[1:], stages[1:], False, need_x
                 )
                 partials += outer
+        elif ctx.launched and need_skew:
+            with _autocast.disabled(grad.device.type):  # it may be on in backward alone
+                x_grad, partial, scale_grad, sums = rotate_linear_backward(
+                    *(grad, rows, weight, matrices[0], None if scale is None else wide_scale),
+                    *(bias, z, stages[0].splits(rows)),
+                )
+            partials = [partial]
+            if z is None:
+                sums = grad.sum(0) if need_bias else None
         else:
             if need_scale:
-                center = torch.zeros_like(wide_scale) if bias is None else bias.to(wide_scale)
+                center = None if bias is None else bias.to(wide_scale)
                 grad, scale_grad, sums = scale_backward(grad, z, wide_scale, center)
             else:
                 sums = grad.sum(0) if need_bias else None
                 grad = grad if scale is None else Scale.forward(grad, wide_scale, None, None)
             x_grad, partials = None, []
             if need_x or need_skew:
-                with _autocast.disabled(grad.device.type):  # it may be on in backward alone
+                with _autocast.disabled(grad.device.type):
                     rows_grad = grad @ weight
                 x_grad, partials = apply_stages_backward(
                     rows_grad, rows if need_skew else None, matrices, stages, False, need_x
@@ -102,6 +114,12 @@ class RotatedLinear(torch.autograd.Function):
 def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The scale in the dtype that the kernels compute in."""
     return scale.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _is_launched(rows: torch.Tensor, weight: torch.Tensor, matrices: list[torch.Tensor]) -> bool:
+    """Whether one call makes the launches of the layer; a compiled graph has them one by one."""
+    one = len(matrices) == 1 and not torch.compiler.is_compiling()
+    return one and rotate_linear_forward.has_kernel(rows, weight, matrices[0])
 
 
 def _is_rotated(skew: torch.Tensor) -> bool:

@@ -32,12 +32,13 @@ def _fake_scale(
 
 
 def _scale_backward(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     # x - center before the sum: sum(grad x) - center sum(grad) would cancel where center is large
-    scale_grad = torch.sum(grad.to(wide) * (x.to(wide) - center.to(wide)), 0).to(scale.dtype)
-    return _times(grad, scale), scale_grad, torch.sum(grad, 0, dtype=wide).to(center.dtype)
+    centered = x.to(wide) if center is None else x.to(wide) - center.to(wide)
+    scale_grad = torch.sum(grad.to(wide) * centered, 0).to(scale.dtype)
+    return _times(grad, scale), scale_grad, torch.sum(grad, 0, dtype=wide).to(scale.dtype)
 
 
 def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -48,16 +49,16 @@ def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_scale_backward(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x_grad, torch.empty_like(scale), torch.empty_like(center)
+    return x_grad, torch.empty_like(scale), torch.empty_like(scale)
 
 
-def _wide_vectors(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor
-) -> bool:
-    return scale.dtype == center.dtype == torch.promote_types(grad.dtype, torch.float32)
+def _wide(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
+    """Whether these are of the dtype that x is computed in."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return all(v is None or v.dtype == wide for v in vectors)
 
 
 scale_forward = Op(
@@ -66,16 +67,21 @@ scale_forward = Op(
     _scale,
     _fake_scale,
     triton="scale:scale",
+    supports={
+        "cpu": lambda x, scale, *_: x.dtype != torch.float16,
+        "cuda": lambda x, scale, *_: _wide(x, scale),
+    },
 )
 scale_backward = Op(
-    "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor center)"
+    # without a center it is 0; the sums of grad, the gradient of the bias, are as wide as scale
+    "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor? center)"
     " -> (Tensor, Tensor, Tensor)",
     _scale_backward,
     _fake_scale_backward,
     triton="scale:scale_backward",
     supports={
-        "cpu": lambda grad, *rest: grad.dtype != torch.float16 and _wide_vectors(grad, *rest),
-        "cuda": _wide_vectors,
+        "cpu": lambda x, _, *vectors: x.dtype != torch.float16 and _wide(x, *vectors),
+        "cuda": lambda x, _, *vectors: _wide(x, *vectors),
     },
 )
 
@@ -108,8 +114,7 @@ class Scale(torch.autograd.Function):
             x_grad = scale_forward(grad.contiguous(), scale, None, None)
             sums = grad.sum(0) if ctx.bias_dtype else None
         else:
-            offset = torch.zeros_like(scale) if center is None else center
-            x_grad, scale_grad, sums = scale_backward(grad.contiguous(), x, scale, offset)
+            x_grad, scale_grad, sums = scale_backward(grad.contiguous(), x, scale, center)
         if ctx.bias_dtype is None:
             return x_grad, scale_grad, None, None
         center_grad = (-scale * sums).to(center.dtype)

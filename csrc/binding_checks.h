@@ -71,10 +71,10 @@ inline boft::Stage stage_of(const Tensor& x, const Tensor& stage, int64_t chunk,
 }
 
 inline void check_scale(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                        const Tensor& center) {
+                        const std::optional<Tensor>& center) {
   STD_TORCH_CHECK(x.dim() == 2 && alike(x, grad),
                   "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
-  for (const Tensor* vector : {&scale, &center})
+  for (const Tensor* vector : {&scale, center ? &*center : &scale})
     STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == x.size(1) &&
                         vector->scalar_type() == compute_type(x),
                     "scale_backward: scale, center: expected (n,) in the dtype of x (float32 for "

@@ -1,4 +1,4 @@
-// What touches the activations, on a GPU: rotate and its gradients, the gradients of the scale.
+// What rotates the activations, on a GPU, and its gradients.
 #ifdef BOFT_OPS_CUDA
 #include "binding_cuda.h"
 
@@ -61,30 +61,6 @@ std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor
   const Tensor partials =
       gram_of("rotate_backward", grad, x, shape, transpose, splits, &stage, &x_grad);
   return {x_grad, partials};
-}
-
-std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad_, const Tensor& x_,
-                                                       const Tensor& scale_,
-                                                       const Tensor& center_) {
-  const auto dtype = cuda_dtype_of(x_, "scale_backward: x");
-  check_scale(grad_, x_, scale_, center_);
-  check_device("scale_backward", grad_, {&x_, &scale_, &center_});
-  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
-  const Tensor scale = torch::stable::contiguous(scale_);
-  const Tensor center = torch::stable::contiguous(center_);
-  const int64_t rows = x.size(0), n = x.size(1);
-  Tensor x_grad = torch::stable::empty_like(x);
-  Tensor scale_grad = torch::stable::empty_like(scale);
-  Tensor bias_grad = torch::stable::empty_like(scale);
-  Tensor partials =
-      torch::stable::new_empty(scale, {boft::cuda::scale_splits(rows, n), 2, n});
-  check_launch("scale_backward",
-               boft::cuda::scale_backward(
-                   grad.const_data_ptr(), x.const_data_ptr(), scale.const_data_ptr(),
-                   center.const_data_ptr(), x_grad.mutable_data_ptr(), partials.mutable_data_ptr(),
-                   scale_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), rows, n, dtype,
-                   queue_of(x)));
-  return {x_grad, scale_grad, bias_grad};
 }
 
 }  // namespace boft::binding

@@ -22,8 +22,11 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
                                                bool transpose, int64_t splits);
 Tensor gram_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                 int64_t splits);
+Tensor scale_cpu(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
+                 const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad, const Tensor& x,
-                                                      const Tensor& scale, const Tensor& center);
+                                                      const Tensor& scale,
+                                                      const MaybeTensor& center);
 std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& stage,
                                       const MaybeTensor& scale, const MaybeTensor& bias, bool save);
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
@@ -43,18 +46,28 @@ std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor
                                                 bool transpose, int64_t splits);
 Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits);
+Tensor scale_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
+                  const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const Tensor& x,
-                                                       const Tensor& scale, const Tensor& center);
+                                                       const Tensor& scale,
+                                                       const MaybeTensor& center);
+std::tuple<Tensor, Tensor> rotate_linear_cuda(const Tensor& x, const Tensor& weight,
+                                              const Tensor& stage, const MaybeTensor& scale,
+                                              const MaybeTensor& bias, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_linear_backward_cuda(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
+    const MaybeTensor& scale, const MaybeTensor& bias, const MaybeTensor& z, int64_t splits);
 
 }  // namespace boft::binding
 
 // Every operator with a kernel for the CPU.
 #define BOFT_CPU_OPS(OP)                                                                       \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)                 \
-  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram) OP(scale_backward) OP(linear)  \
-  OP(linear_backward)
+  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram) OP(scale)    \
+  OP(scale_backward) OP(linear) OP(linear_backward)
 
 // Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
 #define BOFT_CUDA_OPS(OP)                                                        \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
-  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale_backward)
+  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale)        \
+  OP(scale_backward) OP(rotate_linear) OP(rotate_linear_backward)

@@ -101,14 +101,55 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
   return {x_grad, gram};
 }
 
+namespace {
+
+// bias - scale * center: exactly 0 where scale is 1 and both agree.
+template <class C>
+void shift_of(const Tensor& scale, const Tensor& center, const Tensor& bias, Tensor& shift) {
+  const auto data = [](const Tensor& t) { return static_cast<const C*>(t.const_data_ptr()); };
+  C* out = static_cast<C*>(shift.mutable_data_ptr());
+  for (int64_t j = 0; j < shift.size(0); ++j)
+    out[j] = data(bias)[j] - data(scale)[j] * data(center)[j];
+}
+
+}  // namespace
+
+Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& center,
+                 const MaybeTensor& bias) {
+  const auto dtype = dtype_of(x_, "scale: x");
+  STD_TORCH_CHECK(x_.dim() == 2, "scale: x: expected (rows, n)");
+  STD_TORCH_CHECK(center.has_value() == bias.has_value(),
+                  "scale: center, bias: expected both or none");
+  const int64_t rows = x_.size(0), n = x_.size(1);
+  const auto wide = compute_type(x_);
+  const auto vector = [&](const Tensor& t) {
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n, "scale: expected vectors (n,)");
+    return torch::stable::contiguous(torch::stable::to(t, wide));
+  };
+  const Tensor x = torch::stable::contiguous(x_), scale = vector(scale_);
+  Tensor shift = torch::stable::new_zeros(scale, {n}), y = torch::stable::empty_like(x);
+  if (bias && wide == ScalarType::Double)
+    shift_of<double>(scale, vector(*center), vector(*bias), shift);
+  else if (bias)
+    shift_of<float>(scale, vector(*center), vector(*bias), shift);
+  const void *px = x.const_data_ptr(), *ps = scale.const_data_ptr(), *pt = shift.const_data_ptr();
+  void* py = y.mutable_data_ptr();
+  const int64_t grain = std::max<int64_t>(1, boft::cpu::grain_of(n));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::scale(px, ps, pt, py, n, begin, end, dtype);
+  });
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const Tensor& x_,
                                                       const Tensor& scale_,
-                                                      const Tensor& center_) {
+                                                      const MaybeTensor& center_) {
   const auto dtype = dtype_of(x_, "scale_backward: x");
   check_scale(grad_, x_, scale_, center_);
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
   const Tensor scale = torch::stable::contiguous(scale_);
-  const Tensor center = torch::stable::contiguous(center_);
+  const Tensor center = center_ ? torch::stable::contiguous(*center_)
+                                : torch::stable::new_zeros(scale, {scale.size(0)});
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor scale_grad = torch::stable::empty_like(scale);
   Tensor bias_grad = torch::stable::empty_like(scale);

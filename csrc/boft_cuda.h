@@ -62,8 +62,13 @@ int rotate_backward(const void* grad, const void* x, const void* stages, void* x
                     void* partials, int64_t rows, int64_t d, Stage stage, bool transpose,
                     int64_t splits, DType dtype, Queue queue);
 
+// y = scale * (x - center) + bias for x (rows, n); bias and center (n,) or both null. Vectors are in
+// float32 for halves.
+int scale(const void* x, const void* scale, const void* center, const void* bias, void* y,
+          int64_t rows, int64_t n, DType dtype, Queue queue);
+
 // Gradients of y = scale * (x - center) + bias, from grad (rows, n): x_grad = grad * scale, and the
-// column sums scale_grad of grad * (x - center), bias_grad of grad. Vectors are in float32 for halves.
+// column sums scale_grad of grad * (x - center), bias_grad of grad. A center of null is 0.
 //   partials: memory to work in, (scale_splits(rows, n), 2, n) in the type of the vectors
 int64_t scale_splits(int64_t rows, int64_t n);
 int scale_backward(const void* grad, const void* x, const void* scale, const void* center,

@@ -112,6 +112,10 @@ void linear_backward(const float* packed, const float* weight, const float* x, c
                      float* x_grad, float* grams, int64_t rows, int64_t d, int64_t n, int64_t size,
                      int64_t begin, int64_t end);
 
+// Rows [begin, end) of y = scale * x + shift, x: (rows, n). Types as below.
+void scale(const void* x, const void* scale, const void* shift, void* y, int64_t n, int64_t begin,
+           int64_t end, DType dtype);
+
 // Columns [begin, end) of the gradients of y = scale * (x - center) + bias, from grad (rows, n):
 //   x_grad = grad * scale, and the column sums scale_grad of grad * (x - center), bias_grad of grad
 // float32, float64, or bfloat16 with float32 scale, center and sums.

@@ -19,7 +19,8 @@ from boft_ops import _backend, _native, _paths
 from boft_ops.cayley import _exact, _exact_backward
 from boft_ops.compose import _compose, _compose_backward
 from boft_ops.rotate import _rotate, _rotate_backward
-from boft_ops.scale import _scale_backward
+from boft_ops.rotate_linear import _rotate_linear, _rotate_linear_backward
+from boft_ops.scale import _scale, _scale_backward
 
 ORDERS = ("forward", "reverse", "scattered")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -235,19 +236,50 @@ def test_rotation(cuda, m, b, dtype, drop):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "n"), [(0, 8), (1, 1), (70, 37), (33, 1040), (5, 0)])
-def test_scale_backward(cuda, rows, n, dtype):
+def test_scale(cuda, rows, n, dtype):
     exact = torch.promote_types(dtype, torch.float32)
     grad, x = torch.randn(2, rows, n, dtype=exact).to(dtype)
     scale, center = torch.randn(2, n, dtype=exact)
-    got = cuda.scale_backward(grad, x, scale, center)
-    truth = [t.double() for t in (grad, x, scale, center)]
-    for ours, want, real in zip(
-        got,
-        _scale_backward(grad, x, scale, center),
-        _scale_backward(*truth),
-        strict=True,
-    ):
-        check(ours, want, real)
+    bias = torch.randn(n).to(dtype)  # vectors but the scale may be as narrow as the rows
+    for vectors in [(None, None), (center, center), (bias, bias)]:
+        wide = [None if v is None else v.double() for v in vectors]
+        truth = _scale(x.double(), scale.double(), *wide)
+        check(cuda.scale(x, scale, *vectors), _scale(x, scale, *vectors), truth)
+    assert torch.equal(cuda.scale(x, torch.ones_like(scale), bias, bias), x)
+    for middle in (None, center, bias):
+        got = cuda.scale_backward(grad, x, scale, middle)
+        truth = [None if t is None else t.double() for t in (grad, x, scale, middle)]
+        wanted = _scale_backward(grad, x, scale, middle), _scale_backward(*truth)
+        for ours, want, real in zip(got, *wanted, strict=True):
+            check(ours, want, real)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", ["unscaled", "scaled", "trained"])
+def test_rotate_linear(cuda, kind, with_bias, dtype):
+    """One call makes the launches of a layer, each of which has a test of its own."""
+    x, grad = torch.randn(40, 48).to(dtype), torch.randn(40, 24).to(dtype)
+    weight = (torch.randn(24, 48) / 48**0.5).to(dtype)
+    skew = 0.1 * torch.randn(3, 16, 16)
+    stage = torch.matrix_exp(skew - skew.mT)
+    scale = None if kind == "unscaled" else 1 + 0.1 * torch.randn(24)
+    bias = torch.randn(24).to(dtype) if with_bias else None
+    arguments = x, weight, stage, scale, bias, kind == "trained"
+    exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+    y, z = cuda.rotate_linear(*arguments)
+    want, z_want = _rotate_linear(*arguments)
+    y_exact, z_exact = _rotate_linear(*exact)
+    assert z.shape == z_want.shape
+    check(y, want, y_exact)
+    check(z, z_want, z_exact)
+    z, z_exact = (z, z_exact) if kind == "trained" else (None, None)
+    got = cuda.rotate_linear_backward(grad, x, weight, stage, scale, bias, z, 2)
+    wanted = _rotate_linear_backward(grad, x, weight, stage, scale, bias, z, 2)
+    truth = _rotate_linear_backward(grad.double(), *exact[:5], z_exact, 2)
+    for i, (ours, reference, real) in enumerate(zip(got, wanted, truth, strict=True)):
+        parts = i == 1  # summed up: how they are divided is the kernel's affair
+        check(*(t.sum(0) if parts else t for t in (ours, reference, real)), scale=1e4 * parts)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +302,13 @@ def test_scale_backward(cuda, rows, n, dtype):
         ("gram", (torch.zeros(3, 8), torch.zeros(3, 8), 8, 4, 1, 0), "positive number, got 0"),
         ("gram", (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1), "shape and dtype of x"),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), r"expected \(n,\)"),
+        ("scale", (torch.zeros(3, 4), torch.zeros(4), None, torch.zeros(4)), "both or none"),
+        ("scale", (torch.zeros(3, 4), torch.zeros(3), None, None), r"expected \(n,\)"),
+        (
+            "rotate_linear",
+            (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 8, 8), None, None, False),
+            "of one dtype",
+        ),
     ],
 )
 def test_raw_ops_check_their_arguments(cuda, name, arguments, match):

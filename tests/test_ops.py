@@ -59,10 +59,19 @@ def samples():
             *[(x, g, stage, 2, 1, False, 1), (g, x, stage1, 2, 2, True, 1)],
             (x.bfloat16(), g.bfloat16(), stage, 2, 1, False, 1),
         ],
-        "scale_backward": [(x, x + 1, x[0], x[1]), (g, x, g[0], x[1]), (x[:0], x[:0], x[0], x[1])],
+        "scale": [(x, x[0], None, None), (g, x[0], x[1], g[0]), (x[:0], x[0], x[1], x[2])],
+        "scale_backward": [(x, x + 1, x[0], None), (g, x, g[0], x[1]), (x[:0], x[:0], x[0], x[1])],
         "gram": [(x, g, 16, 2, 1, 1), (x, g, 8, 2, 2, 1), (x.double(), g.double(), 16, 2, 1, 1)],
         "linear": [(x, weight, stage, scale, bias, True), (g, weight, stage, None, None, False)],
         "linear_backward": [(y, x, weight, stage, scale, y), (y, g, weight, stage, None, None)],
+        "rotate_linear": [
+            (x, weight, stage, scale, bias, True),
+            (g, weight, stage, None, None, False),
+        ],
+        "rotate_linear_backward": [
+            (y, x, weight, stage, scale, bias, y, 2),
+            (y, g, weight, stage, None, None, None, 1),
+        ],
     }  # fmt: skip
 
 

@@ -205,4 +205,6 @@ def _launch(kernel, tensors: tuple[torch.Tensor | None, ...], b: int) -> None:
     op = "cayley" if kernel is cayley_kernel else "cayley_backward"
     config = tuned(config_for("cayley", b=b), op, tensors[0], (b,), (n_blocks,))
     constants = {"b": b, "B": config.B, "G": config.G}
-    launch(kernel, triton.cdiv(n_blocks, config.G), tensors, (n_blocks,), constants, config.num_warps)
+    launch(
+        kernel, triton.cdiv(n_blocks, config.G), tensors, (n_blocks,), constants, config.num_warps
+    )

@@ -144,9 +144,7 @@ def rotate_backward_kernel(
             tl.store(x_grad_ptr + base + left_at, x_grad, mask=left_mask)
         gram = gram_of(x, grad, gram, BANDS, INTERPRETED)
     inside = inner_axis(left_inside, BANDS) & columns_axis(right_inside, BANDS)
-    inside = same_group(
-        inner_axis(left, BANDS), columns_axis(right, BANDS), inside, SIZE, COLUMNS
-    )
+    inside = same_group(inner_axis(left, BANDS), columns_axis(right, BANDS), inside, SIZE, COLUMNS)
     tl.store(partials_ptr + split * d * SIZE + at, gram, mask=inside)
 
 
@@ -234,8 +232,6 @@ def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
     return triton.cdiv(d, width) * math.prod(triton.cdiv(size, width) for width in widths)
 
 
-def _launch(
-    kernel, grid: int, tensors: tuple, scalars: tuple, structure: dict, tile: Tile
-) -> None:
+def _launch(kernel, grid: int, tensors: tuple, scalars: tuple, structure: dict, tile: Tile) -> None:
     constants = structure | constants_of(tile) | {"INTERPRETED": INTERPRETED}
     launch(kernel, grid, tensors, scalars, constants, tile.num_warps, tile.num_stages)

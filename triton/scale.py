@@ -1,4 +1,4 @@
-"""y = scale * (x - center) + bias for rows x in Triton, and its gradients: one pass over the rows."""
+"""y = scale * (x - center) + bias in Triton, and its gradients, in one pass over the rows."""
 
 import torch
 import triton
@@ -52,7 +52,8 @@ def scale_backward_kernel(
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
     scale = _columns(scale_ptr, column, inside, dtype)
-    center = _columns(center_ptr, column, inside, dtype)
+    if center_ptr is not None:
+        center = _columns(center_ptr, column, inside, dtype)
     # summed over the rows of a tile at the very end: before, no thread needs another's numbers
     scale_sum = tl.zeros([ROWS, COLUMNS], dtype)
     bias_sum = tl.zeros([ROWS, COLUMNS], dtype)
@@ -67,7 +68,9 @@ def scale_backward_kernel(
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(dtype)
         x_grad = round_to(grad * scale[None, :], x_grad_ptr.dtype.element_ty, INTERPRETED)
         tl.store(x_grad_ptr + at, x_grad, mask=mask)
-        scale_sum += grad * (x - center[None, :])
+        if center_ptr is not None:
+            x -= center[None, :]
+        scale_sum += grad * x
         bias_sum += grad
     tl.store(sums_ptr + split * 2 * n + column, tl.sum(scale_sum, axis=0), mask=inside)
     tl.store(sums_ptr + split * 2 * n + n + column, tl.sum(bias_sum, axis=0), mask=inside)
@@ -96,17 +99,16 @@ def scale(
 
 
 def scale_backward(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (N, n), scale and bias (n,) from grad (N, n); checked by the caller."""
-    grad, x, scale, center = (t.contiguous() for t in (grad, x, scale, center))
+    grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
+    center = None if center is None else center.contiguous()
     n_rows, n = x.shape
     x_grad = torch.empty_like(x)
     if x.numel() == 0:
-        return x_grad, torch.zeros_like(scale), torch.zeros_like(center)
-    config: ScaleConfig = tuned(
-        config_for("scale_backward"), "scale_backward", x, (), x.shape
-    )
+        return x_grad, torch.zeros_like(scale), torch.zeros_like(scale)
+    config: ScaleConfig = tuned(config_for("scale_backward"), "scale_backward", x, (), x.shape)
     blocks = triton.cdiv(n, config.COLUMNS)
     splits = max(1, min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(n_rows, config.ROWS)))
     rows = triton.cdiv(triton.cdiv(n_rows, splits), config.ROWS) * config.ROWS
@@ -114,7 +116,7 @@ def scale_backward(
     tensors = grad, x, scale, center, x_grad, sums
     _launch(scale_backward_kernel, blocks * splits, tensors, (n_rows, n, rows), config)
     scale_grad, bias_grad = sums.sum(0)
-    return x_grad, scale_grad.to(scale.dtype), bias_grad.to(center.dtype)
+    return x_grad, scale_grad.to(scale.dtype), bias_grad.to(scale.dtype)
 
 
 def _launch(kernel, grid: int, tensors: tuple, scalars: tuple, config: ScaleConfig) -> None:

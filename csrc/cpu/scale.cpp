@@ -1,4 +1,4 @@
-// Gradients of y = scale * (x - center) + bias in one pass over the rows.
+// y = scale * (x - center) + bias, and its gradients, in one pass over the rows.
 #include <type_traits>
 
 #include "boft_kernels.h"
@@ -9,6 +9,14 @@ namespace {
 
 constexpr int64_t kColumns = 512;  // whose sums stay in the first-level cache
 constexpr int64_t kRows = 64;      // summed in C, then added in double: rounding does not grow
+
+template <class T, class C = Compute<T>>
+BOFT_INLINE void forward(const T* __restrict x, const C* __restrict scale,
+                         const C* __restrict shift, T* __restrict y, int64_t n, int64_t begin,
+                         int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t j = 0; j < n; ++j) y[i * n + j] = narrow<T>(widen(x[i * n + j]) * scale[j] + shift[j]);
+}
 
 template <class T, class C = Compute<T>>
 BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
@@ -41,6 +49,10 @@ BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
 }
 
 #define BOFT_DTYPE(SUFFIX, TARGET, T)                                                          \
+  TARGET void forward_##SUFFIX(const T* x, const Compute<T>* scale, const Compute<T>* shift,   \
+                               T* y, int64_t n, int64_t begin, int64_t end) {                  \
+    forward(x, scale, shift, y, n, begin, end);                                                \
+  }                                                                                            \
   TARGET void backward_##SUFFIX(const T* grad, const T* x, const Compute<T>* scale,            \
                                 const Compute<T>* center, T* x_grad, Compute<T>* scale_grad,   \
                                 Compute<T>* bias_grad, int64_t rows, int64_t n, int64_t begin, \
@@ -53,23 +65,38 @@ BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
   BOFT_DTYPE(SUFFIX, TARGET, bf16)
 BOFT_ISAS(BOFT_DTYPES)
 
+// Calls f with a null pointer of a dtype's type.
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::F32: return f(static_cast<float*>(nullptr));
+    case DType::F64: return f(static_cast<double*>(nullptr));
+    case DType::BF16: return f(static_cast<bf16*>(nullptr));
+  }
+}
+
 }  // namespace
+
+void scale(const void* x, const void* scale, const void* shift, void* y, int64_t n, int64_t begin,
+           int64_t end, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using C = Compute<T>;
+    BOFT_RUN(forward, static_cast<const T*>(x), static_cast<const C*>(scale),
+             static_cast<const C*>(shift), static_cast<T*>(y), n, begin, end);
+  });
+}
 
 void scale_backward(const void* grad, const void* x, const void* scale, const void* center,
                     void* x_grad, void* scale_grad, void* bias_grad, int64_t rows, int64_t n,
                     int64_t begin, int64_t end, DType dtype) {
-  const auto as = [&](auto* type) {
+  with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using C = Compute<T>;
     BOFT_RUN(backward, static_cast<const T*>(grad), static_cast<const T*>(x),
              static_cast<const C*>(scale), static_cast<const C*>(center), static_cast<T*>(x_grad),
              static_cast<C*>(scale_grad), static_cast<C*>(bias_grad), rows, n, begin, end);
-  };
-  switch (dtype) {
-    case DType::F32: return as(static_cast<float*>(nullptr));
-    case DType::F64: return as(static_cast<double*>(nullptr));
-    case DType::BF16: return as(static_cast<bf16*>(nullptr));
-  }
+  });
 }
 
 }  // namespace boft::cpu

@@ -6,15 +6,43 @@ namespace boft::cuda {
 namespace {
 
 constexpr int64_t kBlocks = 1024;  // that keep a large GPU busy
-constexpr int64_t kLeastRows = 32;  // of a range of rows
+constexpr int64_t kLeastRows = 32;  // of a range of rows whose gradients are summed
+constexpr int64_t kScaleRows = 8;    // that a block scales: all of them are loaded at once
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+
+// Calls f(std::integral_constant<int, Vector>{}) with the columns that move at a time.
+template <class T, class F>
+int with_vector(int64_t n, uintptr_t pointers, F f) {
+  constexpr int kVector = 16 / sizeof(T);
+  if (pointers % 16 == 0 && n % kVector == 0) return f(std::integral_constant<int, kVector>{});
+  return f(std::integral_constant<int, 1>{});
+}
 
 }  // namespace
 
 int64_t scale_splits(int64_t rows, int64_t n) {
   const int64_t across = std::max<int64_t>(1, divide_up(n, 8 * kScaleThreads));
   return std::clamp<int64_t>(divide_up(rows, kLeastRows), 1, std::max<int64_t>(1, kBlocks / across));
+}
+
+int scale(const void* x, const void* scale, const void* center, const void* bias, void* y,
+          int64_t rows, int64_t n, DType dtype, Queue queue) {
+  if (n == 0 || rows == 0) return 0;
+  return with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using W = Wide<T>;
+    return with_vector<T>(n, address(x) | address(y), [&](auto vector) {
+      constexpr int kVector = decltype(vector)::value;
+      const int64_t across = divide_up(n, kVector * kScaleThreads);
+      const int64_t blocks = across * divide_up(rows, kScaleRows);
+      return launch(scale_kernel<T, kVector>, blocks, kScaleThreads, 0, queue,
+                    static_cast<const T*>(x), static_cast<const W*>(scale),
+                    static_cast<const W*>(center), static_cast<const W*>(bias), static_cast<T*>(y),
+                    rows, n, kScaleRows, int(across));
+    });
+  });
 }
 
 int scale_backward(const void* grad, const void* x, const void* scale, const void* center,
@@ -25,7 +53,8 @@ int scale_backward(const void* grad, const void* x, const void* scale, const voi
   return with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using W = Wide<T>;
-    const auto run = [&](auto vector) {
+    const uintptr_t pointers = address(grad) | address(x) | address(x_grad);
+    const int error = with_vector<T>(n, pointers, [&](auto vector) {
       constexpr int kVector = decltype(vector)::value;
       const int64_t across = divide_up(n, kVector * kScaleThreads);
       return launch(scale_backward_kernel<T, kVector>, across * splits, kScaleThreads, 0, queue,
@@ -33,13 +62,7 @@ int scale_backward(const void* grad, const void* x, const void* scale, const voi
                     static_cast<const W*>(scale), static_cast<const W*>(center),
                     static_cast<T*>(x_grad), static_cast<W*>(partials), rows, n, rows_per_block,
                     int(across));
-    };
-    constexpr int kVector = 16 / sizeof(T);
-    const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-    const bool aligned =
-        (address(grad) | address(x) | address(x_grad)) % 16 == 0 && n % kVector == 0;
-    const int error = aligned ? run(std::integral_constant<int, kVector>{})
-                              : run(std::integral_constant<int, 1>{});
+    });
     if (error != 0) return error;
     return launch(sum_kernel<W>, divide_up(2 * n, kScaleThreads), kScaleThreads, 0, queue,
                   static_cast<const W*>(partials), static_cast<W*>(scale_grad),

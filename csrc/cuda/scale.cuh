@@ -1,5 +1,5 @@
-// Gradients of y = scale * (x - center) + bias for rows x, in one pass over them: partial sums of ranges
-// of rows, which a second launch adds up in order.
+// y = scale * (x - center) + bias for rows x, and its gradients, in one pass over the rows. The gradients
+// of the vectors come as partial sums of ranges of rows, which a second launch adds up in order.
 #pragma once
 
 #include "gpu.cuh"
@@ -10,15 +10,45 @@ constexpr int kScaleThreads = 128;
 
 // Columns that a thread has: 16 bytes of them, where addresses allow it.
 template <class T, int Vector>
+struct alignas(Vector * sizeof(T)) Columns {
+  static_assert(Vector * sizeof(T) <= 16);
+  T at[Vector];
+};
+
+// Without a bias (null) there is no center. The shift is exactly 0 where scale is 1 and both agree.
+template <class T, int Vector>
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_kernel(const T* x, const Wide<T>* scale, const Wide<T>* center, const Wide<T>* bias, T* y,
+                 int64_t rows, int64_t n, int64_t rows_per_block, int across) {
+  using W = Wide<T>;
+  const int64_t thread = int64_t(blockIdx.x) % across * kScaleThreads + threadIdx.x;
+  const int64_t column = thread * Vector, first = int64_t(blockIdx.x) / across * rows_per_block;
+  if (column >= n) return;
+  const int64_t last = first + rows_per_block < rows ? first + rows_per_block : rows;
+  W scales[Vector], shifts[Vector];
+#pragma unroll
+  for (int i = 0; i < Vector; ++i) {
+    scales[i] = scale[column + i];
+    shifts[i] = bias == nullptr ? W(0) : bias[column + i] - scales[i] * center[column + i];
+  }
+#pragma unroll 8
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t at = row * n + column;
+    const auto v = *reinterpret_cast<const Columns<T, Vector>*>(x + at);
+    Columns<T, Vector> out;
+#pragma unroll
+    for (int i = 0; i < Vector; ++i) out.at[i] = narrow<T>(widen(v.at[i]) * scales[i] + shifts[i]);
+    *reinterpret_cast<Columns<T, Vector>*>(y + at) = out;
+  }
+}
+
+// A center of null is 0.
+template <class T, int Vector>
 __global__ void __launch_bounds__(kScaleThreads, 1)
     scale_backward_kernel(const T* grad, const T* x, const Wide<T>* scale, const Wide<T>* center,
                           T* x_grad, Wide<T>* partials, int64_t rows, int64_t n,
                           int64_t rows_per_block, int across) {
   using W = Wide<T>;
-  static_assert(Vector * sizeof(T) <= 16);
-  struct alignas(Vector * sizeof(T)) Columns {
-    T at[Vector];
-  };
   const int64_t thread = int64_t(blockIdx.x) % across * kScaleThreads + threadIdx.x;
   const int64_t column = thread * Vector, split = int64_t(blockIdx.x) / across;
   if (column >= n) return;
@@ -26,14 +56,16 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   const int64_t last = first + rows_per_block < rows ? first + rows_per_block : rows;
   W scales[Vector], centers[Vector], scale_sums[Vector] = {}, bias_sums[Vector] = {};
 #pragma unroll
-  for (int i = 0; i < Vector; ++i)
-    scales[i] = scale[column + i], centers[i] = center[column + i];
+  for (int i = 0; i < Vector; ++i) {
+    scales[i] = scale[column + i];
+    centers[i] = center == nullptr ? W(0) : center[column + i];
+  }
 #pragma unroll 4
   for (int64_t row = first; row < last; ++row) {
     const int64_t at = row * n + column;
-    const Columns g = *reinterpret_cast<const Columns*>(grad + at);
-    const Columns v = *reinterpret_cast<const Columns*>(x + at);
-    Columns out;
+    const auto g = *reinterpret_cast<const Columns<T, Vector>*>(grad + at);
+    const auto v = *reinterpret_cast<const Columns<T, Vector>*>(x + at);
+    Columns<T, Vector> out;
 #pragma unroll
     for (int i = 0; i < Vector; ++i) {
       const W upstream = widen(g.at[i]);
@@ -41,7 +73,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
       scale_sums[i] += upstream * (widen(v.at[i]) - centers[i]);
       bias_sums[i] += upstream;
     }
-    *reinterpret_cast<Columns*>(x_grad + at) = out;
+    *reinterpret_cast<Columns<T, Vector>*>(x_grad + at) = out;
   }
 #pragma unroll
   for (int i = 0; i < Vector; ++i) {

@@ -1,0 +1,86 @@
+"""The launches of a rotated layer in one call, each way.
+
+Python takes longer to make them than a GPU takes to run them, at any but the largest sizes. In
+compiled graphs they stay apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ._backend import Op
+from .rotate import _rotate, _rotate_backward
+from .scale import _scale, _scale_backward
+
+MAX_SIZE = 64  # of a stage; for larger ones Triton's rotate is the faster
+
+
+def _rotate_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stage: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    z = F.linear(_rotate(x, stage, stage.shape[-1], 1, False), weight, bias)
+    none = z.new_empty(0, len(weight))
+    if scale is None:
+        return z, none
+    return _scale(z, scale, bias, bias), z if save else none
+
+
+def _rotate_linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stage: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    z: torch.Tensor | None,
+    splits: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    scale_grad, bias_grad = stage.new_empty(0), stage.new_empty(0)
+    if z is not None:
+        grad, scale_grad, bias_grad = _scale_backward(grad, z, scale, bias)
+    elif scale is not None:
+        grad = _scale(grad, scale, None, None)
+    layout = stage.shape[-1], 1, False
+    return *_rotate_backward(grad @ weight, x, stage, *layout, splits), scale_grad, bias_grad
+
+
+def _fake_rotate_linear(x, weight, stage, scale, bias, save):
+    rows, n = x.shape[0], weight.shape[0]
+    return x.new_empty(rows, n), x.new_empty(rows if save and scale is not None else 0, n)
+
+
+def _fake_rotate_linear_backward(grad, x, weight, stage, scale, bias, z, splits):
+    n = 0 if z is None else weight.shape[0]
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    partials = stage.new_empty(splits, *stage.shape)
+    return x_grad, partials, stage.new_empty(n), stage.new_empty(n)
+
+
+def _cuda_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
+    half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
+    return half and stage.dtype == torch.float32 and stage.shape[-1] <= MAX_SIZE
+
+
+# y = scale * (z - bias) + bias, z = x R W^T + bias, for a stage of stride 1; z is empty unless it
+# is to be saved and there is a scale.
+rotate_linear_forward = Op(
+    "rotate_linear(Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? bias, bool save)"
+    " -> (Tensor, Tensor)",
+    _rotate_linear,
+    _fake_rotate_linear,
+    supports={"cuda": lambda x, weight, stage, *_: _cuda_takes(x, weight, stage)},
+)
+# -> gradients of x, of the stage (partial sums), and, empty without z, of the scale and the bias
+rotate_linear_backward = Op(
+    "rotate_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor stage, Tensor? scale,"
+    " Tensor? bias, Tensor? z, int splits) -> (Tensor, Tensor, Tensor, Tensor)",
+    _rotate_linear_backward,
+    _fake_rotate_linear_backward,
+    supports={"cuda": lambda grad, x, weight, stage, *_: _cuda_takes(x, weight, stage)},
+)

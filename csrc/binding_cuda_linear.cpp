@@ -1,0 +1,64 @@
+// A rotated layer's launches in one call each way: rows through the stage, torch's product with the
+// weight, the scale. What Python would do one by one, for the time that it takes there.
+#ifdef BOFT_OPS_CUDA
+#include <array>
+
+#include "binding_cuda.h"
+
+namespace boft::binding {
+namespace {
+
+void check_layer(const char* op, const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
+                      x.scalar_type() == weight.scalar_type(),
+                  op, ": expected x (rows, d) and weight (n, d) of one dtype");
+  check_device(op, x, {&weight});
+}
+
+// torch.nn.functional.linear
+Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rotate_linear_cuda(const Tensor& x, const Tensor& weight,
+                                              const Tensor& stage, const MaybeTensor& scale,
+                                              const MaybeTensor& bias, bool save) {
+  check_layer("rotate_linear", x, weight);
+  check_square(stage, 3, "rotate_linear: stage");
+  const Tensor z = linear(rotate_cuda(x, stage, stage.size(2), 1, false), weight, bias);
+  const Tensor none = torch::stable::new_empty(x, {0, weight.size(0)});
+  if (!scale) return {z, none};
+  return {scale_cuda(z, *scale, bias, bias), save ? z : none};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_linear_backward_cuda(
+    const Tensor& grad_, const Tensor& x, const Tensor& weight, const Tensor& stage,
+    const MaybeTensor& scale, const MaybeTensor& bias, const MaybeTensor& z, int64_t splits) {
+  check_layer("rotate_linear_backward", x, weight);
+  check_square(stage, 3, "rotate_linear_backward: stage");
+  STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == x.size(0) &&
+                      grad_.size(1) == weight.size(0) && grad_.scalar_type() == x.scalar_type(),
+                  "rotate_linear_backward: grad: expected (rows, n) in the dtype of x");
+  STD_TORCH_CHECK(scale || !z, "rotate_linear_backward: z: expected none without a scale");
+  Tensor grad = grad_;
+  Tensor scale_grad = torch::stable::new_empty(stage, {0});
+  Tensor bias_grad = torch::stable::new_empty(stage, {0});
+  if (z) {
+    std::tie(grad, scale_grad, bias_grad) = scale_backward_cuda(grad, *z, *scale, bias);
+  } else if (scale) {
+    grad = scale_cuda(grad, *scale, std::nullopt, std::nullopt);
+  }
+  const Tensor rows_grad = torch::stable::matmul(grad, weight);
+  auto [x_grad, partials] =
+      rotate_backward_cuda(rows_grad, x, stage, stage.size(2), 1, false, splits);
+  return {x_grad, partials, scale_grad, bias_grad};
+}
+
+}  // namespace boft::binding
+#endif
