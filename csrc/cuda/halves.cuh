@@ -14,8 +14,18 @@
 namespace boft::cuda {
 
 constexpr int kThreads = 128;  // of a block
-constexpr int kLine = 64;   // that it has: lines of 128 bytes, where features are neighbours
+constexpr int kLine = 64;      // that it has: lines of 128 bytes, where features are neighbours
 constexpr int kGramRows = 64;  // that it has at a time in shared memory
+
+// Blocks that a multiprocessor is to have room for. From compute capability 10.0 on, the same takes more
+// registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <int Width>
+constexpr int kResident = Width == 32 ? 3 : 2;
+#else
+template <int Width>
+constexpr int kResident = Width == 32 ? 5 : 3;
+#endif
 
 // How many warps share a piece, each with rows of its own.
 template <int Width>
@@ -53,9 +63,9 @@ inline Pieces pieces_of(const boft::Stage& stage, int64_t d, int width) {
 // Where a piece is in a row.
 template <int Width>
 struct Where {
-  int group, groups;            // the first one, and those that exist
-  bool there[Width / 32];       // whether this lane's vectors exist,
-  int64_t vectors[Width / 32];  // and their first features
+  int group, groups;              // the first one, and those that exist
+  bool there[Width / 32];         // whether this lane's vectors exist,
+  unsigned features[Width / 32];  // and their first features
 };
 
 template <int Width>
@@ -65,12 +75,11 @@ __device__ __forceinline__ Where<Width> where(const Pieces& p, int piece) {
   const int before = piece / p.across * p.period;
   w.groups = piece >= p.count ? 0 : rest < p.groups ? rest : p.groups;
   w.group = before + first;
-  const int64_t feature = int64_t(before) * p.size + int64_t(first) * p.chunk;
 #pragma unroll
   for (int i = 0; i < Width / 32; ++i) {
     const int at = (int(threadIdx.x) % 4 + 4 * i) * 8, chunk = at / p.run, along = at % p.run;
     w.there[i] = chunk < p.size / p.chunk && along < w.groups * p.chunk;
-    w.vectors[i] = feature + int64_t(chunk) * p.stride * p.chunk + along;
+    w.features[i] = unsigned(before * p.size + first * p.chunk + chunk * p.stride * p.chunk + along);
   }
   return w;
 }
@@ -105,7 +114,7 @@ template <class T, int Width>
 __device__ __forceinline__ void arrange(uint32_t (&words)[kWords<Width>], uint32_t* shared,
                                         const float* matrices, const Pieces& p, int group, int groups,
                                         bool transpose) {
-  constexpr int kMembers = 32 * kTeam<Width>, kAtOnce = 4;
+  constexpr int kMembers = 32 * kTeam<Width>, kAtOnce = Width / 8;
   const int thread = int(threadIdx.x) % kMembers, lane = int(threadIdx.x) % 32;
   uint32_t* own = shared + int(threadIdx.x) / kMembers * kArrange<Width>;
   uint16_t* parts = reinterpret_cast<uint16_t*>(own);  // of an entry's place: of its row, its column
@@ -167,52 +176,61 @@ __device__ __forceinline__ Rows<Width> rotated(const Rows<Width>& rows,
                                                const uint32_t (&words)[kWords<Width>]) {
   Rows<Width> out;
 #pragma unroll
-  for (int q = 0; q < Width / 8; ++q) {
-    float sums[4];
-    unpack<T>(rows.at[0][q], sums[0], sums[1]);
-    unpack<T>(rows.at[1][q], sums[2], sums[3]);
+  for (int first = 0; first < Width / 8; first += 4) {  // at a time, or registers would not suffice
+    float sums[4][4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      unpack<T>(rows.at[0][first + q], sums[q][0], sums[q][1]);
+      unpack<T>(rows.at[1][first + q], sums[q][2], sums[q][3]);
+    }
 #pragma unroll
     for (int s = 0; s < Width / 16; ++s) {
       const uint32_t a[4] = {rows.at[0][2 * s], rows.at[1][2 * s], rows.at[0][2 * s + 1],
                              rows.at[1][2 * s + 1]};
-      mma<T>(sums, a, words[2 * (s * (Width / 8) + q)], words[2 * (s * (Width / 8) + q) + 1]);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const uint32_t* b = words + 2 * (s * (Width / 8) + first + q);
+        mma<T>(sums[q], a, b[0], b[1]);
+      }
     }
-    out.at[0][q] = pack<T>(sums[0], sums[1]);
-    out.at[1][q] = pack<T>(sums[2], sums[3]);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      out.at[0][first + q] = pack<T>(sums[q][0], sums[q][1]);
+      out.at[1][first + q] = pack<T>(sums[q][2], sums[q][3]);
+    }
   }
   return out;
 }
 
 // y = x S, or x S^T. Warps go their own ways; 4 KB of each are on their way at a time.
 template <class T, int Width>
-__global__ void __launch_bounds__(kThreads, Width == 32 ? 4 : 3)
-    rotate_halves_kernel(const T* x, const float* matrices, T* y, Pieces p, int64_t n_rows, int64_t d,
-                         int64_t rows_per_block, bool transpose) {
+__global__ void __launch_bounds__(kThreads, kResident<Width>)
+    rotate_halves_kernel(const T* x, const float* matrices, T* y, Pieces p, int n_rows, int64_t d,
+                         int rows_per_block, bool transpose) {
   constexpr int kAcross = kLine / Width, kTiles = 128 / Width, kEach = Width / 32;
   const int warp = int(threadIdx.x) / 32, g = int(threadIdx.x) % 32 / 4;
   const int tiles = (p.count + kAcross - 1) / kAcross;
-  const int64_t first = int(blockIdx.x) / tiles * rows_per_block;
-  const int64_t last = first + rows_per_block < n_rows ? first + rows_per_block : n_rows;
+  const int64_t first = int64_t(int(blockIdx.x) / tiles) * rows_per_block;
+  const int rows_here = int(n_rows - first < rows_per_block ? n_rows - first : rows_per_block);
   const auto mine =
       where<Width>(p, int(blockIdx.x) % tiles * kAcross + warp / kTeam<Width>);
   const int skip = warp % kTeam<Width> * (16 * kTiles), step = kTeam<Width> * (16 * kTiles);
-  int left = int(last - first) - skip - g;  // rows from this lane's first one on
-  const int64_t eight = 8 * d;
-  int64_t at[kEach];  // of the vectors in the first of them
+  int left = rows_here - skip - g;  // rows from this lane's first one on
+  unsigned at[kEach];  // of this lane's vectors from the block's first feature on
 #pragma unroll
-  for (int v = 0; v < kEach; ++v) at[v] = (first + skip + g) * d + mine.vectors[v];
+  for (int v = 0; v < kEach; ++v) at[v] = (skip + g) * unsigned(d) + mine.features[v];
+  int64_t start = first * d;
   Rows<Width> rows[kTiles];
   const auto load = [&] {
 #pragma unroll
-    for (int v = 0; v < kEach; ++v) {
-      const T* from = x + at[v];
+    for (int i = 0; i < 2 * kTiles; ++i)
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i, from += eight) {
+      for (int v = 0; v < kEach; ++v) {
         uint4 vector{};
-        if (mine.there[v] && 8 * i < left) vector = *reinterpret_cast<const uint4*>(from);
+        if (mine.there[v] && 8 * i < left)
+          vector = *reinterpret_cast<const uint4*>(x + start + 8 * i * d + at[v]);
         put(rows[i / 2], i % 2, v, vector);
       }
-    }
   };
   load();  // while the stage is arranged
   uint32_t words[kWords<Width>];
@@ -220,15 +238,14 @@ __global__ void __launch_bounds__(kThreads, Width == 32 ? 4 : 3)
                     mine.groups, transpose);
   while (left + g > 0) {  // the same for all lanes of a warp
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) rows[i] = rotated<T, Width>(rows[i], words);
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      if (i % 2 == 0) rows[i / 2] = rotated<T, Width>(rows[i / 2], words);
 #pragma unroll
-    for (int v = 0; v < kEach; ++v) {
-      T* to = y + at[v];
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i, to += eight)
-        if (mine.there[v] && 8 * i < left) *reinterpret_cast<uint4*>(to) = get(rows[i / 2], i % 2, v);
-      at[v] += eight * (step / 8);
+      for (int v = 0; v < kEach; ++v)
+        if (mine.there[v] && 8 * i < left)
+          *reinterpret_cast<uint4*>(y + start + 8 * i * d + at[v]) = get(rows[i / 2], i % 2, v);
     }
+    start += step * d;
     left -= step;
     load();
   }
@@ -238,32 +255,34 @@ __global__ void __launch_bounds__(kThreads, Width == 32 ? 4 : 3)
 // 16 positions of x each and all of grad's in the same piece. Rows are in two buffers, one of which
 // fills while the other is multiplied: one barrier for 64 rows.
 template <class T, int Width, bool XGrad>
-__global__ void __launch_bounds__(kThreads, Width == 32 ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kResident<Width>)
     gram_halves_kernel(const T* x, const T* grad, const float* matrices, T* x_grad, float* partials,
-                       Pieces p, int64_t n_rows, int64_t d, int64_t rows_per_block, bool transpose) {
+                       Pieces p, int n_rows, int64_t d, int rows_per_block, bool transpose) {
   constexpr int kAcross = kLine / Width, kEach = Width / 32;
   constexpr int kTiles = kGramRows / 16 / kTeam<Width>;  // of 16 rows that a warp loads and rotates
   constexpr int kPitch = kLine + kPad<T>, kBuffer = kGramRows * kPitch;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int team = warp / kTeam<Width>, member = warp % kTeam<Width>;
   const int tiles = (p.count + kAcross - 1) / kAcross;
-  const int64_t first = int(blockIdx.x) / tiles * rows_per_block;
-  const int64_t last = first + rows_per_block < n_rows ? first + rows_per_block : n_rows;
+  const int64_t first = int64_t(int(blockIdx.x) / tiles) * rows_per_block;
+  const int rows_here = int(n_rows - first < rows_per_block ? n_rows - first : rows_per_block);
   const auto mine = where<Width>(p, int(blockIdx.x) % tiles * kAcross + team);
   T* buffers = reinterpret_cast<T*>(shared_memory());  // of x and of grad, twice
   const int own_row = member * 16 * kTiles + g;
   const int own = own_row * kPitch + team * Width + 8 * t;
-  const int64_t eight = 8 * d;
-  int64_t at = (first + own_row) * d + mine.vectors[0];  // of this lane's first vector
+  unsigned at[kEach];  // as above
+#pragma unroll
+  for (int v = 0; v < kEach; ++v) at[v] = own_row * unsigned(d) + mine.features[v];
+  int64_t start = first * d;
   // to `turn`'s buffer, `ahead` rows on, where there are `left` from this lane's first one on
-  const auto load = [&](int ahead, int64_t left, int turn) {
+  const auto load = [&](int ahead, int left, int turn) {
     T* to = buffers + turn % 2 * 2 * kBuffer + own;
 #pragma unroll
     for (int v = 0; v < kEach; ++v) {
       if (!mine.there[v]) continue;
-      int64_t from = at + eight * (ahead / 8) + int(mine.vectors[v] - mine.vectors[0]);
 #pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i, from += eight) {
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const int64_t from = start + (ahead + 8 * i) * d + at[v];
         T *of_x = to + 8 * i * kPitch + 32 * v, *of_grad = of_x + kBuffer;
         if (8 * i < left) {
           copy_async<16>(of_x, x + from);
@@ -276,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, Width == 32 ? 4 : 3)
     }
     close_copies();
   };
-  int64_t left = last - first - own_row;
+  int left = rows_here - own_row;
   load(0, left, 0);
   uint32_t* const shared = reinterpret_cast<uint32_t*>(buffers + 4 * kBuffer);
   uint32_t words[kWords<Width>];
@@ -315,13 +334,13 @@ __global__ void __launch_bounds__(kThreads, Width == 32 ? 4 : 3)
         for (int high = 0; high < 2; ++high)
 #pragma unroll
           for (int v = 0; v < kEach; ++v) {
-            const int64_t to = at + int(mine.vectors[v] - mine.vectors[0]) + (2 * i + high) * eight;
-            if (mine.there[v] && 16 * i + 8 * high < left)
-              *reinterpret_cast<uint4*>(x_grad + to) = get(rows, high, v);
+            const int row = 16 * i + 8 * high;
+            if (mine.there[v] && row < left)
+              *reinterpret_cast<uint4*>(x_grad + start + row * d + at[v]) = get(rows, high, v);
           }
       }
     }
-    at += eight * (kGramRows / 8);
+    start += kGramRows * d;
   }
   partials += (int64_t(int(blockIdx.x) / tiles) * p.all + places[Width]) * p.size * p.size;
 #pragma unroll

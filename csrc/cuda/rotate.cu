@@ -31,16 +31,17 @@ int64_t rows_of(int64_t tiles, int64_t rows, int64_t size, int64_t step) {
   return step * std::max<int64_t>(1, turns);
 }
 
-// Calls f(pieces, std::integral_constant<int, Width>{}) if there are pieces for the kernels of halves.cuh,
-// where `pointers` are all the addresses of rows, or'ed; -1 if not.
+// Calls f(pieces, std::integral_constant<int, Width>{}) if the kernels of halves.cuh take the stage and the
+// rows, else returns -1; `pointers`: all the addresses of rows, or'ed.
 template <class T, class F>
-int with_pieces(const Stage& stage, int64_t d, uintptr_t pointers, F f) {
+int with_pieces(const Stage& stage, int64_t rows, int64_t d, uintptr_t pointers, F f) {
   if constexpr (is_half<T>) {
-    if (d % 8 != 0 || pointers % 16 != 0) return -1;
-    const Pieces narrow = pieces_of(stage, d, 32), wide = pieces_of(stage, d, 64);
+    // offsets from a block's first row on have 32 bits
+    if (d % 8 != 0 || d >= 1 << 24 || rows > INT32_MAX - kGramRows || pointers % 16 != 0) return -1;
+    const Pieces thin = pieces_of(stage, d, 32), wide = pieces_of(stage, d, 64);
     // less than the 32 bytes that memory moves at least are a reason for more groups
-    const bool short_runs = narrow.run < 16 && wide.count > 0 && wide.run > narrow.run;
-    if (narrow.count > 0 && !short_runs) return f(narrow, std::integral_constant<int, 32>{});
+    const bool short_runs = thin.run < 16 && wide.count > 0 && wide.run > thin.run;
+    if (thin.count > 0 && !short_runs) return f(thin, std::integral_constant<int, 32>{});
     if (wide.count > 0) return f(wide, std::integral_constant<int, 64>{});
   }
   return -1;
@@ -57,12 +58,14 @@ constexpr size_t kArrangeBytes = sizeof(uint32_t) * (kLine / Width) * kArrange<W
 template <class T>
 int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d, Stage stage,
               bool transpose, Queue queue) {
-  const int done = with_pieces<T>(stage, d, address(x) | address(y), [&](auto pieces, auto width) {
+  const uintptr_t pointers = address(x) | address(y);
+  const int done = with_pieces<T>(stage, rows, d, pointers, [&](auto pieces, auto width) {
     constexpr int kWidth = decltype(width)::value;
     const int64_t tiles = blocks_across<kWidth>(pieces);
     const int64_t block = rows_of(tiles, rows, stage.size, 128);
     return launch(rotate_halves_kernel<T, kWidth>, tiles * divide_up(rows, block), kThreads,
-                  kArrangeBytes<kWidth>, queue, x, matrices, y, pieces, rows, d, block, transpose);
+                  kArrangeBytes<kWidth>, queue, x, matrices, y, pieces, int(rows), d, int(block),
+                  transpose);
   });
   if (done >= 0) return done;
   constexpr int kMost = is_half<T> ? 128 : kPositions<T>;
@@ -76,7 +79,7 @@ int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d
                                 job.buffers * kWarps<T> * kRows * (l.bands * padded + kPad<T>));
     };
     const auto lay_out = [&](int positions) {
-      job.layout = layout_of<T>(stage, d, positions, address(x) | address(y));
+      job.layout = layout_of<T>(stage, d, positions, pointers);
     };
     // more bands where they lengthen runs of less than the 32 bytes that memory moves at least
     const int64_t run = int64_t(sizeof(T)) * stage.chunk;
@@ -95,14 +98,14 @@ template <class T, bool XGrad>
 int gram_as(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<T>* partials,
             int64_t rows, int64_t d, Stage stage, bool transpose, int64_t splits, Queue queue) {
   const uintptr_t pointers = address(x) | address(grad) | address(x_grad);
-  const int done = with_pieces<T>(stage, d, pointers, [&](auto pieces, auto width) {
+  const int done = with_pieces<T>(stage, rows, d, pointers, [&](auto pieces, auto width) {
     constexpr int kWidth = decltype(width)::value;
     const int64_t block = divide_up(divide_up(rows, splits), kGramRows) * kGramRows;
     const size_t shared = sizeof(T) * 4 * kGramRows * (kLine + kPad<T>) +
                           (XGrad ? kArrangeBytes<kWidth> : 0) + sizeof(int) * (kLine + 2);
     return launch(gram_halves_kernel<T, kWidth, XGrad>, splits * blocks_across<kWidth>(pieces),
-                  kThreads, shared, queue, x, grad, matrices, x_grad, partials, pieces, rows, d,
-                  block, transpose);
+                  kThreads, shared, queue, x, grad, matrices, x_grad, partials, pieces,
+                  int(rows), d, int(block), transpose);
   });
   if (done >= 0) return done;
   constexpr int kTile = kPositions<T>;
