@@ -118,18 +118,24 @@ STRUCTURES = [
     (3, 3, 1, 23, 67, False),  # five groups in a band of 16, the last tile half empty
     (4, 2, 4, 24, 5, False),
     (6, 3, 2, 10, 5, True),
+    (6, 6, 1, 20, 200, True),  # halves: pieces of four groups, in three vectors of four
     (8, 4, 2, 18, 67, False),
+    (8, 8, 1, 7, 300, False),  # the last piece has three groups of four
     (12, 6, 4, 8, 5, True),
     (15, 15, 1, 3, 5, True),
     (16, 16, 1, 5, 67, True),
     (16, 4, 8, 16, 5, False),
+    (16, 8, 4, 8, 150, True),
     (20, 10, 2, 2, 5, False),
+    (20, 20, 1, 4, 67, True),
     (24, 24, 1, 2, 5, True),
     (32, 32, 1, 3, 67, True),
     (32, 4, 8, 8, 5, False),
     (43, 43, 1, 2, 5, True),
     (48, 12, 2, 2, 5, False),
+    (48, 16, 2, 4, 67, True),
     (64, 64, 1, 2, 5, False),
+    (64, 8, 2, 2, 131, True),
     (64, 4, 4, 4, 5, True),
     (96, 48, 2, 2, 5, False),
     (128, 16, 2, 2, 67, True),
@@ -176,6 +182,20 @@ def test_rotate(cuda, structure, dtype):
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 63, 64, 65, 200])
 def test_every_number_of_rows(cuda, rows, dtype):
     check_rotate(cuda, 16, 16, 1, 6, rows, rows % 2 == 0, dtype, splits=1 + rows % 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["rotate", "rotate_backward"])
+def test_rows_that_begin_anywhere(cuda, name, dtype):
+    """Contiguous, but no multiple of 16 bytes from where memory was allocated."""
+    memory = torch.randn(2, 1 + 37 * 48).to(dtype)
+    grad, x = (part[1:].view(37, 48) for part in memory)
+    stage = torch.randn(3, 16, 16, dtype=torch.promote_types(dtype, torch.float32)) / 4
+    more = (2,) if name == "rotate_backward" else ()
+    rows = (grad, x) if name == "rotate_backward" else (x,)
+    got = getattr(cuda, name)(*rows, stage, 8, 1, False, *more)
+    want = getattr(cuda, name)(*[t.clone() for t in rows], stage, 8, 1, False, *more)
+    torch.testing.assert_close(got, want)
 
 
 STAGES = [

@@ -28,6 +28,30 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two neighbouring halves, as the 32 bits that they are in memory, from and to float32.
+template <class T>
+__device__ __forceinline__ void unpack(uint32_t pair, float& low, float& high) {
+  static_assert(is_half<T>);
+  if constexpr (std::is_same_v<T, bf16>) {
+    low = __uint_as_float(pair << 16);
+    high = __uint_as_float(pair & 0xffff0000u);
+  } else {
+    asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+  }
+}
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  static_assert(is_half<T>);
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // Four 8 x 8 matrices of halves in shared memory, transposed: lane 8m + r names row r of matrix m, and
 // gets of each the entries of column g in rows 2t and 2t + 1.
 __device__ __forceinline__ void load_transposed(uint32_t (&out)[4], const void* row) {

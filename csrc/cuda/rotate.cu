@@ -1,4 +1,4 @@
-#include "cuda/rotate.cuh"
+#include "cuda/halves.cuh"
 
 namespace boft::cuda {
 namespace {
@@ -23,9 +23,51 @@ int with_columns(int padded, F f) {
 
 uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
+// How many rows a block is to have, of `tiles` blocks across the features: a multiple of `step`. A block
+// reads size^2 of the stage for rows * size of x, and 16 size rows make that cheap.
+int64_t rows_of(int64_t tiles, int64_t rows, int64_t size, int64_t step) {
+  const int64_t most = std::max<int64_t>(256, 16 * size) / step;
+  const int64_t turns = std::min(most, tiles * divide_up(rows, step) / kBlocks);
+  return step * std::max<int64_t>(1, turns);
+}
+
+// Calls f(pieces, std::integral_constant<int, Width>{}) if the kernels of halves.cuh take the stage and the
+// rows, else returns -1; `pointers`: all the addresses of rows, or'ed.
+template <class T, class F>
+int with_pieces(const Stage& stage, int64_t rows, int64_t d, uintptr_t pointers, F f) {
+  if constexpr (is_half<T>) {
+    // offsets from a block's first row on have 32 bits
+    if (d % 8 != 0 || d >= 1 << 24 || rows > INT32_MAX - kGramRows || pointers % 16 != 0) return -1;
+    const Pieces thin = pieces_of(stage, d, 32), wide = pieces_of(stage, d, 64);
+    // less than the 32 bytes that memory moves at least are a reason for more groups
+    const bool short_runs = thin.run < 16 && wide.count > 0 && wide.run > thin.run;
+    if (thin.count > 0 && !short_runs) return f(thin, std::integral_constant<int, 32>{});
+    if (wide.count > 0) return f(wide, std::integral_constant<int, 64>{});
+  }
+  return -1;
+}
+
+// Their blocks across the features, and the shared memory to arrange a stage in.
+template <int Width>
+int64_t blocks_across(const Pieces& pieces) {
+  return divide_up(pieces.count, kLine / Width);
+}
+template <int Width>
+constexpr size_t kArrangeBytes = sizeof(uint32_t) * (kLine / Width) * kArrange<Width>;
+
 template <class T>
 int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d, Stage stage,
               bool transpose, Queue queue) {
+  const uintptr_t pointers = address(x) | address(y);
+  const int done = with_pieces<T>(stage, rows, d, pointers, [&](auto pieces, auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    const int64_t tiles = blocks_across<kWidth>(pieces);
+    const int64_t block = rows_of(tiles, rows, stage.size, 128);
+    return launch(rotate_halves_kernel<T, kWidth>, tiles * divide_up(rows, block), kThreads,
+                  kArrangeBytes<kWidth>, queue, x, matrices, y, pieces, int(rows), d, int(block),
+                  transpose);
+  });
+  if (done >= 0) return done;
   constexpr int kMost = is_half<T> ? 128 : kPositions<T>;
   const int padded = int(divide_up(stage.size, kBand) * kBand);
   return with_columns<kMost>(padded, [&](auto columns) {
@@ -37,7 +79,7 @@ int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d
                                 job.buffers * kWarps<T> * kRows * (l.bands * padded + kPad<T>));
     };
     const auto lay_out = [&](int positions) {
-      job.layout = layout_of<T>(stage, d, positions, address(x) | address(y));
+      job.layout = layout_of<T>(stage, d, positions, pointers);
     };
     // more bands where they lengthen runs of less than the 32 bytes that memory moves at least
     const int64_t run = int64_t(sizeof(T)) * stage.chunk;
@@ -45,11 +87,8 @@ int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d
     lay_out(std::max(64, stage.stride > 1 && job.parts == 1 ? int(bands) * padded : 0));
     if (shared() > kEnoughShared) lay_out(64);
     if (shared() > kEnoughShared) job.buffers = 1;
-    const int64_t tiles = int64_t(job.layout.tiles) * job.parts, step = kWarps<T> * kRows;
-    // a block reads size^2 of the stage for rows * size of x: 16 size rows make that cheap
-    const int64_t most = std::max<int64_t>(256, 16 * stage.size) / step;
-    const int64_t turns = std::min(most, tiles * divide_up(rows, step) / kBlocks);
-    job.rows_per_block = step * std::max<int64_t>(1, turns);
+    const int64_t tiles = int64_t(job.layout.tiles) * job.parts;
+    job.rows_per_block = rows_of(tiles, rows, stage.size, kWarps<T> * kRows);
     return launch(rotate_kernel<T, kColumns>, tiles * divide_up(rows, job.rows_per_block),
                   32 * kWarps<T>, shared(), queue, x, matrices, y, job);
   });
@@ -58,13 +97,24 @@ int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d
 template <class T, bool XGrad>
 int gram_as(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<T>* partials,
             int64_t rows, int64_t d, Stage stage, bool transpose, int64_t splits, Queue queue) {
+  const uintptr_t pointers = address(x) | address(grad) | address(x_grad);
+  const int done = with_pieces<T>(stage, rows, d, pointers, [&](auto pieces, auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    const int64_t block = divide_up(divide_up(rows, splits), kGramRows) * kGramRows;
+    const size_t shared = sizeof(T) * 4 * kGramRows * (kLine + kPad<T>) +
+                          (XGrad ? kArrangeBytes<kWidth> : 0) + sizeof(int) * (kLine + 2);
+    return launch(gram_halves_kernel<T, kWidth, XGrad>, splits * blocks_across<kWidth>(pieces),
+                  kThreads, shared, queue, x, grad, matrices, x_grad, partials, pieces,
+                  int(rows), d, int(block), transpose);
+  });
+  if (done >= 0) return done;
   constexpr int kTile = kPositions<T>;
   const int padded = int(divide_up(stage.size, kBand) * kBand);
   return with_columns<kTile>(padded, [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
     const int64_t step = kWarps<T> * kRows;
     Job job{rows, d, 0, {}, int(divide_up(padded, kTile)), is_half<T> ? 2 : 1, transpose};
-    job.layout = layout_of<T>(stage, d, kTile, address(x) | address(grad) | address(x_grad));
+    job.layout = layout_of<T>(stage, d, kTile, pointers);
     job.rows_per_block = divide_up(divide_up(rows, splits), step) * step;
     size_t shared = size_t(job.buffers) * 2 * step * (kTile + kPad<T>);
     if (XGrad) shared += size_t(job.layout.bands) * kColumns * (padded + kPad<T>);

@@ -186,6 +186,7 @@ __device__ __forceinline__ void multiply_transposed(Wide<T> (&sums)[Columns / 8]
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   if constexpr (is_half<T>) {
     const int matrix = lane / 8, r = lane % 8;
+#pragma unroll 2
     for (int k = 0; k < rows; k += 16) {
       uint32_t a[4];
       load_transposed(a, left + (k + r + matrix / 2 * 8) * pitch + matrix % 2 * 8);

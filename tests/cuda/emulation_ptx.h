@@ -24,6 +24,20 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   }
 }
 
+template <class T>
+void unpack(uint32_t pair, float& low, float& high) {
+  T two[2];
+  std::memcpy(two, &pair, 4);
+  low = widen(two[0]), high = widen(two[1]);
+}
+template <class T>
+uint32_t pack(float low, float high) {
+  const T two[2] = {narrow<T>(low), narrow<T>(high)};
+  uint32_t pair;
+  std::memcpy(&pair, two, 4);
+  return pair;
+}
+
 inline void load_transposed(uint32_t (&out)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulation::fail("ldmatrix: unaligned");
   const auto slots = emulation::exchange(&row, sizeof(row));

@@ -47,6 +47,24 @@ MUTATIONS = {
         "await_copies<2>();",
         "test_every_number_of_rows and 200",
     ),
+    "no barrier before rows that others loaded are multiplied": (
+        "halves.cuh",
+        "    __syncthreads();  // and every warp has read the other buffer",
+        "",
+        "test_rotate and 16-16-1 and dtype2",
+    ),
+    "rows are multiplied before they are there": (
+        "halves.cuh",
+        "await_copies<0>();",
+        "await_copies<1>();",
+        "test_rotate and 16-16-1 and dtype2",
+    ),
+    "another row's right operand": (
+        "halves.cuh",
+        "w / 2 * (Width / 4) + w % 2",
+        "w / 2 * (Width / 4) + 1 - w % 2",
+        "test_rotate and 16-16-1 and dtype2",
+    ),
     "wrong chunk of a strided group": (
         "rows.cuh",
         "chunk * l.segment + rest;",
