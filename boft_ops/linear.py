@@ -31,7 +31,7 @@ class RotatedLinear(torch.autograd.Function):
         b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
         stages = plan_for(x, 1 if given else len(skew), b)
         blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         wide_scale = None if scale is None else _scale_like(scale, x)
         save = scale is not None and ctx.needs_input_grad[3]
         # an exported graph is for any number of rows, a compiled one is made again for few
@@ -101,7 +101,7 @@ class RotatedLinear(torch.autograd.Function):
         if need_skew:
             skew_grad = make_matrices_backward(skew, blocks, drop, stages, ctx.method, partials)
         return (
-            x_grad.reshape(x.shape) if need_x else None,
+            (x_grad if x.dim() == 2 else x_grad.reshape(x.shape)) if need_x else None,
             None,
             skew_grad,
             scale_grad.to(scale.dtype) if need_scale else None,
@@ -113,7 +113,8 @@ class RotatedLinear(torch.autograd.Function):
 
 def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The scale in the dtype that the kernels compute in."""
-    return scale.to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return scale if scale.dtype == wide else scale.to(wide)
 
 
 def _is_launched(rows: torch.Tensor, weight: torch.Tensor, matrices: list[torch.Tensor]) -> bool:

@@ -113,7 +113,8 @@ def make_matrices(
     Both are of the widest of float32, ``dtype`` and the dtype of skew (m, K, b(b-1)/2).
     """
     wide = torch.promote_types(torch.promote_types(skew.dtype, dtype), torch.float32)
-    skew = skew.to(wide)
+    if skew.dtype != wide:  # a call of .to() takes longer to find out
+        skew = skew.to(wide)
     if method == GIVEN:
         return skew[None], [skew]
     if is_fused(plan, method) and len(skew) > 1:
