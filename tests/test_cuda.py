@@ -111,6 +111,22 @@ def test_cayley_of_nothing_and_of_strided_operands(cuda):
     assert torch.equal(got, cuda.cayley_backward(blocks, drop, grad.contiguous()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [2, 4, 8])
+def test_cayley_of_operands_that_vectors_do_not_fit(cuda, b, dtype):
+    """Views that begin one number after the beginning of their memory."""
+
+    def shifted(tensor):
+        storage = tensor.new_empty(tensor.numel() + 1)
+        return storage[1:].view(tensor.shape).copy_(tensor)
+
+    skew, grad = torch.randn(70, b * (b - 1) // 2).to(dtype), torch.randn(70, b, b).to(dtype)
+    blocks = cuda.cayley(skew, None)
+    assert torch.equal(blocks, cuda.cayley(shifted(skew), None))
+    got = cuda.cayley_backward(shifted(blocks), None, shifted(grad))
+    assert torch.equal(got, cuda.cayley_backward(blocks, None, grad))
+
+
 # size, chunk, stride, number of groups, rows, transpose
 STRUCTURES = [
     (1, 1, 1, 5, 5, False),

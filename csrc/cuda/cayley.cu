@@ -10,10 +10,32 @@ const char* error_string(int error) {
 #endif
 }
 
+namespace {
+
+bool whole_vectors(const void* a, const void* b, const void* c) {
+  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  return (address(a) | address(b) | address(c)) % 16 == 0;
+}
+
+int64_t small_grid(int64_t n_blocks) { return (n_blocks + kSmallThreads - 1) / kSmallThreads; }
+
+// Block sizes that a thread takes on its own.
+#define BOFT_SMALL_BLOCKS(X) X(2) X(4) X(8)
+
+}  // namespace
+
 int cayley(const void* skew, const bool* drop, void* blocks, int64_t n_blocks, int64_t b,
            DType dtype, Queue queue) {
   return with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+#define BOFT_LAUNCH(B)                                                                           \
+  if (b == B)                                                                                    \
+    return launch(cayley_small_kernel<T, B>, small_grid(n_blocks), kSmallThreads,                \
+                  kSmallThreads / 32 * sizeof(CayleySmallShared<T, B>), queue,                   \
+                  static_cast<const T*>(skew), drop, static_cast<T*>(blocks), n_blocks,          \
+                  whole_vectors(skew, blocks, nullptr));
+    BOFT_SMALL_BLOCKS(BOFT_LAUNCH)
+#undef BOFT_LAUNCH
 #define BOFT_LAUNCH(B)                                                                            \
   if (b <= B)                                                                                     \
     return launch(cayley_kernel<T, B>, (n_blocks + kTeams<B> - 1) / kTeams<B>, kCayleyThreads<B>, \
@@ -29,6 +51,16 @@ int cayley_backward(const void* blocks, const bool* drop, const void* grad, void
                     int64_t n_blocks, int64_t b, DType dtype, Queue queue) {
   return with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+#define BOFT_LAUNCH(B)                                                                         \
+  if (b == B)                                                                                  \
+    return launch(cayley_small_backward_kernel<T, B>, small_grid(n_blocks), kSmallThreads,     \
+                  kSmallThreads / 32 * sizeof(CayleySmallBackwardShared<T, B>), queue,         \
+                  static_cast<const T*>(blocks), drop, static_cast<const T*>(grad),            \
+                  static_cast<T*>(skew_grad), n_blocks, whole_vectors(blocks, grad, skew_grad));
+    if constexpr (!std::is_same_v<T, double>) {
+      BOFT_SMALL_BLOCKS(BOFT_LAUNCH)
+    }
+#undef BOFT_LAUNCH
 #define BOFT_LAUNCH(B)                                                                        \
   if (b <= B)                                                                                 \
     return launch(cayley_backward_kernel<T, B>, (n_blocks + kTeams<B> - 1) / kTeams<B>,       \

@@ -74,4 +74,6 @@ void await_copies() {
   }
 }
 
+inline double reciprocal(double x) { return 1.0 / x; }
+
 }  // namespace boft::cuda

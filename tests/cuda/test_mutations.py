@@ -21,7 +21,19 @@ MUTATIONS = {
         "cayley.cuh",
         "    sync_team<B>();\n    const double inverse",
         "    const double inverse",
+        "test_cayley and 16 and dtype0 and none",
+    ),
+    "no barrier before results replace parameters": (
+        "cayley.cuh",
+        "  __syncwarp();  // every lane has read its parameters",
+        "",
         "test_cayley and 8 and dtype0 and none",
+    ),
+    "no barrier before gradients replace matrices": (
+        "cayley.cuh",
+        "  __syncwarp();  // every lane has read its matrices",
+        "",
+        "test_cayley and 8 and dtype0",
     ),
     "no barrier between factors": (
         "compose.cuh",
