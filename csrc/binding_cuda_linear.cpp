@@ -19,8 +19,8 @@ void check_layer(const char* op, const Tensor& x, const Tensor& weight) {
 Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  const auto error = torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "rotate_linear: torch's linear failed");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
