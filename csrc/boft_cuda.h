@@ -62,6 +62,13 @@ int rotate_backward(const void* grad, const void* x, const void* stages, void* x
                     void* partials, int64_t rows, int64_t d, Stage stage, bool transpose,
                     int64_t splits, DType dtype, Queue queue);
 
+// y = x R, or x R^T, with the R of the adapter in [0, n_adapters) that `index` (rows,) names; of -1 y = x,
+// of other numbers NaN.
+//   stages: (n_adapters, d / size, size, size), in float32 for halves
+int rotate_indexed(const void* x, const void* stages, const int32_t* index, void* y,
+                   int64_t n_adapters, int64_t rows, int64_t d, Stage stage, bool transpose,
+                   DType dtype, Queue queue);
+
 // Gradients of y = scale * (x - center) + bias, from grad (rows, n): x_grad = grad * scale, and the
 // column sums scale_grad of grad * (x - center), bias_grad of grad. Vectors are in float32 for halves.
 //   partials: memory to work in, (scale_splits(rows, n), 2, n) in the type of the vectors
