@@ -16,6 +16,7 @@ from .compose import compose
 from .plan import Stage, plan
 from .rotate import (
     MAX_TRITON_SIZE,
+    _cuda_takes_stage,
     _fake_rotate,
     _native_takes_stage,
     _order,
@@ -61,6 +62,7 @@ rotate_indexed_rows = Op(
     triton="rotate_indexed:rotate_indexed",
     supports={
         "cpu": lambda x, stages, *_: _native_takes_stage(x, stages),
+        "cuda": lambda x, stages, *_: _cuda_takes_stage(x, stages),
         "triton": lambda x, stages, *_: stages.shape[-1] <= MAX_TRITON_SIZE,
     },
 )

@@ -70,6 +70,21 @@ inline boft::Stage stage_of(const Tensor& x, const Tensor& stage, int64_t chunk,
   return shape;
 }
 
+// The same of the matrices of many adapters, and of the adapter's number of each row.
+inline boft::Stage stage_of(const Tensor& x, const Tensor& stages, const Tensor& index, int64_t chunk,
+                            int64_t stride) {
+  check_square(stages, 4, "rotate_indexed: stages");
+  const auto shape = stage_of(x, stages.size(3), chunk, stride);
+  STD_TORCH_CHECK(stages.size(1) * shape.size == x.size(1) &&
+                      stages.scalar_type() == compute_type(x),
+                  "rotate_indexed: stages: expected (adapters, d / size, size, size) in the dtype "
+                  "of x (float32 for halves)");
+  STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == x.size(0) &&
+                      index.scalar_type() == ScalarType::Int,
+                  "rotate_indexed: index: expected an int32 for each row of x");
+  return shape;
+}
+
 inline void check_scale(const Tensor& grad, const Tensor& x, const Tensor& scale,
                         const std::optional<Tensor>& center) {
   STD_TORCH_CHECK(x.dim() == 2 && alike(x, grad),

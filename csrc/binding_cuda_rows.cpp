@@ -46,6 +46,24 @@ Tensor rotate_cuda(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_
   return y;
 }
 
+Tensor rotate_indexed_cuda(const Tensor& x_, const Tensor& stages_, const Tensor& index_,
+                           int64_t chunk, int64_t stride, bool transpose) {
+  const auto dtype = cuda_dtype_of(x_, "rotate_indexed: x");
+  const auto shape = stage_of(x_, stages_, index_, chunk, stride);
+  check_size("rotate_indexed", shape);
+  check_device("rotate_indexed", x_, {&stages_, &index_});
+  STD_TORCH_CHECK(stages_.size(0) <= INT32_MAX, "rotate_indexed: stages: too many adapters");
+  const Tensor x = torch::stable::contiguous(x_), stages = torch::stable::contiguous(stages_);
+  const Tensor index = torch::stable::contiguous(index_);
+  Tensor y = torch::stable::empty_like(x);
+  check_launch("rotate_indexed",
+               boft::cuda::rotate_indexed(
+                   x.const_data_ptr(), stages.const_data_ptr(),
+                   static_cast<const int32_t*>(index.const_data_ptr()), y.mutable_data_ptr(),
+                   stages.size(0), x.size(0), x.size(1), shape, transpose, dtype, queue_of(x)));
+  return y;
+}
+
 Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits) {
   return gram_of("gram", grad, x, stage_of(x, size, chunk, stride), false, splits, nullptr,

@@ -41,6 +41,8 @@ std::tuple<Tensor, Tensor> rotation_cuda(const Tensor& skew, const MaybeTensor& 
 Tensor rotation_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
 Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
                    bool transpose);
+Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& index, int64_t chunk,
+                           int64_t stride, bool transpose);
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
                                                 const Tensor& stage, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits);
@@ -63,11 +65,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_linear_backward_cuda(
 // Every operator with a kernel for the CPU.
 #define BOFT_CPU_OPS(OP)                                                                       \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)                 \
-  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram) OP(scale)    \
+  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram) OP(scale)   \
   OP(scale_backward) OP(linear) OP(linear_backward)
 
 // Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
 #define BOFT_CUDA_OPS(OP)                                                        \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
-  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale)        \
-  OP(scale_backward) OP(rotate_linear) OP(rotate_linear_backward)
+  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward)        \
+  OP(gram) OP(scale) OP(scale_backward) OP(rotate_linear) OP(rotate_linear_backward)

@@ -33,15 +33,7 @@ Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t
 Tensor rotate_indexed_cpu(const Tensor& x_, const Tensor& stages_, const Tensor& index_,
                           int64_t chunk, int64_t stride, bool transpose) {
   const auto dtype = dtype_of(x_, "rotate_indexed: x");
-  check_square(stages_, 4, "rotate_indexed: stages");
-  const auto shape = stage_of(x_, stages_.size(3), chunk, stride);
-  STD_TORCH_CHECK(stages_.size(1) * shape.size == x_.size(1) &&
-                      stages_.scalar_type() == compute_type(x_),
-                  "rotate_indexed: stages: expected (adapters, d / size, size, size) in the dtype "
-                  "of x (float32 for bfloat16)");
-  STD_TORCH_CHECK(index_.dim() == 1 && index_.size(0) == x_.size(0) &&
-                      index_.scalar_type() == ScalarType::Int,
-                  "rotate_indexed: index: expected an int32 for each row of x");
+  const auto shape = stage_of(x_, stages_, index_, chunk, stride);
   const Tensor x = torch::stable::contiguous(x_), stages = as_applied(stages_, transpose);
   const Tensor index = torch::stable::contiguous(index_);
   Tensor y = torch::stable::empty_like(x);

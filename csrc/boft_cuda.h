@@ -62,6 +62,13 @@ int rotate_backward(const void* grad, const void* x, const void* stages, void* x
                     void* partials, int64_t rows, int64_t d, Stage stage, bool transpose,
                     int64_t splits, DType dtype, Queue queue);
 
+// y = x R, or x R^T, with the R of the adapter in [0, n_adapters) that `index` (rows,) names; of -1 y = x,
+// of other numbers NaN.
+//   stages: (n_adapters, d / size, size, size), in float32 for halves
+int rotate_indexed(const void* x, const void* stages, const int32_t* index, void* y,
+                   int64_t n_adapters, int64_t rows, int64_t d, Stage stage, bool transpose,
+                   DType dtype, Queue queue);
+
 // y = scale * (x - center) + bias for x (rows, n); bias and center (n,) or both null. Vectors are in
 // float32 for halves.
 int scale(const void* x, const void* scale, const void* center, const void* bias, void* y,

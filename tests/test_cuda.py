@@ -18,6 +18,7 @@ import torch
 from boft_ops import _backend, _native, _paths
 from boft_ops.cayley import _exact, _exact_backward
 from boft_ops.compose import _compose, _compose_backward
+from boft_ops.indexed import _rotate_indexed
 from boft_ops.rotate import _rotate, _rotate_backward
 from boft_ops.rotate_linear import _rotate_linear, _rotate_linear_backward
 from boft_ops.scale import _scale, _scale_backward
@@ -200,6 +201,53 @@ def test_every_number_of_rows(cuda, rows, dtype):
     check_rotate(cuda, 16, 16, 1, 6, rows, rows % 2 == 0, dtype, splits=1 + rows % 3)
 
 
+def check_rotate_indexed(cuda, size, chunk, stride, n_groups, index, n_adapters, transpose, dtype):
+    exact = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(len(index), size * n_groups, dtype=exact).to(dtype)
+    skew = 0.3 * torch.randn(n_adapters, n_groups, size, size, dtype=torch.float64) / size**0.5
+    stages = torch.matrix_exp(skew - skew.mT).to(exact)
+    index = torch.tensor(index, dtype=torch.int32)
+    more = index, chunk, stride, transpose
+    got = cuda.rotate_indexed(x, stages, *more)
+    want = _rotate_indexed(x, stages, *more)
+    valid = (index >= -1) & (index < n_adapters)
+    truth = _rotate_indexed(x.double(), stages.double(), *more)
+    check(got[valid], want[valid], truth[valid])
+    assert torch.equal(got[index == -1], x[index == -1])
+    assert got[~valid].isnan().all()
+    assert got.shape == want.shape
+
+
+INDICES = {
+    "mixed": [2, 0, -1, 1, 1, 2, 0] * 11,
+    "neighbours": [1] * 70 + [2] * 40 + [-1] * 20 + [0] * 17,
+    "one": [2] * 33,
+    "none": [-1] * 19,
+    "out of range": [0, 3, 1, -2, 2**31 - 1, -(2**31), 2, -1],
+    "a row": [1],
+    "no row": [],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", INDICES)
+def test_rotate_indexed(cuda, index, dtype):
+    check_rotate_indexed(cuda, 8, 4, 2, 6, INDICES[index], 3, len(index) % 2 == 0, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "structure",
+    [
+        *[(1, 1, 1, 5), (3, 3, 1, 23), (16, 4, 8, 16), (20, 10, 2, 2), (43, 43, 1, 2)],
+        *[(64, 4, 4, 4), (160, 80, 1, 1), (256, 128, 1, 1)],
+    ],
+    ids=lambda s: "-".join(map(str, s)),
+)
+def test_rotate_indexed_of_any_structure(cuda, structure, dtype):
+    check_rotate_indexed(cuda, *structure, [0, 1, -1, 1, 5, 0, 1], 2, structure[0] % 2 == 0, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["rotate", "rotate_backward"])
 def test_rows_that_begin_anywhere(cuda, name, dtype):
@@ -318,6 +366,9 @@ def test_rotate_linear(cuda, kind, with_bias, dtype):
         check(*(t.sum(0) if parts else t for t in (ours, reference, real)), scale=1e4 * parts)
 
 
+INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
@@ -335,6 +386,9 @@ def test_rotate_linear(cuda, kind, with_bias, dtype):
         ("rotate", (torch.zeros(3, 12), torch.zeros(1, 8, 8), 4, 1, False), "does not fit"),
         ("rotate", (torch.zeros(3, 16), torch.zeros(2, 8, 8).double(), 4, 1, False), "dtype of x"),
         ("rotate", (torch.zeros(1, 512), torch.zeros(1, 512, 512), 4, 1, False), "at most 256"),
+        ("rotate_indexed", (*INDEXED[:2], torch.zeros(3), 4, 1, False), "int32 for each row"),
+        ("rotate_indexed", (*INDEXED[:2], INDEXED[2][1:], 4, 1, False), "int32 for each row"),
+        ("rotate_indexed", (INDEXED[0], INDEXED[1][:, 1:], INDEXED[2], 4, 1, False), "adapters, d"),
         ("gram", (torch.zeros(3, 8), torch.zeros(3, 8), 8, 4, 1, 0), "positive number, got 0"),
         ("gram", (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1), "shape and dtype of x"),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), r"expected \(n,\)"),
@@ -363,6 +417,8 @@ def test_the_same_bits_in_every_order_of_threads(cuda, monkeypatch):
         blocks, stage = cuda.rotation(skew, None)
         x_grad, gram = cuda.rotate_backward(grad, x, stage, 4, 1, False, 2)
         sums = cuda.scale_backward(grad, x, torch.ones(64), torch.zeros(64))
-        results.append([blocks, x_grad, cuda.rotation_backward(blocks, None, gram), *sums])
+        rows = cuda.rotate_indexed(x, stage[None], torch.zeros(150, dtype=torch.int32), 4, 1, False)
+        more = x_grad, rows, *sums
+        results.append([blocks, cuda.rotation_backward(blocks, None, gram), *more])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

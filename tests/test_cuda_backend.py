@@ -40,13 +40,11 @@ def test_what_the_raw_op_runs_on_cuda_tensors(monkeypatch, triton, forced, expec
     assert ran == [expected, "reference"]
 
 
-def test_every_op_with_a_triton_kernel_has_a_cuda_kernel_but_for_serving():
+def test_every_op_with_a_triton_kernel_has_a_cuda_kernel():
     text = (_paths.csrc() / "binding_ops.h").read_text()
     listed = text[text.index("#define BOFT_CUDA_OPS") :]
-    triton = {name for name, op in _backend._ops.items() if op._triton} - {"rotate_indexed"}
-    assert {name for name in _backend._ops if f"OP({name})" in listed} == triton - {
-        "rotate_indexed"
-    }
+    triton = {name for name, op in _backend._ops.items() if op._triton}
+    assert {name for name in _backend._ops if f"OP({name})" in listed} == triton
 
 
 @gpu

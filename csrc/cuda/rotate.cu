@@ -3,34 +3,6 @@
 namespace boft::cuda {
 namespace {
 
-constexpr int64_t kBlocks = 1024;            // that keep a large GPU busy
-constexpr size_t kEnoughShared = 100 * 1024;  // two blocks of more would not fit a multiprocessor
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Call f(std::integral_constant<int, Columns>{}) with the columns that a block multiplies at a time:
-// at most `most`, which is 32 for float64, or registers would not suffice.
-template <int Most, class F>
-int with_columns(int padded, F f) {
-  if (padded <= 16) return f(std::integral_constant<int, 16>{});
-  if (padded <= 32 || Most == 32) return f(std::integral_constant<int, 32>{});
-  if constexpr (Most >= 64) {
-    if (padded <= 64 || Most == 64) return f(std::integral_constant<int, 64>{});
-    if constexpr (Most >= 128) return f(std::integral_constant<int, 128>{});
-  }
-  return kInvalidValue;
-}
-
-uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
-
-// How many rows a block is to have, of `tiles` blocks across the features: a multiple of `step`. A block
-// reads size^2 of the stage for rows * size of x, and 16 size rows make that cheap.
-int64_t rows_of(int64_t tiles, int64_t rows, int64_t size, int64_t step) {
-  const int64_t most = std::max<int64_t>(256, 16 * size) / step;
-  const int64_t turns = std::min(most, tiles * divide_up(rows, step) / kBlocks);
-  return step * std::max<int64_t>(1, turns);
-}
-
 // Calls f(pieces, std::integral_constant<int, Width>{}) if the kernels of halves.cuh take the stage and the
 // rows, else returns -1; `pointers`: all the addresses of rows, or'ed.
 template <class T, class F>
@@ -68,29 +40,12 @@ int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d
                   transpose);
   });
   if (done >= 0) return done;
-  constexpr int kMost = is_half<T> ? 128 : kPositions<T>;
-  const int padded = int(divide_up(stage.size, kBand) * kBand);
-  return with_columns<kMost>(padded, [&](auto columns) {
+  return with_columns<kMostColumns<T>>(stage.size, [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
-    Job job{rows, d, 0, {}, int(divide_up(padded, kColumns)), 2, transpose};
-    const auto shared = [&] {
-      const Layout& l = job.layout;
-      return sizeof(T) * size_t(l.bands * kColumns * (padded + kPad<T>) +
-                                job.buffers * kWarps<T> * kRows * (l.bands * padded + kPad<T>));
-    };
-    const auto lay_out = [&](int positions) {
-      job.layout = layout_of<T>(stage, d, positions, pointers);
-    };
-    // more bands where they lengthen runs of less than the 32 bytes that memory moves at least
-    const int64_t run = int64_t(sizeof(T)) * stage.chunk;
-    const int64_t bands = std::min(divide_up(32, run), divide_up(stage.stride, kBand / stage.size + 1));
-    lay_out(std::max(64, stage.stride > 1 && job.parts == 1 ? int(bands) * padded : 0));
-    if (shared() > kEnoughShared) lay_out(64);
-    if (shared() > kEnoughShared) job.buffers = 1;
-    const int64_t tiles = int64_t(job.layout.tiles) * job.parts;
-    job.rows_per_block = rows_of(tiles, rows, stage.size, kWarps<T> * kRows);
-    return launch(rotate_kernel<T, kColumns>, tiles * divide_up(rows, job.rows_per_block),
-                  32 * kWarps<T>, shared(), queue, x, matrices, y, job);
+    int64_t blocks;
+    const Job job = job_of<T, kColumns>(stage, rows, d, transpose, pointers, 2, &blocks);
+    return launch(rotate_kernel<T, kColumns>, blocks, 32 * kWarps<T>, shared_of<T, kColumns>(job),
+                  queue, x, matrices, y, job);
   });
 }
 

@@ -99,10 +99,15 @@ __device__ __forceinline__ void multiply(Wide<T> (&sums)[Columns / 8][4], const 
   }
 }
 
-// Columns [from, from + Columns) of every band of a warp's 16 rows, in place, times the stage.
-template <class T, int Columns>
+struct Every {
+  __device__ bool operator()(int) const { return true; }
+};
+
+// Columns [from, from + Columns) of every band of a warp's 16 rows, in place, times the stage; of rows
+// for which `whether` says so.
+template <class T, int Columns, class Whether = Every>
 __device__ void rotate_in_place(T* rows, int pitch, const T* stage, int stage_pitch, const Layout& l,
-                                int from) {
+                                int from, Whether whether = {}) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   for (int band = 0; band < l.bands; ++band) {
     T* left = rows + band * l.padded;
@@ -123,7 +128,8 @@ __device__ void rotate_in_place(T* rows, int pitch, const T* stage, int stage_pi
     for (int n = 0; n < Columns / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (8 * n < columns) out[i / 2 * 8 * pitch + 8 * n + i % 2] = narrow<T>(sums[n][i]);
+        if (8 * n < columns && whether(g + i / 2 * 8))
+          out[i / 2 * 8 * pitch + 8 * n + i % 2] = narrow<T>(sums[n][i]);
   }
 }
 
@@ -294,6 +300,65 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
       const int64_t matrix = split * (job.d / l.size) + place.group + group;
       partials[(matrix * l.size + row) * l.size + at] = sums[n][i];
     }
+}
+
+// What the host knows of launches.
+
+constexpr int64_t kBlocks = 1024;            // that keep a large GPU busy
+constexpr size_t kEnoughShared = 100 * 1024;  // two blocks of more would not fit a multiprocessor
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+
+// Call f(std::integral_constant<int, Columns>{}) with the columns that a block multiplies at a time:
+// at most `most`, which is 32 for float64, or registers would not suffice.
+template <int Most, class F>
+int with_columns(int64_t size, F f) {
+  if (size <= 16) return f(std::integral_constant<int, 16>{});
+  if (size <= 32 || Most == 32) return f(std::integral_constant<int, 32>{});
+  if constexpr (Most >= 64) {
+    if (size <= 64 || Most == 64) return f(std::integral_constant<int, 64>{});
+    if constexpr (Most >= 128) return f(std::integral_constant<int, 128>{});
+  }
+  return kInvalidValue;
+}
+template <class T>
+constexpr int kMostColumns = is_half<T> ? 128 : kPositions<T>;
+
+// How many rows a block is to have, of `tiles` blocks across the features: a multiple of `step`. A block
+// reads size^2 of the stage for rows * size of x, and 16 size rows make that cheap.
+inline int64_t rows_of(int64_t tiles, int64_t rows, int64_t size, int64_t step) {
+  const int64_t most = std::max<int64_t>(256, 16 * size) / step;
+  const int64_t turns = std::min(most, tiles * divide_up(rows, step) / kBlocks);
+  return step * std::max<int64_t>(1, turns);
+}
+
+// The shared memory of a block that multiplies rows by a stage.
+template <class T, int Columns>
+size_t shared_of(const Job& job) {
+  const Layout& l = job.layout;
+  return sizeof(T) * size_t(l.bands * Columns * (l.padded + kPad<T>) +
+                            job.buffers * kWarps<T> * kRows * (l.bands * l.padded + kPad<T>));
+}
+
+// How such blocks divide x, and in `blocks` how many there are; `pointers`: all addresses of rows, or'ed.
+template <class T, int Columns>
+Job job_of(const Stage& stage, int64_t rows, int64_t d, bool transpose, uintptr_t pointers, int buffers,
+           int64_t* blocks) {
+  const int padded = int(divide_up(stage.size, kBand) * kBand);
+  Job job{rows, d, 0, {}, int(divide_up(padded, Columns)), buffers, transpose};
+  // more bands where they lengthen runs of less than the 32 bytes that memory moves at least
+  const int64_t run = int64_t(sizeof(T)) * stage.chunk;
+  const int64_t bands = std::min(divide_up(32, run), divide_up(stage.stride, kBand / stage.size + 1));
+  const int positions = stage.stride > 1 && job.parts == 1 ? int(bands) * padded : 0;
+  job.layout = layout_of<T>(stage, d, std::max(64, positions), pointers);
+  const auto too_much = [&] { return shared_of<T, Columns>(job) > kEnoughShared; };
+  if (too_much()) job.layout = layout_of<T>(stage, d, 64, pointers);
+  if (too_much()) job.buffers = 1;
+  const int64_t tiles = int64_t(job.layout.tiles) * job.parts;
+  job.rows_per_block = rows_of(tiles, rows, stage.size, kWarps<T> * kRows);
+  *blocks = tiles * divide_up(rows, job.rows_per_block);
+  return job;
 }
 
 }  // namespace boft::cuda

@@ -77,6 +77,18 @@ MUTATIONS = {
         "w / 2 * (Width / 4) + 1 - w % 2",
         "test_rotate and 16-16-1 and dtype2",
     ),
+    "a stage is overwritten while it is used": (
+        "rotate_indexed.cuh",
+        "        __syncthreads();  // every warp has used the last one",
+        "",
+        "test_rotate_indexed and mixed",
+    ),
+    "rows of other adapters": (
+        "rotate_indexed.cuh",
+        "return own[i] == adapter;",
+        "return own[i] >= 0;",
+        "test_rotate_indexed and mixed",
+    ),
     "wrong chunk of a strided group": (
         "rows.cuh",
         "chunk * l.segment + rest;",
