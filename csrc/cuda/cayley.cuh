@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kSmallThreads, 6)
   const bool dropped = drop != nullptr && lane < count && drop[first + lane];
   await_copies<0>();
   __syncwarp();
-  T values[kPacked<B>];
+  T values[kPacked<B>] = {};
   shared.skew.read(lane, [&](int index, T value) { values[index] = value; });
   double a[B][B];  // (I - Q) / 2, the inverse of which is R + I
 #pragma unroll
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kSmallThreads, is_half<T> ? 4 : 6)
 #pragma unroll
     for (int i = 0; i < B; ++i) middle[i][index % B] += left[index / B][i] * g;
   });
-  T values[kPacked<B>];
+  T values[kPacked<B>] = {};
 #pragma unroll
   for (int i = 0; i < B; ++i)
 #pragma unroll

@@ -6,12 +6,11 @@ int compose(const void* factors, void* stages, int64_t n, int64_t n_blocks, int6
             int64_t stride, DType dtype, Queue queue) {
   return with_wide_type(dtype, [&](auto type) {
     using W = typename decltype(type)::type;
-    const int size = int(b << (n - 1));
-    const Butterfly f{n_blocks, n_blocks * b / size, int(n), int(b), size, int(stride)};
+    const Butterfly f(n_blocks, n, b, stride);
     const Share share = share_of<W>(f, 2);
     return launch(compose_kernel<W>, (f.groups + share.groups - 1) / share.groups, kComposeThreads,
                   share.bytes, queue, static_cast<const W*>(factors), static_cast<W*>(stages), f,
-                  share.groups, share.columns);
+                  share.groups, Divisor(share.columns));
   });
 }
 
@@ -20,13 +19,12 @@ int compose_backward(const void* factors, const void* grad, void* factors_grad, 
                      Queue queue) {
   return with_wide_type(dtype, [&](auto type) {
     using W = typename decltype(type)::type;
-    const int size = int(b << (n - 1));
-    const Butterfly f{n_blocks, n_blocks * b / size, int(n), int(b), size, int(stride)};
+    const Butterfly f(n_blocks, n, b, stride);
     const Share share = share_of<W>(f, int(n) + 1);
     return launch(compose_backward_kernel<W>, (f.groups + share.groups - 1) / share.groups,
                   kComposeThreads, share.bytes, queue, static_cast<const W*>(factors),
                   static_cast<const W*>(grad), static_cast<W*>(factors_grad), f, splits,
-                  share.groups, share.columns);
+                  share.groups, Divisor(share.columns));
   });
 }
 

@@ -9,14 +9,40 @@
 
 namespace boft::cuda {
 
+// A number to divide many others by, as there is no instruction for it: they are multiplied by its
+// inverse instead, rounded up. Exact for what is divided from 0 to 2^31 - 1.
+struct Divisor {
+  uint32_t inverse;
+  int shift, value;
+
+  explicit Divisor(int value) : shift(31), value(value) {
+    while ((int64_t(1) << (shift - 31)) < value) ++shift;
+    inverse = uint32_t(((uint64_t(1) << shift) + uint64_t(value) - 1) / uint64_t(value));
+  }
+  __host__ __device__ operator int() const { return value; }
+  __device__ friend int operator/(int n, const Divisor& d) {
+    return int(uint64_t(uint32_t(n)) * d.inverse >> d.shift);
+  }
+  __device__ friend int operator%(int n, const Divisor& d) { return n - n / d * d.value; }
+};
+
 struct Butterfly {  // n factors of n_blocks blocks, the first of which has this stride
   int64_t n_blocks, groups;
-  int n, b, size, stride;
+  int n, stride;
+  Divisor b, size;
 
-  // Block k of a group, among all blocks of a factor.
+  Butterfly(int64_t n_blocks, int64_t n, int64_t b, int64_t stride)
+      : n_blocks(n_blocks), groups(n_blocks >> (n - 1)), n(int(n)), stride(int(stride)), b(int(b)),
+        size(int(b << (n - 1))) {}
+
+  // Block k of a group, among all blocks of a factor: 2^(n-1) of each.
   __device__ int64_t block(int64_t group, int k) const {
-    return (group / stride * (size / b) + k) * stride + group % stride;
+    if (stride == 1) return (group << (n - 1)) + k;
+    return ((group / stride << (n - 1)) + k) * stride + group % stride;
   }
+  // Before factor i > 0, the product has dense blocks of this size; and which of them has this row.
+  __device__ int dense(int i) const { return b.value << (i - 1); }
+  __device__ int dense_of(int row, int i) const { return (row >> (i - 1)) / b; }
 };
 
 // Where row `row` of a group meets factor i: entry e of block k, whose halves begin at these rows.
@@ -25,16 +51,18 @@ struct Meeting {
 };
 
 __device__ __forceinline__ Meeting meet(const Butterfly& f, int i, int row) {
-  if (i == 0) return {row / f.b, row % f.b, row - row % f.b, row - row % f.b + f.b / 2};
-  const int r = f.b / 2, chunk = row / r, low = chunk % (1 << i), high = chunk >> (i + 1);
+  if (i == 0) return {row / f.b, row % f.b, row - row % f.b, row - row % f.b + f.b.value / 2};
+  const int r = f.b.value / 2, chunk = 2 * row / f.b;  // an even b
+  const int low = chunk & ((1 << i) - 1), high = chunk >> (i + 1);
   const int begin = ((high << (i + 1)) + low) * r;
-  return {(high << i) + low, (chunk >> i) % 2 * r + row % r, begin, begin + (r << i)};
+  return {(high << i) + low, (chunk >> i) % 2 * r + row - chunk * r, begin, begin + (r << i)};
 }
 
 // Groups [first, first + groups) and the slab's columns [from, from + columns) of each.
 struct Slab {
   int64_t first;
-  int groups, from, columns;
+  int groups, from;
+  Divisor columns;
 };
 
 struct Entry {  // of a slab, at index: group, row, column of the group
@@ -54,12 +82,13 @@ __device__ W product_entry(const W* factors, const W* inner, const Butterfly& f,
   const W* row =
       factors + ((i * f.n_blocks + f.block(s.first + at.group, m.k)) * f.b + m.e) * f.b;
   if (i == 0) return at.column / f.b == m.k ? row[at.column % f.b] : W(0);
-  const int dense = f.b << (i - 1), half = at.column / dense - m.first / dense;
+  const int half = f.dense_of(at.column, i) - f.dense_of(m.first, i);
+  const int r = f.b.value / 2;
   W sum = 0;
   if (half != 0 && half != 1) return sum;
   const W* column =
       inner + (at.group * f.size + (half == 0 ? m.first : m.second)) * s.columns + at.column - s.from;
-  for (int q = 0; q < f.b / 2; ++q) sum += row[half * (f.b / 2) + q] * column[q * s.columns];
+  for (int q = 0; q < r; ++q) sum += row[half * r + q] * column[q * s.columns];
   return sum;
 }
 
@@ -88,7 +117,7 @@ __device__ void compose_slab(W* slabs, const W* factors, W* stages, const Butter
 template <class W>
 __device__ void compose_backward_slabs(W* slabs, const W* factors, const W* grad, W* factors_grad,
                                        const Butterfly& f, Slab s, int64_t splits) {
-  const int count = s.groups * f.size * s.columns, r = f.b / 2;
+  const int count = s.groups * f.size * s.columns, r = f.b.value / 2;
   const int entries = s.groups * f.size * f.b;  // of the blocks of one factor
   for (s.from = 0; s.from < f.size; s.from += s.columns) {
     W *now = slabs + (f.n - 1) * count, *next = now + count;
@@ -96,6 +125,7 @@ __device__ void compose_backward_slabs(W* slabs, const W* factors, const W* grad
       const Entry at = entry_at(f, s, index);
       const int64_t matrix = s.first + at.group;
       W sum = 0;  // in order: the same in every run
+#pragma unroll 4  // so many are on their way at a time
       for (int64_t split = 0; split < splits; ++split)
         sum += grad[((split * f.groups + matrix) * f.size + at.row) * f.size + at.column];
       now[index] = sum;
@@ -108,13 +138,14 @@ __device__ void compose_backward_slabs(W* slabs, const W* factors, const W* grad
     }
     for (int i = f.n - 1; i > 0; --i) {
       const W* product = slabs + (i - 1) * count;
-      const int dense = f.b << (i - 1);
+      const int dense = f.dense(i);
       for (int index = int(threadIdx.x); index < entries; index += int(blockDim.x)) {
-        const int to = index % f.b, e = index / f.b % f.b, k = index / f.b / f.b % (f.size / f.b);
-        const int group = index / (f.size * f.b);
-        const int low = k % (1 << i), begin = (((k >> i) << (i + 1)) + low) * r;
-        const int row = begin + (e / r << i) * r + e % r, inner = begin + (to / r << i) * r + to % r;
-        const int left = inner / dense * dense;  // where the product has entries in this row
+        const int place = index / f.b / f.b, k = place & ((1 << (f.n - 1)) - 1);
+        const int to = index % f.b, e = index / f.b % f.b, group = place >> (f.n - 1);
+        const int low = k & ((1 << i) - 1), begin = (((k >> i) << (i + 1)) + low) * r;
+        const int row = begin + (e < r ? e : e - r + (r << i));
+        const int inner = begin + (to < r ? to : to - r + (r << i));
+        const int left = f.dense_of(inner, i) * dense;  // where the product has entries in this row
         const W* g = now + (group * f.size + row) * s.columns - s.from;
         const W* p = product + (group * f.size + inner) * s.columns - s.from;
         const int end = left + dense < s.from + s.columns ? left + dense : s.from + s.columns;
@@ -128,7 +159,7 @@ __device__ void compose_backward_slabs(W* slabs, const W* factors, const W* grad
         const Entry at = entry_at(f, s, index);
         const Meeting m = meet(f, i, at.row);
         W sum = 0;
-        if (at.column / dense == at.row / dense) {  // else nothing asks for it
+        if (f.dense_of(at.column, i) == f.dense_of(at.row, i)) {  // else nothing asks for it
           const W* column = factors +
                             (i * f.n_blocks + f.block(s.first + at.group, m.k)) * f.b * f.b + m.e;
           const W* g = now + at.group * f.size * s.columns + at.column - s.from;
@@ -154,14 +185,15 @@ __device__ void compose_backward_slabs(W* slabs, const W* factors, const W* grad
 
 constexpr int kComposeThreads = 128;
 
-__device__ __forceinline__ Slab slab_of(const Butterfly& f, int groups, int columns) {
+__device__ __forceinline__ Slab slab_of(const Butterfly& f, int groups, const Divisor& columns) {
   const int64_t first = int64_t(blockIdx.x) * groups, rest = f.groups - first;
   return {first, rest < groups ? int(rest) : groups, 0, columns};
 }
 
 template <class W>
 __global__ void __launch_bounds__(kComposeThreads, 1)
-    compose_kernel(const W* factors, W* stages, Butterfly f, int groups, int columns) {
+    compose_kernel(const W* factors, W* stages, Butterfly f, int groups,
+                   Divisor columns) {
   Slab s = slab_of(f, groups, columns);
   for (; s.from < f.size; s.from += columns) {
     compose_slab(reinterpret_cast<W*>(shared_memory()), factors, stages, f, s);
@@ -172,7 +204,7 @@ __global__ void __launch_bounds__(kComposeThreads, 1)
 template <class W>
 __global__ void __launch_bounds__(kComposeThreads, 1)
     compose_backward_kernel(const W* factors, const W* grad, W* factors_grad, Butterfly f,
-                            int64_t splits, int groups, int columns) {
+                            int64_t splits, int groups, Divisor columns) {
   compose_backward_slabs(reinterpret_cast<W*>(shared_memory()), factors, grad, factors_grad, f,
                          slab_of(f, groups, columns), splits);
 }
@@ -188,7 +220,9 @@ template <class W>
 Share share_of(const Butterfly& f, int slabs) {
   constexpr size_t kRoom = 64 * 1024;
   int groups = 1;
-  while (2 * groups * f.size * f.size <= 1024 && groups < 64) groups *= 2;
+  // not so many that multiprocessors of a large GPU had nothing to do
+  const auto fits = [&](int n) { return n * f.size * f.size <= 1024 && n <= 64 && f.groups / n >= 512; };
+  while (fits(2 * groups)) groups *= 2;
   int columns = f.size;
   const auto bytes = [&] {
     return sizeof(W) * size_t(slabs) * size_t(groups) * size_t(f.size) * size_t(columns);

@@ -87,5 +87,12 @@ __device__ __forceinline__ double reciprocal(double x) {
   return fma(y, fma(error, error, error), y);
 }
 
+// The same number, of which the compiler knows nothing: what depends on it stays where it is, and is
+// not computed before a loop, to be kept in registers.
+__device__ __forceinline__ int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace boft::cuda
 #endif

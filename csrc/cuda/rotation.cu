@@ -17,10 +17,9 @@ int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int
   }
   return with_wide_type(dtype, [&](auto type) {
     using W = typename decltype(type)::type;
-    const int size = int(b << (n - 1));
-    const Butterfly f{n_blocks, n_blocks * b / size, int(n), int(b), size, 1};
+    const Butterfly f(n_blocks, n, b, 1);
     const Share share = share_of<W>(f, 2);
-    if (share.columns < size) return kInvalidValue;
+    if (share.columns < f.size) return kInvalidValue;
     const int64_t grid = (f.groups + share.groups - 1) / share.groups;
 #define BOFT_LAUNCH(B)                                                                           \
   if (b <= B)                                                                                    \
@@ -45,8 +44,7 @@ int rotation_backward(const void* blocks, const bool* drop, const void* grad, vo
   }
   return with_wide_type(dtype, [&](auto type) {
     using W = typename decltype(type)::type;
-    const int size = int(b << (n - 1));
-    const Butterfly f{n_blocks, n_blocks * b / size, int(n), int(b), size, 1};
+    const Butterfly f(n_blocks, n, b, 1);
     const Share share = share_of<W>(f, int(n) + 1);
     const int64_t grid = (f.groups + share.groups - 1) / share.groups;
 #define BOFT_LAUNCH(B)                                                                           \
@@ -55,7 +53,7 @@ int rotation_backward(const void* blocks, const bool* drop, const void* grad, vo
                   std::max(sizeof(CayleyBackwardShared<B, W>), share.bytes), queue,              \
                   static_cast<const W*>(blocks), drop, static_cast<const W*>(grad),              \
                   static_cast<W*>(blocks_grad), static_cast<W*>(skew_grad), f, splits,           \
-                  share.groups, share.columns);
+                  share.groups, Divisor(share.columns));
     BOFT_SMALL_TEAMS(BOFT_LAUNCH)
 #undef BOFT_LAUNCH
     return kInvalidValue;

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kCayleyThreads<B>, 4)
   auto& shared = *reinterpret_cast<CayleyShared<B>*>(shared_memory());
   for_each_block<B>(f, s, team, [&](int64_t block, bool there) {
     const bool dropped = there && drop != nullptr && drop[block];
-    cayley_block<B>(shared, team, lane, skew + block * (f.b * (f.b - 1) / 2), dropped,
+    cayley_block<B>(shared, team, unknown(lane), skew + block * (f.b * (f.b - 1) / 2), dropped,
                     blocks + block * f.b * f.b, f.b, there);
   });
   __syncthreads();  // the blocks are read by other threads now
@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kCayleyThreads<B>, 4)
 template <class W, int B>
 __global__ void __launch_bounds__(kCayleyThreads<B>, 4)
     rotation_backward_kernel(const W* blocks, const bool* drop, const W* grad, W* blocks_grad,
-                             W* skew_grad, Butterfly f, int64_t splits, int groups, int columns) {
+                             W* skew_grad, Butterfly f, int64_t splits, int groups,
+                             Divisor columns) {
   const Slab s = slab_of(f, groups, columns);
   const int team = int(threadIdx.x) / B, lane = int(threadIdx.x) % B;
   compose_backward_slabs(reinterpret_cast<W*>(shared_memory()), blocks, grad, blocks_grad, f, s,
