@@ -10,8 +10,8 @@ from .cayley import cayley
 from .dropout import draw_mask, drop_blocks
 from .fused_linear import linear_backward, linear_forward
 from .kaleidoscope import multiply
-from .plan import plan_for
-from .rotate import apply_stages, apply_stages_backward
+from .plan import Stage, layer_plan
+from .rotate import apply_stages, apply_stages_backward, gram
 from .rotation import GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
 
@@ -22,19 +22,22 @@ class RotatedLinear(torch.autograd.Function):
     Returns rows (N, n), whatever the shape of x: a Function that returned a view of them would
     forbid changing its output in place.
     Saves x, the blocks, the stage matrices and, for a trained scale alone, the output before it.
+    Where that was chosen, one stage alone rotates W instead of x: see _weight_side_backward.
     """
 
     @staticmethod
     def forward(ctx, x, weight, skew, scale, bias, drop, method):
         given = method == GIVEN
         b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
-        stages = plan_for(x, 1 if given else len(skew), b)
+        # what "neumann5" makes is not orthogonal, as the gradients of a rotated W take it to be
+        outputs = None if method == "neumann5" else weight.shape[0]
+        stages, weight_side = layer_plan(x, 1 if given else len(skew), b, outputs)
         blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         wide_scale = None if scale is None else _scale_like(scale, x)
         save = scale is not None and ctx.needs_input_grad[3]
         # an exported graph is for any number of rows, a compiled one is made again for few
-        fused = not torch.compiler.is_exporting()
+        fused = not weight_side and not torch.compiler.is_exporting()
         fused = fused and linear_forward.has_kernel(rows, weight, matrices[0])
         fused = fused and _is_rotated(skew)
         if fused:
@@ -42,9 +45,12 @@ class RotatedLinear(torch.autograd.Function):
             y, z = linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
         else:
             # the bias inside the product, as torch's linear has it: see _compose_functions
-            z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
+            if weight_side and (given or _is_rotated(skew)):
+                z = F.linear(rows, apply_stages(weight, matrices, stages, True), bias)
+            else:
+                z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
             y = z if scale is None else Scale.forward(z, wide_scale, bias, bias)
-        ctx.stages, ctx.method, ctx.fused = stages, method, fused
+        ctx.stages, ctx.method, ctx.fused, ctx.weight_side = stages, method, fused, weight_side
         tensors = (x, weight, skew, scale, bias, drop, z if save else None)
         ctx.save_for_backward(*tensors, blocks, *matrices)
         return y
@@ -79,7 +85,11 @@ class RotatedLinear(torch.autograd.Function):
                 sums = grad.sum(0) if need_bias else None
                 grad = grad if scale is None else Scale.forward(grad, wide_scale, None, None)
             x_grad, partials = None, []
-            if need_x or need_skew:
+            if ctx.weight_side and (need_x or need_skew):
+                x_grad, partials = _weight_side_backward(
+                    grad, rows if need_skew else None, weight, matrices[0], stages
+                )
+            elif need_x or need_skew:
                 with _autocast.disabled(grad.device.type):  # it may be on in backward alone
                     rows_grad = grad @ weight
                 x_grad, partials = apply_stages_backward(
@@ -97,6 +107,28 @@ class RotatedLinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _weight_side_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    matrix: torch.Tensor,
+    stages: tuple[Stage, ...],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Gradients of x and, unless x is None, of the stage, of y = x (W R^T)^T.
+
+    W R^T is made again: it is as large as W. As R is orthogonal, dL/dR = x^T (dL/dx) R, in each
+    group.
+    """
+    ((stage,), partials) = stages, []
+    rotated = apply_stages(weight, (matrix,), stages, True)
+    with _autocast.disabled(grad.device.type):
+        x_grad = grad @ rotated
+        if x is not None:
+            parts = gram(x, x_grad, stage.size, stage.chunk, stage.stride, stage.splits(x))
+            partials.append((parts.sum(0).to(matrix.dtype) @ matrix)[None])
+    return x_grad, partials
 
 
 def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

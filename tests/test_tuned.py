@@ -27,11 +27,12 @@ def row(backend, rows=64, features=64, size=16, **config):
     return choice | {"backend": backend, "config": config}
 
 
-def plan_row(stages, features=256):
+def plan_row(stages, rows=64, features=256, outputs=48):
     butterfly = {"n_factors": 4, "block_size": 8}
     return {
         **{"op": "plan", "dtype": "float32", "structure": butterfly, "backend": ""},
-        **{"sizes": {"features": features}, "config": {"stages": stages}},
+        "sizes": {"rows": rows, "features": features, "outputs": outputs},
+        "config": {"stages": stages, "weight_side": 0},
     }
 
 

@@ -64,7 +64,9 @@ def fields_of(op: str) -> frozenset[str]:
 
     kinds = {"cayley": CayleyConfig, "cayley_backward": CayleyConfig}
     kinds |= dict.fromkeys(("rotation", "rotation_backward"), RotationConfig)
-    kinds |= dict.fromkeys(("rotate", "rotate_backward", "gram"), config_rotate.Tile)
+    kinds |= dict.fromkeys(
+        ("rotate", "rotate_indexed", "rotate_backward", "gram"), config_rotate.Tile
+    )
     kinds["scale_backward"] = config_scale.ScaleConfig
     return frozenset(f.name for f in fields(kinds[op])) if op in kinds else frozenset()
 

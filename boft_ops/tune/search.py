@@ -11,7 +11,7 @@ import torch
 
 from .. import _backend, _tuned_file
 from .._shape_class import CLASSES
-from .._tuned import SAME, Choice, forget, nearest, table_of
+from .._tuned import SAME, Choice, forget, nearest, pinned, table_of
 from .compile import compile_ahead
 from .machine import Machine, data_sheet
 from .measure import Timer, is_faster, sets_of, take_turns
@@ -112,7 +112,7 @@ class _Checker:
 
     def __init__(self, problem: Problem, args: tuple) -> None:
         self.problem, self.args = problem, args
-        with _backend.force("reference"):
+        with _backend.force("reference"), pinned():
             self.exact = _tensors(problem.reduce(problem.run(*_map(_double, args))))
             plain = _tensors(problem.reduce(problem.run(*args)))
         self.allowed = [
