@@ -33,6 +33,12 @@ def _factors(blocks: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
     return (blocks.shape[0], blocks.shape[-1]), (blocks.shape[1],)
 
 
+def _layer(x: torch.Tensor, n_factors: int, block_size: int, outputs: int | None):
+    features = x.shape[-1]
+    rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
+    return (n_factors, block_size), (rows, features, outputs)
+
+
 _BUTTERFLY = ("n_factors", "block_size")
 _STAGE, _ROWS = ("size", "chunk", "stride"), ("rows", "features")
 CLASSES = {
@@ -62,6 +68,11 @@ CLASSES = {
         _ROWS,
         lambda grad, x, stage, chunk, stride, *_: ((stage.shape[-1], chunk, stride), x.shape),
     ),
+    "rotate_indexed": Classes(
+        _STAGE,
+        _ROWS,
+        lambda x, stages, _, chunk, stride, *__: ((stages.shape[-1], chunk, stride), x.shape),
+    ),
     "gram": Classes(
         _STAGE, _ROWS, lambda x, grad, size, chunk, stride, _: ((size, chunk, stride), x.shape)
     ),
@@ -77,8 +88,8 @@ CLASSES = {
         ("rows", "inputs", "outputs"),
         lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
     ),
-    # not operators: the number of stages, and what the C++ kernels have for the whole process
-    "plan": Classes(_BUTTERFLY, ("features",), lambda x, m, b: ((m, b), (x.shape[-1],))),
+    # not operators: stages and side of a layer, and what the C++ kernels have for the whole process
+    "plan": Classes(_BUTTERFLY, (*_ROWS, "outputs"), _layer),
     "grain": Classes((), (), tuple),
     "blocking": Classes((), (), tuple),
 }

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from . import _native
 from ._namespace import PACKAGE
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 NEAR = 4.0  # octaves, summed over the sizes, beyond which a class says nothing
 SAME = 1.0  # within which BOFT_OPS_AUTOTUNE=1 measures no more
-MEMO = 4096  # look-ups remembered: batches of ever new sizes must not fill the memory
+MEMO = (
+    4096  # look-ups of an operator remembered: batches of ever new sizes must not fill the memory
+)
 
 
 class Choice(NamedTuple):
@@ -69,8 +72,13 @@ def distance(sizes: tuple, other: tuple) -> float:
 
 # --- What this process has read -------------------------------------------------------------------
 
-_tables: dict[torch.device, list[Table]] = {}  # the user's before the package's
-_memo: dict[tuple, Choice | None] = {}
+# numbers of devices: GPUs are counted from 0, as by Tensor.get_device; of others nothing is known
+CPU, OTHER = -1, -2
+
+_tables: dict[int, list[Table]] = {}  # the user's before the package's
+# Of each device, the operators that the tables know, with the look-ups made so far. Whatever is not
+# there has no measurement: a call finds that out with two look-ups by an integer and a string.
+_memos: dict[int, dict[str, dict[tuple, Choice | None]]] = {}
 _pinned: dict[str, Choice] | None = None
 _on_first_use = os.environ.get("BOFT_OPS_AUTOTUNE") == "1"
 _warned: set[str] = set()
@@ -86,10 +94,15 @@ def mode() -> str:
 
 
 def tables(device: torch.device) -> list[Table]:
-    found = _tables.get(device)
-    if found is None:
-        found = _tables[device] = _load(device)
-    return found
+    number = _number(device)
+    if number not in _tables:
+        found = _tables[number] = _load(device)
+        _memos[number] = {op: {} for table in found for op, *_ in table}
+    return _tables[number]
+
+
+def _number(device: torch.device) -> int:
+    return {"cpu": CPU, "cuda": device.index}.get(device.type, OTHER)
 
 
 def _load(device: torch.device) -> list[Table]:
@@ -121,7 +134,7 @@ def _load(device: torch.device) -> list[Table]:
 def forget() -> None:
     """Read the files again, at the next call on each device."""
     _tables.clear()
-    _memo.clear()
+    _memos.clear()
 
 
 @contextmanager
@@ -144,26 +157,42 @@ def lookup(
     """What was measured for such a call, or None: the default serves it."""
     if _pinned is not None:
         return _pinned.get(op)
-    found = _tables.get(device)
-    if found is None:
-        found = tables(device)
-    if not found:
+    tables(device)
+    number = _number(device)
+    return _remembered(number, op, dtype, (structure, sizes)) if op in _memos[number] else None
+
+
+def _choice(op: str, x: torch.Tensor, args: tuple, class_: tuple = ()) -> Choice | None:
+    """``lookup`` for a call of this class, made of ``args`` only where something is known."""
+    if _pinned is not None:
+        return _pinned.get(op)
+    number = CPU if x.is_cpu else x.get_device() if x.is_cuda else OTHER
+    known = _memos.get(number)
+    if known is None:
+        tables(x.device)
+        known = _memos[number]
+    if op not in known:
         return None
-    key = op, device, dtype, structure, sizes
+    return _remembered(number, op, x.dtype, class_ or CLASSES[op].of(*args))
+
+
+def _remembered(number: int, op: str, dtype: torch.dtype, class_: tuple) -> Choice | None:
+    memo, key = _memos[number][op], (dtype, class_)
     try:
-        return _memo[key]
+        return memo[key]
     except KeyError:
         pass
     except TypeError:  # symbolic sizes cannot be hashed
-        sizes = (None,) * len(sizes)
+        key = None
+    structure, sizes = class_
     exact = (op, str(dtype).removeprefix("torch."), *map(operator.index, structure))
     known = tuple(size if type(size) is int else None for size in sizes)
-    choices = (nearest(table, exact, known) for table in found)
+    choices = (nearest(table, exact, known) for table in _tables[number])
     choice = next((choice for choice in choices if choice is not None), None)
-    if None not in known:
-        if len(_memo) >= MEMO:
-            _memo.clear()
-        _memo[key] = choice
+    if key is not None:
+        if len(memo) >= MEMO:
+            memo.clear()
+        memo[key] = choice
     return choice
 
 
@@ -172,20 +201,16 @@ def backend(op: Op, args: tuple, measure: bool = True) -> str | None:
 
     ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now.
     """
-    device = args[0].device
-    compiling = torch.compiler.is_compiling()
-    if not compiling and _pinned is None and not _on_first_use and not tables(device):
-        return None  # the usual case, and a short one
-    classes = CLASSES.get(op.name)
-    if classes is None:
-        return None
-    if compiling:
+    if is_compiling():
+        classes, x = CLASSES.get(op.name), args[0]
+        if classes is None:
+            return None
         structure = tuple(map(operator.index, classes.of(*args)[0]))
-        place = device.type, device.index, str(args[0].dtype)
+        place = x.device.type, x.device.index, str(x.dtype)
         return _backend_in_graph(op.name, *place, *structure)
-    if measure and _pinned is None and _on_first_use:
-        _measure_unknown(op, args, classes)
-    choice = lookup(op.name, device, args[0].dtype, *classes.of(*args))
+    if _on_first_use and measure and _pinned is None and op.name in CLASSES:
+        _measure_unknown(op, args, CLASSES[op.name])
+    choice = _choice(op.name, args[0], args)
     return None if choice is None else choice.backend
 
 
@@ -210,21 +235,31 @@ def _is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def n_stages(x: torch.Tensor, n_factors: int, block_size: int) -> int | None:
-    """The measured number of stages for rows x (..., d), if it was measured."""
-    if n_factors == 1:
-        return None
-    args = x, n_factors, block_size
-    if torch.compiler.is_compiling():
+def plan(
+    x: torch.Tensor, n_factors: int, block_size: int, outputs: int | None
+) -> tuple[int | None, bool | None]:
+    """The measured number of stages for rows x (..., d), and whether W (outputs, d) goes through
+    them in the place of x; None: not measured.
+
+    Where the rows or the outputs are not known, a measurement in favour of W says nothing.
+    """
+    args = x, n_factors, block_size, outputs
+    if is_compiling():
         place = x.device.type, x.device.index, str(x.dtype)
-        return _stages_in_graph(*place, operator.index(x.shape[-1]), n_factors, block_size)
-    choice = lookup("plan", x.device, x.dtype, *CLASSES["plan"].of(*args))
-    return None if choice is None else choice.config.get("stages")
+        sizes = operator.index(x.shape[-1]), None if outputs is None else operator.index(outputs)
+        return _plan_in_graph(*place, *sizes, n_factors, block_size)
+    choice = _choice("plan", x, args)
+    return (None, None) if choice is None else _sides(choice, outputs is not None)
+
+
+def _sides(choice: Choice, known: bool) -> tuple[int | None, bool | None]:
+    weight_side = bool(choice.config.get("weight_side"))
+    return (None, None) if weight_side and not known else (choice.config.get("stages"), weight_side)
 
 
 def tile(op: str, x: torch.Tensor, structure: tuple, sizes: tuple) -> dict[str, int] | None:
     """The measured fields of a Triton kernel's config; the kernels ask for them at each launch."""
-    choice = lookup(op, x.device, x.dtype, structure, sizes)
+    choice = _choice(op, x, (), (structure, sizes))
     return None if choice is None or choice.backend != "triton" else choice.config or None
 
 
@@ -234,10 +269,12 @@ def _backend_in_graph(op: str, device: str, index: int | None, dtype: str, *stru
     return None if choice is None else choice.backend
 
 
-def _stages_in_graph(device: str, index: int | None, dtype: str, features: int, *structure: int):
+def _plan_in_graph(
+    device: str, index: int | None, dtype: str, features: int, outputs: int | None, *structure: int
+):
     place = torch.device(device, index), _dtype(dtype)
-    choice = lookup("plan", *place, structure, (features,))
-    return None if choice is None else choice.config.get("stages")
+    choice = lookup("plan", *place, structure, (None, features, outputs))
+    return (None, None) if choice is None else _sides(choice, known=False)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -247,4 +284,4 @@ def _dtype(name: str) -> torch.dtype:
 # A choice is a constant of a compiled graph, made for its structure and any number of rows. This is
 # what torch.compiler.assume_constant_result sets, which would import torch._dynamo here.
 _backend_in_graph._dynamo_marked_constant = True
-_stages_in_graph._dynamo_marked_constant = True
+_plan_in_graph._dynamo_marked_constant = True

@@ -55,7 +55,8 @@ def read(path: Path, device: torch.device) -> dict[str, Any] | None:
 
 
 def _check(row: Row) -> None:
-    numbers = [*row["structure"].values(), *row["sizes"].values(), *row["config"].values()]
+    config = {k: v for k, v in row["config"].items() if (k, v) != ("weight_side", 0)}
+    numbers = [*row["structure"].values(), *row["sizes"].values(), *config.values()]
     names = row["op"], row["dtype"], row["backend"]
     if not all(type(n) is int and n > 0 for n in numbers) or not all(type(n) is str for n in names):
         raise ValueError(f"not a choice: {row}")

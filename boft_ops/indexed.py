@@ -13,7 +13,7 @@ import torch
 from . import _autocast, _checks
 from ._backend import Op
 from .compose import compose
-from .plan import Stage, plan
+from .plan import Stage, plan_for
 from .rotate import (
     MAX_TRITON_SIZE,
     _cuda_takes_stage,
@@ -166,7 +166,8 @@ def butterfly_matmul_indexed(
             f"got shape {tuple(x.shape)}"
         )
     _checks.same_device("blocks", blocks, "x", x)
-    x, stages = _autocast.cast(x), plan(m, b, x.device.type)
+    x = _autocast.cast(x)
+    stages = plan_for(x, m, b)
     index = index_of_rows(index, x, len(blocks))
     matrices = compose_all(blocks, stages, x.dtype)
     return rotate_indexed(x, matrices, stages, index, transpose)

@@ -11,7 +11,7 @@ import torch
 from . import _autocast, _checks
 from .butterfly import butterfly_matmul, check_blocks
 from .compose import compose
-from .plan import Stage, plan
+from .plan import Stage, plan_for
 from .rotate import rotate
 
 
@@ -57,9 +57,9 @@ def kaleidoscope_matmul(
         shapes.append((m, b))
     if len(first) != len(second):
         raise ValueError(f"second: expected {len(first)} levels, as first has, got {len(second)}")
-    plans = [plan(m, b, x.device.type) for m, b in shapes]
+    x = _autocast.cast(x)
+    plans = [plan_for(x, m, b) for m, b in shapes]
     if len(plans[0]) == len(plans[1]) == 1 and plans[0][0].size == plans[1][0].size:
-        x = _autocast.cast(x)
         matrix = _compose_levels(first, second, plans[0], plans[1], x.dtype)
         return rotate(x, (matrix,), plans[0], transpose)
     if transpose:

@@ -10,9 +10,9 @@ from .cayley import cayley
 from .dropout import draw_mask, drop_blocks
 from .fused_linear import linear_backward, linear_forward
 from .kaleidoscope import multiply
-from .plan import plan_for
+from .plan import layer_plan
 from .rotate import apply_stages, apply_stages_backward
-from .rotate_linear import rotate_linear_backward, rotate_linear_forward
+from .rotate_linear import rotate_linear_backward, rotate_linear_forward, weight_side_backward
 from .rotation import GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
 
@@ -23,31 +23,34 @@ class RotatedLinear(torch.autograd.Function):
     Returns rows (N, n), whatever the shape of x: a Function that returned a view of them would
     forbid changing its output in place.
     Saves x, the blocks, the stage matrices and, for a trained scale alone, the output before it.
+    Where that was chosen, one stage alone rotates W instead of x: see weight_side_backward.
     """
 
     @staticmethod
     def forward(ctx, x, weight, skew, scale, bias, drop, method):
         given = method == GIVEN
         b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
-        stages = plan_for(x, 1 if given else len(skew), b)
+        # what "neumann5" makes is not orthogonal, as the gradients of a rotated W take it to be
+        outputs = None if method == "neumann5" else weight.shape[0]
+        stages, weight_side = layer_plan(x, 1 if given else len(skew), b, outputs)
         blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         wide_scale = None if scale is None else _scale_like(scale, x)
         save = scale is not None and ctx.needs_input_grad[3]
-        # an exported graph is for any number of rows, a compiled one is made again for few
-        fused = not torch.compiler.is_exporting()
-        fused = fused and linear_forward.has_kernel(rows, weight, matrices[0])
-        fused, launched = fused and _is_rotated(skew), False
-        if fused:
+        ctx.way = way = _way(rows, weight, skew, matrices, given, weight_side)
+        if way == "fused":
             rows = apply_stages(rows, matrices[1:], stages[1:], False)
             y, z = linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
-        elif launched := _is_launched(rows, weight, matrices):
+        elif way == "launched":
             y, z = rotate_linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
         else:
             # the bias inside the product, as torch's linear has it: see _compose_functions
-            z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
+            if way == "weight side":
+                z = F.linear(rows, apply_stages(weight, matrices, stages, True), bias)
+            else:
+                z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
             y = z if scale is None else Scale.forward(z, wide_scale, bias, bias)
-        ctx.stages, ctx.method, ctx.fused, ctx.launched = stages, method, fused, launched
+        ctx.stages, ctx.method = stages, method
         tensors = (x, weight, skew, scale, bias, drop, z if save else None)
         ctx.save_for_backward(*tensors, blocks, *matrices)
         return y
@@ -63,7 +66,7 @@ class RotatedLinear(torch.autograd.Function):
         scale_grad = sums = None
         if scale is not None:
             wide_scale = _scale_like(scale, x)
-        if ctx.fused:
+        if ctx.way == "fused":
             inner = apply_stages(rows, matrices[1:], stages[1:], False)
             rows_grad, stage_grad, scale_grad, sums = linear_backward(
                 grad, inner, weight, matrices[0], wide_scale if scale is not None else None, z
@@ -74,7 +77,7 @@ class RotatedLinear(torch.autograd.Function):
                     rows_grad, rows if need_skew else None, matrices[1:], stages[1:], False, need_x
                 )
                 partials += outer
-        elif ctx.launched and need_skew:
+        elif ctx.way == "launched" and need_skew:
             with _autocast.disabled(grad.device.type):  # it may be on in backward alone
                 x_grad, partial, scale_grad, sums = rotate_linear_backward(
                     *(grad, rows, weight, matrices[0], None if scale is None else wide_scale),
@@ -91,7 +94,11 @@ class RotatedLinear(torch.autograd.Function):
                 sums = grad.sum(0) if need_bias else None
                 grad = grad if scale is None else Scale.forward(grad, wide_scale, None, None)
             x_grad, partials = None, []
-            if need_x or need_skew:
+            if ctx.way == "weight side" and (need_x or need_skew):
+                x_grad, partials = weight_side_backward(
+                    grad, rows if need_skew else None, weight, matrices[0], stages
+                )
+            elif need_x or need_skew:
                 with _autocast.disabled(grad.device.type):
                     rows_grad = grad @ weight
                 x_grad, partials = apply_stages_backward(
@@ -117,10 +124,26 @@ def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return scale if scale.dtype == wide else scale.to(wide)
 
 
-def _is_launched(rows: torch.Tensor, weight: torch.Tensor, matrices: list[torch.Tensor]) -> bool:
-    """Whether one call makes the launches of the layer; a compiled graph has them one by one."""
-    one = len(matrices) == 1 and not torch.compiler.is_compiling()
-    return one and rotate_linear_forward.has_kernel(rows, weight, matrices[0])
+def _way(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    skew: torch.Tensor,
+    matrices: list[torch.Tensor],
+    given: bool,
+    weight_side: bool,
+) -> str:
+    """How a layer comes about: "weight side", "fused" (one product of its own), "launched" (other
+    operators, in one call each way) or "composed" of them one by one."""
+    if weight_side:
+        return "weight side" if given or _is_rotated(skew) else "composed"
+    # an exported graph is for any number of rows, a compiled one is made again for few
+    fused = not torch.compiler.is_exporting()
+    if fused and linear_forward.has_kernel(rows, weight, matrices[0]) and _is_rotated(skew):
+        return "fused"
+    launched = len(matrices) == 1 and not torch.compiler.is_compiling()
+    if launched and rotate_linear_forward.has_kernel(rows, weight, matrices[0]):
+        return "launched"
+    return "composed"
 
 
 def _is_rotated(skew: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from ._linear_adapter import LinearAdapter
 from .butterfly import butterfly_matmul
 from .cayley import cayley
 from .indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
-from .plan import plan
+from .plan import plan, plan_for
 from .scale import scale_columns
 
 
@@ -157,7 +157,7 @@ class MultiAdapterLinear(nn.Module):
     def _by_rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         x = _autocast.cast(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        stacks = self._stacks(wide) if self._prepared is None else self._prepared
+        stacks = self._stacks(wide, x) if self._prepared is None else self._prepared
         for numbers, stages, matrices in stacks:
             local = self._renumbered(index, numbers)
             x = rotate_indexed(x, matrices, stages, local, False)
@@ -174,8 +174,11 @@ class MultiAdapterLinear(nn.Module):
         # y + (y - bias)(s - 1): exactly y where s is 1, and no small change of s is rounded away
         return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), offset)
 
-    def _stacks(self, dtype: torch.dtype) -> list[tuple]:
-        """(numbers of adapters, stages, matrices of each stage) of each block size."""
+    def _stacks(self, dtype: torch.dtype, x: torch.Tensor | None = None) -> list[tuple]:
+        """(numbers of adapters, stages, matrices of each stage) of each block size.
+
+        Without an x to look at, the stages are the default's.
+        """
         groups: dict[int, list[int]] = {}
         adapters = list(self.adapters.values())
         for number, adapter in enumerate(adapters):
@@ -184,7 +187,8 @@ class MultiAdapterLinear(nn.Module):
         for block_size, numbers in groups.items():
             m = max(adapters[i].n_factors for i in numbers)
             blocks = torch.stack([_padded(adapters[i].blocks(), m) for i in numbers])
-            stages = plan(m, block_size, blocks.device.type)
+            device = blocks.device.type
+            stages = plan(m, block_size, device) if x is None else plan_for(x, m, block_size)
             stacks.append((tuple(numbers), stages, compose_all(blocks, stages, dtype)))
         return stacks
 

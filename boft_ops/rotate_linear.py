@@ -1,7 +1,8 @@
-"""The launches of a rotated layer in one call, each way.
+"""Other ways to a rotated layer than rotating x, then a product with W.
 
-Python takes longer to make them than a GPU takes to run them, at any but the largest sizes. In
-compiled graphs they stay apart.
+``rotate_linear`` makes the launches of a layer in one call each way: Python takes longer to make
+them than a GPU takes to run them, at any but the largest sizes. In compiled graphs they stay apart.
+``weight_side_backward`` is for a layer that rotated W in the place of x.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import _autocast
 from ._backend import Op
-from .rotate import _rotate, _rotate_backward
+from .plan import Stage
+from .rotate import _rotate, _rotate_backward, apply_stages, gram
 from .scale import _scale, _scale_backward
 
 MAX_SIZE = 64  # of a stage; for larger ones Triton's rotate is the faster
@@ -84,3 +87,25 @@ rotate_linear_backward = Op(
     _fake_rotate_linear_backward,
     supports={"cuda": lambda grad, x, weight, stage, *_: _cuda_takes(x, weight, stage)},
 )
+
+
+def weight_side_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    matrix: torch.Tensor,
+    stages: tuple[Stage, ...],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Gradients of x and, unless x is None, of the stage, of y = x (W R^T)^T.
+
+    W R^T is made again: it is as large as W. As R is orthogonal, dL/dR = x^T (dL/dx) R, in each
+    group.
+    """
+    ((stage,), partials) = stages, []
+    rotated = apply_stages(weight, (matrix,), stages, True)
+    with _autocast.disabled(grad.device.type):
+        x_grad = grad @ rotated
+        if x is not None:
+            parts = gram(x, x_grad, stage.size, stage.chunk, stage.stride, stage.splits(x))
+            partials.append((parts.sum(0).to(matrix.dtype) @ matrix)[None])
+    return x_grad, partials

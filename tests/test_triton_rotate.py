@@ -203,6 +203,8 @@ def test_every_structure_has_a_tile_that_fits(op):
                     continue
                 assert tile.bands == 1 or tile.bands >= tile.num_warps
                 assert tile.bands == 1 or tile.columns == tile.inner >= size
+                several = max(tile.columns, tile.inner) >= 2 * size
+                assert tile.columns == tile.inner or not several
                 # a residual product and a fused backward hold a whole group
                 whole = op == "rotate_backward" or (op == "rotate" and "16" in dtype)
                 assert tile.inner >= size or not whole

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from boft_ops import _backend, _native, _tuned, _tuned_file, boft_linear, butterfly_matmul, cayley
+from boft_ops import (
+    MultiAdapterLinear,
+    _backend,
+    _native,
+    _tuned,
+    _tuned_file,
+    boft_linear,
+    butterfly_matmul,
+    butterfly_matmul_indexed,
+    cayley,
+    indexed,
+    kaleidoscope_matmul,
+)
 from boft_ops._device import name_of
 from boft_ops.plan import plan, plan_for
 from boft_ops.rotate import rotate, rotate_rows
@@ -27,11 +39,12 @@ def row(backend, rows=64, features=64, size=16, **config):
     return choice | {"backend": backend, "config": config}
 
 
-def plan_row(stages, features=256):
+def plan_row(stages, rows=64, features=256, outputs=48):
     butterfly = {"n_factors": 4, "block_size": 8}
     return {
         **{"op": "plan", "dtype": "float32", "structure": butterfly, "backend": ""},
-        **{"sizes": {"features": features}, "config": {"stages": stages}},
+        "sizes": {"rows": rows, "features": features, "outputs": outputs},
+        "config": {"stages": stages, "weight_side": 0},
     }
 
 
@@ -259,6 +272,38 @@ def test_a_plan_has_the_measured_number_of_stages(tuned_cache):
     torch.testing.assert_close(butterfly_matmul(x, blocks), before)
 
 
+def test_a_plan_serves_rows_by_their_adapters_and_kaleidoscopes(tuned_cache, monkeypatch):
+    right, launches = indexed.rotate_indexed_rows, []
+    monkeypatch.setattr(
+        indexed, "rotate_indexed_rows", lambda *args: launches.append(1) or right(*args)
+    )
+    layer = MultiAdapterLinear(torch.nn.Linear(256, 48)).eval()
+    for name in "ab":
+        adapter = layer.add_adapter(name, block_size=8, n_factors=4)
+        torch.nn.init.normal_(adapter.skew, std=0.1)
+    x, index = torch.randn(16, 256), torch.arange(16) % 3 - 1
+    first, second = cayley(0.1 * torch.randn(2, 1, 4, 32, 28))
+    calls = [
+        lambda: layer(x, index),
+        lambda: butterfly_matmul_indexed(x, torch.stack([first[0], second[0]]), index),
+        lambda: kaleidoscope_matmul(x, first, second),
+    ]
+
+    def results():
+        launches.clear()
+        with torch.no_grad():
+            return [call() for call in calls]
+
+    before = results()
+    assert len(launches) == 2
+    keep(plan_row(3))
+    torch.testing.assert_close(results(), before)
+    assert len(launches) == 6
+    layer.prepare()  # for any x that comes
+    torch.testing.assert_close(results(), before)
+    assert len(launches) == 1 + 3
+
+
 def test_gradients_of_a_layer_are_those_of_any_plan(tuned_cache):
     leaves = [torch.randn(70, 256), 0.1 * torch.randn(4, 32, 28), torch.randn(48)]
     weight = torch.randn(48, 256)
@@ -285,6 +330,8 @@ def test_a_tile_reaches_the_launch(tuned_cache):
     default = config_for("rotate", size=16, chunk=16, stride=1, dtype="float32")
     assert _tile("rotate", x, 16, 16, 1) == default
     keep(row("triton", rows=64, bands=2, num_warps=2) | {"structure": {"size": 16, "chunk": 16, "stride": 1}})  # fmt: skip  # noqa: E501
+    keep(row("triton", num_warps=2) | {"op": "rotate_indexed"})
+    assert _tile("rotate_indexed", x, 16, 16, 1).num_warps == 2
     tile = _tile("rotate", x, 16, 16, 1)
     assert (tile.bands, tile.num_warps, tile.rows) == (2, 2, default.rows)
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .config import MAX_BLOCK_SIZE, config_for, tuned
-from .launch import launch
+from .launch import cdiv, launch
 
 
 @triton.jit
@@ -205,6 +205,4 @@ def _launch(kernel, tensors: tuple[torch.Tensor | None, ...], b: int) -> None:
     op = "cayley" if kernel is cayley_kernel else "cayley_backward"
     config = tuned(config_for("cayley", b=b), op, tensors[0], (b,), (n_blocks,))
     constants = {"b": b, "B": config.B, "G": config.G}
-    launch(
-        kernel, triton.cdiv(n_blocks, config.G), tensors, (n_blocks,), constants, config.num_warps
-    )
+    launch(kernel, cdiv(n_blocks, config.G), tensors, (n_blocks,), constants, config.num_warps)

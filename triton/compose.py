@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .config import config_for
-from .launch import launch
+from .launch import cdiv, launch
 
 
 @triton.jit
@@ -210,5 +210,5 @@ def _launch(kernel, tensors: tuple[torch.Tensor, ...], inner: torch.Tensor, *sca
         return
     config = config_for("compose", b=b, s=s)
     constants = {"b": b, "s": s, "B": config.B, "T": config.T, "U": config.U}
-    grid, scalars = triton.cdiv(2 * n_blocks, config.U), (2 * n_blocks, *scalars)
+    grid, scalars = cdiv(2 * n_blocks, config.U), (2 * n_blocks, *scalars)
     launch(kernel, grid, tensors, scalars, constants, config.num_warps)

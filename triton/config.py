@@ -64,7 +64,9 @@ def fields_of(op: str) -> frozenset[str]:
 
     kinds = {"cayley": CayleyConfig, "cayley_backward": CayleyConfig}
     kinds |= dict.fromkeys(("rotation", "rotation_backward"), RotationConfig)
-    kinds |= dict.fromkeys(("rotate", "rotate_backward", "gram"), config_rotate.Tile)
+    kinds |= dict.fromkeys(
+        ("rotate", "rotate_indexed", "rotate_backward", "gram"), config_rotate.Tile
+    )
     kinds |= dict.fromkeys(("scale", "scale_backward"), config_scale.ScaleConfig)
     return frozenset(f.name for f in fields(kinds[op])) if op in kinds else frozenset()
 
@@ -83,7 +85,9 @@ def _cayley(b: int) -> CayleyConfig:
     # Up to B = 8 one warp, whose reductions are shuffles; above, the tile is spread over more warps
     # so that float64 stays in registers.
     B = _padded(b)
-    return CayleyConfig(B, G=max(1, 16 // B), num_warps={16: 2, 32: 4, 64: 8}.get(B, 1))
+    # B = 8 in 16: of those tried on an H200 the fastest, 1.7 and 3.3 times as fast as in 2.
+    G = 16 if B == 8 else max(1, 16 // B)
+    return CayleyConfig(B, G, num_warps={16: 2, 32: 4, 64: 8}.get(B, 1))
 
 
 def _compose(b: int, s: int) -> ComposeConfig:

@@ -1,18 +1,19 @@
 """Tiles of the rotate kernels: which for what, and the list of all of them. Imports no torch.
 
-Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942. float32 is multiplied exactly (no
+Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942; those of halves by times measured on
+an H200. float32 is multiplied exactly (no
 tf32), by ordinary multiply-adds that hold a tile's whole operands in registers; hence its small
 tiles. There a stage of 32 is already bound by arithmetic, and reading x again costs nothing.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 from .config import Case
 
 MAX_SIZE = 256
 BAND = 16  # the least width of a dot of halves; smaller groups share a band
-SECTOR = 16  # halves in the 32 bytes that memory moves at least
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Tile:
         bands: runs of whole groups in a batched dot; 1: one group, or a part of it, unbatched. At
             least num_warps, as Triton 3.6 repeats the work of a smaller batch.
         rows: rows of x.
-        columns: entries of a group in the result.
-        inner: entries of a group that are summed over.
+        columns: entries of a group in the result; of several groups, whole ones, if they fit.
+        inner: entries of a group that are summed over; as many as columns, where those are of
+            several groups.
     """
 
     bands: int
@@ -97,16 +99,26 @@ TILES = {
         (256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
 }
-# Halves in chunks of less than a sector: neighbouring groups, whose chunks lie side by side, in one
-# program, where they fit.
+# Halves whose chunks lie apart: small groups in bands, as the chunks of neighbouring groups lie side
+# by side.
 STRIDED = {
     "rotate": (
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
         (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
-        (64, Tile(4, 16, 64, 64, num_warps=4, num_stages=2)),
     ),
-    "rotate_indexed": ((32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),),
-    "rotate_backward": ((32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),),
-    "gram": (),
+    "rotate_indexed": (
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+    ),
+    "rotate_backward": (
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
+        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2)),
+    ),
+    "gram": (
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
+    ),
 }
 KINDS = {"bfloat16": "half", "float16": "half", "float32": "float32", "float64": "float64"}
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -117,6 +129,7 @@ def supports(size: int) -> bool:
     return 1 <= size <= MAX_SIZE
 
 
+@cache
 def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Tile | None:
     """The tile of an op ("rotate", "rotate_indexed", "rotate_backward", "gram") for such groups.
 
@@ -124,7 +137,7 @@ def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Ti
     """
     kind = KINDS[dtype]
     tiles = TILES[op, kind]
-    if kind == "half" and stride > 1 and chunk < SECTOR and size > BAND:
+    if kind == "half" and stride > 1:
         tiles = STRIDED[op] + tiles
     tile = next((tile for most, tile in tiles if size <= most), None)
     # neighbouring features that keep their alignment: below 4, every one needs its own address
@@ -137,7 +150,8 @@ def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Ti
 def reachable(op: str) -> Iterator[tuple[Tile, dict]]:
     """Every tile that config_for can return for this op, with structures that it is for."""
     for dtype, kind in KINDS.items():
-        for most, _ in TILES[op, kind]:
+        sizes = {most for most, _ in TILES[op, kind]} | {BAND, 2 * BAND}
+        for most in sorted(sizes):
             odd = 3 if most == BAND else most - 1
             for size, chunk, stride in ((most, most, 1), (most, 4, 8), (most, 2, 8), (odd, odd, 1)):
                 structure = {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
@@ -183,6 +197,7 @@ def _case(op: str, tile: Tile, structure: dict) -> Case:
     return Case(kernel, constants, pointers, tile.num_warps, tile.num_stages, everywhere)
 
 
+@cache
 def constants_of(tile: Tile) -> dict[str, int]:
     """The kernels' constants that a tile sets; num_warps and num_stages are launch options."""
     fields = asdict(tile)

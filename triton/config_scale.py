@@ -20,7 +20,7 @@ class ScaleConfig:
 
 TILES = {
     "scale": ScaleConfig(ROWS=8, COLUMNS=512, num_warps=4, num_stages=1),
-    "scale_backward": ScaleConfig(ROWS=8, COLUMNS=256, num_warps=4, num_stages=1),
+    "scale_backward": ScaleConfig(ROWS=4, COLUMNS=512, num_warps=4, num_stages=1),
 }
 
 

@@ -13,6 +13,11 @@ import torch
 _launchers: dict[tuple, tuple[Any, tuple]] = {}  # kind of call -> compiled kernel, its constants
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own is a function for kernels, and slow outside of them."""
+    return -(-a // b)
+
+
 def launch(
     kernel: Any,
     grid: int,

@@ -26,13 +26,12 @@ from .groups import (
     rows_axis,
     same_group,
 )
-from .launch import launch
+from .launch import cdiv, launch
 
 # Arithmetic of halves in Triton's interpreter needs help. @triton.jit, too, reads this on import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Programs that keep a large GPU busy, below which a program takes fewer rows than it could
 PROGRAMS = 1024
-LARGE = PROGRAMS // 4  # the same for groups of more than 64: each reads more of the stage first
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
@@ -160,11 +159,11 @@ def rotate(
         return y
     tile = _tile("rotate", x, size, chunk, stride)
     n_tiles = _n_tiles(tile, d, size, tile.columns)
-    row_tiles = triton.cdiv(n, tile.rows)
+    row_tiles = cdiv(n, tile.rows)
     # a program reads size^2 of the stage for rows * size of x: 16 * size rows make that cheap
     most = max(256, 16 * size) // tile.rows
-    rows = tile.rows * max(1, min(most, n_tiles * row_tiles // (PROGRAMS if size <= 64 else LARGE)))
-    grid = n_tiles * triton.cdiv(n, rows)
+    rows = tile.rows * max(1, min(most, n_tiles * row_tiles // _programs(size)))
+    grid = n_tiles * cdiv(n, rows)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
     _launch(rotate_kernel, grid, (x, stage, y), (n, d, rows), structure, tile)
     return y
@@ -211,13 +210,18 @@ def _gram(x, grad, stage, x_grad, size, chunk, stride, transpose, splits, tile) 
     if x.numel() == 0:
         return x.new_zeros(shape, dtype=dtype)
     partials = x.new_empty(shape, dtype=dtype)
-    rows = triton.cdiv(triton.cdiv(n, splits), tile.rows) * tile.rows
+    rows = cdiv(cdiv(n, splits), tile.rows) * tile.rows
     grid = splits * _n_tiles(tile, d, size, tile.columns, tile.inner)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
     structure |= {"X_GRAD": x_grad is not None}
     tensors = x, grad, stage, x_grad, partials
     _launch(rotate_backward_kernel, grid, tensors, (n, d, rows), structure, tile)
     return partials
+
+
+def _programs(size: int) -> int:
+    """How many programs are wanted; each reads a part of the stage first, more of a large one."""
+    return PROGRAMS if size <= 64 else PROGRAMS // 2 if size <= 128 else PROGRAMS // 8
 
 
 def _tile(op: str, x: torch.Tensor, size: int, chunk: int, stride: int) -> Tile | None:
@@ -229,9 +233,10 @@ def _tile(op: str, x: torch.Tensor, size: int, chunk: int, stride: int) -> Tile 
 def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
     """Programs that one range of rows takes, with groups cut into tiles of these widths."""
     width = tile.bands * max(size, tile.columns // size * size)
-    return triton.cdiv(d, width) * math.prod(triton.cdiv(size, width) for width in widths)
+    return cdiv(d, width) * math.prod(cdiv(size, width) for width in widths)
 
 
 def _launch(kernel, grid: int, tensors: tuple, scalars: tuple, structure: dict, tile: Tile) -> None:
-    constants = structure | constants_of(tile) | {"INTERPRETED": INTERPRETED}
+    constants = structure | constants_of(tile)
+    constants["INTERPRETED"] = INTERPRETED
     launch(kernel, grid, tensors, scalars, constants, tile.num_warps, tile.num_stages)

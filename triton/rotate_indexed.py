@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
+from .launch import cdiv
 from .rotate import PROGRAMS, _launch, _n_tiles, _tile
 
 
@@ -73,9 +74,9 @@ def rotate_indexed(
         return y
     tile = _tile("rotate_indexed", x, size, chunk, stride)
     n_tiles = _n_tiles(tile, d, size, tile.columns)
-    row_tiles = triton.cdiv(n, tile.rows)
+    row_tiles = cdiv(n, tile.rows)
     rows = tile.rows * max(1, min(8, n_tiles * row_tiles // PROGRAMS))
-    grid = n_tiles * triton.cdiv(n, rows)
+    grid = n_tiles * cdiv(n, rows)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
     scalars = n, len(stages), d, rows
     _launch(rotate_indexed_kernel, grid, (x, stages, index, y), scalars, structure, tile)

@@ -16,7 +16,7 @@ import triton.language as tl
 from .cayley import block_size, cayley_backward_tile, cayley_tile
 from .compose import join, unjoin
 from .config import config_for, tuned
-from .launch import launch
+from .launch import cdiv, launch
 
 
 @triton.jit
@@ -224,5 +224,5 @@ def _launch(kernel, tensors: tuple, blocks: torch.Tensor, *scalars: int) -> None
     op = "rotation" if kernel is rotation_kernel else "rotation_backward"
     config = tuned(config_for(op, m=m, b=b), op, tensors[0], (m, b), (n_blocks,))
     constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
-    grid = triton.cdiv(n_blocks, config.G << (m - 1))
+    grid = cdiv(n_blocks, config.G << (m - 1))
     launch(kernel, grid, tensors, (n_blocks, *scalars), constants, config.num_warps)

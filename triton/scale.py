@@ -7,7 +7,7 @@ import triton.language as tl
 from .config import tuned
 from .config_scale import PROGRAMS, ScaleConfig, config_for
 from .groups import round_to
-from .launch import launch
+from .launch import cdiv, launch
 from .rotate import INTERPRETED
 
 
@@ -93,7 +93,7 @@ def scale(
         center = None
     else:
         center, bias = center.contiguous(), bias.contiguous()
-    grid = triton.cdiv(n, config.COLUMNS) * triton.cdiv(n_rows, config.ROWS)
+    grid = cdiv(n, config.COLUMNS) * cdiv(n_rows, config.ROWS)
     _launch(scale_kernel, grid, (x, scale, center, bias, y), (n_rows, n), config)
     return y
 
@@ -109,9 +109,9 @@ def scale_backward(
     if x.numel() == 0:
         return x_grad, torch.zeros_like(scale), torch.zeros_like(scale)
     config: ScaleConfig = tuned(config_for("scale_backward"), "scale_backward", x, (), x.shape)
-    blocks = triton.cdiv(n, config.COLUMNS)
-    splits = max(1, min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(n_rows, config.ROWS)))
-    rows = triton.cdiv(triton.cdiv(n_rows, splits), config.ROWS) * config.ROWS
+    blocks = cdiv(n, config.COLUMNS)
+    splits = max(1, min(cdiv(PROGRAMS, blocks), cdiv(n_rows, config.ROWS)))
+    rows = cdiv(cdiv(n_rows, splits), config.ROWS) * config.ROWS
     sums = x.new_empty(splits, 2, n, dtype=torch.promote_types(x.dtype, torch.float32))
     tensors = grad, x, scale, center, x_grad, sums
     _launch(scale_backward_kernel, blocks * splits, tensors, (n_rows, n, rows), config)

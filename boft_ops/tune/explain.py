@@ -6,7 +6,7 @@ import torch
 
 from .._tuned import lookup
 from .._tuned_file import read, shipped_file, user_file
-from ..plan import plan
+from ..plan import default_plan
 from .cost import plans
 from .machine import Machine, data_sheet
 
@@ -17,10 +17,11 @@ def show(
     """Print a line for each plan of BOFT(m, b) on a layer of d inputs and n outputs."""
     machine, source = _machine(device)
     name = str(dtype).removeprefix("torch.")
-    default = len(plan(m, b, device.type))
-    choice = None
+    stages, weight_side = default_plan(m, b, device.type, rows, n)
+    default, choice = (len(stages), weight_side), None
     if device.type == "cpu" or torch.cuda.is_available():
-        choice = lookup("plan", device, dtype, (m, b), (d,))
+        choice = lookup("plan", device, dtype, (m, b), (rows, d, n))
+    best = choice and (choice.config["stages"], bool(choice.config.get("weight_side")))
     print(
         f"BOFT({m}, {b}), {d} -> {n}, {rows} rows, {name} on {device.type}; rates {source}: "
         f"{machine.bytes / 1e9:.3g} GB/s, {machine.rate(name) / 1e12:.3g} TFLOP/s, "
@@ -29,12 +30,10 @@ def show(
     header = ("stages", "sizes", "side", "compose us", "forward us", "backward us", "total us", "")
     lines = [header]
     for cost in plans(rows, d, n, m, b, name, machine, device.type):
-        count, marks = len(cost.stages), []
-        if cost.side == "in":
-            marks += ["default"] * (count == default)
-            marks += ["measured best"] * (choice is not None and count == choice.config["stages"])
-        else:
-            marks.append("not offered by the layers")
+        count = len(cost.stages)
+        this = count, cost.side == "weight"
+        marks = ["default"] * (this == default) + ["measured best"] * (this == best)
+        marks += ["chosen"] * (this == (best or default))
         times = (cost.make, cost.forward, cost.backward, cost.total)
         sizes = " ".join(str(stage.size) for stage in cost.stages)
         figures = (f"{1e6 * seconds:.1f}" for seconds in times)

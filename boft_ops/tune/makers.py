@@ -18,6 +18,8 @@ from .cost import plans
 from .machine import Machine
 from .problems import Problem
 
+ADAPTERS = 8  # in the batches of rotate_indexed, each of neighbouring rows
+
 
 class Shape(NamedTuple):
     """A linear layer of d inputs and n outputs, and how many rows go through it."""
@@ -109,8 +111,15 @@ class _Maker:
             def both(seed: int, rotate=rotate, splits=splits) -> tuple:
                 return self.tensor(rows, d, seed=seed + 100), *rotate(seed), splits
 
+            def indexed(seed: int, stage=stage, place=place) -> tuple:
+                x = self.tensor(rows, d, seed=seed)
+                stages = self._stage(ADAPTERS * d, stage.size, seed).unflatten(0, (ADAPTERS, -1))
+                index = torch.arange(rows, device=self.device) * ADAPTERS // rows
+                return x, stages, index.to(torch.int32), *place, False
+
             array, work = rows * d * e, 2 * rows * d * stage.size
             yield self._op("rotate", rotate, n_bytes=2 * array, flops=work)
+            yield self._op("rotate_indexed", indexed, n_bytes=2 * array, flops=work)
             summed = lambda partials: partials.sum(0)  # noqa: E731
             yield self._op("gram", gram, n_bytes=2 * array, flops=work, reduce=summed)
             yield self._op(
@@ -123,8 +132,9 @@ class _Maker:
         yield from self._scale(rows, n)
         if _backend._ops["linear"].serving[self.device.type] != "reference":
             yield self._linear(shape, stages[0].size)
-        if m > 1:
-            yield self._plan(shape, m, b)
+        yield self._plan(shape, m, b)
+        if m > 1 and len(stages) == 1:  # as it is where other layers' rotations are made with it
+            yield self._plan(shape, 1, stages[0].size)
 
     def _op(self, name: str, make: Callable, **more: Any) -> Problem:
         return self.problem(name, make, _backend._ops[name], **more)
@@ -198,26 +208,34 @@ class _Maker:
         )
 
     def _plan(self, shape: Shape, m: int, b: int) -> Problem:
-        """A layer's training step but for the optimizer."""
+        """A layer's training step but for the optimizer.
+
+        One factor is given: making it is the same on both sides.
+        """
         d, n, rows = shape
+        given = m == 1
         modelled = plans(rows, d, n, m, b, _name(self.dtype), self.machine, self.device.type)
         most = max(256, plan(m, b, self.device.type)[-1].size)  # what kernels there are take
 
         def make(seed: int) -> tuple:
-            skew = self.tensor(m, d // b, b * (b - 1) // 2, seed=seed, scale=0.1, wide=True)
-            return *self._layer(shape, skew, seed), "exact"
+            if given:  # orthogonal, as whatever is given is
+                rotation = torch.linalg.qr(self._stage(d, b, seed))[0]
+            else:
+                packed = b * (b - 1) // 2
+                rotation = self.tensor(m, d // b, packed, seed=seed, scale=0.1, wide=True)
+            return *self._layer(shape, rotation, seed), GIVEN if given else "exact"
 
         return self.problem(
             "plan",
             make,
             _step,
-            butterfly=(m, b),
+            butterfly=(m, b, n),
             n_bytes=(5 * rows * d + 3 * rows * n + 2 * d * n) * self.dtype.itemsize,
             flops=4 * rows * d * n,
-            stages=[
-                (cost.total, len(cost.stages))
+            plans=[
+                (cost.total, {"stages": len(cost.stages), "weight_side": int(cost.side != "in")})
                 for cost in modelled
-                if cost.side == "in" and max(s.size for s in cost.stages) <= most
+                if max(s.size for s in cost.stages) <= most
             ],
         )
 

@@ -11,12 +11,12 @@ import torch
 
 from .. import _backend, _native
 from .._tuned import Choice, pinned
-from ..plan import plan
+from ..plan import default_plan
 from .machine import Machine
 from .space import default_of, tiles
 
 WORSE = 3.0  # times the best modelled time, above which a candidate is not tried
-MOST = 24  # tiles that are tried
+MOST = 48  # tiles that are tried
 TUNABLES = {
     "grain": [{"grain": g} for g in (1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 18)],
     "blocking": [
@@ -50,7 +50,8 @@ class Problem:
     n_bytes: float = 0.0
     flops: float = 0.0
     reduce: Callable[[Any], Any] = lambda result: result
-    stages: list[tuple[float, int]] = field(default_factory=list)  # of a plan: seconds, number
+    # of a plan: modelled seconds, configs
+    plans: list[tuple[float, dict[str, int]]] = field(default_factory=list)
 
     def __str__(self) -> str:
         numbers = {**self.structure, **self.sizes}
@@ -68,7 +69,10 @@ class Problem:
                 (), "cpu", {name: _native.DEFAULTS[name] for name in TUNABLES[self.op][0]}
             )
         if self.op == "plan":
-            return Choice((), "", {"stages": len(plan(*self.structure.values(), self.device.type))})
+            m, b = self.structure.values()
+            rows, _, outputs = self.sizes.values()
+            stages, weight_side = default_plan(m, b, self.device.type, rows, outputs)
+            return Choice((), "", {"stages": len(stages), "weight_side": int(weight_side)})
         op = _backend._ops[self.op]
         serving = op.serving[self.device.type]
         return Choice((), serving if op.takes(serving, args) else "reference", {})
@@ -84,7 +88,7 @@ class Problem:
         if self.op in TUNABLES:
             found = [Choice((), "cpu", config) for config in TUNABLES[self.op]]
         elif self.op == "plan":
-            found = [Choice((), "", {"stages": n}) for n in pruned(self.stages)]
+            found = [Choice((), "", config) for config in pruned(self.plans)]
         else:
             op = _backend._ops[self.op]
             all_of = (*_backend.PREFERENCE[self.device.type], "reference")

@@ -12,6 +12,8 @@ from .cost import Resources, seconds
 from .machine import Machine
 
 FAR = 0.01  # of the modelled time for each octave away from the default: what decides ties
+OF_ROWS = ("rotate", "rotate_indexed", "rotate_backward", "gram")
+PACKED = (32, 64, 128)  # columns of a two-dimensional tile that several groups share
 Tiles = list[tuple[float, dict[str, int]]]  # modelled seconds, fields of the config
 
 
@@ -19,7 +21,7 @@ def tiles(
     op: str, structure: dict[str, int], sizes: dict[str, int], dtype: str, machine: Machine
 ) -> Tiles:
     """All candidates for an operator's Triton kernel but the default; none if it has no choice."""
-    if op in ("rotate", "rotate_backward", "gram"):
+    if op in OF_ROWS:
         return list(_of_rows(op, structure, sizes, dtype, machine))
     if op in ("scale", "scale_backward"):
         return list(_of_scale(op, sizes, dtype, machine))
@@ -37,12 +39,12 @@ def default_of(op: str, structure: dict[str, int], dtype: str) -> dict[str, int]
 def _default(op: str, structure: dict[str, int], dtype: str) -> Any:
     from ..triton_kernels import config, config_rotate, config_scale
 
-    if op in ("rotate", "rotate_backward", "gram"):
+    if op in OF_ROWS:
         return config_rotate.config_for(op, **structure, dtype=dtype)
     if op in ("scale", "scale_backward"):
         return config_scale.config_for(op)
     if op in ("cayley", "cayley_backward"):
-        return config.config_for(op, b=structure["block_size"])
+        return config.config_for("cayley", b=structure["block_size"])
     if op in ("rotation", "rotation_backward"):
         return config.config_for(op, m=structure["n_factors"], b=structure["block_size"])
     return None
@@ -58,14 +60,23 @@ def _of_rows(
     padded = max(16, 1 << (size - 1).bit_length())
     shapes = []  # (bands, columns, inner)
     if size <= 16 or default.bands > 1:
-        shapes += [(bands, default.columns, default.inner) for bands in (2, 4, 8)]
+        shapes += [(bands, padded, padded) for bands in (2, 4, 8)]
+    if half and size <= 32:
+        shapes += [(1, width, width) for width in PACKED if width >= 2 * size]
     if size > 16:
         widths = [w for w in (16, 32, 64, 128, 256) if w <= padded]
         # inner must hold a whole group of halves, and of whatever gives the gradient of x as well
-        whole = (half and op != "gram") or op == "rotate_backward"
+        whole = (half and op == "rotate") or op == "rotate_backward"
         inners = [padded] if whole else [w for w in widths if w >= min(16, padded)]
         shapes += [(1, columns, inner) for columns in widths[-3:] for inner in inners[-3:]]
     rows = [r for r in (16, 32, 64, 128, 256) if r <= max(16, 2 * sizes["rows"])]
+    near = {True: default, False: default}  # by whether a tile packs groups
+    if default.columns < 2 * size or default.bands > 1:
+        # what was best on an H200
+        warps = 8 if op == "rotate_backward" else 4
+        near[True] = replace(
+            default, bands=1, rows=64, columns=64, inner=64, num_warps=warps, num_stages=3
+        )
     for (bands, columns, inner), n_rows in itertools.product(shapes, rows):
         for num_warps, num_stages in itertools.product((1, 2, 4, 8), (1, 2, 3, 4)):
             if 1 < bands < num_warps:  # Triton 3.6 would repeat the work
@@ -75,20 +86,19 @@ def _of_rows(
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
             if tile != default:
-                yield (
-                    _seconds_of_rows(op, tile, default, structure, sizes, dtype, machine),
-                    asdict(tile),
-                )
+                packs = bands == 1 and columns >= 2 * size
+                modelled = _seconds_of_rows(op, tile, structure, sizes, dtype, machine)
+                yield modelled * (1 + FAR * _octaves(tile, near[packs])), asdict(tile)
 
 
-def _seconds_of_rows(op, tile, default, structure, sizes, dtype, machine: Machine) -> float:
+def _seconds_of_rows(op, tile, structure, sizes, dtype, machine: Machine) -> float:
     width = {"float64": 8, "float32": 4}.get(dtype, 2)
     wide = max(4, width)
     size, rows, d = structure["size"], sizes["rows"], sizes["features"]
     threads = 32 * tile.num_warps
     left, right = tile.rows * tile.columns * tile.bands, tile.rows * tile.inner * tile.bands
     matrix = tile.columns * tile.inner * tile.bands
-    both = op != "rotate"
+    both = op in ("rotate_backward", "gram")
     loaded = width * (right + left * both)
     numbers = matrix * wide / 4 if both else left * wide / 4  # what is summed up
     if op == "rotate_backward":
@@ -99,18 +109,15 @@ def _seconds_of_rows(op, tile, default, structure, sizes, dtype, machine: Machin
     registers = int(numbers / threads) + 40
     shared = tile.num_stages * loaded + matrix * width * (op != "gram")
     used = Resources(shared, registers, tile.num_stages * loaded, tile.num_warps)
-    if tile.bands > 1:
-        n_tiles = math.ceil(d / (tile.bands * (tile.columns // size * size or 1)))
-    else:
-        n_tiles = d // size * math.ceil(size / tile.columns)
-        n_tiles *= math.ceil(size / tile.inner) if both else 1
+    n_tiles = math.ceil(d / (tile.bands * max(size, tile.columns // size * size)))
+    n_tiles *= math.ceil(size / tile.columns) * (math.ceil(size / tile.inner) if both else 1)
     programs = n_tiles * math.ceil(rows / tile.rows)
     # a group in several columns is read as often, once from memory and then from the cache
     reads = 1 + (math.ceil(size / tile.columns) - 1) / 4
-    arrays = {"rotate": 1 + reads, "gram": 1 + reads, "rotate_backward": 2 + reads}[op]
-    flops = 2 * rows * d * size * (2 if op == "rotate_backward" else 1)
-    modelled = seconds(used, programs, arrays * rows * d * width, flops, dtype, machine)
-    return modelled * (1 + FAR * _octaves(tile, default))
+    arrays = (2 if op == "rotate_backward" else 1) + reads
+    # the zeros between packed groups are multiplied too
+    flops = 2 * rows * d * max(size, tile.inner) * (2 if op == "rotate_backward" else 1)
+    return seconds(used, programs, arrays * rows * d * width, flops, dtype, machine)
 
 
 def _octaves(tile: Any, default: Any) -> float:
@@ -145,16 +152,18 @@ def _of_scale(
 def _of_blocks(op: str, structure: dict[str, int]) -> Iterator[dict[str, int]]:
     """Fewer and more blocks in a program, on fewer and more warps: all of it is tiny."""
     default = _default(op, structure, "")
-    for factor, num_warps in itertools.product((0.5, 1, 2, 4), (1, 2, 4, 8)):
+    for factor, num_warps in itertools.product((0.5, 1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
         G = int(default.G * factor)
         if G < 1:
             continue
         tile = replace(default, G=G, num_warps=num_warps)
-        held = G * default.B**2
+        held, most_held = G * default.B**2, 128
         if op.startswith("rotation"):
+            most_held = 32
             most = G << (structure["n_factors"] - 1)
             tile = replace(tile, C=min(most, default.C))
             held = tile.C * default.B**2
-        # two float64 tiles in registers: at most 32 numbers for each thread
-        if tile != default and held <= 32 * 32 * num_warps:
+        # Numbers of a tile for each thread, two tiles in registers. For rotation it is two of
+        # float64; cayley's were best with 32 on an H200, and more are tried.
+        if tile != default and held <= most_held * 32 * num_warps:
             yield asdict(tile)
