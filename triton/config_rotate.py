@@ -1,7 +1,7 @@
 """Tiles of the rotate kernels: which for what, and the list of all of them. Imports no torch.
 
-Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942; those of halves by times measured on
-an H200. float32 is multiplied exactly (no
+Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942; those of halves by times measured
+on an H200. float32 is multiplied exactly (no
 tf32), by ordinary multiply-adds that hold a tile's whole operands in registers; hence its small
 tiles. There a stage of 32 is already bound by arithmetic, and reading x again costs nothing.
 """
@@ -99,8 +99,8 @@ TILES = {
         (256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
 }
-# Halves whose chunks lie apart: small groups in bands, as the chunks of neighbouring groups lie side
-# by side.
+# Halves whose chunks lie apart: small groups in bands, as the chunks of neighbouring groups lie
+# side by side.
 STRIDED = {
     "rotate": (
         (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),

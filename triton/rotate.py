@@ -221,7 +221,7 @@ def _gram(x, grad, stage, x_grad, size, chunk, stride, transpose, splits, tile) 
 
 def _programs(size: int) -> int:
     """How many programs are wanted; each reads a part of the stage first, more of a large one."""
-    return PROGRAMS if size <= 64 else PROGRAMS // 2 if size <= 128 else PROGRAMS // 8
+    return max(1, PROGRAMS if size <= 64 else PROGRAMS // 2 if size <= 128 else PROGRAMS // 8)
 
 
 def _tile(op: str, x: torch.Tensor, size: int, chunk: int, stride: int) -> Tile | None:
