@@ -63,7 +63,7 @@ MUTATIONS = {
         "halves.cuh",
         "    __syncthreads();  // and every warp has read the other buffer",
         "",
-        "test_rotate and 16-16-1 and dtype2",
+        "test_every_number_of_rows",
     ),
     "rows are multiplied before they are there": (
         "halves.cuh",
