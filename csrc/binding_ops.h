@@ -41,6 +41,8 @@ Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t 
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
                                                 const Tensor& stage, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits);
+Tensor rotate_pair_cuda(const Tensor& x, const Tensor& first, const Tensor& second, int64_t chunk,
+                        int64_t first_stride, int64_t second_stride, bool transpose);
 Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const Tensor& x,
@@ -57,4 +59,5 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const
 // Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
 #define BOFT_CUDA_OPS(OP)                                                        \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
-  OP(rotation_backward) OP(rotate) OP(rotate_backward) OP(gram) OP(scale_backward)
+  OP(rotation_backward) OP(rotate) OP(rotate_pair) OP(rotate_backward) OP(gram)   \
+  OP(scale_backward)
