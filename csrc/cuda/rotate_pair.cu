@@ -47,8 +47,9 @@ int rotate_pair(const void* x, const void* first, const void* second, void* y, i
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   job.vectors = (address(x) | address(y)) % 16 == 0;
   // a block reads 4 (S1 + S2) bytes of matrices for each feature of its span, and 4 of each row:
-  // 4 (S1 + S2) rows make that a quarter. Fewer where too few blocks would be left
-  constexpr int64_t kStep = kPairWarps * kPairRows, kBlocks = 512;
+  // 4 (S1 + S2) rows make that a quarter. Fewer where there would not be two blocks for each
+  // multiprocessor of a large GPU
+  constexpr int64_t kStep = kPairWarps * kPairRows, kBlocks = 264;
   const int64_t turns = std::min<int64_t>(4 * (first_stage.size + second_stage.size) / kStep,
                                           d / job.span * rows / (kStep * kBlocks));
   job.rows_per_block = kStep * std::max<int64_t>(1, turns);
