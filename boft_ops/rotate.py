@@ -14,6 +14,7 @@ import torch
 
 from ._backend import Op
 from .plan import Stage
+from .rotate_pair import op_of
 
 
 def _groups(x: torch.Tensor, size: int, chunk: int, stride: int) -> torch.Tensor:
@@ -128,6 +129,7 @@ rotate_rows = Op(
         "triton": lambda x, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
 )
+rotate_pair = op_of(_rotate)
 # Gradients of a stage come as partial sums (splits, d/size, size, size), in at least float32.
 gram = Op(
     "gram(Tensor x, Tensor grad, int size, int chunk, int stride, int splits) -> Tensor",
@@ -160,6 +162,10 @@ def apply_stages(
     x: torch.Tensor, matrices: Sequence[torch.Tensor], plan: tuple[Stage, ...], transpose: bool
 ) -> torch.Tensor:
     """x (N, d) through all the stages, outside of autograd."""
+    if len(plan) == 2:
+        pair = (x, *matrices, plan[0].chunk, *(stage.stride for stage in plan), transpose)
+        if rotate_pair.has_kernel(*pair):
+            return rotate_pair(*pair)
     for i in _order(plan, transpose):
         x = rotate_rows(x, matrices[i], plan[i].chunk, plan[i].stride, transpose)
     return x
@@ -179,17 +185,16 @@ def apply_stages_backward(
     """
     order = _order(plan, transpose)
     partials: list[torch.Tensor | None] = [None] * len(plan)
+    if x is None:
+        return apply_stages(grad, matrices, plan, not transpose) if need_x else None, partials
     inputs = [x]
-    if x is not None:
-        for i in order[:-1]:
-            stage = (matrices[i], plan[i].chunk, plan[i].stride, transpose)
-            inputs.append(rotate_rows(inputs[-1], *stage))
+    for i in order[:-1]:
+        stage = (matrices[i], plan[i].chunk, plan[i].stride, transpose)
+        inputs.append(rotate_rows(inputs[-1], *stage))
     for i in reversed(order):
         size, chunk, stride = plan[i].size, plan[i].chunk, plan[i].stride
         parts = plan[i].splits(grad)
-        if x is None:
-            grad = rotate_rows(grad, matrices[i], chunk, stride, not transpose)
-        elif need_x or i != order[0]:
+        if need_x or i != order[0]:
             grad, partials[i] = rotate_backward(
                 grad, inputs.pop(), matrices[i], chunk, stride, transpose, parts
             )

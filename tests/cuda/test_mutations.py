@@ -53,6 +53,18 @@ MUTATIONS = {
         "    T* left",
         "test_rotate and 32-32-1",
     ),
+    "no barrier before a group is replaced": (
+        "rotate_pair.cuh",
+        "    __syncwarp();  // every lane has read the group",
+        "",
+        "test_rotate_pair and 8-2-2-3",
+    ),
+    "stages in the wrong order": (
+        "rotate_pair.cu",
+        "if (!transpose) {  // x R",
+        "if (transpose) {  // x R",
+        "test_rotate_pair and 8-2-2-3",
+    ),
     "copies are not waited for": (
         "rotate.cuh",
         "await_copies<1>();",

@@ -1,0 +1,69 @@
+#include "cuda/rotate_pair.cuh"
+
+#include <algorithm>
+
+namespace boft::cuda {
+namespace {
+
+constexpr int64_t kMostShared = 227 * 1024;  // of a block of threads, on GPUs that have the most
+
+int64_t shared_bytes(const Stage& first, const Stage& second, int buffers) {
+  const int64_t span = pair_span(first, second);
+  return 2 * (pair_halves(int(span), int(first.size)) + pair_halves(int(span), int(second.size)) +
+              buffers * kPairWarps * kPairRows * (span + kHalfPad));
+}
+
+}  // namespace
+
+int64_t pair_span(const Stage& first, const Stage& second) {
+  return std::max(first.size * first.stride, second.size * second.stride);
+}
+
+bool takes_pair(const Stage& first, const Stage& second) {
+  for (const Stage* s : {&first, &second})
+    if ((s->size != 16 && s->size != 32 && s->size != 64) || s->chunk % 2 != 0 || s->stride > 1024)
+      return false;
+  const int64_t span = pair_span(first, second);
+  return span <= 1024 && span % (first.size * first.stride) == 0 &&
+         span % (second.size * second.stride) == 0 && shared_bytes(first, second, 1) <= kMostShared;
+}
+
+int rotate_pair(const void* x, const void* first, const void* second, void* y, int64_t rows,
+                int64_t d, Stage first_stage, Stage second_stage, bool transpose, DType dtype,
+                Queue queue) {
+  if (!takes_pair(first_stage, second_stage)) return kInvalidValue;
+  PairJob job;
+  job.n_rows = rows, job.d = d, job.transpose = transpose;
+  job.span = int(pair_span(first_stage, second_stage));
+  job.buffers = shared_bytes(first_stage, second_stage, 2) <= kMostShared ? 2 : 1;
+  const auto given = [](const Stage& s) {
+    return PairStage{int(s.size), int(s.chunk), int(s.stride)};
+  };
+  job.stages[0] = given(first_stage), job.stages[1] = given(second_stage);
+  if (!transpose) {  // x R meets the second first
+    std::swap(job.stages[0], job.stages[1]);
+    std::swap(first, second);
+  }
+  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  job.vectors = (address(x) | address(y)) % 16 == 0;
+  // a block reads 4 (S1 + S2) bytes of matrices for each feature of its span, and 4 of each row:
+  // 4 (S1 + S2) rows make that a quarter. Fewer where there would not be two blocks for each
+  // multiprocessor of a large GPU
+  constexpr int64_t kStep = kPairWarps * kPairRows, kBlocks = 264;
+  const int64_t turns = std::min<int64_t>(4 * (first_stage.size + second_stage.size) / kStep,
+                                          d / job.span * rows / (kStep * kBlocks));
+  job.rows_per_block = kStep * std::max<int64_t>(1, turns);
+  const int64_t blocks = d / job.span * ((rows + job.rows_per_block - 1) / job.rows_per_block);
+  const auto run = [&](auto type) {
+    using T = typename decltype(type)::type;
+    return launch(rotate_pair_kernel<T>, blocks, 32 * kPairWarps,
+                  size_t(shared_bytes(first_stage, second_stage, job.buffers)), queue,
+                  static_cast<const T*>(x), static_cast<const float*>(first),
+                  static_cast<const float*>(second), static_cast<T*>(y), job);
+  };
+  if (dtype == DType::BF16) return run(Type<bf16>{});
+  if (dtype == DType::F16) return run(Type<fp16>{});
+  return kInvalidValue;
+}
+
+}  // namespace boft::cuda
