@@ -120,7 +120,7 @@ def plan(
 
 @lru_cache(maxsize=256)
 def _plan(
-    n_factors: int, block_size: int, pass_cost: int, n_stages: int | None
+    n_factors: int, block_size: int, pass_cost: int, n_stages: int | None = None
 ) -> tuple[Stage, ...]:
     if n_factors == 1:  # plain block-diagonal; b may be odd
         return (Stage(0, 1, block_size, block_size, 1),)
