@@ -78,6 +78,7 @@ rotate_linear_forward = Op(
     _rotate_linear,
     _fake_rotate_linear,
     supports={"cuda": lambda x, weight, stage, *_: _cuda_takes(x, weight, stage)},
+    on_request=True,
 )
 # -> gradients of x, of the stage (partial sums), and, empty without z, of the scale and the bias
 rotate_linear_backward = Op(

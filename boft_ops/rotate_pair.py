@@ -88,4 +88,5 @@ def op_of(rotate: Callable) -> Op:
         reference,
         _fake,
         supports={"cuda": _cuda_takes},
+        on_request=True,
     )

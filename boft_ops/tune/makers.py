@@ -76,7 +76,7 @@ class _Maker:
         if op == "plan":
             structure, sizes = CLASSES[op].of(args[0], *more.pop("butterfly"))
         else:
-            structure, sizes = CLASSES[op].of(*(args[:-1] if op == "linear" else args))
+            structure, sizes = CLASSES[op].of(*(args[:-1] if op.endswith("linear") else args))
         return Problem(
             op,
             str(args[0].dtype).removeprefix("torch."),
@@ -130,11 +130,12 @@ class _Maker:
                 flops=2 * work,
                 reduce=lambda result: (result[0], result[1].sum(0)),
             )
-        if len(stages) == 2 and _backend._ops["rotate_pair"].serving[self.device.type] == "cuda":
+        if len(stages) == 2 and self._has("rotate_pair"):
             yield self._pair(shape, stages)
         yield from self._scale(rows, n)
-        if _backend._ops["linear"].serving[self.device.type] != "reference":
-            yield self._linear(shape, stages[0].size)
+        for op in ("linear", "rotate_linear"):
+            if self._has(op):
+                yield self._linear(op, shape, stages[0].size)
         yield self._plan(shape, m, b)
         if m > 1 and len(stages) == 1:  # as it is where other layers' rotations are made with it
             yield self._plan(shape, 1, stages[0].size)
@@ -212,7 +213,11 @@ class _Maker:
         yield self._op("scale", forward, n_bytes=2 * array)
         yield self._op("scale_backward", backward, n_bytes=3 * array)
 
-    def _linear(self, shape: Shape, size: int) -> Problem:
+    def _has(self, op: str) -> bool:
+        """Whether the native library has this op for the device: one that others can stand for."""
+        return op in _native.kernels(self.device.type)
+
+    def _linear(self, op: str, shape: Shape, size: int) -> Problem:
         """One stage, given, and the product: forward and backward."""
         d, n, rows = shape
 
@@ -220,7 +225,7 @@ class _Maker:
             return *self._layer(shape, self._stage(d, size, seed), seed), GIVEN
 
         return self.problem(
-            "linear",
+            op,
             make,
             _step,
             n_bytes=(2 * rows * d + 3 * rows * n + 2 * d * n) * self.dtype.itemsize,
