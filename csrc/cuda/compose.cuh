@@ -9,23 +9,6 @@
 
 namespace boft::cuda {
 
-// A number to divide many others by, as there is no instruction for it: they are multiplied by its
-// inverse instead, rounded up. Exact for what is divided from 0 to 2^31 - 1.
-struct Divisor {
-  uint32_t inverse;
-  int shift, value;
-
-  explicit Divisor(int value) : shift(31), value(value) {
-    while ((int64_t(1) << (shift - 31)) < value) ++shift;
-    inverse = uint32_t(((uint64_t(1) << shift) + uint64_t(value) - 1) / uint64_t(value));
-  }
-  __host__ __device__ operator int() const { return value; }
-  __device__ friend int operator/(int n, const Divisor& d) {
-    return int(uint64_t(uint32_t(n)) * d.inverse >> d.shift);
-  }
-  __device__ friend int operator%(int n, const Divisor& d) { return n - n / d * d.value; }
-};
-
 struct Butterfly {  // n factors of n_blocks blocks, the first of which has this stride
   int64_t n_blocks, groups;
   int n, stride;

@@ -32,32 +32,32 @@ int rotate_pair(const void* x, const void* first, const void* second, void* y, i
                 int64_t d, Stage first_stage, Stage second_stage, bool transpose, DType dtype,
                 Queue queue) {
   if (!takes_pair(first_stage, second_stage)) return kInvalidValue;
-  PairJob job;
-  job.n_rows = rows, job.d = d, job.transpose = transpose;
-  job.span = int(pair_span(first_stage, second_stage));
-  job.buffers = shared_bytes(first_stage, second_stage, 2) <= kMostShared ? 2 : 1;
   const auto given = [](const Stage& s) {
-    return PairStage{int(s.size), int(s.chunk), int(s.stride)};
+    return PairStage{int(s.size), Divisor(int(s.chunk)), Divisor(int(s.stride))};
   };
-  job.stages[0] = given(first_stage), job.stages[1] = given(second_stage);
+  PairStage one = given(first_stage), two = given(second_stage);
   if (!transpose) {  // x R meets the second first
-    std::swap(job.stages[0], job.stages[1]);
+    std::swap(one, two);
     std::swap(first, second);
   }
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  job.vectors = (address(x) | address(y)) % 16 == 0;
-  // a block reads 4 (S1 + S2) bytes of matrices for each feature of its span, and 4 of each row:
-  // 4 (S1 + S2) rows make that a quarter. Fewer where there would not be two blocks for each
-  // multiprocessor of a large GPU
-  constexpr int64_t kStep = kPairWarps * kPairRows, kBlocks = 264;
-  const int64_t turns = std::min<int64_t>(4 * (first_stage.size + second_stage.size) / kStep,
-                                          d / job.span * rows / (kStep * kBlocks));
-  job.rows_per_block = kStep * std::max<int64_t>(1, turns);
-  const int64_t blocks = d / job.span * ((rows + job.rows_per_block - 1) / job.rows_per_block);
+  const bool vectors = (address(x) | address(y) | address(first) | address(second)) % 16 == 0;
+  const int span = int(pair_span(first_stage, second_stage)), at_once = vectors ? 8 : 1;
+  const int buffers = shared_bytes(first_stage, second_stage, 2) <= kMostShared / 2 ? 2 : 1;
+  const int64_t bytes = shared_bytes(first_stage, second_stage, buffers);
+  // a block reads 4 (S1 + S2) bytes of matrices for each feature of its span, and moves 4 for each row:
+  // with 8 (S1 + S2) rows, eight times as much. Fewer where multiprocessors would have nothing to do
+  constexpr int64_t kStep = kPairWarps * kPairRows, kLargeGpu = 132;
+  const int64_t wanted = bytes <= kMostShared / 2 ? 2 * kLargeGpu : kLargeGpu;
+  const int64_t turns = std::min<int64_t>(8 * (first_stage.size + second_stage.size) / kStep,
+                                          d / span * rows / (kStep * wanted));
+  const PairJob job{rows, d, kStep * std::max<int64_t>(1, turns), {one, two}, span, buffers,
+                    Divisor(span / at_once), at_once, transpose};
+  const int64_t blocks = d / span * ((rows + job.rows_per_block - 1) / job.rows_per_block);
   const auto run = [&](auto type) {
     using T = typename decltype(type)::type;
     return launch(rotate_pair_kernel<T>, blocks, 32 * kPairWarps,
-                  size_t(shared_bytes(first_stage, second_stage, job.buffers)), queue,
+                  size_t(bytes), queue,
                   static_cast<const T*>(x), static_cast<const float*>(first),
                   static_cast<const float*>(second), static_cast<T*>(y), job);
   };

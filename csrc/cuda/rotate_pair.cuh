@@ -15,15 +15,17 @@ constexpr int kPairWarps = 4, kPairRows = 16;  // rows of a warp at a time
 constexpr int kHalfPad = 8;  // of what is read in columns: the lanes of a warp hit different banks
 
 struct PairStage {
-  int size, chunk, stride;
+  int size;
+  Divisor chunk, stride;
 
   // First feature of a group of the span.
   __device__ int begin(int group) const {
-    return stride == 1 ? group * size : group / stride * size * stride + group % stride * chunk;
+    const int block = group / stride;
+    return block * size * stride + (group - block * stride) * chunk;
   }
   // From there to a position in the group.
   __device__ int offset(int position) const {
-    return stride == 1 ? position : position / chunk * stride * chunk + position % chunk;
+    return position / chunk * chunk * stride + position % chunk;
   }
 };
 
@@ -31,7 +33,9 @@ struct PairJob {
   int64_t n_rows, d, rows_per_block;
   PairStage stages[2];  // in the order in which the rows meet them
   int span, buffers;    // of rows, 1 or 2: two let a warp load while it multiplies
-  bool transpose, vectors;  // whether rows begin at multiples of 16 bytes
+  Divisor in_row;       // what a lane moves at a time is so many of a row of the span,
+  int at_once;          // and so many features: 8 where everything begins at multiples of 16 bytes
+  bool transpose;
 };
 
 // Halves of shared memory for the matrices of a stage.
@@ -39,26 +43,44 @@ __host__ __device__ constexpr int pair_halves(int span, int size) {
   return span * (size + kHalfPad);
 }
 
-// The span's matrices minus the identity (see load_stage), as stage[group][column][row].
-template <class T>
-__device__ void load_pair_stage(T* stage, const float* matrices, const PairStage& s, int span,
-                                bool transpose) {
-  const int pitch = s.size + kHalfPad;
-  for (int index = int(threadIdx.x); index < span * s.size; index += int(blockDim.x)) {
-    const int row = index / s.size % s.size, column = index % s.size;
-    const float value = matrices[index] - (row == column ? 1.0f : 0.0f);
-    const int group = index / s.size - row;  // times the size
-    stage[(group + (transpose ? row : column)) * pitch + (transpose ? column : row)] =
-        narrow<T>(value);
+// The span's matrices minus the identity (as in rotate.cuh), as stage[group][row][column]. Loads are all
+// on their way before the first of them is waited for; `vectors`: they begin at multiples of 16 bytes.
+template <class T, int Size>
+__device__ void load_pair_stage(T* stage, const float* matrices, int span, bool vectors) {
+  constexpr int kBatch = 4;
+  struct alignas(16) Four {
+    float at[4];
+  };
+  const auto put = [&](int index, float value) {
+    const int row = index / Size, column = index % Size;
+    stage[row * (Size + kHalfPad) + column] =
+        narrow<T>(value - (row % Size == column ? 1.0f : 0.0f));
+  };
+  const int count = span * Size / 4, threads = int(blockDim.x);
+  if (!vectors) {
+    for (int at = int(threadIdx.x); at < 4 * count; at += threads) put(at, matrices[at]);
+    return;
+  }
+  for (int from = int(threadIdx.x); from < count; from += kBatch * threads) {
+    Four values[kBatch] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (from + i * threads < count)
+        values[i] = reinterpret_cast<const Four*>(matrices)[from + i * threads];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (from + i * threads < count)
+        for (int k = 0; k < 4; ++k) put(4 * (from + i * threads) + k, values[i].at[k]);
   }
 }
 
 // A warp's 16 rows of a span, in place, times a stage of this size. A lane (g, t) = (lane / 4, lane % 4)
 // has rows g and g + 8, of every 8 positions 2t and 2t + 1: of its operand, and of its result.
-template <class T, int Size>
+template <class T, int Size, bool Transposed>
 __device__ __forceinline__ void multiply_in_place(T* rows, int pitch, const T* stage,
                                                   const PairStage& s, int span) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  constexpr int kPitch = Size + kHalfPad;
   int offset[Size / 8];
 #pragma unroll
   for (int n = 0; n < Size / 8; ++n) offset[n] = g * pitch + s.offset(8 * n + 2 * t);
@@ -66,6 +88,7 @@ __device__ __forceinline__ void multiply_in_place(T* rows, int pitch, const T* s
 #pragma unroll 1
   for (int group = 0; group < span / Size; ++group) {
     T* const begin = rows + s.begin(group);
+    const T* const matrix = stage + group * Size * kPitch;
     uint32_t operand[Size / 16][4];
 #pragma unroll
     for (int k = 0; k < Size / 16; ++k)
@@ -74,25 +97,48 @@ __device__ __forceinline__ void multiply_in_place(T* rows, int pitch, const T* s
         operand[k][i] = pair(begin + offset[2 * k + i / 2] + i % 2 * 8 * pitch);
     __syncwarp();  // every lane has read the group
 #pragma unroll
-    for (int n = 0; n < Size / 8; ++n) {
-      T *const low = begin + offset[n], *const high = low + 8 * pitch;
-      float sums[4] = {widen(low[0]), widen(low[1]), widen(high[0]), widen(high[1])};
-      const T* column = stage + (group * Size + 8 * n + g) * (Size + kHalfPad) + 2 * t;
+    for (int n = 0; n < Size / 8; n += 2) {
+      float sums[2][4];
 #pragma unroll
-      for (int k = 0; k < Size / 16; ++k)
-        mma<T>(sums, operand[k], pair(column + 16 * k), pair(column + 16 * k + 8));
-      low[0] = narrow<T>(sums[0]), low[1] = narrow<T>(sums[1]);
-      high[0] = narrow<T>(sums[2]), high[1] = narrow<T>(sums[3]);
+      for (int i = 0; i < 8; ++i)
+        sums[i / 4][i % 4] = widen(begin[offset[n + i / 4] + i / 2 % 2 * 8 * pitch + i % 2]);
+#pragma unroll
+      for (int k = 0; k < Size / 16; ++k) {
+        uint32_t b[4];  // rows 16 k and 16 k + 8, of columns 8 n and then 8 n + 8
+        if constexpr (Transposed) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            b[i] = pair(matrix + (8 * n + i / 2 * 8 + g) * kPitch + 16 * k + i % 2 * 8 + 2 * t);
+        } else {
+          const int part = lane / 8;
+          load_transposed(b, matrix + (16 * k + part % 2 * 8 + lane % 8) * kPitch + 8 * n +
+                                 part / 2 * 8);
+        }
+        mma<T>(sums[0], operand[k], b[0], b[1]);
+        mma<T>(sums[1], operand[k], b[2], b[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        begin[offset[n + i / 4] + i / 2 % 2 * 8 * pitch + i % 2] = narrow<T>(sums[i / 4][i % 4]);
     }
   }
 }
 
-// Calls f(row, feature of the span) for what a lane moves of a warp's rows, `at_once` features each.
+// Calls f(row, feature of the span) for what a lane moves of a warp's rows, `at_once` features each and
+// `in_row` times that a row.
 template <class F>
-__device__ __forceinline__ void for_each_of_rows(int rows, int span, int at_once, F f) {
-  const int in_row = span / at_once;
+__device__ __forceinline__ void for_each_of_rows(int rows, const Divisor& in_row, int at_once, F f) {
+#pragma unroll 4
   for (int index = int(threadIdx.x) % 32; index < rows * in_row; index += 32)
     f(index / in_row, index % in_row * at_once);
+}
+
+// Calls f(std::integral_constant<int, size>{}).
+template <class F>
+__device__ __forceinline__ void with_pair_size(int size, F f) {
+  if (size == 16) f(std::integral_constant<int, 16>{});
+  else if (size == 32) f(std::integral_constant<int, 32>{});
+  else f(std::integral_constant<int, 64>{});
 }
 
 template <class T>
@@ -108,8 +154,14 @@ __global__ void __launch_bounds__(32 * kPairWarps, 2)
   T* const more_halves = halves + pair_halves(span, one.size);
   T* const buffers =
       more_halves + pair_halves(span, two.size) + warp * job.buffers * kPairRows * pitch;
-  load_pair_stage(halves, first + int64_t(tile) * span * one.size, one, span, job.transpose);
-  load_pair_stage(more_halves, second + int64_t(tile) * span * two.size, two, span, job.transpose);
+  with_pair_size(one.size, [&](auto size) {
+    load_pair_stage<T, decltype(size)::value>(halves, first + int64_t(tile) * span * one.size, span,
+                                              job.at_once > 1);
+  });
+  with_pair_size(two.size, [&](auto size) {
+    load_pair_stage<T, decltype(size)::value>(more_halves, second + int64_t(tile) * span * two.size,
+                                              span, job.at_once > 1);
+  });
   __syncthreads();  // the matrices are there
   x += int64_t(tile) * span, y += int64_t(tile) * span;
   const auto count = [&](int64_t row) {
@@ -117,12 +169,12 @@ __global__ void __launch_bounds__(32 * kPairWarps, 2)
   };
   const auto load = [&](int64_t row, int turn) {
     T* rows = buffers + turn % job.buffers * kPairRows * pitch;
-    if (row < until && job.vectors)
-      for_each_of_rows(count(row), span, 8, [&](int i, int feature) {
+    if (row < until && job.at_once > 1)
+      for_each_of_rows(count(row), job.in_row, 8, [&](int i, int feature) {
         copy_async<16>(rows + i * pitch + feature, x + (row + i) * job.d + feature);
       });
     else if (row < until)
-      for_each_of_rows(count(row), span, 1, [&](int i, int feature) {
+      for_each_of_rows(count(row), job.in_row, 1, [&](int i, int feature) {
         rows[i * pitch + feature] = x[(row + i) * job.d + feature];
       });
     close_copies();
@@ -143,18 +195,20 @@ __global__ void __launch_bounds__(32 * kPairWarps, 2)
       __syncwarp();  // the rows are there, or the other stage's result
       const PairStage s = i == 0 ? one : two;
       const T* stage = i == 0 ? halves : more_halves;
-      if (s.size == 16) multiply_in_place<T, 16>(rows, pitch, stage, s, span);
-      else if (s.size == 32) multiply_in_place<T, 32>(rows, pitch, stage, s, span);
-      else multiply_in_place<T, 64>(rows, pitch, stage, s, span);
+      with_pair_size(s.size, [&](auto size) {
+        constexpr int kSize = decltype(size)::value;
+        if (job.transpose) multiply_in_place<T, kSize, true>(rows, pitch, stage, s, span);
+        else multiply_in_place<T, kSize, false>(rows, pitch, stage, s, span);
+      });
     }
     __syncwarp();  // before lanes store what others computed
-    if (job.vectors)
-      for_each_of_rows(count(row), span, 8, [&](int i, int feature) {
+    if (job.at_once > 1)
+      for_each_of_rows(count(row), job.in_row, 8, [&](int i, int feature) {
         *reinterpret_cast<uint4*>(y + (row + i) * job.d + feature) =
             *reinterpret_cast<const uint4*>(rows + i * pitch + feature);
       });
     else
-      for_each_of_rows(count(row), span, 1, [&](int i, int feature) {
+      for_each_of_rows(count(row), job.in_row, 1, [&](int i, int feature) {
         y[(row + i) * job.d + feature] = rows[i * pitch + feature];
       });
     __syncwarp();  // before it is loaded again

@@ -53,9 +53,9 @@ MUTATIONS = {
         "    T* left",
         "test_rotate and 32-32-1",
     ),
-    "no barrier before a group is replaced": (
+    "no barrier between two stages": (
         "rotate_pair.cuh",
-        "    __syncwarp();  // every lane has read the group",
+        "      __syncwarp();  // the rows are there, or the other stage's result",
         "",
         "test_rotate_pair and 8-2-2-3",
     ),
