@@ -30,7 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
 ARCHIVE = "gpu-report.tar.gz"
 TESTS = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-PEFT = "from peft.tuners.boft.layer import get_fbd_cuda; print(get_fbd_cuda())"
+PEFT = "from peft.tuners.boft.layer import get_fbd_cuda; raise SystemExit(get_fbd_cuda() is None)"
+NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"  # of peers.py
+# What --quick tunes, the passes over the rows first.
+QUICK_OPS = (
+    *("rotate", "rotate_backward", "rotate_linear", "rotation", "rotation_backward"),
+    *("plan", "gram", "scale", "scale_backward"),
+)
 SUITES = ("layer", "ops", "model")
 
 
@@ -82,13 +88,18 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
         Step("environment", ("bench/gpu_report.py", "--environment", str(folder)), environment),
         Step("build", ("-m", "boft_ops", "build"), build, native and f"there already: {native}"),
         # else its first layer builds it, in the middle of a benchmark
-        Step("peft", ("-c", PEFT), peers, "" if gpu else "its extension is for a GPU"),
-        Step("tests", ("-m", "pytest", *TESTS, "tests" if gpu else "tests/test_ops.py"), tests),
+        Step("peft", ("-c", PEFT), peers, _why_no_extension(gpu)),
+        Step(
+            "tests",
+            ("-m", "pytest", *TESTS, *_workers(gpu), "tests" if gpu else "tests/test_ops.py"),
+            tests,
+        ),
         Step(
             "tune",
             (
                 *("-m", "boft_ops.tune", device, f"--dtype={dtype}", f"--shapes={shapes}"),
                 f"--seconds={60 * tune - 20:.0f}",  # less what it takes to start
+                *(("--ops", *QUICK_OPS) if gpu and quick else ()),
             ),
             tune,
         ),
@@ -108,6 +119,19 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
             )
         ),
     ]
+
+
+def _why_no_extension(gpu: bool) -> str:
+    if not gpu:
+        return "its extension is for a GPU"
+    return f"{NO_EXTENSION}=1" if os.environ.get(NO_EXTENSION) == "1" else ""
+
+
+def _workers(gpu: bool) -> tuple[str, ...]:
+    """Several processes compile kernels sooner than one."""
+    from importlib.util import find_spec
+
+    return ("-n", str(min(8, os.cpu_count() or 1))) if gpu and find_spec("xdist") else ()
 
 
 def _extras() -> str:
@@ -272,6 +296,8 @@ def report(options: argparse.Namespace) -> int:
         outcomes: list[dict[str, object]] = []
         for step in todo:
             outcomes.append(run(step, work))
+            if step.name == "peft" and outcomes[-1]["outcome"] != "done":
+                os.environ[NO_EXTENSION] = "1"
             (work / "report.json").write_text(json.dumps(outcomes, indent=2) + "\n")
             try:
                 written = collect(work, outcomes, place)

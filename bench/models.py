@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import peft
 import torch
+from peers import forgo_extension
 from torch import nn
 
 import boft_ops
@@ -93,6 +94,7 @@ def build(name: str, model: nn.Module) -> nn.Module:
         if name == "boft-together":
             boft_ops.Together(model)
         return model
+    forgo_extension()
     config = {
         "lora-r16": lambda **more: peft.LoraConfig(r=16, lora_alpha=16, **more),
         "peft-oft": lambda **more: peft.OFTConfig(

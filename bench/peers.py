@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,17 @@ class PlainBOFT(nn.Module):
             mixed = torch.einsum("nke,kef->nkf", runs.reshape(rows, d // b, b), blocks[i])
             x = mixed.view(rows, d // (b << i), 1 << i, 2, b // 2).transpose(2, 3).reshape(rows, d)
         return F.linear(x, self.base.weight) * self.scale.to(x.dtype) + self.base.bias
+
+
+NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"
+
+
+def forgo_extension() -> None:
+    """Where it is known not to build, PEFT need not try it again in every process."""
+    if os.environ.get(NO_EXTENSION) == "1":
+        from peft.tuners.boft import layer
+
+        layer.get_fbd_cuda = lambda: None
 
 
 def has_lycoris() -> bool:

@@ -147,7 +147,7 @@ def test_sizes_are_chosen_by_device():
     assert sizes.sizes_on("cpu") == sizes.CPU
     assert sizes.sizes_on("cuda") == sizes.sizes_on("Some GPU") == sizes.GPU
     assert contestants.default_shapes(CPU) == contestants.SHAPES
-    assert contestants.default_shapes(CUDA) == (*contestants.SHAPES, (4096, 4096, 8192))
+    assert contestants.default_shapes(CUDA) == ((4096, 4096, 8192), *contestants.SHAPES)
     assert ROTATION == "rotation, 8192 rows of 4096"
     assert CAYLEY == "cayley, of Llama-3.1-8B, 311296 blocks 8x8"
     assert len(sizes.GPU.linears) == 224

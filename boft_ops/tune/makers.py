@@ -38,7 +38,7 @@ def problems(
     machine: Machine,
     ops: Sequence[str] | None = None,
 ) -> list[Problem]:
-    """Everything to be tuned, each class once; ``ops``: no others than these.
+    """Everything to be tuned, each class once; ``ops``: no others than these, in their order.
 
     A butterfly takes part at the shapes that it fits.
     """
@@ -53,7 +53,9 @@ def problems(
     if device.type == "cpu" and _native.library is not None:
         for problem in maker.process([*found.values()]):
             found[problem.key] = problem
-    return [problem for problem in found.values() if ops is None or problem.op in ops]
+    if ops is None:
+        return [*found.values()]
+    return sorted((p for p in found.values() if p.op in ops), key=lambda p: ops.index(p.op))
 
 
 class _Maker:
