@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import boft_ops
 from boft_ops import _backend, _tuned
 from boft_ops._device import cpu_name, slug, version
 
-__all__ = ["DTYPES", "ROOT", "commit", "describe", "device_name", "slug"]
+__all__ = ["DTYPES", "ROOT", "commit", "describe", "device_name", "slug", "write"]
 
 ROOT = Path(__file__).resolve().parents[1]
+QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in results
 # what a measurement depends on; results and documents are written by it
 MEASURED = ("boft_ops", "csrc", "triton", "bench", "setup.py", ":!bench/results")
@@ -59,7 +62,28 @@ def commit() -> dict:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+    # a copy of a checkout may have a repository around it that knows nothing of the copy
+    if said := os.environ.get("BOFT_OPS_BENCH_COMMIT"):
+        return {"id": said, "dirty": None}
     try:
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "-s", "--", *MEASURED))}
     except (OSError, subprocess.CalledProcessError):  # an sdist, or no git
-        return {"id": os.environ.get("BOFT_OPS_BENCH_COMMIT"), "dirty": None}
+        return {"id": None, "dirty": None}
+
+
+def write(folder: Path) -> None:
+    """environment.json: the machine, the software, and the clocks as they are seen (never set)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = describe(device) | {"commit": commit()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        names = ("multi_processor_count", "total_memory", "L2_cache_size", "major", "minor")
+        found["properties"] = {name: getattr(properties, name, None) for name in names}
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        seen = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        values = map(str.strip, seen.split(","))
+        found["nvidia-smi"] = dict(zip(QUERY.split(","), values, strict=False))
+    text = json.dumps(found, indent=2)
+    (folder / "environment.json").write_text(text + "\n")
+    print(text)

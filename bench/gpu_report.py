@@ -4,9 +4,7 @@ Uses the Python that runs it: no network, no virtual environment, nothing instal
 process of its own and a time limit, and goes on whatever became of the one before. What there is so
 far is packed into one archive after each step, so that a run that is cut short leaves its results.
 
-python bench/gpu_report.py --quick         9 minutes
-python bench/gpu_report.py                 25 minutes
-python bench/gpu_report.py --dry-run       what it would do
+python bench/gpu_report.py --quick         9 minutes instead of 25
 python bench/gpu_report.py --device cpu --quick       the same steps without a GPU
 """
 
@@ -27,15 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
 ARCHIVE = "gpu-report.tar.gz"
 TESTS = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 PEFT = "from peft.tuners.boft.layer import get_fbd_cuda; raise SystemExit(get_fbd_cuda() is None)"
 NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"  # of peers.py
 # What --quick tunes, the passes over the rows first.
 QUICK_OPS = (
-    *("rotate", "rotate_backward", "rotate_linear", "rotation", "rotation_backward"),
-    *("plan", "gram", "scale", "scale_backward"),
+    "rotate rotate_backward rotate_linear rotation rotation_backward plan gram scale".split()
 )
 SUITES = ("layer", "ops", "model")
 
@@ -70,10 +66,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
-    """The steps and their limits; those of 9 minutes add up to no more, nor do those of 25."""
+    """The steps and their limits, which add up to no more than 9 or 25 minutes."""
     gpu, quick = options.device == "cuda", options.quick
     device, dtype = f"--device={options.device}", "bfloat16" if gpu else "float32"
-    limits = (0.3, 1.5, 1.0, 1.2, 1.6, 0.9, 1.3, 1.0) if quick else (0.5, 2, 2, 5, 7, 1.5, 3.5, 3)
+    limits = (0.2, 1.5, 0.6, 1.6, 1.5, 1.2, 1.3, 1.0) if quick else (0.5, 2, 1, 5, 7, 2.5, 3.5, 3)
     environment, build, peers, tests, tune, ops, layer, model = limits
     shapes = {
         (True, True): "llama-2-7b",
@@ -122,9 +118,8 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
 
 
 def _why_no_extension(gpu: bool) -> str:
-    if not gpu:
-        return "its extension is for a GPU"
-    return f"{NO_EXTENSION}=1" if os.environ.get(NO_EXTENSION) == "1" else ""
+    forgone = f"{NO_EXTENSION}=1" if os.environ.get(NO_EXTENSION) == "1" else ""
+    return forgone if gpu else "its extension is for a GPU"
 
 
 def _workers(gpu: bool) -> tuple[str, ...]:
@@ -208,27 +203,6 @@ def _stop(process: subprocess.Popen) -> None:
             return
         except (subprocess.TimeoutExpired, ProcessLookupError):
             continue
-
-
-def write_environment(folder: Path) -> None:
-    """environment.json: the machine, the software, and the clocks as they are seen (never set)."""
-    import environment
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = environment.describe(device) | {"commit": environment.commit()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        names = ("multi_processor_count", "total_memory", "L2_cache_size", "major", "minor")
-        found["properties"] = {name: getattr(properties, name, None) for name in names}
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-        seen = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        values = map(str.strip, seen.split(","))
-        found["nvidia-smi"] = dict(zip(QUERY.split(","), values, strict=False))
-    text = json.dumps(found, indent=2)
-    (folder / "environment.json").write_text(text + "\n")
-    print(text)
 
 
 def collect(work: Path, outcomes: list[dict[str, object]], place: Path) -> list[Path]:
@@ -315,7 +289,9 @@ def report(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     if options.environment:
-        write_environment(options.environment)
+        from environment import write
+
+        write(options.environment)
         return 0
     return report(options)
 

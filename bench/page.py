@@ -54,8 +54,9 @@ small random numbers. PEFT's layers are called directly, without the model aroun
 Where asked for (`--extras`) a BOFT(2, 8) in plain torch under torch.compile takes part, and
 LyCORIS' BOFT, which rotates the outputs in as many factors as there can be.
 
-PEFT's BOFT falls back to one factor wherever its CUDA extension is not built, so on a CPU always:
-the name of its row has the m that was measured.
+PEFT's BOFT falls back to one factor wherever its CUDA extension is not built, so on a CPU always,
+and with torch 2.11, whose headers it does not compile with (PEFT 0.21.0): the name of its row has
+the m that was measured.
 
 ## Operators and their floors
 
@@ -158,12 +159,15 @@ def _section(results: Results) -> Iterator[str]:
         yield from _ops(results)
         yield from _models(results)
     found = goals(results)
-    if found:
+    asked = gpu_goals() if machine["device"] != "cpu" and backend == "auto" else []
+    left = [text for text in asked if text not in {goal.text for goal in found}]
+    if found or left:
         yield "### Goals"
         yield ""
         for goal in found:
             verdict = MET if goal.verdict == MET else f"**{goal.verdict}**"
             yield f"- {verdict}: {goal.text}. Measured: {goal.measured}."
+        yield from (f"- not measured: {text}." for text in left)
         yield ""
 
 

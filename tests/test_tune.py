@@ -374,6 +374,42 @@ def test_the_timer_overwrites_the_cache_before_each_call():
     assert int(timer._flush.abs().max()) == 0
 
 
+class Event:
+    """Of a device whose clock is in ``now``, in milliseconds."""
+
+    now = 0.0
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_a_gpu_waits_while_the_host_prepares_a_call(monkeypatch):
+    """Else the events around a call would tell how long the host took."""
+    waits, took, host = [], 2.0, iter(range(1000))
+
+    def sleep(cycles):
+        waits.append(cycles)
+        Event.now += cycles / 2e6
+
+    def run():
+        Event.now += took
+
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    # each reading of the host's clock is 1 ms later, much longer than the device waits at first
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(host) / 1e3)
+    timer = measure.Timer(CPU, data_sheet(CPU)._replace(cache=1024))
+    timer.device, timer._events = torch.device("cuda"), [Event(), Event(), Event()]
+    timer._cycles = measure.CYCLES
+    assert timer(run) == pytest.approx(took / 1e3)
+    assert waits == [measure.CYCLES << i for i in range(4)]  # 0.13, 0.26, 0.52, 1.05 ms
+    assert timer(run) == pytest.approx(took / 1e3)
+    assert waits[4:] == [measure.CYCLES << 3]
+
+
 def test_tiles_are_tried_in_the_interpreter(monkeypatch):
     """The code that tunes Triton kernels, but for the clock."""
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -17,7 +17,7 @@ struct alignas(Vector * sizeof(T)) Columns {
 
 // Without a bias (null) there is no center. The shift is exactly 0 where scale is 1 and both agree.
 template <class T, int Vector>
-__global__ void __launch_bounds__(kScaleThreads)
+__global__ void __launch_bounds__(kScaleThreads, 1)
     scale_kernel(const T* x, const Wide<T>* scale, const Wide<T>* center, const Wide<T>* bias, T* y,
                  int64_t rows, int64_t n, int64_t rows_per_block, int across) {
   using W = Wide<T>;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kScaleThreads)
     scales[i] = scale[column + i];
     shifts[i] = bias == nullptr ? W(0) : bias[column + i] - scales[i] * center[column + i];
   }
-#pragma unroll 8
+#pragma unroll 4
   for (int64_t row = first; row < last; ++row) {
     const int64_t at = row * n + column;
     const auto v = *reinterpret_cast<const Columns<T, Vector>*>(x + at);
