@@ -11,13 +11,12 @@ from .. import _backend, _native
 from .._checks import is_valid
 from .._shape_class import CLASSES
 from .._tuned import pinned
-from ..linear import RotatedLinear
 from ..plan import Stage, plan
 from ..rotate import apply_stages
 from ..rotation import GIVEN, is_fused
 from .cost import plans
 from .machine import Machine
-from .problems import Problem
+from .problems import Problem, training_step
 
 ADAPTERS = 8  # in the batches of rotate_indexed, each of neighbouring rows
 
@@ -229,7 +228,7 @@ class _Maker:
         return self.problem(
             op,
             make,
-            _step,
+            training_step,
             n_bytes=(2 * rows * d + 3 * rows * n + 2 * d * n) * self.dtype.itemsize,
             flops=4 * rows * d * (n + 1.5 * size),
         )
@@ -255,7 +254,7 @@ class _Maker:
         return self.problem(
             "plan",
             make,
-            _step,
+            training_step,
             butterfly=(m, b, n),
             n_bytes=(5 * rows * d + 3 * rows * n + 2 * d * n) * self.dtype.itemsize,
             flops=4 * rows * d * n,
@@ -291,14 +290,6 @@ class _Maker:
                         p.reduce(p.run(*a)) for p, a in zip(basket, args, strict=True)
                     ],
                 )
-
-
-def _step(x, weight, rotation, scale, bias, grad, method: str) -> tuple[torch.Tensor, ...]:
-    """Forward and backward of a rotated layer -> output, gradients of x, rotation and scale."""
-    leaves = [t.detach().requires_grad_(True) for t in (x, rotation, scale)]
-    with torch.enable_grad():
-        y = RotatedLinear.apply(leaves[0], weight, leaves[1], leaves[2], bias, None, method)
-    return y.detach(), *torch.autograd.grad(y, leaves, grad)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from .. import _backend, _native
 from .._tuned import Choice, pinned
+from ..linear import RotatedLinear
 from ..plan import default_plan
 from .machine import Machine
 from .space import default_of, tiles
@@ -122,3 +123,11 @@ def _tunables(config: dict[str, int]) -> Iterator[None]:
             yield
     finally:
         _native.set_tunables(before)
+
+
+def training_step(x, weight, rotation, scale, bias, grad, method: str) -> tuple[torch.Tensor, ...]:
+    """Forward and backward of a rotated layer -> output, gradients of x, rotation and scale."""
+    leaves = [t.detach().requires_grad_(True) for t in (x, rotation, scale)]
+    with torch.enable_grad():
+        y = RotatedLinear.apply(leaves[0], weight, leaves[1], leaves[2], bias, None, method)
+    return y.detach(), *torch.autograd.grad(y, leaves, grad)
