@@ -45,7 +45,7 @@ def launch(
 
 def _launch(kernel, grid, tensors, scalars, constants, num_warps, num_stages, index) -> None:
     key = (
-        kernel,
+        kernel.fn,  # a kernel itself hashes its source, under a lock
         index,
         num_warps,
         num_stages,
