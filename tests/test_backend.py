@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from boft_ops import _backend, _native, boft_linear, butterfly_matmul, cayley
 from boft_ops.scale import Scale
@@ -128,3 +129,16 @@ def test_results_do_not_depend_on_threads():
         finally:
             torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_a_call_goes_past_the_dispatcher_only_where_nobody_looks():
+    tensor = torch.zeros(2)
+    assert _backend._is_plain(tensor)
+    assert _backend._is_plain(torch.nn.Parameter(tensor))
+    assert not _backend._is_plain(tensor.as_subclass(type("Sub", (torch.Tensor,), {})))
+    with FakeTensorMode() as mode:
+        assert not _backend._is_plain(tensor)
+        assert not _backend._is_plain(torch.zeros(2))
+    assert not _backend._is_plain(mode.from_tensor(tensor))
+    with torch.overrides.BaseTorchFunctionMode():
+        assert not _backend._is_plain(tensor)
