@@ -85,7 +85,7 @@ def test_all_of_it_without_a_gpu(tmp_path):
     suites = {b["extra_info"]["suite"] for b in results["benchmarks"]}
     assert suites == {"ops", "layer", "model"}
     page = (tmp_path / "root/docs/benchmarks.md").read_text()
-    assert "Nothing was measured on a GPU yet." in page
+    assert "## NVIDIA H200, bf16" in page  # the committed results of other devices stay
     assert "### Llama tiny" in page
     (config,) = (tmp_path / "root/boft_ops/configs").glob("*.json")
     assert json.loads(config.read_text())["choices"]

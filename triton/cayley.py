@@ -203,6 +203,6 @@ def _launch(kernel, tensors: tuple[torch.Tensor | None, ...], b: int) -> None:
     if n_blocks == 0:
         return
     op = "cayley" if kernel is cayley_kernel else "cayley_backward"
-    config = tuned(config_for("cayley", b=b), op, tensors[0], (b,), (n_blocks,))
+    config = tuned(config_for(op, b=b), op, tensors[0], (b,), (n_blocks,))
     constants = {"b": b, "B": config.B, "G": config.G}
     launch(kernel, cdiv(n_blocks, config.G), tensors, (n_blocks,), constants, config.num_warps)

@@ -44,7 +44,7 @@ def _default(op: str, structure: dict[str, int], dtype: str) -> Any:
     if op in ("scale", "scale_backward"):
         return config_scale.config_for(op)
     if op in ("cayley", "cayley_backward"):
-        return config.config_for("cayley", b=structure["block_size"])
+        return config.config_for(op, b=structure["block_size"])
     if op in ("rotation", "rotation_backward"):
         return config.config_for(op, m=structure["n_factors"], b=structure["block_size"])
     return None
