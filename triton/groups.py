@@ -53,7 +53,7 @@ def positions(tile, offset, d, SIZE: tl.constexpr, W: tl.constexpr, BANDS: tl.co
     entries into it.
     """
     lane = offset + tl.arange(0, W)
-    if W < SIZE:
+    if BANDS == 1 and W < 2 * SIZE:
         position = tile * SIZE + lane
         inside = lane < SIZE
     else:
