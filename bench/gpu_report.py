@@ -268,7 +268,7 @@ def report(options: argparse.Namespace) -> int:
         outcomes: list[dict[str, object]] = []
         for step in todo:
             outcomes.append(run(step, work))
-            if step.name == "peft" and outcomes[-1]["outcome"] != "done":
+            if step.name == "peft" and outcomes[-1]["outcome"] not in ("done", "skipped"):
                 os.environ[NO_EXTENSION] = "1"
             (work / "report.json").write_text(json.dumps(outcomes, indent=2) + "\n")
             try:

@@ -63,9 +63,9 @@ class Op:
             _register(self._library, self.name, self._cuda)
         self.missing = {b: why for b in BACKENDS if (why := self._why_missing(b))}
         self.serving = {
-            device: next((b for b in order if b not in self.missing), "reference")
-            if not on_request
-            else "reference"
+            device: next(
+                (b for b in order if not on_request and b not in self.missing), "reference"
+            )
             for device, order in PREFERENCE.items()
         }
         _ops[self.name] = self

@@ -41,6 +41,11 @@ def _layer(x: torch.Tensor, n_factors: int, block_size: int, outputs: int | None
 
 _BUTTERFLY = ("n_factors", "block_size")
 _STAGE, _ROWS = ("size", "chunk", "stride"), ("rows", "features")
+_LINEAR = Classes(
+    ("size",),
+    ("rows", "inputs", "outputs"),
+    lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
+)
 CLASSES = {
     "cayley": Classes(
         ("block_size",),
@@ -86,16 +91,8 @@ CLASSES = {
     ),
     "scale": Classes((), _ROWS, lambda x, *_: ((), x.shape)),
     "scale_backward": Classes((), _ROWS, lambda grad, *_: ((), grad.shape)),
-    "linear": Classes(
-        ("size",),
-        ("rows", "inputs", "outputs"),
-        lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
-    ),
-    "rotate_linear": Classes(
-        ("size",),
-        ("rows", "inputs", "outputs"),
-        lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
-    ),
+    "linear": _LINEAR,
+    "rotate_linear": _LINEAR,
     # not operators: stages and side of a layer, and what the C++ kernels have for the whole process
     "plan": Classes(_BUTTERFLY, (*_ROWS, "outputs"), _layer),
     "grain": Classes((), (), tuple),

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 NEAR = 4.0  # octaves, summed over the sizes, beyond which a class says nothing
 SAME = 1.0  # within which BOFT_OPS_AUTOTUNE=1 measures no more
-MEMO = (
-    4096  # look-ups of an operator remembered: batches of ever new sizes must not fill the memory
-)
+# look-ups of an operator that are remembered: batches of ever new sizes must not fill the memory
+MEMO = 4096
 
 
 class Choice(NamedTuple):

@@ -111,7 +111,7 @@ class Scale(torch.autograd.Function):
         x, scale, center = ctx.saved_tensors
         scale_grad = None
         if x is None:
-            x_grad = scale_forward(grad.contiguous(), scale, None, None)
+            x_grad = Scale.forward(grad.contiguous(), scale, None, None)
             sums = grad.sum(0) if ctx.bias_dtype else None
         else:
             x_grad, scale_grad, sums = scale_backward(grad.contiguous(), x, scale, center)

@@ -75,8 +75,8 @@ def fields_of(op: str) -> frozenset[str]:
 def config_for(op: str, **structure: int) -> Config:
     """The config of ``op``: "cayley", "compose", "rotation", or a backward of the first and last.
 
-    That of compose shares its config. ``structure``: b for cayley; b and s, the
-    inner group's features, for compose; m and b for rotation.
+    The backward of compose shares its config. ``structure``: b for cayley; b and s, the inner
+    group's features, for compose; m and b for rotation.
     """
     return _CHOICES[op](**structure)
 

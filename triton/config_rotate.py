@@ -1,9 +1,9 @@
 """Tiles of the rotate kernels: which for what, and the list of all of them. Imports no torch.
 
 Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942; those of halves by times measured
-on an H200. float32 is multiplied exactly (no
-tf32), by ordinary multiply-adds that hold a tile's whole operands in registers; hence its small
-tiles. There a stage of 32 is already bound by arithmetic, and reading x again costs nothing.
+on an H200. float32 is multiplied exactly (no tf32), by ordinary multiply-adds that hold a tile's
+whole operands in registers; hence its small tiles. There a stage of 32 is already bound by
+arithmetic, and reading x again costs nothing.
 """
 
 from collections.abc import Iterator

@@ -12,7 +12,8 @@ from .machine import Machine
 BYTES_IN_FLIGHT = 24 << 10  # for each multiprocessor, to keep memory busy: 3 TB/s * 1 us / 132
 REGISTERS = 65536  # of a multiprocessor, 32 bits each
 # Modelled, of a thread: above, a tile is likely to spill. Of tiles compiled for sm_90 those of up
-# to 240 did not, and one of 264, which is among the fastest seen on an H200, took 244.
+# to 240 did not, but for the fastest of groups of 256 seen on an H200 (200; 88 bytes, as it reads
+# the stage); and one of 264, among the fastest as well, took 244.
 MOST_REGISTERS = 264
 WARPS = 64  # that a multiprocessor holds
 
