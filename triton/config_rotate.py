@@ -140,10 +140,12 @@ def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Ti
     if kind == "half" and stride > 1:
         tiles = STRIDED[op] + tiles
     tile = next((tile for most, tile in tiles if size <= most), None)
-    # neighbouring features that keep their alignment: below 4, every one needs its own address
+    # neighbouring features that keep their alignment: below 4, every one needs its own address, and
+    # bands that load ahead hold twice as many
     run = chunk if stride > 1 else BAND if BAND % size == 0 else size
     if tile is not None and run % 4:
-        tile = replace(tile, rows=max(16, tile.rows // 4))
+        stages = 1 if tile.bands > 1 else tile.num_stages
+        tile = replace(tile, rows=max(16, tile.rows // 4), num_stages=stages)
     return tile
 
 
