@@ -10,16 +10,17 @@ import torch
 def cast(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in the dtype that autocast gives to matmul operands (float64 stays)."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not _enabled(device):
+    if tensor.dtype == torch.float64 or not enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
 
 def disabled(device: str) -> AbstractContextManager:
     """A context without autocast; free where it is off anyway."""
-    return torch.autocast(device, enabled=False) if _enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if enabled(device) else nullcontext()
 
 
-def _enabled(device: str) -> bool:
+def enabled(device: str) -> bool:
+    """Whether autocast is on for devices of this type."""
     known = device in ("cuda", "cpu") or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)

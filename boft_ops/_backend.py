@@ -73,7 +73,7 @@ class Op:
     def has_kernel(self, *args) -> bool:
         """Whether one of its kernels, or a forced one, would take this call: for an op that others
         can be put together for."""
-        backend = _forced or self._chosen(args)
+        backend = _forced or self._chosen(args, eager=not torch.compiler.is_compiling())
         if backend == "reference" or backend in self.missing:
             return False
         return self.takes(backend, args)
@@ -93,7 +93,7 @@ class Op:
                 self._checked(_forced, args)
             backend = "reference"
         else:
-            backend = self._checked(_forced, args) if _forced else self._chosen(args)
+            backend = self._checked(_forced, args) if _forced else self._chosen(args, eager=eager)
             if not self.takes(backend, args):
                 backend = "reference"
         if backend == "reference":
@@ -105,12 +105,13 @@ class Op:
             return self._run(backend, args)  # the raw op would come back to Python for that
         return self.raw(*args)
 
-    def _chosen(self, args: tuple, measure: bool = True) -> str:
+    def _chosen(self, args: tuple, measure: bool = True, eager: bool = True) -> str:
         """What was measured to be best for such a call, or what serves the device by default.
 
-        ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now.
+        ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now. ``eager``: not in a graph that
+        is being made.
         """
-        measured = _tuned.backend(self, args, measure)
+        measured = _tuned.backend(self, args, measure, eager)
         if measured and measured not in self.missing:
             return measured
         return self.serving.get(args[0].device.type, "reference")
@@ -170,6 +171,11 @@ class Op:
         if self.name not in _native.kernels(backend):
             return f"no {backend} kernel of this op in the native library"
         return None
+
+
+def forced() -> str | None:
+    """The backend that every op is to run on, if one was named."""
+    return _forced
 
 
 @contextmanager
@@ -235,7 +241,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 @cache
 def _launcher(target: str) -> Callable:
     module, _, function = target.partition(":")
-    importlib.import_module(".triton_kernels.config", __package__).measured = _tuned.tile
+    config = importlib.import_module(".triton_kernels.config", __package__)
+    if config.measured is None:
+        config.measured = _tuned.tile
+        launch = importlib.import_module(".triton_kernels.launch", __package__)
+        _tuned.on_change.append(launch.forget)
     return getattr(importlib.import_module(f".triton_kernels.{module}", __package__), function)
 
 

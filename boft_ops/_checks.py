@@ -181,6 +181,15 @@ def linear_arguments(
 
 def linear_input(x: torch.Tensor, weight: torch.Tensor) -> None:
     """x (..., d) fits a weight (n, d): all that is left to check in a layer, at every step."""
+    if (  # in one go what holds as a rule: each call of a function counts here
+        type(x) is torch.Tensor
+        and x.dtype == weight.dtype
+        and x.dtype in FLOATING
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and x.device == weight.device
+    ):
+        return
     tensor("x", x, min_dim=1)
     if weight.shape[1] != x.shape[-1]:
         raise ValueError(

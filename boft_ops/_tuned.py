@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,6 +82,7 @@ _pinned: dict[str, Choice] | None = None
 _on_first_use = os.environ.get("BOFT_OPS_AUTOTUNE") == "1"
 _warned: set[str] = set()
 _seen: set[tuple] = set()  # by BOFT_OPS_AUTOTUNE=1, in this process
+on_change: list[Callable[[], None]] = []  # what forgets decisions that were made by the above
 
 
 def mode() -> str:
@@ -134,6 +135,12 @@ def forget() -> None:
     """Read the files again, at the next call on each device."""
     _tables.clear()
     _memos.clear()
+    _changed()
+
+
+def _changed() -> None:
+    for forget_decisions in on_change:
+        forget_decisions()
 
 
 @contextmanager
@@ -141,10 +148,26 @@ def pinned(**choices: Choice) -> Iterator[None]:
     """Within the block these ops have these choices, every other the default. In eager mode."""
     global _pinned
     before, _pinned = _pinned, choices
+    _changed()
     try:
         yield
     finally:
         _pinned = before
+        _changed()
+
+
+class Decisions(dict):
+    """Kinds of calls and what was decided for them, until other choices are measured or pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        on_change.append(self.clear)
+
+    def keep(self, kind: tuple, decision: tuple) -> None:
+        if not _on_first_use:  # else the next call may have something to measure
+            if len(self) >= MEMO:
+                self.clear()
+            self[kind] = decision
 
 
 # --- Look-up --------------------------------------------------------------------------------------
@@ -161,7 +184,7 @@ def lookup(
     return _remembered(number, op, dtype, (structure, sizes)) if op in _memos[number] else None
 
 
-def _choice(op: str, x: torch.Tensor, args: tuple, class_: tuple = ()) -> Choice | None:
+def _choice(op: str, x: torch.Tensor, args: tuple) -> Choice | None:
     """``lookup`` for a call of this class, made of ``args`` only where something is known."""
     if _pinned is not None:
         return _pinned.get(op)
@@ -172,7 +195,7 @@ def _choice(op: str, x: torch.Tensor, args: tuple, class_: tuple = ()) -> Choice
         known = _memos[number]
     if op not in known:
         return None
-    return _remembered(number, op, x.dtype, class_ or CLASSES[op].of(*args))
+    return _remembered(number, op, x.dtype, CLASSES[op].of(*args))
 
 
 def _remembered(number: int, op: str, dtype: torch.dtype, class_: tuple) -> Choice | None:
@@ -195,12 +218,13 @@ def _remembered(number: int, op: str, dtype: torch.dtype, class_: tuple) -> Choi
     return choice
 
 
-def backend(op: Op, args: tuple, measure: bool = True) -> str | None:
+def backend(op: Op, args: tuple, measure: bool = True, eager: bool = True) -> str | None:
     """The backend that was measured to be best for a call of an operator, if it was.
 
-    ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now.
+    ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now. ``eager``: not in a graph that is
+    being made.
     """
-    if is_compiling():
+    if not eager:
         classes, x = CLASSES.get(op.name), args[0]
         if classes is None:
             return None
@@ -257,9 +281,15 @@ def _sides(choice: Choice, known: bool) -> tuple[int | None, bool | None]:
     return (None, None) if weight_side and not known else (choice.config.get("stages"), weight_side)
 
 
-def tile(op: str, x: torch.Tensor, structure: tuple, sizes: tuple) -> dict[str, int] | None:
-    """The measured fields of a Triton kernel's config; the kernels ask for them at each launch."""
-    choice = _choice(op, x, (), (structure, sizes))
+def tile(
+    op: str, device: int, dtype: torch.dtype, structure: tuple, sizes: tuple
+) -> dict[str, int] | None:
+    """The measured fields of a Triton kernel's config, for a launch on the device of this number.
+
+    The kernels ask for them once for every kind of call, and again when ``on_change`` was called.
+    """
+    place = torch.device("cpu") if device == CPU else torch.device("cuda", device)
+    choice = lookup(op, place, dtype, structure, sizes)
     return None if choice is None or choice.backend != "triton" else choice.config or None
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import _autocast, _checks
+from . import _autocast, _backend, _checks, _tuned
 from .cayley import cayley
 from .dropout import draw_mask, drop_blocks
 from .fused_linear import linear_backward, linear_forward
 from .kaleidoscope import multiply
-from .plan import layer_plan
+from .plan import Stage, layer_plan
 from .rotate import apply_stages, apply_stages_backward
 from .rotate_linear import rotate_linear_backward, rotate_linear_forward, weight_side_backward
 from .rotation import GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
+
+# kind of a layer's call -> its stages, and the way to it
+_decisions = _tuned.Decisions()
 
 
 class RotatedLinear(torch.autograd.Function):
@@ -28,16 +31,19 @@ class RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, skew, scale, bias, drop, method):
-        given = method == GIVEN
-        b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
-        # what "neumann5" makes is not orthogonal, as the gradients of a rotated W take it to be
-        outputs = None if method == "neumann5" else weight.shape[0]
-        stages, weight_side = layer_plan(x, 1 if given else len(skew), b, outputs)
-        blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        kind = _kind(rows, weight, skew, method)
+        known = None if kind is None else _decisions.get(kind)
+        stages, way = known or _stages(rows, weight, skew, method)
+        blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
+        if known is None:
+            way = way or _way(rows, weight, matrices)
+            if kind is not None:
+                _decisions.keep(kind, (stages, way))
+        if way in ("weight side", "fused") and method != GIVEN and not _is_rotated(skew):
+            way = "composed"
         wide_scale = None if scale is None else _scale_like(scale, x)
         save = scale is not None and ctx.needs_input_grad[3]
-        ctx.way = way = _way(rows, weight, skew, matrices, given, weight_side)
         if way == "fused":
             rows = apply_stages(rows, matrices[1:], stages[1:], False)
             y, z = linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
@@ -50,7 +56,7 @@ class RotatedLinear(torch.autograd.Function):
             else:
                 z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
             y = z if scale is None else Scale.forward(z, wide_scale, bias, bias)
-        ctx.stages, ctx.method = stages, method
+        ctx.stages, ctx.way, ctx.method = stages, way, method
         tensors = (x, weight, skew, scale, bias, drop, z if save else None)
         ctx.save_for_backward(*tensors, blocks, *matrices)
         return y
@@ -124,21 +130,35 @@ def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return scale if scale.dtype == wide else scale.to(wide)
 
 
-def _way(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    skew: torch.Tensor,
-    matrices: list[torch.Tensor],
-    given: bool,
-    weight_side: bool,
-) -> str:
-    """How a layer comes about: "weight side", "fused" (one product of its own), "launched" (other
-    operators, in one call each way) or "composed" of them one by one."""
-    if weight_side:
-        return "weight side" if given or _is_rotated(skew) else "composed"
+def _kind(
+    rows: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, method: str
+) -> tuple | None:
+    """All that decides how a layer comes about, but for measurements; None: not to be remembered,
+    as in a graph that is being made."""
+    if torch.compiler.is_compiling() or type(rows) is not torch.Tensor:
+        return None
+    shapes = rows.shape, weight.shape, skew.shape
+    return _backend.forced(), rows.device, rows.dtype, skew.dtype, *shapes, method
+
+
+def _stages(
+    rows: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, method: str
+) -> tuple[tuple[Stage, ...], str | None]:
+    """The stages, and the way to the layer where it is W that goes through them."""
+    given = method == GIVEN
+    b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
+    # what "neumann5" makes is not orthogonal, as the gradients of a rotated W take it to be
+    outputs = None if method == "neumann5" else weight.shape[0]
+    stages, weight_side = layer_plan(rows, 1 if given else len(skew), b, outputs)
+    return stages, "weight side" if weight_side else None
+
+
+def _way(rows: torch.Tensor, weight: torch.Tensor, matrices: list[torch.Tensor]) -> str:
+    """How a layer comes about where x goes through the stages: "fused" (one product of its own),
+    "launched" (other operators, in one call each way) or "composed" of them one by one."""
     # an exported graph is for any number of rows, a compiled one is made again for few
     fused = not torch.compiler.is_exporting()
-    if fused and linear_forward.has_kernel(rows, weight, matrices[0]) and _is_rotated(skew):
+    if fused and linear_forward.has_kernel(rows, weight, matrices[0]):
         return "fused"
     launched = len(matrices) == 1 and not torch.compiler.is_compiling()
     if launched and rotate_linear_forward.has_kernel(rows, weight, matrices[0]):
@@ -247,8 +267,9 @@ def rotated_linear(
     # On a CPU an identity stays torch's own layer, bit for bit: see _is_rotated.
     if rotation is not None and (x.device.type != "cpu" or _is_rotated(skew)):
         skew, method = rotation, GIVEN
-    x, weight = _autocast.cast(x), _autocast.cast(weight)
-    bias = None if bias is None else _autocast.cast(bias)
+    if _autocast.enabled(x.device.type):
+        x, weight = _autocast.cast(x), _autocast.cast(weight)
+        bias = None if bias is None else _autocast.cast(bias)
     # One Function for the usual case; the rest is put together from the package's other functions.
     plain = side == "in" and not (torch.is_grad_enabled() and weight.requires_grad)
     plain = plain and not kaleidoscope

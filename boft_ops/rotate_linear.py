@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from . import _autocast
 from ._backend import Op
 from .plan import Stage
-from .rotate import _rotate, _rotate_backward, apply_stages, gram
+from .rotate import MAX_TRITON_SIZE, _rotate, _rotate_backward, apply_stages, gram
 from .scale import _scale, _scale_backward
 
 MAX_SIZE = 64  # of a stage; for larger ones Triton's rotate is the faster
@@ -65,6 +65,10 @@ def _fake_rotate_linear_backward(grad, x, weight, stage, scale, bias, z, splits)
     return x_grad, partials, stage.new_empty(n), stage.new_empty(n)
 
 
+def _triton_takes(stage: torch.Tensor) -> bool:
+    return stage.shape[-1] <= MAX_TRITON_SIZE
+
+
 def _cuda_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
     half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
     return half and stage.dtype == torch.float32 and stage.shape[-1] <= MAX_SIZE
@@ -77,8 +81,11 @@ rotate_linear_forward = Op(
     " -> (Tensor, Tensor)",
     _rotate_linear,
     _fake_rotate_linear,
-    supports={"cuda": lambda x, weight, stage, *_: _cuda_takes(x, weight, stage)},
-    on_request=True,
+    triton="rotate_linear:rotate_linear",
+    supports={
+        "cuda": lambda x, weight, stage, *_: _cuda_takes(x, weight, stage),
+        "triton": lambda x, weight, stage, *_: _triton_takes(stage),
+    },
 )
 # -> gradients of x, of the stage (partial sums), and, empty without z, of the scale and the bias
 rotate_linear_backward = Op(
@@ -86,7 +93,11 @@ rotate_linear_backward = Op(
     " Tensor? bias, Tensor? z, int splits) -> (Tensor, Tensor, Tensor, Tensor)",
     _rotate_linear_backward,
     _fake_rotate_linear_backward,
-    supports={"cuda": lambda grad, x, weight, stage, *_: _cuda_takes(x, weight, stage)},
+    triton="rotate_linear:rotate_linear_backward",
+    supports={
+        "cuda": lambda grad, x, weight, stage, *_: _cuda_takes(x, weight, stage),
+        "triton": lambda grad, x, weight, stage, *_: _triton_takes(stage),
+    },
 )
 
 

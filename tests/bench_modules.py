@@ -12,6 +12,7 @@ try:
     import goals
     import gpu_operators
     import gpu_report
+    import host
     import indexed
     import interleave
     import memory
@@ -35,6 +36,7 @@ __all__ = [
     "goals",
     "gpu_operators",
     "gpu_report",
+    "host",
     "indexed",
     "interleave",
     "memory",

@@ -323,17 +323,22 @@ def test_a_tile_reaches_the_launch(tuned_cache):
     if not _backend.has_triton():
         pytest.skip("triton is not installed")
     from boft_ops.triton_kernels.config_rotate import config_for
-    from boft_ops.triton_kernels.rotate import _tile
+    from boft_ops.triton_kernels.rotate import _rotate_launch
+    from boft_ops.triton_kernels.rotate_indexed import _indexed_launch
 
     rotate_rows.launcher()  # which connects the kernels with the measurements
     x, stage = torch.randn(64, 64), cayley(0.1 * torch.randn(4, 120))
+    call = x.get_device(), x.dtype, *x.shape
     default = config_for("rotate", size=16, chunk=16, stride=1, dtype="float32")
-    assert _tile("rotate", x, 16, 16, 1) == default
+    before = _rotate_launch(*call, 16, 16, 1, False)
+    assert _rotate_launch(*call, 16, 16, 1, False) is before
+    assert before._constants["BANDS"] == default.bands
     keep(row("triton", rows=64, bands=2, num_warps=2) | {"structure": {"size": 16, "chunk": 16, "stride": 1}})  # fmt: skip  # noqa: E501
     keep(row("triton", num_warps=2) | {"op": "rotate_indexed"})
-    assert _tile("rotate_indexed", x, 16, 16, 1).num_warps == 2
-    tile = _tile("rotate", x, 16, 16, 1)
-    assert (tile.bands, tile.num_warps, tile.rows) == (2, 2, default.rows)
+    assert _indexed_launch(*call, 3, 16, 16, 1, False)._options["num_warps"] == 2
+    launch = _rotate_launch(*call, 16, 16, 1, False)
+    assert (launch._constants["BANDS"], launch._options["num_warps"]) == (2, 2)
+    assert launch._constants["ROWS"] == default.rows
     if os.environ.get("TRITON_INTERPRET") == "1":
         with torch.no_grad():
             y = rotate_rows.launcher()(x, stage, 16, 1, False)

@@ -9,12 +9,14 @@ Where drop_ptr is not None (a constant of the compiled kernel), it masks blocks 
 dropout: a dropped block is the identity and has no gradient.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from .config import MAX_BLOCK_SIZE, config_for, tuned
-from .launch import cdiv, launch
+from .launch import Launch, cdiv, remembered
 
 
 @triton.jit
@@ -169,6 +171,7 @@ def cayley_backward_kernel(
     )
 
 
+@cache
 def block_size(packed: int) -> int:
     """b of b(b-1)/2 packed numbers, b <= 64."""
     return next(b for b in range(1, MAX_BLOCK_SIZE + 1) if b * (b - 1) // 2 == packed)
@@ -178,7 +181,9 @@ def cayley(skew: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
     """(..., b(b-1)/2) and mask (...) or None -> (..., b, b), b <= 64; checked by the caller."""
     b = block_size(skew.shape[-1])
     blocks = skew.new_empty(*skew.shape[:-1], b, b)
-    _launch(cayley_kernel, (skew.contiguous(), _mask(drop), blocks), b)
+    n_blocks = blocks.numel() // (b * b)
+    launch = _launch("cayley", skew.get_device(), skew.dtype, n_blocks, b)
+    launch(skew.contiguous(), _mask(drop), blocks)
     return blocks
 
 
@@ -188,8 +193,9 @@ def cayley_backward(
     """(..., b, b), mask, the gradient of it -> (..., b(b-1)/2), b <= 64; checked by the caller."""
     b = blocks.shape[-1]
     skew_grad = blocks.new_empty(*blocks.shape[:-2], b * (b - 1) // 2)
-    tensors = blocks.contiguous(), _mask(drop), grad.contiguous(), skew_grad
-    _launch(cayley_backward_kernel, tensors, b)
+    n_blocks = blocks.numel() // (b * b)
+    launch = _launch("cayley_backward", blocks.get_device(), blocks.dtype, n_blocks, b)
+    launch(blocks.contiguous(), _mask(drop), grad.contiguous(), skew_grad)
     return skew_grad
 
 
@@ -197,12 +203,9 @@ def _mask(drop: torch.Tensor | None) -> torch.Tensor | None:
     return None if drop is None else drop.contiguous()
 
 
-def _launch(kernel, tensors: tuple[torch.Tensor | None, ...], b: int) -> None:
-    blocks = tensors[2] if kernel is cayley_kernel else tensors[0]
-    n_blocks = blocks.numel() // (b * b)
-    if n_blocks == 0:
-        return
-    op = "cayley" if kernel is cayley_kernel else "cayley_backward"
-    config = tuned(config_for(op, b=b), op, tensors[0], (b,), (n_blocks,))
+@remembered
+def _launch(op: str, device: int, dtype: torch.dtype, n_blocks: int, b: int) -> Launch:
+    kernel = cayley_kernel if op == "cayley" else cayley_backward_kernel
+    config = tuned(config_for(op, b=b), op, device, dtype, (b,), (n_blocks,))
     constants = {"b": b, "B": config.B, "G": config.G}
-    launch(kernel, cdiv(n_blocks, config.G), tensors, (n_blocks,), constants, config.num_warps)
+    return Launch(kernel, cdiv(n_blocks, config.G), (n_blocks,), constants, config.num_warps)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .config import config_for
-from .launch import cdiv, launch
+from .launch import Launch, cdiv, remembered
 
 
 @triton.jit
@@ -186,8 +186,9 @@ def compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> t
     for i in range(len(factors) - 1, 0, -1):
         inner = groups[i - 1]
         inner_grad = torch.empty_like(inner) if i > 1 else factors_grad[0]
-        tensors = factors[i], inner, grad, factors_grad[i], inner_grad
-        _launch(compose_backward_kernel, tensors, inner, first, len(grad), grad[0].numel())
+        sizes = *factors.shape[1:3], inner.shape[-1]
+        launch = _launch(True, *sizes, first, len(grad), grad[0].numel())
+        launch(factors[i], inner, grad, factors_grad[i], inner_grad)
         grad = inner_grad[None]
     return factors_grad
 
@@ -198,17 +199,16 @@ def _partial(factors: torch.Tensor, first: int) -> list[torch.Tensor]:
     for factor in factors[1:]:
         n_groups, s, _ = groups[-1].shape
         outer = factors.new_empty(n_groups // 2, 2 * s, 2 * s)
-        _launch(compose_kernel, (factor, groups[-1], outer), groups[-1], first)
+        _launch(False, *factors.shape[1:3], s, first)(factor, groups[-1], outer)
         groups.append(outer)
     return groups
 
 
-def _launch(kernel, tensors: tuple[torch.Tensor, ...], inner: torch.Tensor, *scalars: int) -> None:
-    n_blocks, b, _ = tensors[0].shape
-    s = inner.shape[-1]
-    if n_blocks == 0:
-        return
+@remembered
+def _launch(backward: bool, n_blocks: int, b: int, s: int, *scalars: int) -> Launch:
+    """One more factor to groups of s features, or its gradient."""
     config = config_for("compose", b=b, s=s)
     constants = {"b": b, "s": s, "B": config.B, "T": config.T, "U": config.U}
+    kernel = compose_backward_kernel if backward else compose_kernel
     grid, scalars = cdiv(2 * n_blocks, config.U), (2 * n_blocks, *scalars)
-    launch(kernel, grid, tensors, scalars, constants, config.num_warps)
+    return Launch(kernel, grid, scalars, constants, config.num_warps)

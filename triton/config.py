@@ -7,7 +7,6 @@ measurement. Block sizes are padded to powers of two, with the group sizes that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,11 +14,10 @@ MAX_BLOCK_SIZE = 64
 MAX_SIZE = 256  # of a composed stage
 MAX_ROTATION = 64  # of a stage whose groups stay in one program
 
-Config = Any  # one of the dataclasses below
+Config = Any  # one of the tuples below, quick to hash: launches are remembered by them
 
 
-@dataclass(frozen=True)
-class CayleyConfig:
+class CayleyConfig(NamedTuple):
     """G blocks of B x B per program."""
 
     B: int
@@ -27,8 +25,7 @@ class CayleyConfig:
     num_warps: int
 
 
-@dataclass(frozen=True)
-class ComposeConfig:
+class ComposeConfig(NamedTuple):
     """U units (halves of blocks) of B x T per program: B rows of a block, T inner features."""
 
     B: int
@@ -37,8 +34,7 @@ class ComposeConfig:
     num_warps: int
 
 
-@dataclass(frozen=True)
-class RotationConfig:
+class RotationConfig(NamedTuple):
     """G groups per program, of blocks padded to B x B, C of which are transformed at a time."""
 
     B: int
@@ -47,15 +43,18 @@ class RotationConfig:
     num_warps: int
 
 
-# (op, x, structure, sizes) -> fields of a config that were measured, or None. The package sets it
-# when it first launches a kernel.
+# (op, number of the device, dtype, structure, sizes) -> fields of a config that were measured, or
+# None. The package sets it when it first launches a kernel; launches are made with what it says
+# then, until launch.forget().
 measured: Callable[..., dict[str, int] | None] | None = None
 
 
-def tuned(config: Config, op: str, x: Any, structure: tuple, sizes: tuple) -> Config:
+def tuned(
+    config: Config, op: str, device: int, dtype: Any, structure: tuple, sizes: tuple
+) -> Config:
     """The config to launch with: the one place where a measurement overrides ``config_for``."""
-    found = None if measured is None else measured(op, x, structure, sizes)
-    return config if found is None else replace(config, **found)
+    found = None if measured is None else measured(op, device, dtype, structure, sizes)
+    return config if found is None else config._replace(**found)
 
 
 def fields_of(op: str) -> frozenset[str]:
@@ -68,7 +67,7 @@ def fields_of(op: str) -> frozenset[str]:
         ("rotate", "rotate_indexed", "rotate_backward", "gram"), config_rotate.Tile
     )
     kinds |= dict.fromkeys(("scale", "scale_backward"), config_scale.ScaleConfig)
-    return frozenset(f.name for f in fields(kinds[op])) if op in kinds else frozenset()
+    return frozenset(kinds[op]._fields) if op in kinds else frozenset()
 
 
 @cache
@@ -93,7 +92,7 @@ def _cayley(b: int) -> CayleyConfig:
 def _cayley_backward(b: int) -> CayleyConfig:
     # B = 8 in 8, 2.5 times as fast as in 2 on an H200; 16 are faster there, and spill elsewhere.
     forward = _cayley(b)
-    return replace(forward, G=8) if forward.B == 8 else forward
+    return forward._replace(G=8) if forward.B == 8 else forward
 
 
 def _compose(b: int, s: int) -> ComposeConfig:
@@ -118,8 +117,8 @@ def _rotation_backward(m: int, b: int) -> RotationConfig:
     # More warps where a few numbers would spill: many small blocks, or large blocks in float64.
     forward = _rotation(m, b)
     if forward.num_warps == 8 and forward.B <= 8:
-        return replace(forward, num_warps=16)
-    return replace(forward, num_warps=8) if forward.B == 32 else forward
+        return forward._replace(num_warps=16)
+    return forward._replace(num_warps=8) if forward.B == 32 else forward
 
 
 def _padded(b: int) -> int:
@@ -243,7 +242,7 @@ def compile_cases() -> Iterator[Case]:
     for kernel, (op, dtypes, pointers) in _KERNELS.items():
         for structure, config in reachable(op):
             exact = structure["b"] == config.B
-            constants = {**structure, **vars(config)}
+            constants = structure | config._asdict()
             num_warps = constants.pop("num_warps")
             if exact and "drop_ptr" in pointers:
                 constants["drop_ptr"] = None

@@ -7,8 +7,8 @@ arithmetic, and reading x again costs nothing.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 from .config import Case
 
@@ -16,8 +16,7 @@ MAX_SIZE = 256
 BAND = 16  # the least width of a dot of halves; smaller groups share a band
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """What one program works on at a time.
 
     Attributes:
@@ -145,7 +144,7 @@ def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Ti
     run = chunk if stride > 1 else BAND if BAND % size == 0 else size
     if tile is not None and run % 4:
         stages = 1 if tile.bands > 1 else tile.num_stages
-        tile = replace(tile, rows=max(16, tile.rows // 4), num_stages=stages)
+        tile = tile._replace(rows=max(16, tile.rows // 4), num_stages=stages)
     return tile
 
 
@@ -202,5 +201,4 @@ def _case(op: str, tile: Tile, structure: dict) -> Case:
 @cache
 def constants_of(tile: Tile) -> dict[str, int]:
     """The kernels' constants that a tile sets; num_warps and num_stages are launch options."""
-    fields = asdict(tile)
-    return {name.upper(): fields[name] for name in ("bands", "rows", "columns", "inner")}
+    return {name.upper(): getattr(tile, name) for name in ("bands", "rows", "columns", "inner")}

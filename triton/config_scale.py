@@ -1,15 +1,14 @@
 """The tiles of the scale and of its gradient: bound by memory, so one each serves everything."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .config import Case
 
 PROGRAMS = 8 * 132  # of the gradient, wanted at least: eight for each multiprocessor of an H100
 
 
-@dataclass(frozen=True)
-class ScaleConfig:
+class ScaleConfig(NamedTuple):
     """ROWS x COLUMNS numbers at a time."""
 
     ROWS: int
@@ -34,8 +33,8 @@ def compile_cases() -> Iterator[Case]:
         vectors = {
             "scale": dict.fromkeys(("x_ptr", "y_ptr", "center_ptr", "bias_ptr"), rows)
             | {"scale_ptr": wide},
-            "scale_backward": dict.fromkeys(("grad_ptr", "x_ptr", "x_grad_ptr"), rows)
-            | dict.fromkeys(("scale_ptr", "center_ptr", "sums_ptr"), wide),
+            "scale_backward": dict.fromkeys(("grad_ptr", "x_ptr", "center_ptr", "x_grad_ptr"), rows)
+            | dict.fromkeys(("scale_ptr", "sums_ptr"), wide),
         }
         for op, pointers in vectors.items():
             config = TILES[op]

@@ -5,12 +5,33 @@ in every call: more host time than the smaller kernels take to run. Here that is
 kind of call; later ones go straight to the compiled kernel.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-_launchers: dict[tuple, tuple[Any, tuple]] = {}  # kind of call -> compiled kernel, its constants
+# of each kernel, that are remembered: batches of ever new sizes must not fill the memory
+LAUNCHES = 1024
+
+_compiled: dict[tuple, tuple[Any, tuple]] = {}  # kind of call -> compiled kernel, its constants
+_remembering: list[Any] = []
+
+
+def remembered(build: Callable) -> Callable:
+    """Of a function that makes a launch of the sizes of a call: until ``forget`` is called."""
+    cached = lru_cache(LAUNCHES)(build)
+    _remembering.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """For when other tiles are to be launched: ``config.measured`` says something else now."""
+    for cached in _remembering:
+        cached.cache_clear()
 
 
 def cdiv(a: int, b: int) -> int:
@@ -18,51 +39,77 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch(
-    kernel: Any,
-    grid: int,
-    tensors: Sequence[torch.Tensor | None],
-    scalars: Sequence[int],
-    constants: dict[str, Any],
-    num_warps: int,
-    num_stages: int = 1,
-) -> None:
-    """Run ``grid`` programs on the device of the first tensor, on torch's current stream.
+class Launch:
+    """A launch but for its tensors, with which it is called: as often as there are such tensors.
+
+    It runs on the device of the first of them, on torch's current stream.
 
     Args:
-        tensors: the kernel's first arguments.
-        scalars: those that follow: not negative. What Triton may compile for a value of its own are
-            ones and multiples of 16.
+        grid: how many programs; nothing happens if there are none.
+        scalars: the kernel's arguments after the tensors: not negative. What Triton may compile for
+            a value of its own are ones and multiples of 16.
         constants: its constexpr arguments, by name.
     """
-    device = tensors[0].device
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        _launch(kernel, grid, tensors, scalars, constants, num_warps, num_stages, device.index)
-    else:
-        with torch.cuda.device(device):
-            _launch(kernel, grid, tensors, scalars, constants, num_warps, num_stages, device.index)
 
+    def __init__(
+        self,
+        kernel: Any,
+        grid: int,
+        scalars: tuple[int, ...],
+        constants: dict[str, Any],
+        num_warps: int,
+        num_stages: int = 1,
+    ) -> None:
+        self._kernel, self._grid = kernel, grid
+        self._scalars, self._constants = scalars, constants
+        self._options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._runs: dict[tuple, tuple[Callable, tuple]] = {}  # kind of tensors -> what to call
 
-def _launch(kernel, grid, tensors, scalars, constants, num_warps, num_stages, index) -> None:
-    key = (
-        kernel.fn,  # a kernel itself hashes its source, under a lock
-        index,
-        num_warps,
-        num_stages,
-        *constants.values(),
-        *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
-        *[(i % 16 == 0, i == 1, i < 1 << 31) for i in scalars],
-    )
-    found = _launchers.get(key)
-    if found is not None:
-        compiled, rest = found
-        compiled[(grid, 1, 1)](*tensors, *scalars, *rest)
-        return
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = kernel[(grid,)](*tensors, *scalars, **constants, **options)
-    if _is_compiled(compiled):
-        names = kernel.arg_names[len(tensors) + len(scalars) :]
-        _launchers[key] = compiled, tuple(constants[name] for name in names)
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        device = tensors[0].get_device()
+        kind = (
+            device,
+            *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
+        )
+        found = self._runs.get(kind)
+        if found is None:
+            with nullcontext() if device < 0 else torch.cuda.device(device):
+                self._first(kind, tensors)
+        elif device < 0:
+            found[0](*tensors, *found[1])
+        elif device == torch.cuda.current_device():
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            found[0](*tensors, *found[1], stream=stream)
+        else:
+            with torch.cuda.device(device):
+                stream = torch._C._cuda_getCurrentRawStream(device)
+                found[0](*tensors, *found[1], stream=stream)
+
+    def _first(self, kind: tuple, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Launch with such tensors for the first time; other sizes may share what is compiled."""
+        if self._grid == 0:
+            return
+        kernel, constants, grid = self._kernel, self._constants, (self._grid, 1, 1)
+        arguments = *tensors, *self._scalars
+        kind_of_call = (
+            kernel.fn,  # a kernel itself hashes its source, under a lock
+            *self._options.values(),
+            *constants.values(),
+            *[(i % 16 == 0, i == 1, i < 1 << 31) for i in self._scalars],
+            *kind,
+            # on AMD's GPUs the offsets in what is smaller are of 32 bits
+            *[None if t is None else t.untyped_storage().nbytes() < 1 << 31 for t in tensors],
+        )
+        if kind_of_call in _compiled:
+            compiled, rest = _compiled[kind_of_call]
+            run, rest = compiled[grid], (*self._scalars, *rest)
+            run(*tensors, *rest)
+            self._runs[kind] = run, rest
+            return
+        result = kernel[grid](*arguments, **constants, **self._options)
+        if _is_compiled(result):
+            names = kernel.arg_names[len(arguments) :]
+            _compiled[kind_of_call] = result, tuple(constants[name] for name in names)
 
 
 def _is_compiled(result: Any) -> bool:

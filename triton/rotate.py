@@ -26,7 +26,7 @@ from .groups import (
     rows_axis,
     same_group,
 )
-from .launch import cdiv, launch
+from .launch import Launch, cdiv, remembered
 
 # Arithmetic of halves in Triton's interpreter needs help. @triton.jit, too, reads this on import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -152,21 +152,25 @@ def rotate(
 ) -> torch.Tensor:
     """x (N, d) times a stage (d/size, size, size), or its transpose; checked by the caller."""
     x, stage = x.contiguous(), stage.contiguous()
-    n, d = x.shape
-    size = stage.shape[-1]
     y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y
-    tile = _tile("rotate", x, size, chunk, stride)
+    structure = stage.shape[-1], chunk, stride, transpose
+    _rotate_launch(x.get_device(), x.dtype, *x.shape, *structure)(x, stage, y)
+    return y
+
+
+@remembered
+def _rotate_launch(
+    device: int, dtype: torch.dtype, n: int, d: int,
+    size: int, chunk: int, stride: int, transpose: bool,
+) -> Launch:  # fmt: skip
+    tile = _tile("rotate", device, dtype, n, d, size, chunk, stride)
     n_tiles = _n_tiles(tile, d, size, tile.columns)
     row_tiles = cdiv(n, tile.rows)
     # a program reads size^2 of the stage for rows * size of x: 16 * size rows make that cheap
     most = max(256, 16 * size) // tile.rows
     rows = tile.rows * max(1, min(most, n_tiles * row_tiles // _programs(size)))
-    grid = n_tiles * cdiv(n, rows)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    _launch(rotate_kernel, grid, (x, stage, y), (n, d, rows), structure, tile)
-    return y
+    return _launch(rotate_kernel, n_tiles * cdiv(n, rows), (n, d, rows), structure, tile)
 
 
 def rotate_backward(
@@ -182,41 +186,71 @@ def rotate_backward(
 
     Large groups take two launches: their Gram alone fills a program's registers.
     """
-    size = stage.shape[-1]
-    tile = _tile("rotate_backward", x, size, chunk, stride)
-    if tile is None:
+    structure = stage.shape[-1], chunk, stride
+    launch = _backward_launch(x.get_device(), x.dtype, *x.shape, splits, *structure, transpose)
+    if launch is None:
         pair = (grad, x) if transpose else (x, grad)
-        partials = gram(*pair, size, chunk, stride, splits)
+        partials = gram(*pair, *structure, splits)
         return rotate(grad, stage, chunk, stride, not transpose), partials
     grad, stage = grad.contiguous(), stage.contiguous()
     x_grad = torch.empty_like(grad)
-    partials = _gram(x, grad, stage, x_grad, size, chunk, stride, transpose, splits, tile)
-    return x_grad, partials
+    return x_grad, _partials(launch, x, grad, stage, x_grad, stage.shape[-1], splits)
 
 
 def gram(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
     """Partial sums over the rows, (splits, d/size, size, size), of x^T grad in each group."""
-    tile = _tile("gram", x, size, chunk, stride)
-    return _gram(x, grad.contiguous(), None, None, size, chunk, stride, False, splits, tile)
+    launch = _gram_launch(x.get_device(), x.dtype, *x.shape, splits, size, chunk, stride)
+    return _partials(launch, x, grad.contiguous(), None, None, size, splits)
 
 
-def _gram(x, grad, stage, x_grad, size, chunk, stride, transpose, splits, tile) -> torch.Tensor:
+def _partials(
+    launch: Launch,
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    stage: torch.Tensor | None,
+    x_grad: torch.Tensor | None,
+    size: int,
+    splits: int,
+) -> torch.Tensor:
     x = x.contiguous()
-    n, d = x.shape
+    shape = splits, x.shape[1] // size, size, size
     dtype = torch.promote_types(x.dtype, torch.float32)
-    shape = splits, d // size, size, size
     if x.numel() == 0:
         return x.new_zeros(shape, dtype=dtype)
     partials = x.new_empty(shape, dtype=dtype)
-    rows = cdiv(cdiv(n, splits), tile.rows) * tile.rows
-    grid = splits * _n_tiles(tile, d, size, tile.columns, tile.inner)
-    structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    structure |= {"X_GRAD": x_grad is not None}
-    tensors = x, grad, stage, x_grad, partials
-    _launch(rotate_backward_kernel, grid, tensors, (n, d, rows), structure, tile)
+    launch(x, grad, stage, x_grad, partials)
     return partials
+
+
+@remembered
+def _backward_launch(
+    device: int, dtype: torch.dtype, n: int, d: int, splits: int,
+    size: int, chunk: int, stride: int, transpose: bool,
+) -> Launch | None:  # fmt: skip
+    """None: groups that take two launches."""
+    tile = _tile("rotate_backward", device, dtype, n, d, size, chunk, stride)
+    if tile is None:
+        return None
+    structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
+    return _gram_of(n, d, splits, structure | {"X_GRAD": True}, tile)
+
+
+@remembered
+def _gram_launch(
+    device: int, dtype: torch.dtype, n: int, d: int, splits: int,
+    size: int, chunk: int, stride: int,
+) -> Launch:  # fmt: skip
+    tile = _tile("gram", device, dtype, n, d, size, chunk, stride)
+    structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": False}
+    return _gram_of(n, d, splits, structure | {"X_GRAD": False}, tile)
+
+
+def _gram_of(n: int, d: int, splits: int, structure: dict, tile: Tile) -> Launch:
+    rows = cdiv(cdiv(n, splits), tile.rows) * tile.rows
+    grid = splits * _n_tiles(tile, d, structure["SIZE"], tile.columns, tile.inner)
+    return _launch(rotate_backward_kernel, grid, (n, d, rows), structure, tile)
 
 
 def _programs(size: int) -> int:
@@ -224,10 +258,12 @@ def _programs(size: int) -> int:
     return max(1, PROGRAMS if size <= 64 else PROGRAMS // 2 if size <= 128 else PROGRAMS // 8)
 
 
-def _tile(op: str, x: torch.Tensor, size: int, chunk: int, stride: int) -> Tile | None:
-    dtype = str(x.dtype).removeprefix("torch.")
-    tile = config_for(op, size=size, chunk=chunk, stride=stride, dtype=dtype)
-    return None if tile is None else tuned(tile, op, x, (size, chunk, stride), x.shape)
+def _tile(
+    op: str, device: int, dtype: torch.dtype, n: int, d: int, size: int, chunk: int, stride: int
+) -> Tile | None:
+    name = str(dtype).removeprefix("torch.")
+    tile = config_for(op, size=size, chunk=chunk, stride=stride, dtype=name)
+    return None if tile is None else tuned(tile, op, device, dtype, (size, chunk, stride), (n, d))
 
 
 def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
@@ -236,7 +272,6 @@ def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
     return cdiv(d, width) * math.prod(cdiv(size, width) for width in widths)
 
 
-def _launch(kernel, grid: int, tensors: tuple, scalars: tuple, structure: dict, tile: Tile) -> None:
-    constants = structure | constants_of(tile)
-    constants["INTERPRETED"] = INTERPRETED
-    launch(kernel, grid, tensors, scalars, constants, tile.num_warps, tile.num_stages)
+def _launch(kernel, grid: int, scalars: tuple, structure: dict, tile: Tile) -> Launch:
+    constants = structure | constants_of(tile) | {"INTERPRETED": INTERPRETED}
+    return Launch(kernel, grid, scalars, constants, tile.num_warps, tile.num_stages)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
-from .launch import cdiv
+from .launch import Launch, cdiv, remembered
 from .rotate import PROGRAMS, _launch, _n_tiles, _tile
 
 
@@ -67,17 +67,22 @@ def rotate_indexed(
 ) -> torch.Tensor:
     """x (N, d), stages (A, d/size, size, size), index (N,) int32; checked by the caller."""
     x, stages, index = x.contiguous(), stages.contiguous(), index.contiguous()
-    n, d = x.shape
-    size = stages.shape[-1]
     y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y
-    tile = _tile("rotate_indexed", x, size, chunk, stride)
+    structure = stages.shape[-1], chunk, stride, transpose
+    launch = _indexed_launch(x.get_device(), x.dtype, *x.shape, len(stages), *structure)
+    launch(x, stages, index, y)
+    return y
+
+
+@remembered
+def _indexed_launch(
+    device: int, dtype: torch.dtype, n: int, d: int, n_adapters: int,
+    size: int, chunk: int, stride: int, transpose: bool,
+) -> Launch:  # fmt: skip
+    tile = _tile("rotate_indexed", device, dtype, n, d, size, chunk, stride)
     n_tiles = _n_tiles(tile, d, size, tile.columns)
     row_tiles = cdiv(n, tile.rows)
     rows = tile.rows * max(1, min(8, n_tiles * row_tiles // PROGRAMS))
-    grid = n_tiles * cdiv(n, rows)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    scalars = n, len(stages), d, rows
-    _launch(rotate_indexed_kernel, grid, (x, stages, index, y), scalars, structure, tile)
-    return y
+    scalars = n, n_adapters, d, rows
+    return _launch(rotate_indexed_kernel, n_tiles * cdiv(n, rows), scalars, structure, tile)

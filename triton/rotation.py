@@ -16,7 +16,7 @@ import triton.language as tl
 from .cayley import block_size, cayley_backward_tile, cayley_tile
 from .compose import join, unjoin
 from .config import config_for, tuned
-from .launch import cdiv, launch
+from .launch import Launch, cdiv, remembered
 
 
 @triton.jit
@@ -189,7 +189,8 @@ def rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tenso
     stage = blocks.new_empty(n_blocks * b // size, size, size)
     scratch = blocks.new_empty(_levels(m, n_blocks, b))
     drop = None if drop is None else drop.contiguous()
-    _launch(rotation_kernel, (skew.contiguous(), drop, blocks, scratch, stage), blocks)
+    launch = _launch("rotation", skew.get_device(), skew.dtype, m, n_blocks, b)
+    launch(skew.contiguous(), drop, blocks, scratch, stage)
     return blocks, blocks[0].clone() if m == 1 else stage  # an op's outputs may not share memory
 
 
@@ -207,8 +208,9 @@ def rotation_backward(
     n_scratch = 0 if m == 1 else 2 * _levels(m, n_blocks, b) + blocks.numel()
     scratch = blocks.new_empty(n_scratch)
     drop = None if drop is None else drop.contiguous()
-    tensors = blocks, drop, grad, scratch, skew_grad
-    _launch(rotation_backward_kernel, tensors, blocks, len(grad), grad[0].numel())
+    sums = len(grad), n_blocks * b * (b << (m - 1))
+    launch = _launch("rotation_backward", blocks.get_device(), blocks.dtype, m, n_blocks, b, *sums)
+    launch(blocks, drop, grad, scratch, skew_grad)
     return skew_grad
 
 
@@ -217,12 +219,12 @@ def _levels(m: int, n_blocks: int, b: int) -> int:
     return n_blocks * b * b * max(0, (1 << (m - 1)) - 2)
 
 
-def _launch(kernel, tensors: tuple, blocks: torch.Tensor, *scalars: int) -> None:
-    m, n_blocks, b, _ = blocks.shape
-    if n_blocks == 0:
-        return
-    op = "rotation" if kernel is rotation_kernel else "rotation_backward"
-    config = tuned(config_for(op, m=m, b=b), op, tensors[0], (m, b), (n_blocks,))
+@remembered
+def _launch(
+    op: str, device: int, dtype: torch.dtype, m: int, n_blocks: int, b: int, *scalars: int
+) -> Launch:
+    kernel = rotation_kernel if op == "rotation" else rotation_backward_kernel
+    config = tuned(config_for(op, m=m, b=b), op, device, dtype, (m, b), (n_blocks,))
     constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
     grid = cdiv(n_blocks, config.G << (m - 1))
-    launch(kernel, grid, tensors, (n_blocks, *scalars), constants, config.num_warps)
+    return Launch(kernel, grid, (n_blocks, *scalars), constants, config.num_warps)

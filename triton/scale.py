@@ -7,7 +7,7 @@ import triton.language as tl
 from .config import tuned
 from .config_scale import PROGRAMS, ScaleConfig, config_for
 from .groups import round_to
-from .launch import cdiv, launch
+from .launch import Launch, cdiv, remembered
 from .rotate import INTERPRETED
 
 
@@ -84,18 +84,20 @@ def scale(
 ) -> torch.Tensor:
     """scale * (x - center) + bias for x (N, n), vectors (n,); checked by the caller."""
     x, scale = x.contiguous(), scale.contiguous()
-    n_rows, n = x.shape
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y
-    config: ScaleConfig = tuned(config_for("scale"), "scale", x, (), x.shape)
     if bias is None:
         center = None
     else:
         center, bias = center.contiguous(), bias.contiguous()
-    grid = cdiv(n, config.COLUMNS) * cdiv(n_rows, config.ROWS)
-    _launch(scale_kernel, grid, (x, scale, center, bias, y), (n_rows, n), config)
+    y = torch.empty_like(x)
+    _scale_launch(x.get_device(), x.dtype, *x.shape)(x, scale, center, bias, y)
     return y
+
+
+@remembered
+def _scale_launch(device: int, dtype: torch.dtype, n_rows: int, n: int) -> Launch:
+    config = tuned(config_for("scale"), "scale", device, dtype, (), (n_rows, n))
+    grid = cdiv(n, config.COLUMNS) * cdiv(n_rows, config.ROWS)
+    return _launch(scale_kernel, grid, (n_rows, n), config)
 
 
 def scale_backward(
@@ -104,21 +106,30 @@ def scale_backward(
     """Gradients of x (N, n), scale and bias (n,) from grad (N, n); checked by the caller."""
     grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
     center = None if center is None else center.contiguous()
-    n_rows, n = x.shape
     x_grad = torch.empty_like(x)
     if x.numel() == 0:
         return x_grad, torch.zeros_like(scale), torch.zeros_like(scale)
-    config: ScaleConfig = tuned(config_for("scale_backward"), "scale_backward", x, (), x.shape)
+    splits, launch = _backward_launch(x.get_device(), x.dtype, *x.shape)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = x.new_empty(splits, 2, x.shape[1], dtype=wide)
+    launch(grad, x, scale, center, x_grad, sums)
+    scale_grad, bias_grad = sums.sum(0)
+    if scale.dtype != wide:
+        scale_grad, bias_grad = scale_grad.to(scale.dtype), bias_grad.to(scale.dtype)
+    return x_grad, scale_grad, bias_grad
+
+
+@remembered
+def _backward_launch(device: int, dtype: torch.dtype, n_rows: int, n: int) -> tuple[int, Launch]:
+    """Partial sums that the launch writes, and the launch."""
+    op = "scale_backward"
+    config = tuned(config_for(op), op, device, dtype, (), (n_rows, n))
     blocks = cdiv(n, config.COLUMNS)
     splits = max(1, min(cdiv(PROGRAMS, blocks), cdiv(n_rows, config.ROWS)))
     rows = cdiv(cdiv(n_rows, splits), config.ROWS) * config.ROWS
-    sums = x.new_empty(splits, 2, n, dtype=torch.promote_types(x.dtype, torch.float32))
-    tensors = grad, x, scale, center, x_grad, sums
-    _launch(scale_backward_kernel, blocks * splits, tensors, (n_rows, n, rows), config)
-    scale_grad, bias_grad = sums.sum(0)
-    return x_grad, scale_grad.to(scale.dtype), bias_grad.to(scale.dtype)
+    return splits, _launch(scale_backward_kernel, blocks * splits, (n_rows, n, rows), config)
 
 
-def _launch(kernel, grid: int, tensors: tuple, scalars: tuple, config: ScaleConfig) -> None:
+def _launch(kernel, grid: int, scalars: tuple, config: ScaleConfig) -> Launch:
     constants = {"INTERPRETED": INTERPRETED, "ROWS": config.ROWS, "COLUMNS": config.COLUMNS}
-    launch(kernel, grid, tensors, scalars, constants, config.num_warps, config.num_stages)
+    return Launch(kernel, grid, scalars, constants, config.num_warps, config.num_stages)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from typing import Any
 
 from .cost import Resources, seconds
@@ -33,7 +32,7 @@ def tiles(
 def default_of(op: str, structure: dict[str, int], dtype: str) -> dict[str, int] | None:
     """The fields of the config that serves where nothing was measured; None if there is none."""
     config = _default(op, structure, dtype)
-    return None if config is None else asdict(config)
+    return None if config is None else config._asdict()
 
 
 def _default(op: str, structure: dict[str, int], dtype: str) -> Any:
@@ -74,21 +73,21 @@ def _of_rows(
     if default.columns < 2 * size or default.bands > 1:
         # what was best on an H200
         warps = 8 if op == "rotate_backward" else 4
-        near[True] = replace(
-            default, bands=1, rows=64, columns=64, inner=64, num_warps=warps, num_stages=3
+        near[True] = default._replace(
+            bands=1, rows=64, columns=64, inner=64, num_warps=warps, num_stages=3
         )
     for (bands, columns, inner), n_rows in itertools.product(shapes, rows):
         for num_warps, num_stages in itertools.product((1, 2, 4, 8), (1, 2, 3, 4)):
             if 1 < bands < num_warps:  # Triton 3.6 would repeat the work
                 continue
-            tile = replace(
-                default, bands=bands, rows=n_rows, columns=columns, inner=inner,
+            tile = default._replace(
+                bands=bands, rows=n_rows, columns=columns, inner=inner,
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
             if tile != default:
                 packs = bands == 1 and columns >= 2 * size
                 modelled = _seconds_of_rows(op, tile, structure, sizes, dtype, machine)
-                yield modelled * (1 + FAR * _octaves(tile, near[packs])), asdict(tile)
+                yield modelled * (1 + FAR * _octaves(tile, near[packs])), tile._asdict()
 
 
 def _seconds_of_rows(op, tile, structure, sizes, dtype, machine: Machine) -> float:
@@ -122,7 +121,7 @@ def _seconds_of_rows(op, tile, structure, sizes, dtype, machine: Machine) -> flo
 
 def _octaves(tile: Any, default: Any) -> float:
     """How far a tile is from the default, which was chosen by what compilers make of it."""
-    pairs = zip(asdict(tile).values(), asdict(default).values(), strict=True)
+    pairs = zip(tile, default, strict=True)
     return sum(abs(math.log2(one / other)) for one, other in pairs)
 
 
@@ -135,7 +134,7 @@ def _of_scale(
     n_bytes = (3 if both else 2) * sizes["rows"] * sizes["features"] * width
     shapes = itertools.product((4, 8, 16, 32), (128, 256, 512, 1024), (2, 4, 8))
     for rows, columns, num_warps in shapes:
-        tile = replace(default, ROWS=rows, COLUMNS=columns, num_warps=num_warps)
+        tile = default._replace(ROWS=rows, COLUMNS=columns, num_warps=num_warps)
         loaded = (2 if both else 1) * rows * columns * width
         numbers = (4 if both else 1) * rows * columns
         registers = numbers * max(4, width) // 4 // (32 * num_warps) + 40
@@ -146,7 +145,7 @@ def _of_scale(
             programs = min(programs, max(1056, math.ceil(sizes["features"] / columns)))
         if tile != default:
             modelled = seconds(used, programs, n_bytes, 0, dtype, machine)
-            yield modelled * (1 + FAR * _octaves(tile, default)), asdict(tile)
+            yield modelled * (1 + FAR * _octaves(tile, default)), tile._asdict()
 
 
 def _of_blocks(op: str, structure: dict[str, int]) -> Iterator[dict[str, int]]:
@@ -156,14 +155,14 @@ def _of_blocks(op: str, structure: dict[str, int]) -> Iterator[dict[str, int]]:
         G = int(default.G * factor)
         if G < 1:
             continue
-        tile = replace(default, G=G, num_warps=num_warps)
+        tile = default._replace(G=G, num_warps=num_warps)
         held, most_held = G * default.B**2, 128
         if op.startswith("rotation"):
             most_held = 32
             most = G << (structure["n_factors"] - 1)
-            tile = replace(tile, C=min(most, default.C))
+            tile = tile._replace(C=min(most, default.C))
             held = tile.C * default.B**2
         # Numbers of a tile for each thread, two tiles in registers. For rotation it is two of
         # float64; cayley's were best with 32 on an H200, and more are tried.
         if tile != default and held <= most_held * 32 * num_warps:
-            yield asdict(tile)
+            yield tile._asdict()
