@@ -177,6 +177,8 @@ def run(step: Step, folder: Path) -> dict[str, object]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a step's own children end with it
+            # a report in the background of a shell ignores it, and so would the step
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             code = process.wait(60 * step.minutes)

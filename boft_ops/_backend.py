@@ -83,7 +83,7 @@ class Op:
         return backend not in self._supports or self._supports[backend](*args)
 
     def __call__(self, *args):
-        device = args[0].device.type
+        x = args[0]
         eager = not torch.compiler.is_compiling()
         if eager and (
             torch.is_grad_enabled()  # a gradient of gradients: kernels are not differentiable,
@@ -97,11 +97,13 @@ class Op:
             if not self.takes(backend, args):
                 backend = "reference"
         if backend == "reference":
-            with _autocast.disabled(device):  # its matmuls define the op, never to be downcast
+            with _autocast.disabled(
+                x.device.type
+            ):  # its matmuls define the op, never to be downcast
                 return self.reference(*args)
-        if backend == "triton" and device == "cpu":
+        if backend == "triton" and x.is_cpu:
             return self.launcher()(*args)  # the interpreter; the raw op has the C++ kernel there
-        if eager and device == "cuda" and _is_plain(args[0]):
+        if eager and x.is_cuda and _is_plain(x):
             return self._run(backend, args)  # the raw op would come back to Python for that
         return self.raw(*args)
 
@@ -114,7 +116,9 @@ class Op:
         measured = _tuned.backend(self, args, measure, eager)
         if measured and measured not in self.missing:
             return measured
-        return self.serving.get(args[0].device.type, "reference")
+        x = args[0]  # the type of its device takes longer to find out
+        device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
+        return self.serving.get(device, "reference")
 
     def _cuda(self, *args):
         """What the raw op runs on CUDA tensors: one of two sets of kernels, or the reference."""

@@ -67,7 +67,7 @@ class RotatedLinear(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grad)
         need_x, _, need_skew, need_scale, need_bias, *_ = ctx.needs_input_grad
-        stages, rows = ctx.stages, x.reshape(-1, x.shape[-1])
+        stages, rows = ctx.stages, x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         grad = grad.contiguous()
         scale_grad = sums = None
         if scale is not None:
@@ -117,11 +117,16 @@ class RotatedLinear(torch.autograd.Function):
             (x_grad if x.dim() == 2 else x_grad.reshape(x.shape)) if need_x else None,
             None,
             skew_grad,
-            scale_grad.to(scale.dtype) if need_scale else None,
-            sums.to(bias.dtype) if need_bias else None,
+            _as(scale_grad, scale) if need_scale else None,
+            _as(sums, bias) if need_bias else None,
             None,
             None,
         )
+
+
+def _as(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """In the dtype of the parameter; a call of .to() takes longer to find out that it is."""
+    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
 
 
 def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -65,10 +65,6 @@ def _fake_rotate_linear_backward(grad, x, weight, stage, scale, bias, z, splits)
     return x_grad, partials, stage.new_empty(n), stage.new_empty(n)
 
 
-def _triton_takes(stage: torch.Tensor) -> bool:
-    return stage.shape[-1] <= MAX_TRITON_SIZE
-
-
 def _cuda_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
     half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
     return half and stage.dtype == torch.float32 and stage.shape[-1] <= MAX_SIZE
@@ -84,7 +80,7 @@ rotate_linear_forward = Op(
     triton="rotate_linear:rotate_linear",
     supports={
         "cuda": lambda x, weight, stage, *_: _cuda_takes(x, weight, stage),
-        "triton": lambda x, weight, stage, *_: _triton_takes(stage),
+        "triton": lambda x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
 )
 # -> gradients of x, of the stage (partial sums), and, empty without z, of the scale and the bias
@@ -96,7 +92,7 @@ rotate_linear_backward = Op(
     triton="rotate_linear:rotate_linear_backward",
     supports={
         "cuda": lambda grad, x, weight, stage, *_: _cuda_takes(x, weight, stage),
-        "triton": lambda grad, x, weight, stage, *_: _triton_takes(stage),
+        "triton": lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
 )
 

@@ -117,7 +117,7 @@ def make_matrices(
         skew = skew.to(wide)
     if method == GIVEN:
         return skew[None], [skew]
-    if is_fused(plan, method) and len(skew) > 1:
+    if is_fused(plan, method) and skew.shape[0] > 1:
         blocks, stage = rotation_forward(skew, drop)
         return blocks, [stage]
     if method == "exact":
@@ -141,9 +141,11 @@ def make_matrices_backward(
     """dL/dskew, in its dtype, from the partial sums of each stage's gradient."""
     if method == GIVEN:
         return partials[0].sum(0).to(skew.dtype)
-    partials = [p.to(blocks.dtype).contiguous() for p in partials]
+    wide = blocks.dtype
+    partials = [(p if p.dtype == wide else p.to(wide)).contiguous() for p in partials]
     if is_fused(plan, method):
-        return rotation_backward(blocks, drop, partials[0]).to(skew.dtype)
+        grad = rotation_backward(blocks, drop, partials[0])
+        return grad if skew.dtype == wide else grad.to(skew.dtype)
     if len(blocks) == 1:
         grad = partials[0].sum(0, keepdim=True)
     else:

@@ -208,7 +208,7 @@ def rotation_backward(
     n_scratch = 0 if m == 1 else 2 * _levels(m, n_blocks, b) + blocks.numel()
     scratch = blocks.new_empty(n_scratch)
     drop = None if drop is None else drop.contiguous()
-    sums = len(grad), n_blocks * b * (b << (m - 1))
+    sums = grad.shape[0], n_blocks * b * (b << (m - 1))
     launch = _launch("rotation_backward", blocks.get_device(), blocks.dtype, m, n_blocks, b, *sums)
     launch(blocks, drop, grad, scratch, skew_grad)
     return skew_grad
