@@ -83,7 +83,7 @@ sanitize: $(STAMPS)/test
 # Without a GPU. `make test` has the emulated tests too; here they run under sanitizers.
 EMULATED := build/emulated
 cuda: $(STAMPS)/test
-	$(PY) -m pytest -q tests/cuda $(ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadgroup tests/cuda $(ARGS)
 	$(call say,emulating the CUDA kernels under sanitizers)
 	@PYTHONPATH=. $(PY) tests/cuda_emulation.py $(EMULATED) $(SANITIZE)
 	ASAN_OPTIONS=detect_leaks=0 BOFT_EMULATED_LIBRARY=$(EMULATED)/libboft_emulated.so \

@@ -13,7 +13,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from boft_ops import _build
+from filelock import FileLock
+
+from boft_ops import _build, _paths
 
 TESTS = Path(__file__).parent
 LIB = "libboft_emulated.so"
@@ -59,6 +61,16 @@ def build(
     link = ["-shared", "-o", str(out), *map(str, objects)]
     _run([*compiler, *link, f"-L{torch.root / 'lib'}", "-ltorch_cpu"])
     return out
+
+
+def build_once(config, tmp_path_factory) -> Path:
+    """The folder of an unbroken build, shared by all the processes of a run of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(config, "workerinput") else base) / "emulated"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / LIB).exists():
+            build(_paths.csrc(), folder)
+    return folder
 
 
 def _run(command: list[str]) -> None:

@@ -15,7 +15,7 @@ import cuda_emulation
 import pytest
 import torch
 
-from boft_ops import _backend, _native, _paths
+from boft_ops import _backend, _native
 from boft_ops.cayley import _exact, _exact_backward
 from boft_ops.compose import _compose, _compose_backward
 from boft_ops.indexed import _rotate_indexed
@@ -54,7 +54,7 @@ def cuda(request, tmp_path_factory):
         pytest.skip("emulated with GCC on Linux")
     built = os.environ.get("BOFT_EMULATED_LIBRARY")
     if built is None:
-        built = cuda_emulation.build(_paths.csrc(), tmp_path_factory.mktemp("emulated"))
+        built = cuda_emulation.build_once(request.config, tmp_path_factory) / cuda_emulation.LIB
     return cuda_emulation.register(Path(built), "boft_emulated")
 
 

@@ -20,20 +20,24 @@ pytestmark = pytest.mark.skipif(not _backend.has_triton(), reason="triton is not
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("target", triton_resources.TARGETS)
-def test_kernels_compile_without_spills(target, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "rest"),
+    [*((target, False) for target in triton_resources.TARGETS), (triton_resources.FULL, True)],
+    ids=[*triton_resources.TARGETS, "rest"],
+)
+def test_kernels_compile_without_spills(target, rest, tmp_path):
     import triton
 
     (backend, _, _), shared_limit = triton_resources.TARGETS[target]
     run = subprocess.run(
-        [sys.executable, triton_resources.__file__, target],
+        [sys.executable, triton_resources.__file__, target, *(["rest"] if rest else [])],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads(run.stdout.splitlines()[-1])
-    assert set(rows) == {name for name, _ in triton_resources.cases(target)}
+    assert set(rows) == {name for name, _ in triton_resources.cases(target, rest)}
     for name, used in rows.items():
         assert used["stack"] == 0, (name, used)
         assert used["shared"] <= shared_limit, (name, used)
@@ -44,7 +48,8 @@ def test_kernels_compile_without_spills(target, tmp_path):
     if version != triton.__version__:
         return  # another compiler: its registers tell nothing about a change here
     hint = "python tests/triton_resources.py --write"
-    assert set(rows) == {name for t, name in table if t == target}, f"other cases: {hint}"
+    names = {name for name, _ in triton_resources.cases(target)}
+    assert names == {name for t, name in table if t == target}, f"other cases: {hint}"
     for name, used in rows.items():
         before = table[target, name]
         assert used["registers"] <= 1.1 * before["registers"], (name, used, before, hint)

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that are not there, and tells what it takes of them.
 
 ``python tests/triton_resources.py --write`` rewrites tests/data/triton_resources.csv, with which
-tests/test_triton_compile.py compares; ``python tests/triton_resources.py sm_90`` prints one target.
+tests/test_triton_compile.py compares; ``python tests/triton_resources.py sm_90`` prints what every
+target has, of one of them, and ``python tests/triton_resources.py sm_90 rest`` what only that has.
 
 Kernels come from every triton/config*.py: its ``compile_cases()`` yields tuples as
 ``boft_ops.triton_kernels.config.Case`` explains them.
@@ -34,8 +35,11 @@ TARGETS = {
 FULL = "sm_90"  # the target of the cases that are not for every one
 
 
-def cases(target):
-    """(label, case) of everything that is compiled for ``target``, from all config modules."""
+def cases(target, rest=None):
+    """(label, case) of everything that is compiled for ``target``, from all config modules.
+
+    ``rest``: true for what is for this target alone, false for what is for every one.
+    """
     from boft_ops import _paths
     from boft_ops.triton_kernels.config import Case
 
@@ -43,7 +47,7 @@ def cases(target):
         module = importlib.import_module(f"boft_ops.triton_kernels.{path.stem}")
         for row in module.compile_cases():
             case = Case(*row)
-            if case.everywhere or target == FULL:
+            if (case.everywhere or target == FULL) and rest in (None, not case.everywhere):
                 yield label(case), case
 
 
@@ -117,10 +121,10 @@ def _row(job):
         raise RuntimeError(f"{target}: {name}: {error}") from error
 
 
-def resources(target):
-    """Label -> resources of every case, compiled on all cores."""
+def resources(target, rest=None):
+    """Label -> resources of these cases, compiled on all cores."""
     warnings.simplefilter("ignore")  # of Triton, about its own defaults
-    jobs = [(target, name, case) for name, case in cases(target)]
+    jobs = [(target, name, case) for name, case in cases(target, rest)]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         return dict(pool.imap_unordered(_row, jobs, chunksize=4))
 
@@ -152,4 +156,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         write_table()
     else:
-        print(json.dumps(resources(sys.argv[1])))
+        print(json.dumps(resources(sys.argv[1], sys.argv[2:] == ["rest"])))

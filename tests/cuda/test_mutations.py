@@ -129,11 +129,9 @@ MUTATIONS = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(request, tmp_path_factory):
     """The folder of the unbroken library, whose objects the others share."""
-    folder = tmp_path_factory.mktemp("whole")
-    cuda_emulation.build(_paths.csrc(), folder)
-    return folder
+    return cuda_emulation.build_once(request.config, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
