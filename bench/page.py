@@ -104,7 +104,8 @@ A goal compares times of the same round. Brackets hold the quartiles of that com
 rounds. If both are within the bound, the goal is met; if both are beyond, not met; otherwise the
 run cannot tell, and the verdict is **not separable**, whatever the median says. A goal for several
 shapes is met if every one of them meets it, and not met as soon as one does not. A goal is
-judged only where a run measured all that it needs.
+judged only where a run measured all that it needs. Times of single kernels on an H200, from
+replayed CUDA graphs, each with its floor, are in [Kernels](kernels.md), whatever is judged here.
 """
 
 

@@ -6,13 +6,12 @@ files are, at the first call on it.
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch.compiler import is_compiling
@@ -20,53 +19,14 @@ from torch.compiler import is_compiling
 from . import _native
 from ._namespace import PACKAGE
 from ._shape_class import CLASSES, Classes
-from ._tuned_file import Row, read, shipped_file, user_file
+from ._tuned_file import read, shipped_file, user_file
+from ._tuned_table import SAME, Choice, Table, nearest, table_of
 
 if TYPE_CHECKING:
     from ._backend import Op
 
-NEAR = 4.0  # octaves, summed over the sizes, beyond which a class says nothing
-SAME = 1.0  # within which BOFT_OPS_AUTOTUNE=1 measures no more
 # look-ups of an operator that are remembered: batches of ever new sizes must not fill the memory
 MEMO = 4096
-
-
-class Choice(NamedTuple):
-    """What was found best for a shape class: a backend, and numbers that its kernels take."""
-
-    sizes: tuple[int, ...]
-    backend: str
-    config: dict[str, int]
-
-
-Table = dict[tuple, list[Choice]]  # (op, dtype, *structure) -> classes
-
-
-def table_of(rows: Iterable[Row]) -> Table:
-    """What is looked up in, from the rows of a file."""
-    table: Table = {}
-    for row in rows:
-        names = CLASSES[row["op"]]
-        key = row["op"], row["dtype"], *(row["structure"][name] for name in names.structure)
-        sizes = tuple(row["sizes"][name] for name in names.sizes)
-        table.setdefault(key, []).append(Choice(sizes, row["backend"], row["config"]))
-    return table
-
-
-def nearest(table: Table, key: tuple, sizes: tuple, within: float = NEAR) -> Choice | None:
-    """The nearest class; of equally near ones the largest."""
-    best = min(
-        table.get(key, ()),
-        key=lambda c: (distance(sizes, c.sizes), [-size for size in c.sizes]),
-        default=None,
-    )
-    return best if best is not None and distance(sizes, best.sizes) <= within else None
-
-
-def distance(sizes: tuple, other: tuple) -> float:
-    """Octaves between two sizes; None, a size that is not known, is near to any."""
-    pairs = zip(sizes, other, strict=True)
-    return sum(abs(math.log2(max(1, a) / max(1, b))) for a, b in pairs if a is not None)
 
 
 # --- What this process has read -------------------------------------------------------------------
@@ -131,6 +91,11 @@ def _load(device: torch.device) -> list[Table]:
     return found
 
 
+def measures_on_first_use() -> bool:
+    """Whether a call may have something to measure, BOFT_OPS_AUTOTUNE=1: nothing is decided yet."""
+    return _on_first_use
+
+
 def forget() -> None:
     """Read the files again, at the next call on each device."""
     _tables.clear()
@@ -154,20 +119,6 @@ def pinned(**choices: Choice) -> Iterator[None]:
     finally:
         _pinned = before
         _changed()
-
-
-class Decisions(dict):
-    """Kinds of calls and what was decided for them, until other choices are measured or pinned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        on_change.append(self.clear)
-
-    def keep(self, kind: tuple, decision: tuple) -> None:
-        if not _on_first_use:  # else the next call may have something to measure
-            if len(self) >= MEMO:
-                self.clear()
-            self[kind] = decision
 
 
 # --- Look-up --------------------------------------------------------------------------------------

@@ -5,19 +5,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import _autocast, _backend, _checks, _tuned
+from . import _autocast, _checks
+from ._way import decide, is_rotated, look_up
 from .cayley import cayley
 from .dropout import draw_mask, drop_blocks
 from .fused_linear import linear_backward, linear_forward
 from .kaleidoscope import multiply
-from .plan import Stage, layer_plan
 from .rotate import apply_stages, apply_stages_backward
 from .rotate_linear import rotate_linear_backward, rotate_linear_forward, weight_side_backward
 from .rotation import GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
-
-# kind of a layer's call -> its stages, and the way to it
-_decisions = _tuned.Decisions()
 
 
 class RotatedLinear(torch.autograd.Function):
@@ -32,15 +29,10 @@ class RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, skew, scale, bias, drop, method):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        kind = _kind(rows, weight, skew, method)
-        known = None if kind is None else _decisions.get(kind)
-        stages, way = known or _stages(rows, weight, skew, method)
+        kind, stages, way = look_up(rows, weight, skew, method)
         blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
-        if known is None:
-            way = way or _way(rows, weight, matrices)
-            if kind is not None:
-                _decisions.keep(kind, (stages, way))
-        if way in ("weight side", "fused") and method != GIVEN and not _is_rotated(skew):
+        way = way or decide(kind, rows, weight, stages, matrices)
+        if way in ("weight side", "fused") and method != GIVEN and not is_rotated(skew):
             way = "composed"
         wide_scale = None if scale is None else _scale_like(scale, x)
         save = scale is not None and ctx.needs_input_grad[3]
@@ -135,55 +127,6 @@ def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return scale if scale.dtype == wide else scale.to(wide)
 
 
-def _kind(
-    rows: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, method: str
-) -> tuple | None:
-    """All that decides how a layer comes about, but for measurements; None: not to be remembered,
-    as in a graph that is being made."""
-    if torch.compiler.is_compiling() or type(rows) is not torch.Tensor:
-        return None
-    shapes = rows.shape, weight.shape, skew.shape
-    return _backend.forced(), rows.device, rows.dtype, skew.dtype, *shapes, method
-
-
-def _stages(
-    rows: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, method: str
-) -> tuple[tuple[Stage, ...], str | None]:
-    """The stages, and the way to the layer where it is W that goes through them."""
-    given = method == GIVEN
-    b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
-    # what "neumann5" makes is not orthogonal, as the gradients of a rotated W take it to be
-    outputs = None if method == "neumann5" else weight.shape[0]
-    stages, weight_side = layer_plan(rows, 1 if given else len(skew), b, outputs)
-    return stages, "weight side" if weight_side else None
-
-
-def _way(rows: torch.Tensor, weight: torch.Tensor, matrices: list[torch.Tensor]) -> str:
-    """How a layer comes about where x goes through the stages: "fused" (one product of its own),
-    "launched" (other operators, in one call each way) or "composed" of them one by one."""
-    # an exported graph is for any number of rows, a compiled one is made again for few
-    fused = not torch.compiler.is_exporting()
-    if fused and linear_forward.has_kernel(rows, weight, matrices[0]):
-        return "fused"
-    launched = len(matrices) == 1 and not torch.compiler.is_compiling()
-    if launched and rotate_linear_forward.has_kernel(rows, weight, matrices[0]):
-        return "launched"
-    return "composed"
-
-
-def _is_rotated(skew: torch.Tensor) -> bool:
-    """Whether R may differ from the identity: if not, the layer is to be torch's own bit for bit.
-
-    A look at the data, on a CPU and not in a compiled graph.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    try:
-        return bool(skew.detach().count_nonzero())
-    except RuntimeError:  # no data to look at: FakeTensorMode, make_fx
-        return True
-
-
 def _differentiable_backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradients as functions of everything, for gradients of gradients."""
     *inputs, drop, _ = ctx.saved_tensors[:7]
@@ -269,8 +212,8 @@ def rotated_linear(
 
     With kaleidoscope = l, skew is (2 l m, K, b(b-1)/2): R_{1,1}, R_{1,2}, ..., R_{l,1}, R_{l,2}.
     """
-    # On a CPU an identity stays torch's own layer, bit for bit: see _is_rotated.
-    if rotation is not None and (x.device.type != "cpu" or _is_rotated(skew)):
+    # On a CPU an identity stays torch's own layer, bit for bit: see is_rotated.
+    if rotation is not None and (x.device.type != "cpu" or is_rotated(skew)):
         skew, method = rotation, GIVEN
     if _autocast.enabled(x.device.type):
         x, weight = _autocast.cast(x), _autocast.cast(weight)

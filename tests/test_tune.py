@@ -13,7 +13,7 @@ import torch
 import triton_resources
 
 from boft_ops import _backend, _native, _tuned_file
-from boft_ops._tuned import Choice
+from boft_ops._tuned_table import Choice
 from boft_ops.plan import plan
 from boft_ops.tune import __main__ as command
 from boft_ops.tune import explain, measure, problems, search, space
@@ -195,7 +195,7 @@ class Nothing:  # a driver of a GPU that is not there
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
 
 driver.set_active(Nothing())
-from boft_ops._tuned import Choice
+from boft_ops._tuned_table import Choice
 from boft_ops.tune import problems
 from boft_ops.tune.compile import compile_ahead
 from boft_ops.tune.machine import data_sheet

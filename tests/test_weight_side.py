@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from test_linear import D_IN, D_OUT, N, call, operands
 
-from boft_ops import _tuned, _tuned_file, boft_linear, butterfly_matmul, cayley
-from boft_ops import linear as linear_module
+from boft_ops import _tuned, _tuned_file, _way, boft_linear, butterfly_matmul, cayley
 from boft_ops import rotate as rotate_module
-from boft_ops._tuned import Choice, pinned
+from boft_ops._tuned import pinned
+from boft_ops._tuned_table import Choice
 from boft_ops.plan import default_plan, layer_plan, plan, plan_for
 from boft_ops.together import rotations
 from boft_ops.tune import __main__ as command
@@ -182,9 +182,7 @@ def test_the_rotated_weight_is_not_saved(weight_side):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(monkeypatch, dynamic):
     """Graphs take it as any other choice; that none is made for it today is below."""
-    monkeypatch.setattr(
-        linear_module, "layer_plan", lambda x, m, b, n: (plan(m, b, n_stages=1), True)
-    )
+    monkeypatch.setattr(_way, "layer_plan", lambda x, m, b, n: (plan(m, b, n_stages=1), True))
     torch._dynamo.reset()
     compiled = torch.compile(boft_linear, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (50, 33):

@@ -19,7 +19,8 @@ from .. import _checks, _tuned_file
 from .._device import name_of
 from .._namespace import PACKAGE
 from .._shape_class import CLASSES
-from .._tuned import Choice, forget
+from .._tuned import forget
+from .._tuned_table import Choice
 from . import explain
 from .machine import measured
 from .makers import problems

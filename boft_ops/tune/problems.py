@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .. import _backend, _native
-from .._tuned import Choice, pinned
+from .._tuned import pinned
+from .._tuned_table import Choice
 from ..linear import RotatedLinear
 from ..plan import default_plan
 from .machine import Machine

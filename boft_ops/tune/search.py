@@ -11,7 +11,8 @@ import torch
 
 from .. import _backend, _tuned_file
 from .._shape_class import CLASSES
-from .._tuned import SAME, Choice, forget, nearest, pinned, table_of
+from .._tuned import forget, pinned
+from .._tuned_table import SAME, Choice, nearest, table_of
 from .compile import compile_ahead
 from .machine import Machine, data_sheet
 from .measure import Timer, is_faster, sets_of, take_turns
