@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from correctness import compare
 from gpu_operators import cayley_contest, rivals, rotation_contest
 from interleave import Contestant
-from sizes import BLOCK, Sizes, sizes_on
+from layer_operators import compose_contest, names, scale_contest
+from sizes import BLOCK, COMPOSED, Sizes, sizes_on
 
 from boft_ops import butterfly_matmul, cayley
 from boft_ops.linear import linear_backward, linear_forward
@@ -29,6 +30,8 @@ LABELS = {
     "f-linear": "F.linear",
     "grad-weight": "grad @ weight",
     "boft-linear": "rotated layer, fused",
+    "compose": "compose",
+    "scale": "scale",
 }
 
 
@@ -50,6 +53,8 @@ def members(device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str], t
         if sizes.raw:  # on a GPU, each followed by the same on the other backend
             pairs = ((name, *(f"{name}-{b}" for b in rivals())) for name in sizes.rotations)
             found[sizes.rotation, direction] = ("clone", *chain.from_iterable(pairs))
+        found[sizes.compose, direction] = names("compose")
+        found[sizes.scale, direction] = ("clone", *names("scale"))
     x = torch.empty(sizes.rows, SIZE, device=device, dtype=dtype)
     weight, stage = x[:SIZE], torch.empty(1, SIZE, SIZE, device=device)
     if linear_forward.has_kernel(x, weight, stage, None, None, True):
@@ -61,7 +66,7 @@ def members(device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str], t
 def label(name: str, device: torch.device) -> str:
     """What tables call a contestant."""
     sizes = sizes_on(device.type)
-    for backend in rivals():
+    for backend in ("reference", *rivals()):
         if name.endswith(f"-{backend}"):
             return f"{label(name.removesuffix(f'-{backend}'), device)}, {backend}"
     if name not in sizes.rotations:
@@ -87,6 +92,10 @@ def contest(
         if sizes.raw:
             return rotation_contest(sizes, direction == BACKWARD, device, dtype)
         return _rotation_contest(sizes, direction, device, dtype)
+    if group == sizes.compose:
+        return compose_contest(sizes, direction == BACKWARD, device)
+    if group == sizes.scale:
+        return scale_contest(sizes, direction == BACKWARD, device, dtype)
     return _linear_contest(sizes, direction, device, dtype)
 
 
@@ -191,7 +200,7 @@ def work(group: str, direction: str, name: str, device: torch.device, dtype: tor
     """The work of a contestant in its group."""
     sizes, size = sizes_on(device.type), dtype.itemsize
     d = sizes.features
-    for backend in rivals():
+    for backend in ("reference", *rivals()):
         name = name.removesuffix(f"-{backend}")
     if group == sizes.product:
         return Work(3 * d**2 * size, 2 * d**3)
@@ -207,12 +216,36 @@ def work(group: str, direction: str, name: str, device: torch.device, dtype: tor
             return Work(2 * array * size, 2 * array * mixed)
         # x and the gradient in, the gradient of x out; its product and the Gram matrix
         return Work(3 * array * size, 4 * array * mixed)
+    if group == sizes.compose:
+        return _compose_work(sizes, direction, dtype)
+    if group == sizes.scale:
+        # a multiply-add for each number; backward a product and two sums
+        arrays, flops = (2, 2) if direction == FORWARD else (3, 5)
+        if name == "clone":
+            arrays, flops = 2, 0
+        return Work(arrays * sizes.rows * d * size, flops * sizes.rows * d)
     # The same in both directions: rows in and out, the weight in, one product. The fused layer also
     # writes (forward) or reads (backward) the output before the scale; and x, in the backward.
     rows, fused = sizes.rows * d, name == "boft-linear"
     arrays = 2 if not fused else 3 if direction == FORWARD else 4
     rotation = (2 if direction == FORWARD else 4) * rows * SIZE if fused else 0
     return Work((arrays * rows + d**2) * size, 2 * rows * d + rotation)
+
+
+def _compose_work(sizes: Sizes, direction: str, dtype: torch.dtype) -> Work:
+    """Factors in and the stage out; backward the stage's gradient in and the factors' out as well.
+
+    Each product of a factor of b with groups of s is b multiply-adds for each number of the result;
+    backward there are two, and the groups are made again.
+    """
+    features = sizes.composed * BLOCK
+    factors, groups = COMPOSED * features * BLOCK, [features * BLOCK << i for i in range(COMPOSED)]
+    forward = 2 * BLOCK * sum(groups[1:])
+    if direction == FORWARD:
+        found = Work(4 * (factors + groups[-1]), forward)
+    else:
+        found = Work(4 * (2 * factors + groups[-1]), 3 * forward)
+    return found if dtype == torch.float32 else found._replace(flops=0)
 
 
 def _cayley_work(n_blocks: int, direction: str, dtype: torch.dtype) -> Work:

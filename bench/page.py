@@ -82,6 +82,8 @@ two readings of the clock, so that the device need not wait for each launch. `ro
   gradients once each; b^3 multiply-adds a block forward and two products of b^3 backward. They are
   float64 inside, and that is taken to run at half the rate of float32. (In runs in another dtype,
   which do not measure that rate, the bytes alone count.)
+- **Compose** and **scale**, without autograd: four factors of size 8 into stages of 64, in float32
+  in every run, and the scale of outputs around their bias. "Reference" is the same in plain torch.
 - **Linear**: the product itself, `F.linear` or `grad @ weight`, against the op that does the whole
   of a layer of one stage of size 16 in it: rotation, product, scale and bias, keeping what the
   backward needs; backward the gradients of x, stage, scale and bias. Where no kernel serves that

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 BLOCK = 8  # of the Cayley transforms
+COMPOSED = 4  # factors of that size, in a stage that is composed of them
 
 # Llama-3.1-8B: input features of q, k, v, o, gate, up and down, of each of its layers
 LLAMA_LAYERS = 32
@@ -41,6 +42,19 @@ class Sizes(NamedTuple):
     def cayley(self) -> str:
         where = "of Llama-3.1-8B, " if self.linears else ""
         return f"cayley, {where}{self.n_blocks} blocks {BLOCK}x{BLOCK}"
+
+    @property
+    def composed(self) -> int:
+        """Blocks of each factor of the stages that are composed."""
+        return -(-self.n_blocks // (1 << COMPOSED)) << (COMPOSED - 1)
+
+    @property
+    def compose(self) -> str:
+        return f"compose, {COMPOSED} factors of {self.composed} blocks {BLOCK}x{BLOCK}"
+
+    @property
+    def scale(self) -> str:
+        return f"scale, {self.rows} rows of {self.features}"
 
     @property
     def rotation(self) -> str:

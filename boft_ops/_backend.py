@@ -97,9 +97,8 @@ class Op:
             if not self.takes(backend, args):
                 backend = "reference"
         if backend == "reference":
-            with _autocast.disabled(
-                x.device.type
-            ):  # its matmuls define the op, never to be downcast
+            # its matmuls define the op, never to be downcast
+            with _autocast.disabled(x.device.type):
                 return self.reference(*args)
         if backend == "triton" and x.is_cpu:
             return self.launcher()(*args)  # the interpreter; the raw op has the C++ kernel there

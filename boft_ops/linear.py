@@ -75,7 +75,7 @@ class RotatedLinear(torch.autograd.Function):
                     rows_grad, rows if need_skew else None, matrices[1:], stages[1:], False, need_x
                 )
                 partials += outer
-        elif ctx.way == "launched" and need_skew:
+        elif ctx.way == "launched" and need_skew and need_x:
             with _autocast.disabled(grad.device.type):  # it may be on in backward alone
                 x_grad, partial, scale_grad, sums = rotate_linear_backward(
                     *(grad, rows, weight, matrices[0], None if scale is None else wide_scale),

@@ -15,6 +15,7 @@ try:
     import host
     import indexed
     import interleave
+    import layer_operators
     import memory
     import models
     import operators
@@ -39,6 +40,7 @@ __all__ = [
     "host",
     "indexed",
     "interleave",
+    "layer_operators",
     "memory",
     "models",
     "operators",

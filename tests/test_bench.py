@@ -14,6 +14,7 @@ from bench_modules import (
     correctness,
     goals,
     interleave,
+    layer_operators,
     memory,
     models,
     operators,
@@ -179,7 +180,8 @@ def test_operators_that_take_part(monkeypatch):
 def test_the_fused_layer_takes_part_where_a_kernel_serves_it():
     with _backend.force("reference"):
         groups = {group for group, _ in operators.members(CPU, torch.float32)}
-    assert groups == {sizes.CPU.product, sizes.CPU.cayley, sizes.CPU.rotation}
+    everywhere = {"product", "cayley", "rotation", "compose", "scale"}
+    assert groups == {getattr(sizes.CPU, name) for name in everywhere}
 
 
 def test_work_of_a_rotation():
@@ -188,6 +190,34 @@ def test_work_of_a_rotation():
     assert forward == (8 * n, 2 * n * 16)
     backward = operators.work(group, "backward", "rotate-4-4", CPU, torch.bfloat16)
     assert backward == (6 * n, 4 * n * 32)
+
+
+def test_work_of_the_operators_beside_the_rotation():
+    cpu = sizes.CPU
+    numbers = cpu.rows * cpu.features
+    found = {
+        (group, direction): operators.work(group, direction, name, CPU, torch.float32)
+        for group, name in ((cpu.scale, "scale-reference"), (cpu.compose, "compose"))
+        for direction in ("forward", "backward")
+    }
+    assert found[cpu.scale, "forward"] == (8 * numbers, 2 * numbers)
+    assert found[cpu.scale, "backward"] == (12 * numbers, 5 * numbers)
+    assert cpu.composed == 2048  # blocks of each of 4 factors, into a stage of 64
+    features = 8 * 2048
+    assert found[cpu.compose, "forward"] == (
+        4 * features * (32 + 64),
+        16 * features * (16 + 32 + 64),
+    )
+    assert found[cpu.compose, "backward"].bytes == 4 * features * (64 + 64)
+
+
+def test_a_wrong_scale_is_not_timed(monkeypatch):
+    monkeypatch.setattr(sizes, "CPU", sizes.CPU._replace(rows=64, features=64))
+    op = layer_operators.scale_forward
+    right = op.raw
+    monkeypatch.setattr(op, "raw", lambda *args: right(*args) * 1.001)
+    with pytest.raises(AssertionError, match="scale: result 0: relative error"):
+        operators.contest(sizes.CPU.scale, "forward", CPU, torch.float32)
 
 
 def test_some_contestants_take_part_at_some_shapes_only():

@@ -9,6 +9,7 @@ from bench_modules import (
     goals,
     gpu_operators,
     interleave,
+    layer_operators,
     operators,
     page,
     results,
@@ -191,7 +192,7 @@ def test_rows_are_rotated(backward, dtype):
 
 
 def test_the_rival_backend_takes_part_where_it_is_there(monkeypatch):
-    for module in (gpu_operators, operators):
+    for module in (gpu_operators, layer_operators, operators):
         monkeypatch.setattr(module, "rivals", lambda: ("reference",))
     found = gpu_operators.rotation_contest(TINY, False, CPU, torch.float32)
     pairs = [n for name in TINY.rotations for n in (name, f"{name}-reference")]
@@ -206,6 +207,10 @@ def test_the_rival_backend_takes_part_where_it_is_there(monkeypatch):
         for name in ("rotate-4-8", "rotate-4-8-reference")
     )
     assert one == other
+    monkeypatch.setattr(operators, "sizes_on", lambda device: TINY)
+    for group in (TINY.scale, TINY.compose):
+        members = [c.name for c in operators.contest(group, "backward", CPU, torch.float32)]
+        assert tuple(members) == operators.members(CPU, torch.float32)[group, "backward"]
 
 
 def test_rotations_of_a_whole_model():
