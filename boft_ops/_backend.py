@@ -244,11 +244,10 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 @cache
 def _launcher(target: str) -> Callable:
     module, _, function = target.partition(":")
-    config = importlib.import_module(".triton_kernels.config", __package__)
-    if config.measured is None:
-        config.measured = _tuned.tile
-        launch = importlib.import_module(".triton_kernels.launch", __package__)
-        _tuned.on_change.append(launch.forget)
+    importlib.import_module(".triton_kernels.config", __package__).measured = _tuned.tile
+    forget = importlib.import_module(".triton_kernels.launch", __package__).forget
+    if forget not in _tuned.on_change:
+        _tuned.on_change.append(forget)
     return getattr(importlib.import_module(f".triton_kernels.{module}", __package__), function)
 
 

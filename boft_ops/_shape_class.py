@@ -98,3 +98,6 @@ CLASSES = {
     "grain": Classes((), (), tuple),
     "blocking": Classes((), (), tuple),
 }
+# These go where their forward goes, with which they were measured; the gradient is their first
+# argument, the forward's follow.
+BACKWARD_OF = {"rotate_linear_backward": "rotate_linear"}

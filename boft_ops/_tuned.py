@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from . import _native
 from ._namespace import PACKAGE
-from ._shape_class import CLASSES, Classes
+from ._shape_class import BACKWARD_OF, CLASSES, Classes
 from ._tuned_file import read, shipped_file, user_file
 from ._tuned_table import SAME, Choice, Table, nearest, table_of
 
@@ -184,7 +184,10 @@ def backend(op: Op, args: tuple, measure: bool = True, eager: bool = True) -> st
         return _backend_in_graph(op.name, *place, *structure)
     if _on_first_use and measure and _pinned is None and op.name in CLASSES:
         _measure_unknown(op, args, CLASSES[op.name])
-    choice = _choice(op.name, args[0], args)
+    if op.name in BACKWARD_OF:
+        choice = _choice(BACKWARD_OF[op.name], args[1], args[1:])
+    else:
+        choice = _choice(op.name, args[0], args)
     return None if choice is None else choice.backend
 
 

@@ -3,6 +3,9 @@
 Ways, with the rows x and the frozen weight W: "fused", one product of its own; "launched", other
 operators in one call each way; "composed" of them one by one; "weight side", where it is W that
 goes through the stages.
+
+``known`` comes before the matrices of the stages are made, ``decide`` after: what a kernel takes
+depends on them.
 """
 
 from __future__ import annotations
@@ -12,21 +15,21 @@ import torch
 from . import _backend, _checks, _tuned
 from .fused_linear import linear_forward
 from .plan import Stage, layer_plan
-from .rotate_linear import rotate_linear_forward
+from .rotate_linear import rotate_linear_forward, same_backend
 from .rotation import GIVEN
 
 _decisions: dict[tuple, tuple[tuple[Stage, ...], str]] = {}  # kind of call -> stages, way
 _tuned.on_change.append(_decisions.clear)
 
 
-def look_up(
+def known(
     rows: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, method: str
 ) -> tuple[tuple | None, tuple[Stage, ...], str | None]:
     """The kind of a layer's call, its stages, and the way to it; None: that is for ``decide``."""
     kind = _kind(rows, weight, skew, method)
-    known = None if kind is None else _decisions.get(kind)
-    if known is not None:
-        return kind, *known
+    decision = None if kind is None else _decisions.get(kind)
+    if decision is not None:
+        return kind, *decision
     given = method == GIVEN
     b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
     # what "neumann5" makes is not orthogonal, as the gradients of a rotated W take it to be
@@ -45,10 +48,16 @@ def decide(
     """The way to a layer where x goes through the stages, of which these are the matrices."""
     # an exported graph is for any number of rows, a compiled one is made again for few
     fused = not torch.compiler.is_exporting()
-    launched = len(matrices) == 1 and not torch.compiler.is_compiling()
+    # whoever looks at what is called, as flop counters do, is to see the products
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    launched = len(matrices) == 1 and not watched
     if fused and linear_forward.has_kernel(rows, weight, matrices[0]):
         way = "fused"
-    elif launched and rotate_linear_forward.has_kernel(rows, weight, matrices[0]):
+    elif (
+        launched
+        and rotate_linear_forward.has_kernel(rows, weight, matrices[0])
+        and same_backend(rows, weight, matrices[0])
+    ):
         way = "launched"
     else:
         way = "composed"
@@ -64,8 +73,9 @@ def _kind(
 ) -> tuple | None:
     """All that decides, but for measurements; None: not to be remembered, as in a graph that is
     being made, or where the next call may measure something."""
-    plain = type(rows) is torch.Tensor and not _tuned.measures_on_first_use()
-    if not plain or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if type(rows) is not torch.Tensor or _tuned.measures_on_first_use():
         return None
     shapes = rows.shape, weight.shape, skew.shape
     return _backend.forced(), rows.device, rows.dtype, skew.dtype, *shapes, method
@@ -76,7 +86,7 @@ def is_rotated(skew: torch.Tensor) -> bool:
 
     A look at the data, on a CPU and not in a compiled graph.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not skew.is_cpu:
         return True
     try:
         return bool(skew.detach().count_nonzero())

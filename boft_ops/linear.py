@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _autocast, _checks
-from ._way import decide, is_rotated, look_up
+from ._way import decide, is_rotated, known
 from .cayley import cayley
 from .dropout import draw_mask, drop_blocks
 from .fused_linear import linear_backward, linear_forward
@@ -29,7 +29,7 @@ class RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, skew, scale, bias, drop, method):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        kind, stages, way = look_up(rows, weight, skew, method)
+        kind, stages, way = known(rows, weight, skew, method)
         blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
         way = way or decide(kind, rows, weight, stages, matrices)
         if way in ("weight side", "fused") and method != GIVEN and not is_rotated(skew):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import _autocast
+from . import _autocast, _backend, _tuned
 from ._backend import Op
 from .plan import Stage
 from .rotate import MAX_TRITON_SIZE, _rotate, _rotate_backward, apply_stages, gram
@@ -61,8 +61,10 @@ def _fake_rotate_linear(x, weight, stage, scale, bias, save):
 def _fake_rotate_linear_backward(grad, x, weight, stage, scale, bias, z, splits):
     n = 0 if z is None else weight.shape[0]
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    partials = stage.new_empty(splits, *stage.shape)
-    return x_grad, partials, stage.new_empty(n), stage.new_empty(n)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    partials = stage.new_empty(splits, *stage.shape, dtype=wide)
+    like = stage if z is None else scale
+    return x_grad, partials, like.new_empty(n), like.new_empty(n)
 
 
 def _cuda_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
@@ -95,6 +97,24 @@ rotate_linear_backward = Op(
         "triton": lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
 )
+
+
+def same_backend(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
+    """Whether no measurement wants the parts of ``rotate_linear`` elsewhere than where it goes.
+
+    What was measured of it itself says more than what was measured of its parts.
+    """
+    if _backend.forced() or _tuned.backend(rotate_linear_forward, (x, weight, stage), False):
+        return True
+    serving = rotate_linear_forward.serving["cuda" if x.is_cuda else "cpu"]
+    size = stage.shape[-1]
+    rotation, scale = ((size, size, 1), x.shape), ((), (x.shape[0], weight.shape[0]))
+    classes = {"rotate": rotation, "rotate_backward": rotation}
+    classes |= {"scale": scale, "scale_backward": scale}
+    measured = [_tuned.lookup(op, x.device, x.dtype, *class_) for op, class_ in classes.items()]
+    if _tuned.measures_on_first_use() and None in measured:  # by a call of each
+        return False
+    return all(choice is None or choice.backend == serving for choice in measured)
 
 
 def weight_side_backward(

@@ -76,6 +76,7 @@ def samples():
         "rotate_linear_backward": [
             (y, x, weight, stage, scale, bias, y, 2),
             (y, g, weight, stage, None, None, None, 1),
+            (y, x, weight, stage.double(), scale, bias, y, 2),
         ],
     }  # fmt: skip
 

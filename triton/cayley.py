@@ -182,7 +182,7 @@ def cayley(skew: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
     b = block_size(skew.shape[-1])
     blocks = skew.new_empty(*skew.shape[:-1], b, b)
     n_blocks = blocks.numel() // (b * b)
-    launch = _launch("cayley", skew.get_device(), skew.dtype, n_blocks, b)
+    launch = _launch_of("cayley", skew.get_device(), skew.dtype, n_blocks, b)
     launch(skew.contiguous(), _mask(drop), blocks)
     return blocks
 
@@ -194,7 +194,7 @@ def cayley_backward(
     b = blocks.shape[-1]
     skew_grad = blocks.new_empty(*blocks.shape[:-2], b * (b - 1) // 2)
     n_blocks = blocks.numel() // (b * b)
-    launch = _launch("cayley_backward", blocks.get_device(), blocks.dtype, n_blocks, b)
+    launch = _launch_of("cayley_backward", blocks.get_device(), blocks.dtype, n_blocks, b)
     launch(blocks.contiguous(), _mask(drop), grad.contiguous(), skew_grad)
     return skew_grad
 
@@ -204,7 +204,7 @@ def _mask(drop: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @remembered
-def _launch(op: str, device: int, dtype: torch.dtype, n_blocks: int, b: int) -> Launch:
+def _launch_of(op: str, device: int, dtype: torch.dtype, n_blocks: int, b: int) -> Launch:
     kernel = cayley_kernel if op == "cayley" else cayley_backward_kernel
     config = tuned(config_for(op, b=b), op, device, dtype, (b,), (n_blocks,))
     constants = {"b": b, "B": config.B, "G": config.G}

@@ -187,7 +187,7 @@ def compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> t
         inner = groups[i - 1]
         inner_grad = torch.empty_like(inner) if i > 1 else factors_grad[0]
         sizes = *factors.shape[1:3], inner.shape[-1]
-        launch = _launch(True, *sizes, first, len(grad), grad[0].numel())
+        launch = _launch_of(True, *sizes, first, len(grad), grad[0].numel())
         launch(factors[i], inner, grad, factors_grad[i], inner_grad)
         grad = inner_grad[None]
     return factors_grad
@@ -199,13 +199,13 @@ def _partial(factors: torch.Tensor, first: int) -> list[torch.Tensor]:
     for factor in factors[1:]:
         n_groups, s, _ = groups[-1].shape
         outer = factors.new_empty(n_groups // 2, 2 * s, 2 * s)
-        _launch(False, *factors.shape[1:3], s, first)(factor, groups[-1], outer)
+        _launch_of(False, *factors.shape[1:3], s, first)(factor, groups[-1], outer)
         groups.append(outer)
     return groups
 
 
 @remembered
-def _launch(backward: bool, n_blocks: int, b: int, s: int, *scalars: int) -> Launch:
+def _launch_of(backward: bool, n_blocks: int, b: int, s: int, *scalars: int) -> Launch:
     """One more factor to groups of s features, or its gradient."""
     config = config_for("compose", b=b, s=s)
     constants = {"b": b, "s": s, "B": config.B, "T": config.T, "U": config.U}

@@ -14,7 +14,7 @@ MAX_BLOCK_SIZE = 64
 MAX_SIZE = 256  # of a composed stage
 MAX_ROTATION = 64  # of a stage whose groups stay in one program
 
-Config = Any  # one of the tuples below, quick to hash: launches are remembered by them
+Config = Any  # one of the tuples below
 
 
 class CayleyConfig(NamedTuple):

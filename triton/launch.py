@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# of each kernel, that are remembered: batches of ever new sizes must not fill the memory
+# that are remembered, of each function that makes some: ever new sizes must not fill the memory
 LAUNCHES = 1024
 
 _compiled: dict[tuple, tuple[Any, tuple]] = {}  # kind of call -> compiled kernel, its constants
@@ -22,7 +22,7 @@ _remembering: list[Any] = []
 
 
 def remembered(build: Callable) -> Callable:
-    """Of a function that makes a launch of the sizes of a call: until ``forget`` is called."""
+    """Make a function that makes a Launch remember what it made, until ``forget`` is called."""
     cached = lru_cache(LAUNCHES)(build)
     _remembering.append(cached)
     return cached
@@ -40,9 +40,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Launch:
-    """A launch but for its tensors, with which it is called: as often as there are such tensors.
+    """A kernel with everything that it is launched with but its tensors; these it is called with.
 
-    It runs on the device of the first of them, on torch's current stream.
+    It runs on the device of the first of them, on torch's current stream. Their shapes and strides
+    are those that the grid and the scalars were made for.
 
     Args:
         grid: how many programs; nothing happens if there are none.
@@ -66,6 +67,8 @@ class Launch:
         self._runs: dict[tuple, tuple[Callable, tuple]] = {}  # kind of tensors -> what to call
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
+        if self._grid == 0:
+            return
         device = tensors[0].get_device()
         kind = (
             device,
@@ -87,8 +90,6 @@ class Launch:
 
     def _first(self, kind: tuple, tensors: tuple[torch.Tensor | None, ...]) -> None:
         """Launch with such tensors for the first time; other sizes may share what is compiled."""
-        if self._grid == 0:
-            return
         kernel, constants, grid = self._kernel, self._constants, (self._grid, 1, 1)
         arguments = *tensors, *self._scalars
         kind_of_call = (
@@ -97,19 +98,20 @@ class Launch:
             *constants.values(),
             *[(i % 16 == 0, i == 1, i < 1 << 31) for i in self._scalars],
             *kind,
-            # on AMD's GPUs the offsets in what is smaller are of 32 bits
+            # On AMD's GPUs the offsets in what is smaller are of 32 bits. Which tensors are larger
+            # follows from their shapes, and so needs no second look in one Launch.
             *[None if t is None else t.untyped_storage().nbytes() < 1 << 31 for t in tensors],
         )
         if kind_of_call in _compiled:
             compiled, rest = _compiled[kind_of_call]
-            run, rest = compiled[grid], (*self._scalars, *rest)
-            run(*tensors, *rest)
-            self._runs[kind] = run, rest
-            return
-        result = kernel[grid](*arguments, **constants, **self._options)
-        if _is_compiled(result):
-            names = kernel.arg_names[len(arguments) :]
-            _compiled[kind_of_call] = result, tuple(constants[name] for name in names)
+            compiled[grid](*arguments, *rest)
+        else:
+            compiled = kernel[grid](*arguments, **constants, **self._options)
+            if not _is_compiled(compiled):
+                return
+            rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+            _compiled[kind_of_call] = compiled, rest
+        self._runs[kind] = compiled[grid], (*self._scalars, *rest)
 
 
 def _is_compiled(result: Any) -> bool:

@@ -170,7 +170,7 @@ def _rotate_launch(
     most = max(256, 16 * size) // tile.rows
     rows = tile.rows * max(1, min(most, n_tiles * row_tiles // _programs(size)))
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    return _launch(rotate_kernel, n_tiles * cdiv(n, rows), (n, d, rows), structure, tile)
+    return _launch_of(rotate_kernel, n_tiles * cdiv(n, rows), (n, d, rows), structure, tile)
 
 
 def rotate_backward(
@@ -250,7 +250,7 @@ def _gram_launch(
 def _gram_of(n: int, d: int, splits: int, structure: dict, tile: Tile) -> Launch:
     rows = cdiv(cdiv(n, splits), tile.rows) * tile.rows
     grid = splits * _n_tiles(tile, d, structure["SIZE"], tile.columns, tile.inner)
-    return _launch(rotate_backward_kernel, grid, (n, d, rows), structure, tile)
+    return _launch_of(rotate_backward_kernel, grid, (n, d, rows), structure, tile)
 
 
 def _programs(size: int) -> int:
@@ -272,6 +272,6 @@ def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
     return cdiv(d, width) * math.prod(cdiv(size, width) for width in widths)
 
 
-def _launch(kernel, grid: int, scalars: tuple, structure: dict, tile: Tile) -> Launch:
+def _launch_of(kernel, grid: int, scalars: tuple, structure: dict, tile: Tile) -> Launch:
     constants = structure | constants_of(tile) | {"INTERPRETED": INTERPRETED}
     return Launch(kernel, grid, scalars, constants, tile.num_warps, tile.num_stages)

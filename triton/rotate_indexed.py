@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
 from .launch import Launch, cdiv, remembered
-from .rotate import PROGRAMS, _launch, _n_tiles, _tile
+from .rotate import PROGRAMS, _launch_of, _n_tiles, _tile
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_adapters", "rows_per_program"])
@@ -85,4 +85,4 @@ def _indexed_launch(
     rows = tile.rows * max(1, min(8, n_tiles * row_tiles // PROGRAMS))
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
     scalars = n, n_adapters, d, rows
-    return _launch(rotate_indexed_kernel, n_tiles * cdiv(n, rows), scalars, structure, tile)
+    return _launch_of(rotate_indexed_kernel, n_tiles * cdiv(n, rows), scalars, structure, tile)

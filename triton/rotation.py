@@ -189,7 +189,7 @@ def rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tenso
     stage = blocks.new_empty(n_blocks * b // size, size, size)
     scratch = blocks.new_empty(_levels(m, n_blocks, b))
     drop = None if drop is None else drop.contiguous()
-    launch = _launch("rotation", skew.get_device(), skew.dtype, m, n_blocks, b)
+    launch = _launch_of("rotation", skew.get_device(), skew.dtype, m, n_blocks, b)
     launch(skew.contiguous(), drop, blocks, scratch, stage)
     return blocks, blocks[0].clone() if m == 1 else stage  # an op's outputs may not share memory
 
@@ -209,7 +209,9 @@ def rotation_backward(
     scratch = blocks.new_empty(n_scratch)
     drop = None if drop is None else drop.contiguous()
     sums = grad.shape[0], n_blocks * b * (b << (m - 1))
-    launch = _launch("rotation_backward", blocks.get_device(), blocks.dtype, m, n_blocks, b, *sums)
+    launch = _launch_of(
+        "rotation_backward", blocks.get_device(), blocks.dtype, m, n_blocks, b, *sums
+    )
     launch(blocks, drop, grad, scratch, skew_grad)
     return skew_grad
 
@@ -220,7 +222,7 @@ def _levels(m: int, n_blocks: int, b: int) -> int:
 
 
 @remembered
-def _launch(
+def _launch_of(
     op: str, device: int, dtype: torch.dtype, m: int, n_blocks: int, b: int, *scalars: int
 ) -> Launch:
     kernel = rotation_kernel if op == "rotation" else rotation_backward_kernel

@@ -97,7 +97,7 @@ def scale(
 def _scale_launch(device: int, dtype: torch.dtype, n_rows: int, n: int) -> Launch:
     config = tuned(config_for("scale"), "scale", device, dtype, (), (n_rows, n))
     grid = cdiv(n, config.COLUMNS) * cdiv(n_rows, config.ROWS)
-    return _launch(scale_kernel, grid, (n_rows, n), config)
+    return _launch_of(scale_kernel, grid, (n_rows, n), config)
 
 
 def scale_backward(
@@ -127,9 +127,9 @@ def _backward_launch(device: int, dtype: torch.dtype, n_rows: int, n: int) -> tu
     blocks = cdiv(n, config.COLUMNS)
     splits = max(1, min(cdiv(PROGRAMS, blocks), cdiv(n_rows, config.ROWS)))
     rows = cdiv(cdiv(n_rows, splits), config.ROWS) * config.ROWS
-    return splits, _launch(scale_backward_kernel, blocks * splits, (n_rows, n, rows), config)
+    return splits, _launch_of(scale_backward_kernel, blocks * splits, (n_rows, n, rows), config)
 
 
-def _launch(kernel, grid: int, scalars: tuple, config: ScaleConfig) -> Launch:
+def _launch_of(kernel, grid: int, scalars: tuple, config: ScaleConfig) -> Launch:
     constants = {"INTERPRETED": INTERPRETED, "ROWS": config.ROWS, "COLUMNS": config.COLUMNS}
     return Launch(kernel, grid, scalars, constants, config.num_warps, config.num_stages)

@@ -12,7 +12,7 @@ from .problems import Problem
 
 
 def compile_ahead(problem: Problem, choices: Sequence[Choice], args: tuple) -> None:
-    """Compile the Triton kernels of these choices on all cores, without launching any.
+    """Compile the Triton kernels of these choices on all cores; what is compiled is launched.
 
     What fails to compile fails again, with its error, when it is launched.
     """
