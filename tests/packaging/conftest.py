@@ -15,10 +15,11 @@ SHIPPED = (
     *("boft_ops", "csrc", "triton"),
 )
 BUILT = ("*.so", "_build_info.json", "__pycache__", "*.pyc")
+ENVIRONMENT = dict(os.environ)  # before any test: PEFT, for one, sets CXX to gcc for good
 
 
 def has_compiler() -> bool:
-    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    names = [ENVIRONMENT["CXX"].split()[0]] if ENVIRONMENT.get("CXX") else ["c++", "g++", "clang++"]
     return sys.platform == "linux" and any(map(shutil.which, names))
 
 
@@ -45,7 +46,7 @@ class Runner:
     def __call__(self, *args, path=(), cwd=None, fails=False, **env):
         keep = {
             name: value
-            for name, value in os.environ.items()
+            for name, value in ENVIRONMENT.items()
             if not name.startswith(("BOFT_OPS_", "PYTHON", "TRITON_", "COV_"))
         }
         keep |= {"OMP_NUM_THREADS": "1", "BOFT_OPS_CACHE": str(self.home / "cache")}
