@@ -91,7 +91,7 @@ def jobs() -> list[Job]:
 
 
 def count_calls(function: Callable[[], object]) -> int:
-    """How many functions Python calls in it, whoever wrote them in whatever language."""
+    """How many functions Python calls in it, in whatever language; not what C++ calls."""
     n_calls = 0
 
     def count(frame: object, event: str, _: object) -> None:
@@ -120,7 +120,6 @@ def table(rounds: int, seconds: float) -> list[dict[str, Any]]:
     }
     for job in entrants:
         name = job.entry.name
-        # without the engine, which is C++: it takes functions of Python's alone into account
         row: dict[str, Any] = {"name": job.entry.label, "calls": count_calls(job.both)}
         job.reset()
         for direction, durations in timed.items():

@@ -7,6 +7,8 @@ them than a GPU takes to run them, at any but the largest sizes. In compiled gra
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -19,38 +21,49 @@ from .scale import _scale, _scale_backward
 MAX_SIZE = 64  # of a stage; for larger ones Triton's rotate is the faster
 
 
-def _rotate_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stage: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    z = F.linear(_rotate(x, stage, stage.shape[-1], 1, False), weight, bias)
-    none = z.new_empty(0, len(weight))
-    if scale is None:
-        return z, none
-    return _scale(z, scale, bias, bias), z if save else none
+def composed(
+    rotate: Callable, rotate_backward: Callable, scale_rows: Callable, scale_backward: Callable
+) -> tuple[Callable, Callable]:
+    """The op and its backward, of these operators and torch's products between them."""
+
+    def rotate_linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        stage: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        save: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        z = F.linear(rotate(x, stage, stage.shape[-1], 1, False), weight, bias)
+        y = z if scale is None else scale_rows(z, scale, bias, bias)
+        return y, z if save and scale is not None else z.new_empty(0, z.shape[1])
+
+    def rotate_linear_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        stage: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        z: torch.Tensor | None,
+        splits: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        if z is not None:
+            grad, scale_grad, bias_grad = scale_backward(grad, z, scale, bias)
+        else:
+            scale_grad, bias_grad = stage.new_empty(0), stage.new_empty(0)
+            if scale is not None:
+                grad = scale_rows(grad, scale, None, None)
+        layout = stage.shape[-1], 1, False
+        x_grad, partials = rotate_backward(grad @ weight, x, stage, *layout, splits)
+        return x_grad, partials, scale_grad, bias_grad
+
+    return rotate_linear, rotate_linear_backward
 
 
-def _rotate_linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stage: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    z: torch.Tensor | None,
-    splits: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    scale_grad, bias_grad = stage.new_empty(0), stage.new_empty(0)
-    if z is not None:
-        grad, scale_grad, bias_grad = _scale_backward(grad, z, scale, bias)
-    elif scale is not None:
-        grad = _scale(grad, scale, None, None)
-    layout = stage.shape[-1], 1, False
-    return *_rotate_backward(grad @ weight, x, stage, *layout, splits), scale_grad, bias_grad
+_rotate_linear, _rotate_linear_backward = composed(
+    _rotate, _rotate_backward, _scale, _scale_backward
+)
 
 
 def _fake_rotate_linear(x, weight, stage, scale, bias, save):
