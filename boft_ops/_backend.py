@@ -37,7 +37,8 @@ class Op:
         schema: torch.library schema, e.g. ``"cayley(Tensor skew) -> Tensor"``.
         reference: plain-torch implementation of that schema, differentiable by autograd.
         fake: shapes and dtypes only (FakeTensor rule).
-        triton: ``"module:function"`` under ``triton_kernels``, if there is such a kernel.
+        triton: ``"module:function"`` under ``triton_kernels``, if there is such a kernel, or what
+            makes that function of other ops' launchers.
         supports: per backend, a predicate on the op's arguments (any, if there is none).
         on_request: its kernels serve only where they were measured to be best, or are forced: of an
             op that others can be put together for.
@@ -48,7 +49,7 @@ class Op:
         schema: str,
         reference: Callable,
         fake: Callable,
-        triton: str | None = None,
+        triton: str | Callable[[], Callable] | None = None,
         supports: dict[str, Callable[..., bool]] | None = None,
         on_request: bool = False,
     ) -> None:
@@ -242,7 +243,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 @cache
-def _launcher(target: str) -> Callable:
+def _launcher(target: str | Callable[[], Callable]) -> Callable:
+    if callable(target):
+        return target()
     module, _, function = target.partition(":")
     importlib.import_module(".triton_kernels.config", __package__).measured = _tuned.tile
     forget = importlib.import_module(".triton_kernels.launch", __package__).forget

@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from . import _autocast, _backend, _tuned
 from ._backend import Op
 from .plan import Stage
-from .rotate import MAX_TRITON_SIZE, _rotate, _rotate_backward, apply_stages, gram
-from .scale import _scale, _scale_backward
+from .rotate import (
+    MAX_TRITON_SIZE,
+    _rotate,
+    _rotate_backward,
+    apply_stages,
+    gram,
+    rotate_backward,
+    rotate_rows,
+)
+from .scale import _scale, _scale_backward, scale_backward, scale_forward
 
 MAX_SIZE = 64  # of a stage; for larger ones Triton's rotate is the faster
 
@@ -66,6 +74,13 @@ _rotate_linear, _rotate_linear_backward = composed(
 )
 
 
+def _of_triton() -> tuple[Callable, Callable]:
+    """The same with the launches of Triton's kernels, one after the other."""
+    return composed(
+        *(op.launcher() for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
+    )
+
+
 def _fake_rotate_linear(x, weight, stage, scale, bias, save):
     rows, n = x.shape[0], weight.shape[0]
     return x.new_empty(rows, n), x.new_empty(rows if save and scale is not None else 0, n)
@@ -92,7 +107,7 @@ rotate_linear_forward = Op(
     " -> (Tensor, Tensor)",
     _rotate_linear,
     _fake_rotate_linear,
-    triton="rotate_linear:rotate_linear",
+    triton=lambda: _of_triton()[0],
     supports={
         "cuda": lambda x, weight, stage, *_: _cuda_takes(x, weight, stage),
         "triton": lambda x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
@@ -104,7 +119,7 @@ rotate_linear_backward = Op(
     " Tensor? bias, Tensor? z, int splits) -> (Tensor, Tensor, Tensor, Tensor)",
     _rotate_linear_backward,
     _fake_rotate_linear_backward,
-    triton="rotate_linear:rotate_linear_backward",
+    triton=lambda: _of_triton()[1],
     supports={
         "cuda": lambda grad, x, weight, stage, *_: _cuda_takes(x, weight, stage),
         "triton": lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
