@@ -7,6 +7,7 @@ import math
 import operator
 
 import torch
+from torch import nn
 
 from . import _autocast
 
@@ -32,12 +33,23 @@ def tensor(name: str, value: object, *, min_dim: int = 0) -> None:
     """A floating-point tensor of at least ``min_dim`` dimensions."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name}: expected a dtype of {_names(FLOATING)}, got {value.dtype}")
+    floating_dtype(name, value.dtype)
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of {value.layout}")
     if value.dim() < min_dim:
         raise ValueError(
             f"{name}: expected at least {min_dim} dimension(s), got shape {tuple(value.shape)}"
         )
+
+
+def floating_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a dtype of {_names(FLOATING)}, got {dtype}")
+
+
+def module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}")
 
 
 def choice(name: str, value: object, options: tuple[str, ...]) -> None:
@@ -185,6 +197,7 @@ def linear_input(x: torch.Tensor, weight: torch.Tensor) -> None:
         type(x) is torch.Tensor
         and x.dtype == weight.dtype
         and x.dtype in FLOATING
+        and x.layout is torch.strided
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
         and x.device == weight.device

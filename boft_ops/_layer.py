@@ -7,9 +7,9 @@ from functools import wraps
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from . import _autocast, _checks
+from ._plain import check_forward, check_untouched
 from .cayley import cayley
 from .dropout import MultiplicativeDropout
 from .kaleidoscope import multiply
@@ -50,6 +50,7 @@ class BOFTLayer(nn.Module):
         merged: whether ``weight`` holds the merged weight.
     """
 
+    _merged_with: tuple[torch.Tensor, torch.Tensor | None] | None = None  # skew, scale
     BASE: type[nn.Module]  # torch's layer of which a subclass is the frozen, rotated form
     OPTIONS = frozenset(
         ("block_size", "n_factors", "side", "scale", "p_component", "p_block", "method")
@@ -71,6 +72,7 @@ class BOFTLayer(nn.Module):
         _checks.choice("method", method, _checks.METHODS)
         if not isinstance(scale, bool):
             raise TypeError(f"scale: expected a bool, got {scale!r}")
+        _checks.floating_dtype("dtype", self.weight.dtype)
         n, d = self._matrix().shape
         features = d if side == "in" else n
         _checks.butterfly_shape(features, block_size, n_factors)
@@ -101,27 +103,13 @@ class BOFTLayer(nn.Module):
 
     @classmethod
     def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> BOFTLayer:
-        for method in ("forward", "_conv_forward"):
-            if getattr(type(base), method, None) is not getattr(cls.BASE, method, None):
-                raise TypeError(
-                    f"expected a plain {cls.BASE.__name__}, got {type(base).__name__} with its own "
-                    f"{method}(), which a BOFT layer would lose"
-                )
+        check_forward(base, cls.BASE)
         if isinstance(base.weight, nn.parameter.UninitializedParameter):
             raise ValueError(
                 f"expected an initialised layer, got {type(base).__name__} without a shape yet "
                 "(run it once)"
             )
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
-        if (
-            any((*hooks, base._backward_pre_hooks))
-            or parametrize.is_parametrized(base)
-            or "forward" in vars(base)
-        ):
-            raise ValueError(
-                f"expected a {cls.BASE.__name__} without hooks and parametrizations, and with its "
-                "class's forward(), got one that has some, which a BOFT layer would lose"
-            )
+        check_untouched(base)
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
         layer.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
@@ -149,15 +137,15 @@ class BOFTLayer(nn.Module):
         """What is rotated: torch's layer, and its outputs."""
         return self.BASE.__name__, self._shapes[1]
 
-    def _active_skew(self) -> torch.Tensor:
+    def _active(self, skew: torch.Tensor) -> torch.Tensor:
         """``skew`` without the factors that ``interpolate`` made the identity."""
         m = self.n_factors - self.n_identity
         if self.n_identity == 0:
-            return self.skew  # a slice would cost a copy in backward
-        return self.skew[:m] if m else torch.zeros_like(self.skew[:1])
+            return skew  # a slice would cost a copy in backward
+        return skew[:m] if m else torch.zeros_like(skew[:1])
 
     def _blocks(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        skew = self._active_skew()
+        skew = self._active(self.skew)
         return cayley(skew if dtype is None else skew.to(dtype), method=self.method)
 
     def _rotate_matrix(
@@ -207,6 +195,9 @@ class BOFTLayer(nn.Module):
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
         self.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        # both may be stepped or loaded before unmerge(), which has to undo these
+        scale = None if self.scale is None else self.scale.detach().clone()
+        self._merged_with = self.skew.detach().clone(), scale
         self.merged = True
         return self
 
@@ -214,25 +205,29 @@ class BOFTLayer(nn.Module):
     def unmerge(self) -> BOFTLayer:
         """Undo ``merge``, up to the rounding of the weight's dtype.
 
+        What is undone is the ``skew`` and ``scale`` that were merged, whatever they are by now.
+
         Raises:
             RuntimeError: the layer is not merged.
             ValueError: ``scale`` holds a zero, which no division undoes.
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
-        wide = torch.promote_types(self.skew.dtype, torch.float32)
+        # a layer that was loaded merged has what it was merged with as its parameters
+        skew, scale = self._merged_with or (self.skew, self.scale)
+        wide = torch.promote_types(skew.dtype, torch.float32)
         matrix = self._matrix().to(wide)
-        if self.scale is not None:
-            if (self.scale == 0).any():
+        if scale is not None:
+            if (scale == 0).any():
                 raise ValueError("scale: expected no zero in order to unmerge, got some")
-            matrix = matrix / self.scale[:, None].to(wide)
-        blocks = self._blocks(wide)
+            matrix = matrix / scale[:, None].to(matrix)
+        blocks = cayley(self._active(skew).to(matrix), method=self.method)
         if self.method != "exact":  # not orthogonal: the inverse is not the transpose
             blocks = torch.linalg.inv(blocks).mT
         matrix = self._rotate_matrix(matrix, blocks, back=True)
         weight = matrix.to(self.weight.dtype).reshape(self.weight.shape).contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.merged = False
+        self.merged, self._merged_with = False, None
         return self
 
     def interpolate(self, n: int) -> BOFTLayer:
@@ -277,6 +272,8 @@ class BOFTLayer(nn.Module):
         state = state_dict.get(f"{prefix}_extra_state")
         if state is not None and bool(state[0]) != self.merged:
             self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        if f"{prefix}weight" in state_dict:
+            self._merged_with = None  # a merged weight comes with the skew that is in it
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

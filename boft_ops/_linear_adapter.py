@@ -33,12 +33,18 @@ class LinearAdapter(nn.Module):
         p_component: float = 0.0,
         p_block: float = 0.0,
         method: str = "exact",
+        kaleidoscope: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if side != "in":
             raise ValueError(f"side: expected 'in' over a base that is only called, got {side!r}")
+        if kaleidoscope:
+            raise ValueError(
+                f"kaleidoscope: expected 0 over a base that is only called, got {kaleidoscope!r}"
+            )
+        _checks.floating_dtype("dtype", dtype)
         _checks.choice("method", method, _checks.METHODS)
         if not isinstance(scale, bool):
             raise TypeError(f"scale: expected a bool, got {scale!r}")
@@ -52,9 +58,14 @@ class LinearAdapter(nn.Module):
         one = nn.Parameter(torch.ones(out_features, **kind)) if scale else None
         self.register_parameter("scale", one)
 
-    def blocks(self) -> torch.Tensor:
-        """(m, K, b, b), with dropout in training."""
-        return self.dropout(cayley(self.skew, method=self.method))
+    def blocks(self, n_factors: int = 0) -> torch.Tensor:
+        """(m, K, b, b), with dropout in training; then the identity, up to that many factors."""
+        blocks = self.dropout(cayley(self.skew, method=self.method))
+        missing = n_factors - len(blocks)
+        if missing <= 0:
+            return blocks
+        eye = torch.eye(self.block_size, dtype=blocks.dtype, device=blocks.device)
+        return torch.cat([blocks, eye.expand(missing, *blocks.shape[1:])])
 
     def options(self) -> dict[str, int | float | str | bool]:
         """The keyword arguments that make another one like this."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from . import _checks
 from ._layer import BOFTLayer
 from ._linear_adapter import LinearAdapter
-from .model import DEFAULT, build_layers, put_in
+from .model import DEFAULT, build_layers, put_in, unfrozen_on_error
 from .multi import MultiAdapterLinear
 
 FORMAT = "boft_ops"
@@ -23,10 +25,10 @@ LATER_OPTIONS = {"kaleidoscope"}  # written only where they are not the default
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DEFAULT) -> None:
     """Write what was finetuned to one safetensors file.
 
-    It holds, under their names in the model, the skew and scale of every BOFT layer, every other
-    parameter that requires a gradient (``modules_to_save``, trained biases) with the buffers of its
-    module, and as metadata the format version and each layer's options. The file appears whole or
-    not at all.
+    It holds, under their names in the pretrained model, the skew and scale of every BOFT layer,
+    every other parameter that requires a gradient (``modules_to_save``, trained biases) with the
+    buffers of its module, and as metadata the format version and each layer's options. The file
+    appears whole or not at all.
 
     Args:
         model: an adapted model; if layers are merged the adapter is the same.
@@ -38,19 +40,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
         ValueError: the model has no BOFT layer and no such adapter, or factors are switched off by
             ``interpolate``.
     """
+    _checks.module("model", model)
     layers = _layers(model, adapter)
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
-    if switched := [name for name, layer in layers.items() if layer.n_identity]:
-        raise ValueError(
-            f"model: expected interpolate(0), as a file holds all factors; {switched[0]!r} has "
-            f"interpolate({layers[switched[0]].n_identity})"
-        )
+    _check_whole(layers)
     stored = _trained(model) | _own_tensors(layers)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in stored.items()}
     config = {name: layer.options() for name, layer in layers.items()}
     bases = {name: layer.base_kind() for name, layer in layers.items()}
-    write_adapter(Path(path), config, bases, tensors)
+    write_adapter(Path(path), config, bases, stored)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -69,28 +67,36 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         ValueError: the file is truncated, not of this package, of a newer format version, or does
             not fit the model; the message says which tensor or option.
     """
+    _checks.module("model", model)
     config, tensors = _read(Path(path))
-    layers, new = _layers(model), {}
+    tensors = _unwrapped(tensors, config.keys())
+    layers = _layers(model)
     if layers:
         _compare_options(path, config, layers)
         if any(layer.merged for layer in layers.values()):
             raise ValueError(
                 "model: expected unmerged BOFT layers, got merged ones: unmerge() first"
             )
+        _check_whole(layers)
+        own = _own_tensors(layers)
+        targets = _tensors(model, layers) | own
+        required = own.keys() | _trained(model).keys()
+        _check_tensors(path, tensors, targets, required)
     else:
-        try:
-            new = build_layers(model, config)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: does not fit the model: {error}") from error
-        modules = dict(model.named_modules(remove_duplicate=False))
-        layers = {name: _adapted(new[modules[name]]) for name in config}
-    own = _own_tensors(layers)
-    others = set() if new else _trained(model).keys() - own.keys()
-    frozen = {f"{name}.{weight}" for name in layers for weight in ("weight", "base.weight")}
-    _check_tensors(path, tensors, _tensors(model, frozen) | own, own.keys() | others)
-    if new:
-        put_in(model, new)
-    targets = _tensors(model, frozen) | own  # those of the layers that were put in, if any
+        with unfrozen_on_error(model):
+            _check_levels(path, config, tensors)
+            try:
+                new = build_layers(model, config)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: does not fit the model: {error}") from error
+            modules = dict(model.named_modules(remove_duplicate=False))
+            own = _own_tensors({name: _adapted(new[modules[name]]) for name in config})
+            _check_tensors(path, tensors, _tensors(model, config) | own, own.keys())
+            put_in(model, new)
+        targets = _tensors(model, config) | own  # also of the layers that were put in
+    for module in model.modules():
+        if isinstance(module, MultiAdapterLinear):
+            module.forget()
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
@@ -114,7 +120,12 @@ def write_adapter(
         "layers": json.dumps(config, sort_keys=True),
         "bases": json.dumps(bases, sort_keys=True),
     }
-    write_whole(path, save(tensors, metadata))
+    # no views of each other, which a file does not hold
+    whole = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    write_whole(path, save(whole, metadata))
 
 
 Adapted = BOFTLayer | LinearAdapter
@@ -133,23 +144,46 @@ def _adapted(module: nn.Module, adapter: str = DEFAULT) -> Adapted | None:
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters, and the buffers beside them (running statistics)."""
-    wrapped = [m for m in model.modules() if isinstance(m, LinearAdapter)]
-    own = {id(p) for m in wrapped for p in m.parameters()}  # stored under the layers' own names
+    """Trained parameters, and the buffers beside them (running statistics), but for those of the
+    rotations."""
+    adapters = [m for m in model.modules() if isinstance(m, (BOFTLayer, LinearAdapter))]
+    own = {id(p) for m in adapters for p in (m.skew, m.scale)}  # stored by the layers' names
     named = model.named_parameters()
     stored = {name: p for name, p in named if p.requires_grad and id(p) not in own}
-    parents = {name.rpartition(".")[0] for name in stored}
+    wrapped = _wrapped(model)
+    parents = {name.rpartition(".")[0] for name in stored} - {f"{name}.base" for name in wrapped}
     state = model.state_dict().keys()  # without buffers that are not persistent
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[0] in parents and name in state:
             stored[name] = buffer
-    return stored
+    return _unwrapped(stored, wrapped)
 
 
-def _tensors(model: nn.Module, without: set[str]) -> dict[str, torch.Tensor]:
+def _tensors(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Everything that a file may be for, but for the weights that are rotated."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
-    return {name: tensor for name, tensor in tensors.items() if name not in without}
+    tensors = _unwrapped(tensors, _wrapped(model))
+    frozen = {f"{name}.weight" for name in layers}
+    return {name: tensor for name, tensor in tensors.items() if name not in frozen}
+
+
+def _wrapped(model: nn.Module) -> set[str]:
+    named = model.named_modules(remove_duplicate=False)
+    return {name for name, module in named if isinstance(module, MultiAdapterLinear)}
+
+
+def _unwrapped(tensors: dict[str, torch.Tensor], wrapped: Set[str]) -> dict[str, torch.Tensor]:
+    """By their names in the pretrained model: without the ``base`` of layers that wrap theirs."""
+
+    def plain(name: str) -> str:
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            if part == "base" and ".".join(parts[:i]) in wrapped:
+                return ".".join(parts[:i] + parts[i + 1 :])
+        return name
+
+    return {plain(name): tensor for name, tensor in tensors.items()}
 
 
 def _own_tensors(layers: dict[str, Adapted]) -> dict[str, torch.Tensor]:
@@ -208,6 +242,28 @@ def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
         if odd := sorted((options.keys() ^ BOFTLayer.OPTIONS) - LATER_OPTIONS):
             raise ValueError(f"{path}: {name}: unknown or missing options {odd}")
     return config
+
+
+def _check_whole(layers: dict[str, Adapted]) -> None:
+    if switched := [name for name, layer in layers.items() if layer.n_identity]:
+        raise ValueError(
+            f"model: expected interpolate(0), as a file holds all factors; {switched[0]!r} has "
+            f"interpolate({layers[switched[0]].n_identity})"
+        )
+
+
+def _check_levels(
+    path: str | os.PathLike, config: dict[str, dict], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Before layers are made of it: levels of a kaleidoscope are memory, and limited by nothing."""
+    for name, options in config.items():
+        levels, skew = (
+            options.get("kaleidoscope", 0),
+            tensors.get(f"{name}.skew" if name else "skew"),
+        )
+        known = type(levels) is int and skew is not None and skew.dim() == 3
+        if levels and not (known and 2 * levels <= len(skew)):
+            raise ValueError(f"{path}: {name}: kaleidoscope: {levels!r} is not what its skew has")
 
 
 def _compare_options(

@@ -47,7 +47,10 @@ def kaleidoscope_matmul(
                 f"{name}: expected shape (levels, n_factors, d/block_size, block_size, block_size),"
                 f" got {tuple(blocks.shape)}"
             )
-        m, n_blocks, b = check_blocks(blocks[0])
+        try:
+            m, n_blocks, b = check_blocks(blocks[0])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         if n_blocks * b != x.shape[-1]:
             raise ValueError(
                 f"{name}: expected butterflies of {x.shape[-1]} features, as x {tuple(x.shape)} "
@@ -79,6 +82,8 @@ def _compose_levels(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The dense groups of R_G, (d/size, size, size)."""
+    both = torch.promote_types(first.dtype, second.dtype)
+    first, second = first.to(both), second.to(both)
     with _autocast.disabled(first.device.type):
         levels = _groups(first, first_plan, dtype) @ _groups(second, second_plan, dtype).mT
         product = levels[-1]

@@ -81,7 +81,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             self._check_trainable()
             return super().forward(x)
         _checks.linear_input(x, self.weight)
-        rotation, drop, skew = shared_rotation(self), None, self._active_skew()
+        rotation, drop, skew = shared_rotation(self), None, self._active(self.skew)
         if rotation is None:  # else it has its dropout
             drop = self.dropout.draw(skew)
         return rotated_linear(

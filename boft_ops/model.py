@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
+from . import _checks
 from ._layer import BOFTLayer
 from ._quantised import is_quantised
 from .layers import BOFTConv2d, BOFTLinear
@@ -48,9 +50,10 @@ def adapt(
         TypeError: a matching module is no nn.Linear, nn.Conv2d or quantised linear layer, or is a
             subclass with a forward of its own, which a BOFT layer would lose.
         ValueError: nothing matches, a layer's features do not fit the options (its name is in the
-            message), it has hooks or parametrizations, which a BOFT layer would lose, or its parent
-            bypasses its forward.
+            message), it has hooks or parametrizations, which a BOFT layer would lose, its parent
+            bypasses its forward, or its weight is that of a module to save (tied embeddings).
     """
+    _checks.module("model", model)
     targets = _matching(model, target_modules, "target_modules")
     if not targets:
         raise ValueError("target_modules: expected at least one name, got none")
@@ -61,7 +64,17 @@ def adapt(
             raise ValueError(
                 f"modules_to_save: {name!r} is, or holds, a module that is also in target_modules"
             )
-    put_in(model, build_layers(model, dict.fromkeys(targets, options)))
+    # trained there, it would move under the rotation, and without the gradient that it has here
+    owners = {p: name for name, module in targets.items() for p in module.parameters()}
+    for name, module in kept.items():
+        for parameter in module.parameters():
+            if parameter in owners:
+                raise ValueError(
+                    f"modules_to_save: {name!r} shares a parameter with {owners[parameter]!r} of "
+                    "target_modules, which is frozen: expected one of the two"
+                )
+    with unfrozen_on_error(model):
+        put_in(model, build_layers(model, dict.fromkeys(targets, options)))
     for module in kept.values():
         module.requires_grad_(True)
     return model
@@ -70,7 +83,8 @@ def adapt(
 def build_layers(
     model: nn.Module, options: dict[str, dict]
 ) -> dict[nn.Module, BOFTLayer | MultiAdapterLinear]:
-    """The BOFT layer for each named layer, with its own options; the model is not changed."""
+    """The BOFT layer for each named layer, with its own options; the model is not changed, but that
+    quantised layers are frozen."""
     if any(isinstance(m, (BOFTLayer, MultiAdapterLinear)) for m in model.modules()):
         raise ValueError("model: expected one without BOFT layers, got an adapted one")
     children = {name: (parent, module) for parent, _, name, module in _children(model)}
@@ -80,7 +94,8 @@ def build_layers(
             raise ValueError(f"model: expected a module {name!r}, got none of that name")
         parent, module = children[name]
         if module not in layers:  # it may be registered under several names
-            _check_replaceable(parent, name, module)
+            _check_replaceable(name, module)
+            check_parent(f"target_modules: {name!r}", parent)
             layers[module] = _wrap(name, module, layer_options)
     return layers
 
@@ -91,6 +106,19 @@ def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLin
     for parent, attribute, _, module in list(_children(model)):
         if module in layers:
             setattr(parent, attribute, layers[module])
+
+
+@contextmanager
+def unfrozen_on_error(model: nn.Module) -> Iterator[None]:
+    """If the block raises, parameters require gradients as they did before it."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException:
+        for parameter, trained in before.items():
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
+        raise
 
 
 def merge(
@@ -108,9 +136,11 @@ def merge(
         ``requires_grad``.
 
     Raises:
-        ValueError: the model has no BOFT layer, or a quantised one and ``requantise`` is None: the
-            model is then as it was.
+        TypeError, ValueError: the model has no BOFT layer, or a quantised one and ``requantise`` is
+            None, or one over a base that computes more than a linear layer: the model is then as it
+            was.
     """
+    _checks.module("model", model)
 
     def merged(layer: BOFTLayer | MultiAdapterLinear) -> nn.Module:
         if isinstance(layer, BOFTLayer):
@@ -139,6 +169,8 @@ def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> di
             raise ValueError(
                 f"{argument}: expected a regular expression, got {names!r}: {error}"
             ) from error
+    elif not isinstance(names, Iterable):
+        raise TypeError(f"{argument}: expected a string or a list of names, got {names!r}")
     else:
         names = list(names)
         if any(not isinstance(n, str) or not n for n in names):
@@ -165,15 +197,19 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv2d)) or is_quantised(module)
 
 
-def _check_replaceable(parent: nn.Module, name: str, module: nn.Module) -> None:
+def _check_replaceable(name: str, module: nn.Module) -> None:
     if not _is_layer(module):
         raise TypeError(
             "target_modules: expected nn.Linear, nn.Conv2d or a quantised linear layer, "
             f"{name!r} is {type(module).__name__}"
         )
+
+
+def check_parent(layer: str, parent: nn.Module) -> None:
+    """Raise ValueError if the module that holds a layer may not call it."""
     if isinstance(parent, _BYPASSING_PARENTS):
         raise ValueError(
-            f"target_modules: {name!r} lies in {type(parent).__name__}, which may read its weight "
+            f"{layer} lies in {type(parent).__name__}, which may read its weight "
             "without calling it, so that the rotation would be ignored; expected a layer whose "
             "forward() is called"
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from . import _autocast, _checks, _quantised
+from . import _autocast, _checks, _plain, _quantised
 from ._linear_adapter import LinearAdapter
 from .butterfly import butterfly_matmul
 from .cayley import cayley
@@ -46,8 +46,7 @@ class MultiAdapterLinear(nn.Module):
         self, base: nn.Module, in_features: int | None = None, out_features: int | None = None
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Module):
-            raise TypeError(f"base: expected an nn.Module, got {type(base).__name__}")
+        _checks.module("base", base)
         features = {"in_features": in_features, "out_features": out_features}
         for name, value in features.items():
             features[name] = getattr(base, name, None) if value is None else value
@@ -57,7 +56,7 @@ class MultiAdapterLinear(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self._rows: torch.Tensor | None = None  # of adapter_rows, one number for each request
-        self._prepared: list[tuple] | None = None
+        self._prepared: tuple[list, list[tuple]] | None = None  # what it was made of, the stacks
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,6 +75,18 @@ class MultiAdapterLinear(nn.Module):
         Raises:
             TypeError, ValueError: the name is taken or impossible, or an option is not valid.
         """
+        return self.put_adapter(name, self.new_adapter(name, **options), active)
+
+    def put_adapter(self, name: str, adapter: LinearAdapter, active: bool) -> LinearAdapter:
+        """Add what ``new_adapter`` made for this name."""
+        self.adapters[name] = adapter
+        self.forget()
+        if active:
+            self.active = (*self.active, name)
+        return adapter
+
+    def new_adapter(self, name: str, **options) -> LinearAdapter:
+        """What ``add_adapter`` would add; the layer is not changed."""
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"name: expected a string without dots, got {name!r}")
         if name in self.adapters or hasattr(self.adapters, name):
@@ -84,18 +95,13 @@ class MultiAdapterLinear(nn.Module):
             options.setdefault("device", tensor.device)
             if tensor.dtype == torch.float64:
                 options.setdefault("dtype", torch.float64)
-        adapter = LinearAdapter(self.in_features, self.out_features, **options)
-        self.adapters[name] = adapter.train(self.training)
-        self._prepared = None
-        if active:
-            self.active = (*self.active, name)
-        return adapter
+        return LinearAdapter(self.in_features, self.out_features, **options).train(self.training)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter. The numbers of those that were added after it fall by one."""
         self._check_names([name])
         del self.adapters[name]
-        self._prepared = None
+        self.forget()
         self.active = tuple(other for other in self.active if other != name)
 
     def set_active(self, names: str | Iterable[str]) -> None:
@@ -157,7 +163,9 @@ class MultiAdapterLinear(nn.Module):
     def _by_rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         x = _autocast.cast(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        stacks = self._stacks(wide, x) if self._prepared is None else self._prepared
+        if self._is_stale():
+            self.forget()
+        stacks = self._prepared[1] if self._prepared else self._stacks(wide, x)
         for numbers, stages, matrices in stacks:
             local = self._renumbered(index, numbers)
             x = rotate_indexed(x, matrices, stages, local, False)
@@ -186,7 +194,7 @@ class MultiAdapterLinear(nn.Module):
         stacks = []
         for block_size, numbers in groups.items():
             m = max(adapters[i].n_factors for i in numbers)
-            blocks = torch.stack([_padded(adapters[i].blocks(), m) for i in numbers])
+            blocks = torch.stack([adapters[i].blocks(m) for i in numbers])
             device = blocks.device.type
             stages = plan(m, block_size, device) if x is None else plan_for(x, m, block_size)
             stacks.append((tuple(numbers), stages, compose_all(blocks, stages, dtype)))
@@ -206,8 +214,8 @@ class MultiAdapterLinear(nn.Module):
     def prepare(self, dtype: torch.dtype = torch.float32) -> MultiAdapterLinear:
         """Compose the matrices of all adapters now, for serving: ``adapter_index`` then uses them.
 
-        Until ``train()``, a move to another device, loading, or an adapter that comes or goes.
-        Parameters that are written to in the meantime are not looked at: call it again.
+        Until ``train()``, a move to another device, loading, an adapter that comes or goes, or, but
+        in compiled graphs, a skew that is written to.
 
         Args:
             dtype: float32, or float64 for inputs of float64.
@@ -218,20 +226,32 @@ class MultiAdapterLinear(nn.Module):
         if self.training:
             raise RuntimeError("prepare: expected eval(), got a layer in training mode")
         with torch.no_grad():
-            self._prepared = self._stacks(dtype)
+            self._prepared = self._versions(), self._stacks(dtype)
         return self
+
+    def forget(self) -> None:
+        """Undo ``prepare``."""
+        self._prepared = None
+
+    def _is_stale(self) -> bool:
+        eager = self._prepared is not None and not torch.compiler.is_compiling()
+        return eager and self._prepared[0] != self._versions()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        skews = [adapter.skew for adapter in self.adapters.values()]
+        return [(id(s), 0 if s.is_inference() else s._version) for s in skews]
 
     def train(self, mode: bool = True) -> MultiAdapterLinear:
         if mode:
-            self._prepared = None
+            self.forget()
         return super().train(mode)
 
     def _apply(self, *args, **kwargs):
-        self._prepared = None
+        self.forget()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._prepared = None
+        self.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
@@ -246,9 +266,12 @@ class MultiAdapterLinear(nn.Module):
             A frozen ``nn.Linear``, or what ``requantise`` makes of it.
 
         Raises:
-            ValueError: the base is quantised and ``requantise`` is None, or its weight cannot be
-                read.
+            TypeError, ValueError: the base is neither quantised nor a plain ``nn.Linear``, has
+                hooks, is quantised and ``requantise`` is None, or its weight cannot be read.
         """
+        if not _quantised.is_quantised(self.base):
+            _plain.check_forward(self.base, nn.Linear)
+        _plain.check_untouched(self.base)
         if requantise is None and _quantised.is_quantised(self.base):
             raise ValueError(
                 f"requantise: expected a function over {type(self.base).__name__}, got None: a "
@@ -273,12 +296,3 @@ class MultiAdapterLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, active={list(self.active)}"
-
-
-def _padded(blocks: torch.Tensor, n_factors: int) -> torch.Tensor:
-    """Blocks (m, K, b, b) with factors of the identity up to ``n_factors``."""
-    missing = n_factors - len(blocks)
-    if not missing:
-        return blocks
-    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    return torch.cat([blocks, eye.expand(missing, *blocks.shape[1:])])

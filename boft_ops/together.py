@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -33,7 +33,7 @@ def rotations(
         For each of them (K b / S, S, S), in at least float32.
 
     Raises:
-        TypeError: a skew is not a floating-point tensor, or their dtypes differ.
+        TypeError: a skew is not a floating-point tensor, a drop no boolean one, or dtypes differ.
         ValueError: shapes or devices differ, no butterfly has this shape, or S > 64.
     """
     skews = list(skews)
@@ -42,15 +42,15 @@ def rotations(
         raise ValueError(
             f"drops: expected {len(skews)} masks, as there are skews, got {len(drops)}"
         )
-    if not skews:
-        return []
     for i, (skew, drop) in enumerate(zip(skews, drops, strict=True)):
         _check(f"skews[{i}]", skew, skews[0])
-        if drop is not None and (drop.dtype != torch.bool or drop.shape != skew.shape[:2]):
-            raise ValueError(
-                f"drops[{i}]: expected a boolean {tuple(skew.shape[:2])}, "
-                f"got {drop.dtype} {tuple(drop.shape)}"
-            )
+        if drop is not None:
+            _check_mask(f"drops[{i}]", drop, skew)
+    return _split(_whole(skews, drops), skews) if skews else []
+
+
+def _whole(skews: list[torch.Tensor], drops: list[torch.Tensor | None]) -> torch.Tensor:
+    """The groups of all of them, one after another."""
     mask = None
     if any(drop is not None for drop in drops):
         masks = [
@@ -58,9 +58,22 @@ def rotations(
             for skew, drop in zip(skews, drops, strict=True)
         ]
         mask = torch.cat(masks, 1)
-    stage = Rotation.apply(torch.cat(skews, 1) if len(skews) > 1 else skews[0], mask)
+    return Rotation.apply(torch.cat(skews, 1) if len(skews) > 1 else skews[0], mask)
+
+
+def _split(stage: torch.Tensor, skews: list[torch.Tensor]) -> list[torch.Tensor]:
     m = len(skews[0])
     return list(stage.split([skew.shape[1] >> (m - 1) for skew in skews]))
+
+
+def _check_mask(name: str, drop: object, skew: torch.Tensor) -> None:
+    expected = tuple(skew.shape[:2])
+    if not isinstance(drop, torch.Tensor) or drop.dtype != torch.bool:
+        got = drop.dtype if isinstance(drop, torch.Tensor) else type(drop).__name__
+        raise TypeError(f"{name}: expected a boolean tensor or None, got {got}")
+    if drop.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(drop.shape)}")
+    _checks.same_device(name, drop, "its skew", skew)
 
 
 def _check(name: str, skew: torch.Tensor, first: torch.Tensor) -> None:
@@ -83,14 +96,23 @@ def _check(name: str, skew: torch.Tensor, first: torch.Tensor) -> None:
         )
 
 
-class _Shared(NamedTuple):
-    stage: torch.Tensor
-    version: int  # of the skew that it was computed from
-    owner: ref[Together]
+class _Step:
+    """One forward of a model: the rotations that were computed at its start."""
+
+    def __init__(self, owner: Together) -> None:
+        self.owner = owner
+        self.stages: dict[nn.Module, tuple[torch.Tensor, int]] = {}  # with the skew's version
+        # Those that were used, for checkpoints: without the graph, which keeps this object alive.
+        self.kept: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
 
 
-# Not on the layers: what holds a graph can be neither copied nor pickled with them.
-_shared: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []  # that are running, the innermost last
+
+
+_thread = _Thread()
+_graphs: set[ref[_Step]] = set()  # steps whose graph is alive
 
 
 class Together:
@@ -98,10 +120,9 @@ class Together:
 
     One launch for all layers of equal n_factors and block_size, and one in backward, instead of
     one for each layer. Numbers, gradients and dropout are those of the layers on their own.
-    Layers it cannot serve (merged, interpolated, kaleidoscopes, "neumann5", groups of more than 64
-    features, inside a compiled graph) compute their own. Activation checkpointing works with
-    ``use_reentrant=False``; the reentrant kind runs backward once for every segment, through a
-    graph that can be run once.
+    Layers it cannot serve (merged, interpolated, frozen, kaleidoscopes, "neumann5", groups of more
+    than 64 features; inside a compiled graph, a torch.func transform or a reentrant checkpoint)
+    compute their own.
 
     Args:
         model: the module whose forward is the step; its layers may change later.
@@ -111,9 +132,7 @@ class Together:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        self.running = False
+        _checks.module("model", model)
         self._handles = (
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, always_call=True),
@@ -123,48 +142,93 @@ class Together:
         """The layers compute their own rotations again."""
         for handle in self._handles:
             handle.remove()
-        for layer in [layer for layer, shared in _shared.items() if shared.owner() is self]:
-            del _shared[layer]
 
     def _before(self, model: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
-        groups = defaultdict(list)
+        step, groups = _Step(self), defaultdict(list)
         for layer in model.modules():
             if isinstance(layer, BOFTLayer) and isinstance(layer, nn.Linear) and _fits(layer):
                 skew = layer.skew
                 groups[skew.shape[0], skew.shape[2], skew.dtype, skew.device].append(layer)
         for layers in groups.values():
             skews = [layer.skew for layer in layers]
-            stages = rotations(skews, [layer.dropout.draw(layer.skew) for layer in layers])
-            for layer, stage in zip(layers, stages, strict=True):
-                _shared[layer] = _Shared(stage, layer.skew._version, ref(self))
-        self.running = True
+            stage = _whole(skews, [layer.dropout.draw(layer.skew) for layer in layers])
+            for layer, part in zip(layers, _split(stage, skews), strict=True):
+                step.stages[layer] = part, layer.skew._version
+            if stage.grad_fn is not None:
+                stage.grad_fn.step = step
+        _graphs.add(ref(step, _graphs.discard))
+        _thread.steps.append(step)
 
     def _after(self, model: nn.Module, args: tuple, output: object) -> None:
-        self.running = False
+        if _thread.steps and _thread.steps[-1].owner is self:
+            _thread.steps.pop().stages.clear()
 
 
 def _fits(layer: BOFTLayer) -> bool:
+    # without a gradient of its own there is no graph that would keep its mask for a checkpoint
     return (
         not layer.merged
         and layer.n_identity == 0
         and not layer.kaleidoscope
         and layer.method == "exact"
         and layer.block_size << (layer.n_factors - 1) <= MAX_SIZE
+        and (layer.skew.requires_grad or not torch.is_grad_enabled())
     )
 
 
 def shared_rotation(layer: BOFTLayer) -> torch.Tensor | None:
     """The rotation that was computed for this layer and this step, if there is one."""
     # first whether it is a graph that is made: Dynamo would guard on what other models share
-    if torch.compiler.is_compiling() or not _shared:
+    if torch.compiler.is_compiling() or not (_thread.steps or _graphs):
         return None
-    shared = _shared.get(layer)
-    if shared is None or not _fits(layer) or shared.version != layer.skew._version:
+    if _thread.steps:
+        stage, version = _thread.steps[-1].stages.get(layer, (None, None))
+        if stage is None or not _fits(layer) or version != layer.skew._version:
+            return None
+        # A reentrant checkpoint runs the layer without gradients, and again with another graph.
+        if stage.requires_grad != torch.is_grad_enabled():
+            return None
+        if stage.requires_grad:
+            _thread.steps[-1].kept[layer] = stage.detach()
+        return stage
+    # In backward: a checkpoint computes a part of a step again, with the masks that it had.
+    if torch._C._current_graph_task_id() == -1 or not _fits(layer):
         return None
-    owner = shared.owner()
-    # In backward: a checkpoint computes a part of the step again, with the masks that it had.
-    now = owner is not None and (owner.running or torch._C._current_graph_task_id() != -1)
-    trained = torch.is_grad_enabled() and layer.skew.requires_grad
-    return shared.stage if now and (shared.stage.requires_grad or not trained) else None
+    steps = [step for found in tuple(_graphs) if (step := found()) and layer in step.kept]
+    if len(steps) > 1:
+        steps = [step for step in _steps_before(torch._C._current_autograd_node()) if step in steps]
+        if not steps:
+            raise RuntimeError(
+                "Together: expected a checkpoint whose forward can be told, got one with outputs "
+                "that come from no rotated layer: remove()"
+            )
+    return _Recomputed.apply(steps[0].kept[layer].requires_grad_()) if steps else None
+
+
+def _steps_before(node: object) -> Iterator[_Step]:
+    """The steps that a node of their graphs came from, the nearest first."""
+    nodes, seen = deque([node]), {node}
+    while nodes:
+        node = nodes.popleft()
+        if step := getattr(node, "step", None):
+            yield step
+        found = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        seen.update(found)
+        nodes.extend(found)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A rotation for what a checkpoint computes again, which has no backward of its own."""
+
+    @staticmethod
+    def forward(ctx, stage):
+        return stage.view_as(stage)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "Together: expected a layer that is called in checkpoints of one kind, got one that is "
+            "called in a reentrant one as well: remove()"
+        )

@@ -201,6 +201,8 @@ def test_interpolated_models_are_not_saved_and_missing_parameters_are_seen(saved
     with pytest.raises(ValueError, match=r"expected interpolate\(0\).*'2'"):
         save_adapter(model, tmp_path / "file")
     assert not (tmp_path / "file").exists()
+    with pytest.raises(ValueError, match=r"expected interpolate\(0\).*'2'"):
+        load_adapter(model, saved)
     rewrite(saved, drop("3.bias"))
     with pytest.raises(ValueError, match=r"expected a tensor '3\.bias', got none"):
         load_adapter(trained(), saved)
@@ -245,6 +247,26 @@ def test_trained_biases_and_running_statistics_come_back(tmp_path):
 def test_a_file_cannot_write_the_frozen_weight(saved):
     rewrite(saved, put("2.weight", torch.zeros(16, 16)))
     with pytest.raises(ValueError, match=r"2\.weight"):
+        load_adapter(make(), saved)
+
+
+def test_parameters_that_share_memory(tmp_path):
+    model = adapt(make(), ["2"], block_size=4)
+    one = torch.randn(16, 3)
+    model[3].weight = nn.Parameter(one.mT[:])
+    model[3].register_parameter("other", nn.Parameter(one.mT[:]))
+    save_adapter(model, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter")
+    assert torch.equal(stored["3.weight"], stored["3.other"])
+    assert torch.equal(stored["3.weight"], one.mT)
+
+
+def test_a_file_of_impossible_size_is_refused_before_anything_is_made(saved):
+    layers = {"2": trained()[2].options() | {"kaleidoscope": 10**13}}
+    tensors = {name: t for name, t in load_file(saved).items() if name.startswith("2.")}
+    metadata = {"format": "boft_ops", "format_version": "1", "layers": json.dumps(layers)}
+    save_file(tensors, saved, metadata)
+    with pytest.raises(ValueError, match="2: kaleidoscope: 10000000000000 is not what its skew"):
         load_adapter(make(), saved)
 
 

@@ -136,8 +136,20 @@ def test_bad_shapes(first, second, match):
         kaleidoscope_matmul(torch.randn(2, 32), torch.zeros(first), torch.zeros(second))
 
 
+def test_blocks_of_two_dtypes():
+    x, blocks = torch.randn(3, 32), random_blocks(2, 2, 8, 32).float()
+    want = kaleidoscope_matmul(x, blocks, blocks.flip(0))
+    for first, second in ((blocks, blocks.double()), (blocks.double(), blocks)):
+        got = kaleidoscope_matmul(x, first, second.flip(0))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_types():
     blocks = random_blocks(1, 2, 8, 32)
+    with pytest.raises(ValueError, match="second: blocks: expected shape"):
+        kaleidoscope_matmul(torch.randn(2, 32), blocks, torch.zeros(1, 2, 4, 8, 7))
+    with pytest.raises(TypeError, match="first: expected a dense tensor, got one of"):
+        kaleidoscope_matmul(torch.randn(2, 32), torch.zeros(1, 2, 4, 8, 8).to_sparse(), blocks)
     with pytest.raises(TypeError, match="second: expected a dtype"):
         kaleidoscope_matmul(torch.randn(2, 32), blocks, blocks.long())
 

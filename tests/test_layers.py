@@ -118,10 +118,28 @@ def test_merging_twice_training_merged_and_zero_scales_are_errors():
         layer(torch.randn(2, 48))
     with torch.no_grad():
         layer(torch.randn(2, 48))
+    layer.unmerge()
     with torch.no_grad():
         layer.scale[3] = 0
+    layer.merge()
     with pytest.raises(ValueError, match="scale: expected no zero"):
         layer.unmerge()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_unmerging_undoes_what_was_merged(kind):
+    """Whatever an optimizer or a file has made of skew and scale since."""
+    layer = linear_pair()[1] if kind == "linear" else BOFTConv2d(8, 4, 2, block_size=4)
+    weight = randomise(layer).eval().weight.clone()
+    for change in (
+        randomise,
+        lambda layer: layer.load_state_dict({"skew": layer.skew + 1}, strict=False),
+        lambda layer: randomise(layer.double().float()),
+    ):
+        change(layer.merge())
+        torch.testing.assert_close(layer.unmerge().weight, weight, rtol=1e-4, atol=1e-5)
+    twin = randomise(copy.deepcopy(layer.merge()))
+    torch.testing.assert_close(twin.unmerge().weight, weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

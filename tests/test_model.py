@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from boft_ops import BOFTConv2d, BOFTLinear, OFTLinear, adapt, merge
+from boft_ops import (
+    BOFTConv2d,
+    BOFTLinear,
+    OFTLinear,
+    adapt,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from boft_ops.interop.serve import load_adapters
 
 
 class Attention(nn.Module):
@@ -220,6 +229,34 @@ def test_lazily_built_layers_are_refused():
 def test_oft_layers_count_as_adapted():
     with pytest.raises(ValueError, match="without BOFT layers"):
         adapt(nn.Sequential(OFTLinear(8, 8), nn.Linear(8, 8)), ["1"])
+
+
+def test_tied_weights_are_not_trained_under_a_rotation():
+    model = nn.ModuleDict({"emb": nn.Embedding(16, 8), "head": nn.Linear(8, 16, bias=False)})
+    model["head"].weight = model["emb"].weight
+    with pytest.raises(ValueError, match="'emb' shares a parameter with 'head'"):
+        adapt(model, ["head"], modules_to_save=["emb"])
+    assert type(model["head"]) is nn.Linear
+    adapt(model, ["head"], block_size=4)
+
+
+@pytest.mark.parametrize("function", [adapt, merge, save_adapter, load_adapter, load_adapters])
+def test_what_is_no_model(function):
+    for model in (None, "model"):
+        with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got"):
+            function(model, {}) if function is not merge else merge(model)
+
+
+def test_names_of_a_wrong_type():
+    for names in (None, 3):
+        with pytest.raises(TypeError, match="target_modules: expected a string or a list of names"):
+            adapt(nn.Sequential(nn.Linear(8, 8)), names)
+
+
+@pytest.mark.parametrize("kind", [BOFTLinear, BOFTConv2d])
+def test_dtypes_that_no_rotation_has(kind):
+    with pytest.raises(TypeError, match=r"dtype: expected a dtype of float64.*complex64"):
+        kind(8, 8, *[1] * (kind is BOFTConv2d), dtype=torch.complex64)
 
 
 def test_modules_to_save_must_not_hold_a_target():

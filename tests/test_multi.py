@@ -1,13 +1,23 @@
 """MultiAdapterLinear: the active list, adapters by row, saving, compiling, and PEFT's order."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
 import torch
 from torch import nn
 
-from boft_ops import BOFTLinear, MultiAdapterLinear, OFTLinear, adapt, save_adapter
+from boft_ops import (
+    BOFTLinear,
+    MultiAdapterLinear,
+    OFTLinear,
+    adapt,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from boft_ops.interop.serve import adapter_rows, load_adapters
 
 
@@ -196,17 +206,26 @@ def test_state_dict_and_deepcopy():
 
 def test_prepared_matrices_go_when_something_changes():
     x, index = torch.randn(5, 32), torch.tensor([0, 1, 2, -1, 0])
+    state = moved(make()).adapters["a"].state_dict()
     for change in (
+        moved,
+        lambda layer: layer.adapters["a"].load_state_dict(state),
+        lambda layer: setattr(layer.adapters["a"], "skew", nn.Parameter(state["skew"])),
         lambda layer: layer.add_adapter("d"),
+        lambda layer: layer.delete_adapter("a"),
         lambda layer: layer.train(),
         lambda layer: layer.double().float(),
-        lambda layer: layer.prepare(),
     ):
         layer = make().eval().prepare()
-        moved(layer)
-        stale = layer(x, index)
+        assert layer(x, index).isfinite().all()
+        for stage in (matrix for *_, stages in layer._prepared[1] for matrix in stages):
+            stage.fill_(torch.nan)
+        assert layer(x, index).isnan().any()  # what is prepared is used
         change(layer)
-        assert (layer(x, index) - stale).abs().max() > 0.01
+        numbers = index.clamp(max=len(layer.names) - 1)
+        got, fresh = layer(x, numbers), copy.deepcopy(layer)
+        fresh.forget()
+        assert torch.equal(got, fresh(x, numbers))
     with pytest.raises(RuntimeError, match="prepare: expected eval"):
         make().train().prepare()
 
@@ -232,6 +251,36 @@ def test_names_come_and_go():
             wrong()
     with pytest.raises(ValueError, match="at most once"):
         layer.set_active(["a", "a"])
+
+
+def test_merging_refuses_a_base_that_computes_more():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked = nn.Linear(32, 32)
+    hooked.register_forward_hook(lambda module, args, y: y + 1)
+    for base, error, match in (
+        (Own(32, 32), TypeError, "got Own with its own forward"),
+        (BOFTLinear(32, 32), TypeError, "got BOFTLinear with its own forward"),
+        (hooked, ValueError, "without hooks"),
+    ):
+        model = nn.Sequential(BOFTLinear(32, 32), MultiAdapterLinear(base))
+        model[1].add_adapter("a")
+        with pytest.raises(error, match=match):
+            merge(model)
+        assert isinstance(model[0], BOFTLinear)  # as it was
+
+
+def test_options_of_a_called_base():
+    layer = make()
+    layer.add_adapter("d", kaleidoscope=0)
+    for options, error, match in (
+        ({"kaleidoscope": 2}, ValueError, "kaleidoscope: expected 0 over a base"),
+        ({"dtype": torch.complex64}, TypeError, "dtype: expected a dtype of float64"),
+    ):
+        with pytest.raises(error, match=match):
+            layer.add_adapter("e", **options)
 
 
 def test_bad_arguments():
@@ -334,6 +383,64 @@ def test_a_compiled_model_serves_any_requests_with_one_graph(served):
     assert counter.frame_count == 1
 
 
+def test_choices_of_rows_are_nested_and_of_one_thread(served):
+    base, tuned, files = served
+    model = load_adapters(copy.deepcopy(base), files).eval()
+    x = torch.randn(2, 3, 16)
+    with adapter_rows(model, ["one", "two"]):
+        want = model(x)
+        with adapter_rows(model, ["two", "two"]):
+            torch.testing.assert_close(model(x), tuned["two"](x), rtol=1e-4, atol=1e-5)
+        assert torch.equal(model(x), want)
+
+    inside = threading.Event()
+
+    def request(name):
+        with adapter_rows(model, [name, name]):
+            inside.set()
+            inside.wait(60)
+            return model(x)
+
+    names = ["one", "two"] * 20
+    with ThreadPoolExecutor(4) as pool:
+        for name, got in zip(names, pool.map(request, names), strict=True):
+            torch.testing.assert_close(got, tuned[name](x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_of_several_names_is_served_under_each(tmp_path):
+    base = Model()
+    base.third = base.first
+    tuned = moved(adapt(copy.deepcopy(base), ["first"]))
+    save_adapter(tuned, tmp_path / "adapter")
+    model = load_adapters(base, {"a": tmp_path / "adapter"})
+    assert model.third is model.first
+    assert isinstance(model.first, MultiAdapterLinear)
+
+
+def test_all_but_the_adapters_is_frozen(served):
+    base, _, files = served
+    model = nn.Module()
+    model.first, model.second, model.norm = base.first, base.second, nn.LayerNorm(4)
+    load_adapters(model, {"one": files["one"]})
+    load_adapters(model, {"two": files["two"]})
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".adapters." in name for name in trained)
+    assert {name.split(".")[2] for name in trained} == {"one", "two"}
+
+
+def test_loading_a_file_into_prepared_layers(tmp_path):
+    model = nn.Sequential(MultiAdapterLinear(nn.Linear(32, 24))).eval()
+    model[0].add_adapter("default")
+    tuned = moved(copy.deepcopy(model))
+    save_adapter(tuned, tmp_path / "adapter")
+    x, index = torch.randn(5, 32), torch.zeros(5, dtype=torch.int64)
+    compiled = torch.compile(model[0].prepare(), backend="aot_eager")
+    compiled(x, index)
+    load_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(compiled(x, index), tuned[0](x, index))
+
+
 def test_what_cannot_be_served_leaves_the_model(served, tmp_path):
     base, _, files = served
     strange = {
@@ -350,6 +457,18 @@ def test_what_cannot_be_served_leaves_the_model(served, tmp_path):
         with pytest.raises(ValueError, match=match):
             load_adapters(base, {"one": files["one"], "strange": tmp_path / "strange"})
         assert type(base.first) is nn.Linear
+        assert base.first.weight.requires_grad
+    for name in ("a.b", 3):
+        with pytest.raises(ValueError, match="name: expected a string without dots"):
+            load_adapters(base, {"one": files["one"], name: files["two"]})
+        assert type(base.first) is nn.Linear
+    attention = nn.ModuleDict({"self_attn": nn.MultiheadAttention(16, 2)})
+    ours = nn.ModuleDict({"self_attn": nn.ModuleDict({"out_proj": OFTLinear(16, 16)})})
+    save_adapter(ours, tmp_path / "attention")
+    with pytest.raises(ValueError, match="without calling it"):
+        load_adapters(attention, {"a": tmp_path / "attention"})
+    with pytest.raises(ValueError, match="expected a linear layer in the model, got BOFTLinear"):
+        load_adapters(adapt(copy.deepcopy(base), ["first"]), {"one": files["one"]})
     load_adapters(base, files)
-    with pytest.raises(ValueError, match="expected a new name"):
+    with pytest.raises(ValueError, match="one: first: name: expected a new one"):
         load_adapters(base, files)

@@ -205,9 +205,43 @@ def test_adapter_files(quantised, tmp_path):
         save_adapter(fresh, tmp_path / "d", adapter="third")
 
 
+def test_a_trained_bias_has_one_name_over_dense_and_quantised_layers(tmp_path):
+    dense = nn.Sequential(nn.Linear(64, 32))
+    packed = nn.Sequential(PackedLinear(copy.deepcopy(dense[0])))
+    for model, name in ((dense, "0.bias"), (packed, "0.base.bias")):
+        ours = adapt(copy.deepcopy(model), ["0"])
+        bias = ours.get_parameter(name)
+        with torch.no_grad():
+            bias.copy_(torch.randn(32))
+        bias.requires_grad_(True)
+        save_adapter(ours, tmp_path / "a")
+        assert set(load_file(tmp_path / "a")) == {"0.skew", "0.scale", "0.bias"}
+        for other, where in ((dense, "0.bias"), (packed, "0.base.bias")):
+            fresh = load_adapter(copy.deepcopy(other), tmp_path / "a")
+            assert torch.equal(fresh.get_parameter(where), bias)
+            assert fresh.get_parameter(where).requires_grad
+            load_adapter(fresh, tmp_path / "a")  # adapted alike
+
+
+def test_failing_leaves_them_trainable_as_they_were(tmp_path):
+    model = nn.Sequential(PackedLinear(nn.Linear(64, 64)), nn.Linear(15, 3))
+    with pytest.raises(ValueError, match="Nearest valid"):
+        adapt(model, ["0", "1"], block_size=8)
+    assert model[0].bias.requires_grad
+    save_adapter(adapt(nn.Sequential(nn.Linear(64, 32)), ["0"]), tmp_path / "a")  # other outputs
+    with pytest.raises(ValueError, match="expected a floating-point tensor of shape"):
+        load_adapter(model, tmp_path / "a")
+    assert model[0].bias.requires_grad
+    assert type(model[0]) is PackedLinear
+
+
 def test_what_adapt_refuses_over_them():
     def model():
         return nn.Sequential(PackedLinear(nn.Linear(64, 32)))
+
+    adapt(model(), ["0"], kaleidoscope=0)
+    with pytest.raises(ValueError, match="0: kaleidoscope: expected 0 over a base"):
+        adapt(model(), ["0"], kaleidoscope=1)
 
     with pytest.raises(ValueError, match="0: side: expected 'in'"):
         adapt(model(), ["0"], side="out")

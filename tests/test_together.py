@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from boft_ops import (
     cayley,
     rotations,
 )
+from boft_ops import together as together_module
 
 
 def skews(m, b, counts=(1, 3, 2), dtype=torch.float64):
@@ -160,6 +163,122 @@ def test_dropout_and_checkpointing_see_one_mask_per_step():
     torch.testing.assert_close(ours[:6], step(other, x)[:6])
 
 
+class Blocks(torch.nn.Module):
+    """Each layer in a checkpoint of its own."""
+
+    def __init__(self, reentrant=False):
+        super().__init__()
+        self.net, self.reentrant = model(p_component=1.0, p_block=0.5), reentrant
+
+    def forward(self, x, keep=True):
+        for layer in self.net[:3]:
+            again = dict(use_reentrant=self.reentrant)
+            x = checkpoint(layer, x, **again) if keep else layer(x)
+        return x
+
+
+def gradients(net, losses):
+    for loss in losses:
+        loss.backward()
+    found = [p.grad for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    return found
+
+
+def test_checkpoints_of_several_steps_each_see_their_own_masks():
+    net = Blocks()
+    Together(net)
+    x = torch.randn(2, 6, 32, dtype=torch.float64)
+
+    def steps(keep):
+        torch.manual_seed(7)
+        losses = [net(x[i], keep).square().sum() for i in (0, 1)]
+        with torch.no_grad():
+            net.eval()(x[0])  # an evaluation in between
+        net.train()
+        return losses
+
+    for order in (slice(None), slice(None, None, -1)):
+        ours, want = (gradients(net, steps(keep)[order]) for keep in (True, False))
+        torch.testing.assert_close(ours, want)
+    together = sum(steps(True))
+    torch.testing.assert_close(gradients(net, [together]), want)
+
+
+def test_nothing_of_a_step_outlives_its_graph():
+    net = Blocks()
+    Together(net)
+    loss = net(torch.randn(6, 32, dtype=torch.float64)).sum()
+    assert len(together_module._graphs) == 1
+    del loss
+    assert len(together_module._graphs) == 0
+
+
+def test_in_a_reentrant_checkpoint_a_layer_computes_its_own():
+    net, x = Blocks(reentrant=True), torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
+    Together(net)
+
+    def loss(x):
+        torch.manual_seed(7)
+        return net(x).square().sum()
+
+    loss(x).backward()
+    direction = torch.randn_like(x)
+    slope = (loss(x + 1e-4 * direction) - loss(x - 1e-4 * direction)).detach() / 2e-4
+    torch.testing.assert_close((x.grad * direction).sum(), slope, rtol=1e-5, atol=1e-5)
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = BOFTLinear(32, 32)
+
+        def forward(self, x):
+            return checkpoint(self.layer, self.layer(x), use_reentrant=True)
+
+    both = Both()
+    torch.nn.init.normal_(both.layer.skew)
+    Together(both)
+    with pytest.raises(RuntimeError, match="a reentrant one as well"):
+        both(torch.randn(2, 32)).sum().backward()
+
+
+def test_a_frozen_layer_keeps_its_masks_for_a_checkpoint():
+    net, x = Blocks(), torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
+    net.requires_grad_(False)
+    Together(net)
+    found = []
+    for keep in (True, False):
+        torch.manual_seed(7)
+        found += torch.autograd.grad(net(x, keep).square().sum(), x)
+    torch.testing.assert_close(*found)
+
+
+def test_threads_run_steps_of_their_own():
+    net = model()
+    Together(net)
+    x = torch.randn(2, 6, 32, dtype=torch.float64)
+    want = [net(one).square().sum(1) for one in x]
+    turn = threading.Barrier(2)
+    net[1].register_forward_hook(lambda *_: (turn.wait(60), None)[1])
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda one: net(one).square().sum(1), x))
+    torch.testing.assert_close(got, want)
+    for y in got:  # each through the graph of its own step
+        y.sum().backward()
+
+
+def test_transforms_of_torch_func():
+    net, x = model(), torch.randn(6, 32, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(net, parameters, (x,)).square().sum()
+
+    want = torch.func.grad(loss)(parameters)
+    Together(net)
+    torch.testing.assert_close(torch.func.grad(loss)(parameters), want)
+
+
 def test_nothing_stale_is_used():
     net = model()
     Together(net)
@@ -184,10 +303,12 @@ def test_nothing_stale_is_used():
 
 def test_a_failing_step_leaves_nothing_behind():
     net = model()
-    together = Together(net)
+    Together(net)
+    x = torch.randn(4, 32, dtype=torch.float64)
     with pytest.raises(ValueError, match="last dimension"):
-        net(torch.randn(4, 31, dtype=torch.float64))
-    assert not together.running
+        net(x[:, :31])
+    net[0](x).sum().backward()  # twice through a graph of its own, not through that of the step
+    net[0](x).sum().backward()
 
 
 def test_a_model_can_still_be_copied_and_pickled():
@@ -232,11 +353,10 @@ def test_a_compiled_model_does_not_look_at_those_of_others():
         (([torch.zeros(2, 3, 28)],), ValueError, "n_factors"),
         (([torch.zeros(4, 8, 120)],), ValueError, r"<= 64 features, got 128"),
         (([torch.zeros(2, 4, 28)], []), ValueError, "drops: expected 1"),
-        (
-            ([torch.zeros(2, 4, 28)], [torch.zeros(2, 4)]),
-            ValueError,
-            r"drops\[0\]: expected a bool",
-        ),
+        (([torch.zeros(2, 4, 28)], [torch.zeros(2, 4)]), TypeError, r"drops\[0\]: expected a bool"),
+        (([torch.zeros(2, 4, 28)], [[True]]), TypeError, r"drops\[0\]: .* got list"),
+        (([torch.zeros(2, 4, 28)], [torch.zeros(2, 5) > 0]), ValueError, r"drops\[0\]: .*\(2, 4\)"),
+        (([torch.zeros(2, 4, 28)], [torch.zeros(2, 4, device="meta") > 0]), ValueError, "its skew"),
         ((["skew"],), TypeError, r"skews\[0\]: expected a torch.Tensor"),
     ],
 )

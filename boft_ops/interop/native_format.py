@@ -66,9 +66,8 @@ def write(adapter: Adapter, path: Path) -> None:
             own[f"{prefix}scale"] = layer.scale
         if clash := own.keys() & tensors.keys():
             raise ValueError(f"expected no other tensor of that name, got two {clash.pop()!r}")
-        tensors |= {key: tensor.contiguous() for key, tensor in own.items()}
+        tensors |= own
         if layer.kind is not None:
             bases[name] = layer.kind, layer.out_features
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     config = {name: layer.options() for name, layer in adapter.layers.items()}
     write_adapter(path, config, bases, tensors)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from .. import _checks
+from .._layer import BOFTLayer
+from .._linear_adapter import LinearAdapter
+from ..model import check_parent, put_in, unfrozen_on_error
 from ..multi import MultiAdapterLinear
 from .adapter import Base, LayerAdapter
 from .convert import PREFIX, read_checkpoint
@@ -37,32 +42,35 @@ def load_adapters(
     Raises:
         FileNotFoundError, ValueError: a checkpoint cannot be read, rotates what is no linear layer
             or its outputs, or holds more than rotations (trained heads, biases): they cannot be
-            chosen for each request. The model is then as it was.
+            chosen for each request; or a name is taken or impossible. The model is then as it was.
     """
+    _checks.module("model", model)
     read = {
         name: read_checkpoint(path, base=base, prefix=prefix) for name, path in checkpoints.items()
     }
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers: dict[str, MultiAdapterLinear] = {}
-    for name, adapter in read.items():
-        if adapter.others:
-            raise ValueError(
-                f"{name}: expected rotations and scales alone, got {next(iter(adapter.others))!r}"
-            )
-        for place, layer in adapter.layers.items():
-            _check_place(name, place, modules.get(place), layer)
-            if place not in layers:
-                module = modules[place]
-                known = isinstance(module, MultiAdapterLinear)
-                layers[place] = module if known else MultiAdapterLinear(module)
-                if taken := set(layers[place].names) & read.keys():
-                    raise ValueError(f"{taken.pop()}: expected a new name, {place!r} has it")
-    for place, layer in layers.items():
-        parent, _, attribute = place.rpartition(".")
-        setattr(modules[parent], attribute, layer)
+    layers: dict[nn.Module, MultiAdapterLinear] = {}  # what each module becomes, or is already
+    added: dict[tuple[MultiAdapterLinear, str], LinearAdapter] = {}
+    multi = [m for m in modules.values() if isinstance(m, MultiAdapterLinear)]
+    trained = [p for m in multi for p in m.adapters.parameters() if p.requires_grad]
+    with unfrozen_on_error(model):
         for name, adapter in read.items():
-            if place in adapter.layers:
-                _add(layer, name, adapter.layers[place])
+            if adapter.others:
+                other = next(iter(adapter.others))
+                raise ValueError(f"{name}: expected rotations and scales alone, got {other!r}")
+            for place, rotation in adapter.layers.items():
+                module = modules.get(place)
+                _check_place(name, place, module, rotation)
+                check_parent(f"{name}: {place}", modules[place.rpartition(".")[0]])
+                if module not in layers:
+                    known = isinstance(module, MultiAdapterLinear)
+                    layers[module] = module if known else MultiAdapterLinear(module)
+                added[layers[module], name] = _adapter(layers[module], name, place, rotation)
+        put_in(model, layers)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for (layer, name), adapter in added.items():
+        layer.put_adapter(name, adapter, active=False)
     return model
 
 
@@ -71,7 +79,7 @@ def _check_place(name: str, place: str, module: nn.Module | None, layer: LayerAd
         raise ValueError(f"{name}: {place}: expected a rotation of inputs, got one of outputs")
     if not place:
         raise ValueError(f"{name}: expected rotated layers inside a model, got a bare one")
-    if isinstance(module, nn.Conv2d) or not hasattr(module, "in_features"):
+    if isinstance(module, (nn.Conv2d, BOFTLayer)) or not hasattr(module, "in_features"):
         kind = "none of that name" if module is None else type(module).__name__
         raise ValueError(f"{name}: {place}: expected a linear layer in the model, got {kind}")
     if layer.features != module.in_features:
@@ -86,16 +94,29 @@ def _check_place(name: str, place: str, module: nn.Module | None, layer: LayerAd
 
 
 @torch.no_grad()
-def _add(target: MultiAdapterLinear, name: str, layer: LayerAdapter) -> None:
-    added = target.add_adapter(name, active=False, **layer.options())
-    added.skew.copy_(layer.skew)
+def _adapter(
+    target: MultiAdapterLinear, name: str, place: str, layer: LayerAdapter
+) -> LinearAdapter:
+    try:
+        made = target.new_adapter(name, **layer.options())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {place}: {error}") from error
+    made.skew.copy_(layer.skew)
     if layer.scale is not None:
-        added.scale.copy_(layer.scale)
+        made.scale.copy_(layer.scale)
+    return made
+
+
+# The choice of rows is held by the layers, as compiled graphs take it from there.
+_turn = threading.RLock()
 
 
 @contextmanager
 def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within the block, each request of a batch goes through its own adapter, in every layer.
+
+    Blocks may be nested, the inner one counts. Blocks of other threads wait for their turn: the
+    choice is the layers', so it also holds for calls that another thread makes without a block.
 
     Args:
         model: with ``MultiAdapterLinear`` layers.
@@ -105,6 +126,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     Raises:
         ValueError: the model has no such layers, or none of them an adapter of that name.
     """
+    _checks.module("model", model)
     layers = [m for m in model.modules() if isinstance(m, MultiAdapterLinear)]
     if not layers:
         raise ValueError("model: expected MultiAdapterLinear layers, got none")
@@ -112,11 +134,13 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     known = {name for layer in layers for name in layer.names} | {None}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"names: expected some of {sorted(known - {None})}, got {unknown[0]!r}")
-    for layer in layers:  # as tensors: inputs of a compiled graph, which any names go through
-        own = [name if name in layer.adapters else None for name in names]
-        layer._rows = layer.index_of(own)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._rows = None
+    with _turn:
+        before = [layer._rows for layer in layers]
+        try:
+            for layer in layers:  # as tensors: inputs of a compiled graph for any names
+                own = [name if name in layer.adapters else None for name in names]
+                layer._rows = layer.index_of(own)
+            yield
+        finally:
+            for layer, rows in zip(layers, before, strict=True):
+                layer._rows = rows
