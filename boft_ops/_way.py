@@ -16,7 +16,7 @@ from . import _backend, _checks, _tuned
 from .fused_linear import linear_forward
 from .plan import Stage, layer_plan
 from .rotate_linear import rotate_linear_forward, same_backend
-from .rotation import GIVEN
+from .rotation import ALL_GIVEN, ORTHOGONAL
 
 _decisions: dict[tuple, tuple[tuple[Stage, ...], str]] = {}  # kind of call -> stages, way
 _tuned.on_change.append(_decisions.clear)
@@ -30,10 +30,10 @@ def known(
     decision = None if kind is None else _decisions.get(kind)
     if decision is not None:
         return kind, *decision
-    given = method == GIVEN
+    given = method in ALL_GIVEN
     b = skew.shape[-1] if given else _checks.block_size_from_packed("skew", skew.shape[-1])
-    # what "neumann5" makes is not orthogonal, as the gradients of a rotated W take it to be
-    outputs = None if method == "neumann5" else weight.shape[0]
+    # the gradients of a rotated W take R to be orthogonal
+    outputs = weight.shape[0] if method in ORTHOGONAL else None
     stages, weight_side = layer_plan(rows, 1 if given else len(skew), b, outputs)
     return kind, stages, "weight side" if weight_side else None
 

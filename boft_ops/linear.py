@@ -13,7 +13,7 @@ from .fused_linear import linear_backward, linear_forward
 from .kaleidoscope import multiply
 from .rotate import apply_stages, apply_stages_backward
 from .rotate_linear import rotate_linear_backward, rotate_linear_forward, weight_side_backward
-from .rotation import GIVEN, make_matrices, make_matrices_backward
+from .rotation import ALL_GIVEN, GIVEN, make_matrices, make_matrices_backward
 from .scale import Scale, scale_backward, scale_columns
 
 
@@ -32,7 +32,7 @@ class RotatedLinear(torch.autograd.Function):
         kind, stages, way = known(rows, weight, skew, method)
         blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
         way = way or decide(kind, rows, weight, stages, matrices)
-        if way in ("weight side", "fused") and method != GIVEN and not is_rotated(skew):
+        if way in ("weight side", "fused") and method not in ALL_GIVEN and not is_rotated(skew):
             way = "composed"
         wide_scale = None if scale is None else _scale_like(scale, x)
         save = scale is not None and ctx.needs_input_grad[3]
@@ -241,7 +241,7 @@ def _compose_functions(
     kaleidoscope: int = 0,
 ) -> torch.Tensor:
     """The layer as functions that are differentiable any number of times, in every argument."""
-    blocks = skew[None] if method == GIVEN else drop_blocks(cayley(skew, method=method), drop)
+    blocks = skew[None] if method in ALL_GIVEN else drop_blocks(cayley(skew, method=method), drop)
     if side == "in":
         x = multiply(x, blocks, kaleidoscope)
     # The bias goes into the matrix product, where torch's linear has it, and what the scale and the

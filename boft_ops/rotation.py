@@ -18,9 +18,12 @@ from .dropout import drop_blocks
 from .plan import Stage
 
 MAX_SIZE = 64  # of the one stage that the op composes
-# A "method" of make_matrices: what it is given is the matrix of the one stage already. A stage of
+# "Methods" of make_matrices: what it is given is the matrix of the one stage already. A stage of
 # stride 1 is the one factor of a butterfly whose block_size is its own size.
 GIVEN = "given"
+GIVEN_SERIES = "given series"  # of a truncated series, as "neumann5" is one
+ALL_GIVEN = (GIVEN, GIVEN_SERIES)
+ORTHOGONAL = ("exact", GIVEN)  # the methods of which the blocks are; of a series they are nearly so
 
 
 def _rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +118,7 @@ def make_matrices(
     wide = torch.promote_types(torch.promote_types(skew.dtype, dtype), torch.float32)
     if skew.dtype != wide:  # a call of .to() takes longer to find out
         skew = skew.to(wide)
-    if method == GIVEN:
+    if method in ALL_GIVEN:
         return skew[None], [skew]
     if is_fused(plan, method) and skew.shape[0] > 1:
         blocks, stage = rotation_forward(skew, drop)
@@ -139,7 +142,7 @@ def make_matrices_backward(
     partials: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """dL/dskew, in its dtype, from the partial sums of each stage's gradient."""
-    if method == GIVEN:
+    if method in ALL_GIVEN:
         return partials[0].sum(0).to(skew.dtype)
     wide = blocks.dtype
     partials = [(p if p.dtype == wide else p.to(wide)).contiguous() for p in partials]

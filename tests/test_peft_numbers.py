@@ -51,6 +51,16 @@ def test_forward_and_every_gradient(case):
     assert_same(step(ours.eval(), x), step(theirs.eval(), x))
 
 
+@pytest.mark.parametrize("terms", [2, 3, 5, 7])
+def test_a_series_of_large_blocks_and_many_rows(terms):
+    """Where W would be rotated in the place of x, were the blocks orthogonal."""
+    config = oft(["0"], b=128, use_cayley_neumann=True, num_cayley_neumann_terms=terms)
+    theirs = tuned(nn.Sequential(nn.Linear(128, 4)), config)
+    nn.init.normal_(theirs.base_model.model[0].oft_R["default"].weight, std=0.03)
+    ours, x = accelerate(copy.deepcopy(theirs)), torch.randn(64, 128)
+    assert_same(step(ours, x), step(theirs, x))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_merging(case):
     theirs, ours, x = pair(case)

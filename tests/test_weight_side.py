@@ -10,7 +10,9 @@ from boft_ops import _tuned, _tuned_file, _way, boft_linear, butterfly_matmul, c
 from boft_ops import rotate as rotate_module
 from boft_ops._tuned import pinned
 from boft_ops._tuned_table import Choice
+from boft_ops.linear import rotated_linear
 from boft_ops.plan import default_plan, layer_plan, plan, plan_for
+from boft_ops.rotation import GIVEN_SERIES
 from boft_ops.together import rotations
 from boft_ops.tune import __main__ as command
 from boft_ops.tune import explain
@@ -111,6 +113,10 @@ def test_a_given_rotation(weight_side, rotated):
 def test_what_is_not_orthogonal_stays_on_the_input_side(weight_side, rotated):
     call(boft_linear, operands(), method="neumann5")
     assert rotated == [N]
+    x, weight, skew = (operands(m=1)[name] for name in ("x", "weight", "skew"))
+    blocks = cayley(skew[0], method="neumann5")
+    rotated_linear(x, weight, blocks, None, None, None, "in", GIVEN_SERIES, None)
+    assert rotated == [N, N]
 
 
 @pytest.mark.parametrize("config", [{"stages": 3, "weight_side": 1}, {"stages": 2}])

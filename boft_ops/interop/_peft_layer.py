@@ -19,7 +19,7 @@ from ..butterfly import butterfly_matmul
 from ..cayley import cayley
 from ..dropout import drop_blocks
 from ..linear import rotated_linear
-from ..rotation import GIVEN
+from ..rotation import GIVEN_SERIES, ORTHOGONAL
 from ..scale import scale_columns
 from ._peft_base import call_with_weight, is_plain
 
@@ -28,8 +28,8 @@ class Adapter(NamedTuple):
     """The rotation R of one adapter; it acts as W -> W R^T, or x -> x R.
 
     Attributes:
-        skew: (m, K, b(b-1)/2), or for the method GIVEN the blocks (K, b, b) themselves.
-        method: "exact", "neumann5" or GIVEN.
+        skew: (m, K, b(b-1)/2), or for the method GIVEN_SERIES the blocks (K, b, b) themselves.
+        method: "exact", "neumann5" or GIVEN_SERIES.
         drop: the boolean (m, K) of the blocks that dropout makes the identity, or None.
     """
 
@@ -38,7 +38,7 @@ class Adapter(NamedTuple):
     drop: torch.Tensor | None = None
 
     def blocks(self) -> torch.Tensor:
-        if self.method == GIVEN:
+        if self.method == GIVEN_SERIES:
             return self.skew[None]
         return drop_blocks(cayley(self.skew, method=self.method), self.drop)
 
@@ -159,7 +159,7 @@ class Rotated:
             matrix = matrix / scale[:, None].to(matrix.dtype)
         adapter = self._adapter(name)
         blocks = adapter.blocks().to(matrix.dtype)
-        if adapter.method != "exact":  # not orthogonal: the inverse is not the transpose
+        if adapter.method not in ORTHOGONAL:  # the inverse is not the transpose
             blocks = torch.linalg.inv(blocks).mT
         return butterfly_matmul(matrix, blocks).to(weight.dtype).reshape(weight.shape)
 

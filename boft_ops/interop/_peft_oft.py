@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from peft.tuners.oft import layer as peft_oft
 
-from ..rotation import GIVEN
+from ..rotation import GIVEN_SERIES
 from ._peft_layer import Adapter, Rotated, RotatedInput, RotatedKernel
 from ._peft_parameters import TERMS, oft_skew
 
@@ -27,7 +27,8 @@ class OftRotated(Rotated):
             weight = weight.expand(module.in_features // module.block_size, -1).contiguous()
         neumann, terms = module.use_cayley_neumann, module.num_cayley_neumann_terms
         if neumann and terms != TERMS:
-            return Adapter(module._cayley_batch(weight, module.block_size, True, terms), GIVEN)
+            blocks = module._cayley_batch(weight, module.block_size, True, terms)
+            return Adapter(blocks, GIVEN_SERIES)
         return Adapter(oft_skew(weight, neumann=neumann), "neumann5" if neumann else "exact")
 
     def _nearest_first(self, names):
