@@ -280,6 +280,23 @@ def test_restoring(case):
     assert_same(step(model, x), want, rtol=0, atol=0)
 
 
+def test_restoring_layers_without_adapters():
+    """PEFT leaves them behind where it deletes an adapter; they may be given another one."""
+    base, x = mlp()
+    model = accelerate(tuned(base, boft(["0"]), other=boft(["2"])))
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    y = model(x)
+    assert type(restore(model).base_model.model[0]) is peft_boft.Linear
+    close(model(x), y)
+    assert torch.equal(model.base_model.model[0](x), base[0](x))
+    model.add_adapter("default", boft(["0"]))
+    model.set_adapter("default")
+    y = model(x)
+    assert differ(y, base(x))
+    close(accelerate(model)(x), y)
+
+
 def test_restoring_many_factors(peft_extension):
     """The permutations come back as PEFT makes them."""
     base, x = mlp()

@@ -87,6 +87,8 @@ def free_permutation(layer: nn.Module) -> None:
 
 def restore_permutation(layer: nn.Module) -> None:
     """Make PEFT's buffer again, for the adapter that it was last made for, in its own class."""
+    if not layer.boft_R:  # all were deleted: PEFT makes one with the next adapter
+        return
     boft_R = list(layer.boft_R.values())[-1]
     m, n_blocks, b, _ = boft_R.shape
     layer.fbd_cuda_available = m > 1 or peft_boft._FBD_CUDA is not None
