@@ -108,6 +108,25 @@ def test_safe_merging_of_convolutions():
     assert ours.base_model.model[0].base_layer.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("tuner", [boft, oft])
+def test_safe_merging_of_several_adapters(tuner):
+    base, _ = mlp()
+    stock = tuned(base, tuner(["0"]), other=tuner(["0"]))
+    stock.base_model.set_adapter(["default", "other"])
+    ours = accelerate(copy.deepcopy(stock))
+    last = {boft: "other", oft: "default"}[tuner]  # of those that ours merges
+    for model, broken in ((stock, "other"), (ours, last)):
+        layer = model.base_model.model[0]
+        parameter = layer.boft_s[broken] if tuner is boft else layer.oft_R[broken].weight
+        parameter.data[0] = torch.nan
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+            model.merge_adapter(safe_merge=True)
+    assert stock.base_model.model[0].merged_adapters == ["default"]
+    layer = ours.base_model.model[0]
+    assert not layer.merged
+    assert torch.equal(layer.base_layer.weight, base[0].weight)
+
+
 def test_unmerging_a_zero_scale():
     stock = tuned(mlp()[0], boft(["0"]))
     stock.base_model.model[0].boft_s["default"].data[3] = 0

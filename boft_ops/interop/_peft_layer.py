@@ -118,14 +118,17 @@ class Rotated:
         """
         own = self._names()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in own]
-        for name in self._nearest_first(names):
-            weight = self._merge_one(name)
+        if not names:
+            return
+        names, weight = self._nearest_first(names), self.get_base_weight()
+        for name in names:
+            weight = self._merge_one(weight, name)
             if safe_merge and not torch.isfinite(weight).all():
                 raise ValueError(
                     f"NaNs detected in the merged weights: adapter {name!r} seems to be broken"
                 )
-            self.set_base_weight(weight)
-            self.merged_adapters.append(name)
+        self.set_base_weight(weight)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Undo ``merge``, up to the rounding of the weight's dtype.
@@ -143,8 +146,7 @@ class Rotated:
             self.merged_adapters.pop()
 
     @_exactly
-    def _merge_one(self, name: str) -> torch.Tensor:
-        weight = self.get_base_weight()
+    def _merge_one(self, weight: torch.Tensor, name: str) -> torch.Tensor:
         return rotated_weight(weight, [self._adapter(name)], self._scale(name))
 
     @_exactly
