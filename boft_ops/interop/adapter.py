@@ -114,21 +114,26 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes_of(base: Base) -> Shapes:
-    """The shape of the weight of every module of a pretrained model, by its dotted name.
+    """The shape of the weight of every module of a pretrained model, by its dotted name."""
+    suffix = ".weight"
+    named = tensors_of(base).items()
+    return {name.removesuffix(suffix): shape for name, shape in named if name.endswith(suffix)}
+
+
+def tensors_of(base: Base) -> Shapes:
+    """The shape of every tensor of a pretrained model, by its name.
 
     Args:
         base: the model, one of its safetensors files, or the folder of them: names and shapes are
             read, not the weights.
     """
     if isinstance(base, nn.Module):
-        named = base.named_parameters(remove_duplicate=False)
-        shapes = {name: tuple(p.shape) for name, p in named}
-    else:
-        shapes = {}
-        for file in _safetensors_files(Path(base)):
-            shapes |= _header(file)
-    suffix = ".weight"
-    return {n.removesuffix(suffix): s for n, s in shapes.items() if n.endswith(suffix)}
+        state = base.state_dict().items()
+        return {name: tuple(t.shape) for name, t in state if isinstance(t, torch.Tensor)}
+    shapes = {}
+    for file in _safetensors_files(Path(base)):
+        shapes |= _header(file)
+    return shapes
 
 
 def _safetensors_files(path: Path) -> list[Path]:

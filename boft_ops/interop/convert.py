@@ -62,7 +62,7 @@ def convert(
         )
     adapter = read_checkpoint(source, base=base, prefix=prefix)
     if to == "peft":
-        peft_writer.write(adapter, destination)
+        peft_writer.write(adapter, destination, base)
     elif to == "lycoris":
         lycoris_format.write(adapter, destination, prefix)
     else:

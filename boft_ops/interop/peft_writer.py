@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from pathlib import Path
 
 import torch
 
 from ..dropout import count
 from ._peft_parameters import TERMS, boft_blocks, oft_skew
-from .adapter import Adapter, LayerAdapter
+from .adapter import Adapter, Base, LayerAdapter, tensors_of
 from .files import write_folder
 from .peft_reader import CONFIG, PREFIX, WEIGHTS
 
 
-def write(adapter: Adapter, path: Path) -> None:
+def write(adapter: Adapter, path: Path, base: Base | None) -> None:
     """BOFT, or OFT for one factor without a scale; PEFT has one configuration for all layers."""
     config, tensors = _convert(adapter)
-    config |= _common(adapter, config["peft_type"])
+    config |= _common(adapter, config["peft_type"], base)
     for name, tensor in adapter.others.items():
         module, _, last = name.rpartition(".")
         inner = f"{module}.base_layer.{last}" if module in adapter.layers else name
@@ -118,18 +118,55 @@ def _dropout(layer: LayerAdapter) -> float:
     return layer.p_block if chosen else 0.0
 
 
-def _common(adapter: Adapter, peft_type: str) -> dict:
+def _common(adapter: Adapter, peft_type: str, base: Base | None) -> dict:
     """Target modules as a regular expression of whole names: of a list PEFT matches the ends."""
     biases = {f"{name}.bias" for name in adapter.layers}
-    saved = {n.rpartition(".")[0] for n in adapter.others if n not in biases}
-    if any(not name for name in saved):
-        raise ValueError("PEFT saves whole modules, got a trained parameter of the model itself")
     return {
         "target_modules": "|".join(re.escape(name) for name in sorted(adapter.layers)),
-        "modules_to_save": sorted(saved) or None,
+        "modules_to_save": _modules_to_save(adapter, adapter.others.keys() - biases, base) or None,
         "bias": f"{peft_type.lower()}_only" if biases & adapter.others.keys() else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "task_type": None,
         "base_model_name_or_path": None,
     }
+
+
+def _modules_to_save(adapter: Adapter, names: Collection[str], base: Base | None) -> list[str]:
+    """The modules of further tensors of these names, if they are what PEFT will ask the file for.
+
+    It saves whole modules, those inside of them included, and adapts no layer in there.
+    """
+    modules = {_parent(name) for name in names}
+    if "" in modules:
+        raise ValueError("PEFT saves whole modules, got a trained parameter of the model itself")
+    saved = sorted(name for name in modules if not _within(_parent(name), modules))
+    for name in adapter.layers:
+        if _within(name, saved):
+            raise ValueError(
+                f"{name}: PEFT adapts no layer in modules that it saves whole, all whose names end "
+                f"like one of {saved}, got trained parameters of both"
+            )
+    known = {} if base is None else tensors_of(base)
+    asked = {name for name in known if _within(_parent(name), saved)}
+    for name in saved:
+        if not any(tensor.startswith(f"{name}.") for tensor in asked):
+            asked |= {f"{name}.weight", f"{name}.bias"}  # as most modules have
+    if missing := sorted(asked - adapter.others.keys()):
+        unless = "" if missing[0] in known else "; or base=, a model that has no such tensor"
+        raise ValueError(
+            f"PEFT saves whole modules, all whose names end like one of {saved}: expected a "
+            f"trained {missing[0]!r}, too, got none{unless}"
+        )
+    return saved
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _within(name: str, saved: Collection[str]) -> bool:
+    """Whether PEFT takes this module, or one around it, for one of ``saved``: it compares ends."""
+    parts = f"{PREFIX}{name}".rstrip(".").split(".")
+    around = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return any(module.endswith(tuple(saved)) for module in around)
