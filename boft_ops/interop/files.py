@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from .._checks import FLOATING
+
 MAX_JSON = 16 << 20  # bytes
 
 
@@ -20,10 +22,22 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, spoiled, or holds something else than plain tensors.
+        ValueError: truncated, spoiled, or holds something else than plain tensors, be it floating
+            point of 8 bits.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a file, got {str(path)!r}")
+    tensors, metadata = _read(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in FLOATING:
+            raise ValueError(
+                f"{path}: {name}: expected floating-point numbers of 16 to 64 bits, got "
+                f"{tensor.dtype}"
+            )
+    return tensors, metadata
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return _read_pickle(path), {}
     from safetensors import safe_open

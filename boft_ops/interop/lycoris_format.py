@@ -100,7 +100,8 @@ def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerAdapter:
 def _alpha(where: str, alpha: torch.Tensor | None) -> float:
     if alpha is None:
         return 0.0
-    value = float(alpha) if alpha.numel() == 1 else float("nan")
+    one = alpha.numel() == 1 and not alpha.is_complex()
+    value = float(alpha) if one else float("nan")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{where}: alpha: expected one number >= 0, got {alpha}")
     return value

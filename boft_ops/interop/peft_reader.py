@@ -14,6 +14,8 @@ from .files import read_json, read_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+# Of boft_R (m, K, b, b), and what PEFT takes where its config says nothing.
+SIZES = {"boft_n_butterfly_factor": 1, "boft_block_num": 0, "boft_block_size": 4}
 _FOREIGN = re.compile(r"(^|\.)\w*(oft|lora)_\w+(\.|$)")  # parameters of any tuner that are left
 
 
@@ -64,15 +66,19 @@ def _take(path: Path, tensors: dict[str, torch.Tensor], suffix: str) -> dict[str
 def _number(path: Path, config: dict, key: str, kind: type, default: object) -> object:
     value = config.get(key, default)
     number = (int, float) if kind is float else kind
-    if not isinstance(value, number) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{path}: {key}: expected a {kind.__name__}, got {value!r}")
-    return value
+    if isinstance(value, number) and (kind is bool or not isinstance(value, bool)):
+        try:
+            return kind(value)
+        except OverflowError:  # of an integer that no float holds
+            pass
+    raise ValueError(f"{path}: {key}: expected a {kind.__name__}, got {value!r}")
 
 
 def _read_boft(
     path: Path, config: dict, tensors: dict[str, torch.Tensor]
 ) -> dict[str, LayerAdapter]:
-    p_block = float(_number(path, config, "boft_dropout", float, 0.0))
+    p_block = _number(path, config, "boft_dropout", float, 0.0)
+    sizes = {key: _number(path, config, key, int, default) for key, default in SIZES.items()}
     matrices, scales = _take(path, tensors, ".boft_R"), _take(path, tensors, ".boft_s")
     if odd := sorted(matrices.keys() ^ scales.keys()):
         raise ValueError(f"{path}: expected boft_R and boft_s of each layer, got one of {odd[0]!r}")
@@ -86,6 +92,7 @@ def _read_boft(
                 f"{path}: {name}: boft_s: expected (n, 1), or (1, n) of a convolution, got "
                 f"{tuple(scale.shape)}"
             )
+        _check_sizes(f"{path}: {name}", sizes, shape)
         kind = "Linear" if scale.shape[1] == 1 else "Conv2d"
         layers[name] = LayerAdapter(
             boft_skew(matrix),
@@ -96,6 +103,16 @@ def _read_boft(
             out_features=scale.numel(),
         )
     return layers
+
+
+def _check_sizes(where: str, sizes: dict[str, int], shape: tuple[int, ...]) -> None:
+    for (key, said), got in zip(sizes.items(), shape[:3], strict=True):
+        # PEFT takes one of the block's size and number, and 0 is for the other
+        if said != got and (said or key == "boft_n_butterfly_factor"):
+            raise ValueError(
+                f"{where}: {key}: the config says {said}, the shape of boft_R {got}; if that is "
+                "right (PEFT makes one factor without its CUDA extension), correct the config"
+            )
 
 
 def _one_of(n_factors: int) -> float:
@@ -119,7 +136,7 @@ def _read_oft(
     coft = _number(path, config, "coft", bool, False)
     eps = _number(path, config, "eps", float, 6e-5)
     share = _number(path, config, "block_share", bool, False)
-    p_block = float(_number(path, config, "module_dropout", float, 0.0))
+    p_block = _number(path, config, "module_dropout", float, 0.0)
     layers = {}
     for name, weight in _take(path, tensors, ".oft_R.weight").items():
         if weight.dim() != 2 or 0 in weight.shape:
@@ -188,5 +205,8 @@ def _read_others(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torc
             raise ValueError(
                 f"{path}: expected parameters of linear layers and convolutions, got {name!r}"
             )
+        # bias="all" stores what modules_to_save trained under both names
+        if plain in others and not torch.equal(others[plain], tensor):
+            raise ValueError(f"{path}: expected one {plain!r}, got two that differ, {name!r} too")
         others[plain] = tensor
     return others
