@@ -1,5 +1,7 @@
 """Every Triton kernel, compiled for GPUs that are not there: it compiles, nothing is spilled.
 
+What the committed table has of the very same source is compiled by way of sample.
+
 In a process of its own: under the interpreter, which the other tests use, nothing is compiled.
 """
 
@@ -28,7 +30,8 @@ pytestmark = pytest.mark.skipif(not _backend.has_triton(), reason="triton is not
 def test_kernels_compile_without_spills(target, rest, tmp_path):
     import triton
 
-    (backend, _, _), shared_limit = triton_resources.TARGETS[target]
+    (backend, _, width), shared_limit = triton_resources.TARGETS[target]
+    cases = dict(triton_resources.cases(target, rest))
     run = subprocess.run(
         [sys.executable, triton_resources.__file__, target, *(["rest"] if rest else [])],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
@@ -37,14 +40,18 @@ def test_kernels_compile_without_spills(target, rest, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads(run.stdout.splitlines()[-1])
-    assert set(rows) == {name for name, _ in triton_resources.cases(target, rest)}
+    version, table = triton_resources.read_table()
+    if version == triton.__version__:
+        assert len(rows) >= len(cases) // triton_resources.SAMPLE
+        rows = {name: table[target, name] for name in cases if (target, name) in table} | rows
+    assert rows.keys() == cases.keys()
     for name, used in rows.items():
         assert used["stack"] == 0, (name, used)
         assert used["shared"] <= shared_limit, (name, used)
         if backend == "cuda":  # or it does not launch
-            assert used["registers"] * used["threads"] <= 65536, (name, used)
+            threads = cases[name].num_warps * width
+            assert used["registers"] * threads <= 65536, (name, used)
 
-    version, table = triton_resources.read_table()
     if version != triton.__version__:
         return  # another compiler: its registers tell nothing about a change here
     hint = "python tests/triton_resources.py --write"
