@@ -78,7 +78,7 @@ sanitize: $(STAMPS)/test
 	  BOFT_OPS_FORCE_EXT=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 	  $(PRELOAD) \
-	  $(abspath $(PY)) -m pytest -q -s -p no:cacheprovider tests/test_native.py $(ARGS)
+	  $(abspath $(PY)) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/test_native.py $(ARGS)
 
 # Without a GPU. `make test` has the emulated tests too; here they run under sanitizers.
 EMULATED := build/emulated
@@ -88,7 +88,7 @@ cuda: $(STAMPS)/test
 	@PYTHONPATH=. $(PY) tests/cuda_emulation.py $(EMULATED) $(SANITIZE)
 	ASAN_OPTIONS=detect_leaks=0 BOFT_EMULATED_LIBRARY=$(EMULATED)/libboft_emulated.so \
 	  $(PRELOAD) \
-	  $(PY) -m pytest -q -s -p no:cacheprovider tests/test_cuda.py $(ARGS)
+	  $(PY) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/test_cuda.py $(ARGS)
 
 # Needs a GPU, and a library with CUDA kernels. memcheck: accesses outside of allocations; racecheck:
 # shared memory without a barrier between.
