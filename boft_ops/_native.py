@@ -24,6 +24,7 @@ CUDA_NS = f"{NS}_cuda"
 status: str = "not looked for yet"
 library: Path | None = None
 isa: str | None = None  # the instruction set that its CPU kernels run on
+ISAS = ("baseline", "avx2", "avx512")  # of csrc/cpu/isa.cpp
 _lib: ctypes.CDLL | None = None
 _kernels: dict[str, frozenset[str]] = {}
 # How the CPU kernels cut work; csrc/boft_kernels.h says what the numbers are.
@@ -52,9 +53,12 @@ def set_tunables(values: dict[str, int]) -> None:
 
 
 def load() -> bool:
-    """Open the library, if there is one that fits the sources. Never compiles, prints or raises.
+    """Open the library, if there is one that fits the sources. Never compiles or prints.
 
     Warns only where a library is there but cannot be used: one that is merely absent is no fault.
+
+    Raises:
+        ValueError: BOFT_OPS_CPU_ISA is no instruction set, or none that this machine has.
     """
     global status, library, isa, _lib, _kernels
     namespace = getattr(torch.ops, NS)
@@ -62,10 +66,11 @@ def load() -> bool:
     # its kernels are registered already, and a second registration would be an error.
     state = vars(namespace).get("_native_library")
     if state is None:
+        wanted = _wanted_isa()
         faults = []
         for path in _candidates(faults):
             try:
-                state = _open(path)
+                state = _open(path, wanted)
             except (OSError, AttributeError, RuntimeError) as error:
                 faults.append(f"broken: {path}: {error}")
                 continue
@@ -82,6 +87,13 @@ def load() -> bool:
     debug = ", debug build" if _build.read_info(library.parent).get("debug") else ""
     status = f"loaded ({isa}; kernels: {names or 'none'}{debug})"
     return True
+
+
+def _wanted_isa() -> str | None:
+    wanted = os.environ.get("BOFT_OPS_CPU_ISA") or None
+    if wanted not in (None, *ISAS):
+        raise ValueError(f"BOFT_OPS_CPU_ISA: expected one of {ISAS}, got {wanted!r}")
+    return wanted
 
 
 def build(verbose: bool = False) -> Path:
@@ -164,7 +176,9 @@ def _check_whole(path: Path) -> None:
         raise OSError("the file is cut short")
 
 
-def _open(path: Path) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]]:
+def _open(
+    path: Path, wanted_isa: str | None
+) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]]:
     _check_whole(path)
     lib = ctypes.CDLL(str(path))
     lib.boft_ops_isa.restype = ctypes.c_char_p
@@ -173,6 +187,12 @@ def _open(path: Path) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]
     lib.boft_ops_get.argtypes, lib.boft_ops_get.restype = [ctypes.c_char_p], ctypes.c_int64
     lib.boft_ops_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     lib.boft_ops_register.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_int]
+    found = lib.boft_ops_isa().decode()  # the one asked for, or the best of this machine
+    if wanted_isa not in (None, found):
+        raise ValueError(
+            f"BOFT_OPS_CPU_ISA: expected an instruction set of this machine, up to {found}, "
+            f"got {wanted_isa!r}"
+        )
     names = {}
     for device in ("cpu", "cuda"):
         listed = (lib.boft_ops_kernels(device.encode()) or b"").decode()
@@ -182,4 +202,4 @@ def _open(path: Path) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]
         call = namespace.encode(), device.encode(), message, len(message)
         if names[device] and lib.boft_ops_register(*call) != 0:
             raise RuntimeError(message.value.decode(errors="replace"))
-    return lib, path, lib.boft_ops_isa().decode(), names
+    return lib, path, found, names

@@ -299,6 +299,19 @@ def test_the_instruction_set_is_the_one_asked_for():
     assert wanted is None or _native.isa == wanted
 
 
+@pytest.mark.parametrize("wanted", ["foo", "AVX2", "avx512"])
+def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
+    """When the library is looked for, at import; a name that is none, also without a library."""
+    if wanted == (_native.isa or "avx512"):
+        pytest.skip("nothing is wrong with it")
+    monkeypatch.setenv("BOFT_OPS_CPU_ISA", wanted)
+    monkeypatch.delitem(vars(raw), "_native_library", raising=False)
+    if wanted not in _native.ISAS:
+        monkeypatch.setattr(_native, "_candidates", lambda faults: pytest.fail("looked for one"))
+    with pytest.raises(ValueError, match=f"BOFT_OPS_CPU_ISA: expected .*, got '{wanted}'"):
+        _native.load()
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "match"),
     [
