@@ -143,6 +143,9 @@ def test_compiled_once_for_any_index():
     # out of range there, where a look at the index would break the graph: loud, not wrong
     bad = compiled(x, blocks, torch.tensor([0, 3, -2, 1, -1, 2]))
     assert bad.isnan().any(1).tolist() == [False, True, True, False, False, False]
+    # nor is what would be in range modulo 2**32
+    bad = compiled(x, blocks, torch.tensor([0, 2**32 + 1, 2**32 - 1, 1, -(2**32), 2**63 - 1]))
+    assert bad.isnan().any(1).tolist() == [False, True, True, False, True, True]
 
 
 def test_the_benchmark_times_what_it_says(capsys, monkeypatch):
