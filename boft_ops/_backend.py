@@ -18,6 +18,7 @@ from functools import cache
 import torch
 
 from . import _autocast, _native, _tuned
+from ._device import devices_of
 from ._namespace import NS
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
@@ -145,13 +146,10 @@ class Op:
             raise ValueError(f"BOFT_OPS_BACKEND: expected one of {BACKENDS}, got {backend!r}")
         if backend in self.missing:
             raise RuntimeError(f"BOFT_OPS_BACKEND={backend}: {self.name}: {self.missing[backend]}")
-        devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            devices["triton"] = ("cuda", "cpu")
-        device = args[0].device.type
-        if backend != "reference" and device not in devices[backend]:
+        device, devices = args[0].device.type, devices_of(backend)
+        if backend != "reference" and device not in devices:
             raise RuntimeError(
-                f"BOFT_OPS_BACKEND={backend}: expected tensors on {' or '.join(devices[backend])}, "
+                f"BOFT_OPS_BACKEND={backend}: expected tensors on {' or '.join(devices)}, "
                 f"got {device}"
             )
         if not self.takes(backend, args):

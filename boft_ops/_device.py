@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from functools import cache
@@ -19,6 +20,13 @@ def name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {_native.isa or 'no kernels'}, {torch.get_num_threads()} threads"
+
+
+def devices_of(backend: str) -> tuple[str, ...]:
+    """The types of the devices that a backend has kernels for; none if there is no such backend."""
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "cuda", "cpu"
+    return {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}.get(backend, ())
 
 
 def slug(name: str) -> str:

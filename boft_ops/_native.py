@@ -45,10 +45,12 @@ def set_tunables(values: dict[str, int]) -> None:
     """Set some of ``DEFAULTS`` for the process; without a library nobody reads them.
 
     Raises:
-        ValueError: there is no such number, or it may not have this value.
+        ValueError: there is no such number, or it may not have this value. Then none is set.
     """
+    before = {name: tunable(name) for name in DEFAULTS}
     for name, value in values.items():
         if name not in DEFAULTS or (_lib and _lib.boft_ops_set(name.encode(), value) != 0):
+            set_tunables(before)
             raise ValueError(f"{name}: no such number of the kernels, or {value} is out of range")
 
 

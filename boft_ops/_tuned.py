@@ -68,8 +68,8 @@ def _number(device: torch.device) -> int:
 def _load(device: torch.device) -> list[Table]:
     if mode() == "0" or device.type not in ("cpu", "cuda"):
         return []
-    found = []
-    for file in (user_file, shipped_file):
+    found: list[Table] = []
+    for file in (shipped_file, user_file):  # the user's numbers of the kernels are set last
         try:
             path = file(device)
         except RuntimeError:  # no home folder to have a cache in
@@ -77,18 +77,22 @@ def _load(device: torch.device) -> list[Table]:
         try:
             content = read(path, device)
             if content is not None:
-                found.append(table_of(content["choices"]))
+                table = table_of(content["choices"])
+                if device.type == "cpu":
+                    _native.set_tunables(_numbers(table))
+                found.insert(0, table)
         except ValueError as error:
             if str(path) not in _warned:
                 _warned.add(str(path))
                 message = f"{PACKAGE}: {path} is ignored: {error}"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
-    if device.type == "cpu":
-        for table in reversed(found):
-            for op in ("grain", "blocking"):
-                for choice in table.get((op, ""), ()):
-                    _native.set_tunables(choice.config)
     return found
+
+
+def _numbers(table: Table) -> dict[str, int]:
+    """What it has for the C++ kernels of the whole process."""
+    choices = [choice for op in ("grain", "blocking") for choice in table.get((op, ""), ())]
+    return {name: value for choice in choices for name, value in choice.config.items()}
 
 
 def measures_on_first_use() -> bool:

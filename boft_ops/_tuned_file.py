@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from . import _native, _paths
-from ._device import name_of, slug, versions
+from ._device import devices_of, name_of, slug, versions
 from ._shape_class import CLASSES
 
 FORMAT = 1
@@ -44,32 +45,53 @@ def read(path: Path, device: torch.device) -> dict[str, Any] | None:
         if content["versions"] != versions(device):
             raise ValueError(f"measured with {content['versions']}, this is {versions(device)}")
         for row in content["choices"]:
-            _check(row)
+            _check(row, device)
+        _check_rates(content["rates"])
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"cannot be read: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a table of tuned choices: {error!r}") from None
     return content
 
 
-def _check(row: Row) -> None:
+def _check(row: Row, device: torch.device) -> None:
     config = {k: v for k, v in row["config"].items() if (k, v) != ("weight_side", 0)}
     numbers = [*row["structure"].values(), *row["sizes"].values(), *config.values()]
-    names = row["op"], row["dtype"], row["backend"]
-    if not all(type(n) is int and n > 0 for n in numbers) or not all(type(n) is str for n in names):
+    op, _, backend = names = row["op"], row["dtype"], row["backend"]
+    if not all(_is_number(n) for n in numbers) or not all(type(n) is str for n in names):
         raise ValueError(f"not a choice: {row}")
-    classes = CLASSES.get(row["op"])
+    classes = CLASSES.get(op)
     if classes is None:
-        raise ValueError(f"unknown operator {row['op']}")
+        raise ValueError(f"unknown operator {op}")
     if (*row["structure"], *row["sizes"]) != classes.structure + classes.sizes:
-        raise ValueError(f"not a shape class of {row['op']}: {row}")
-    if row["backend"] == "triton":
+        raise ValueError(f"not a shape class of {op}: {row}")
+    if backend not in ("", "reference") and device.type not in devices_of(backend):
+        raise ValueError(f"no backend of {device.type}: {row}")
+    if op == "plan":
+        stages = min(config.get("stages", 1), row["structure"]["n_factors"])
+        if config not in ({}, {"stages": stages}, {"stages": 1, "weight_side": 1}):
+            raise ValueError(f"not a plan of so many factors: {row}")
+    if backend == "triton":
         from .triton_kernels.config import fields_of
 
-        if unknown := row["config"].keys() - fields_of(row["op"]):
-            raise ValueError(f"{row['op']}: its tiles have no {', '.join(sorted(unknown))}")
+        if unknown := config.keys() - fields_of(op):
+            raise ValueError(f"{op}: its tiles have no {', '.join(sorted(unknown))}")
+        if any(n & (n - 1) for name, n in config.items() if name != "num_stages"):
+            raise ValueError(f"not a tile, of powers of two: {row}")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 63
+
+
+def _check_rates(rates: Row) -> None:
+    found = [*rates["flops"].values()]
+    if rates["bytes"] is not None:  # measured, and not only made room for
+        found += rates["bytes"], rates["flops"]["float32"]
+    if not all(type(rate) in (int, float) and 0 < rate < math.inf for rate in found):
+        raise ValueError(f"not the rates of a machine: {rates}")
 
 
 def key_of(row: Row) -> tuple:

@@ -533,6 +533,17 @@ def test_explain_marks_the_default(device, capsys, tuned_cache):
     assert lines[-1].split()[:3] == ["1", "4096", "weight"]
 
 
+def test_explain_marks_the_default_of_a_plan_on_which_the_device_was_lost(capsys, tuned_cache):
+    structure, sizes = (2, 8), {"rows": 64, "features": 64, "outputs": 64}
+    problem = problems.Problem(
+        "plan", "float32", dict(zip(("n_factors", "block_size"), structure, strict=True)), sizes,
+        CPU, make=None, run=None,
+    )  # fmt: skip
+    _tuned_file.update(_tuned_file.user_file(CPU), CPU, [command._lost(problem, RuntimeError())])
+    explain.show(64, 64, 64, *structure, torch.float32, CPU)
+    assert "default, chosen" in capsys.readouterr().out
+
+
 def test_explain_needs_a_butterfly_that_fits():
     with pytest.raises(ValueError, match="block_size: expected a divisor of 100 features, got 8"):
         command.main(["--explain", "100", "100", "10"])

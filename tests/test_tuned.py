@@ -123,6 +123,17 @@ def test_without_measurements_no_class_is_made(tuned_cache, monkeypatch):
 
 # --- Files ----------------------------------------------------------------------------------------
 
+
+def row_instead(faulty):
+    return lambda content: json.dumps(content | {"choices": [faulty]})
+
+
+def plan_of(**config):
+    """In the place of a choice for a butterfly of two factors."""
+    butterfly = {"n_factors": 2, "block_size": 8}
+    return row_instead(plan_row(1) | {"structure": butterfly, "config": config})
+
+
 BAD = {
     "not JSON": lambda content: "{",
     "not an object": lambda content: "[]",
@@ -131,19 +142,35 @@ BAD = {
     "measured with": lambda content: json.dumps(
         content | {"versions": content["versions"] | {"torch": "1.0"}}
     ),
-    "no_such_op": lambda content: json.dumps(
-        content | {"choices": [row("cpu") | {"op": "no_such_op"}]}
+    "no_such_op": row_instead(row("cpu") | {"op": "no_such_op"}),
+    "not a choice": row_instead(row("cpu", rows=-1)),
+    "not a choice: too large": row_instead(row("cpu", rows=1 << 63)),
+    "tiles have no blocks": row_instead(row("triton", blocks=3)),
+    "powers of two": row_instead(row("triton", num_warps=3)),
+    "no backend of cpu": row_instead(row("bogus")),
+    "'backend': 'cuda'": row_instead(row("cuda")),
+    "'stages': 5": plan_of(stages=5),
+    "'stages': 2, 'weight_side': 1": plan_of(stages=2, weight_side=1),
+    "'weight_side': 2": plan_of(stages=1, weight_side=2),
+    "'levels': 1": plan_of(stages=1, levels=1),
+    "not a plan without stages": plan_of(weight_side=1),
+    "KeyError('float32')": lambda content: json.dumps(
+        content | {"rates": {"bytes": 1e9, "flops": {}}}
     ),
-    "not a choice": lambda content: json.dumps(content | {"choices": [row("cpu", rows=-1)]}),
-    "tiles have no blocks": lambda content: json.dumps(
-        content | {"choices": [row("triton", blocks=3)]}
+    "rates of a machine": lambda content: json.dumps(
+        content | {"rates": {"bytes": "1", "flops": {"float32": 1}}}
     ),
+    "not a table without rates": lambda content: json.dumps(
+        {k: content[k] for k in content if k != "rates"}
+    ),
+    "not nested so deep": lambda content: "[" * 100_000,
     "not a table": lambda content: json.dumps({k: content[k] for k in ("format",)}),
 }
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_what_is_not_to_be_believed_is_ignored_with_one_warning(tuned_cache, fault):
+def test_what_is_not_to_be_believed_is_ignored_with_one_warning(tuned_cache, fault, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # of which a CPU's file may speak of Triton
     keep(row("reference"))
     path = _tuned_file.user_file(CPU)
     path.write_text(BAD[fault](json.loads(path.read_text())))
@@ -160,6 +187,25 @@ def test_what_is_not_to_be_believed_is_ignored_with_one_warning(tuned_cache, fau
         assert chosen() is None  # warned of once
     keep(row("cpu"))  # replaces it
     assert chosen() == "cpu"
+
+
+def test_a_layer_runs_beside_an_impossible_plan(tuned_cache):
+    """Five stages of two factors."""
+    leaves = torch.randn(4, 16), torch.randn(8, 16), torch.randn(2, 2, 28)
+    expected = boft_linear(*leaves)
+    keep(plan_row(5, 4, 16, 8) | {"structure": {"n_factors": 2, "block_size": 8}})
+    with pytest.warns(RuntimeWarning, match=f"{_tuned_file.user_file(CPU)} is ignored"):
+        torch.testing.assert_close(boft_linear(*leaves), expected)
+
+
+def test_what_the_interpreter_was_best_at_says_nothing_without_it(tuned_cache, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    keep(row("triton"))
+    assert chosen() == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    _tuned.forget()
+    with pytest.warns(RuntimeWarning, match="is ignored: no backend of cpu"):
+        assert chosen() is None
 
 
 def test_importing_reads_nothing_and_the_first_call_does(tuned_cache):
@@ -246,6 +292,7 @@ def test_a_backend_is_a_constant_of_one_graph_for_any_rows(tuned_cache):
 
 def test_a_gpu_runs_the_measured_set_of_kernels(tuned_cache, monkeypatch):
     """Of CUDA and Triton kernels that are both there; of a compiled graph, when it runs."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
     monkeypatch.setattr(rotate_rows, "missing", {})
     monkeypatch.setattr(rotate_rows, "serving", {"cpu": "cuda"})  # the tensors are a CPU's
     monkeypatch.setattr(rotate_rows, "_native", lambda: lambda *_: "cuda")
@@ -319,14 +366,16 @@ def test_gradients_of_a_layer_are_those_of_any_plan(tuned_cache):
         torch.testing.assert_close(gradients(), before, rtol=1e-4, atol=1e-2)
 
 
-def test_a_tile_reaches_the_launch(tuned_cache):
+def test_a_tile_reaches_the_launch(tuned_cache, monkeypatch):
     if not _backend.has_triton():
         pytest.skip("triton is not installed")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     from boft_ops.triton_kernels.config_rotate import config_for
     from boft_ops.triton_kernels.rotate import _rotate_launch
     from boft_ops.triton_kernels.rotate_indexed import _indexed_launch
 
     rotate_rows.launcher()  # which connects the kernels with the measurements
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
     x, stage = torch.randn(64, 64), cayley(0.1 * torch.randn(4, 120))
     call = x.get_device(), x.dtype, *x.shape
     default = config_for("rotate", size=16, chunk=16, stride=1, dtype="float32")
@@ -339,7 +388,7 @@ def test_a_tile_reaches_the_launch(tuned_cache):
     launch = _rotate_launch(*call, 16, 16, 1, False)
     assert (launch._constants["BANDS"], launch._options["num_warps"]) == (2, 2)
     assert launch._constants["ROWS"] == default.rows
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted:
         with torch.no_grad():
             y = rotate_rows.launcher()(x, stage, 16, 1, False)
         torch.testing.assert_close(y, rotate_rows.reference(x, stage, 16, 1, False))
@@ -355,6 +404,14 @@ def test_numbers_of_the_kernels_come_from_the_file(tuned_cache):
     assert _native.tunable("grain") == 1 << 20
     assert _native.tunable("linear_rows") == 512
     assert _native.tunable("linear_outputs") == 192
+
+
+@needs_native
+def test_a_file_of_numbers_out_of_range_is_ignored(tuned_cache):
+    keep(row("reference"), process_row("grain", grain=1 << 20), process_row("blocking", grain=7))
+    with pytest.warns(RuntimeWarning, match=r"is ignored: grain: .* 7 is out of range"):
+        assert chosen() is None
+    assert _native.tunable("grain") == _native.DEFAULTS["grain"]
 
 
 @needs_native

@@ -21,7 +21,9 @@ def show(
     default, choice = (len(stages), weight_side), None
     if device.type == "cpu" or torch.cuda.is_available():
         choice = lookup("plan", device, dtype, (m, b), (rows, d, n))
-    best = choice and (choice.config["stages"], bool(choice.config.get("weight_side")))
+    best = None  # a choice without stages is a problem on which the device was lost
+    if choice and "stages" in choice.config:
+        best = choice.config["stages"], bool(choice.config.get("weight_side"))
     print(
         f"BOFT({m}, {b}), {d} -> {n}, {rows} rows, {name} on {device.type}; rates {source}: "
         f"{machine.bytes / 1e9:.3g} GB/s, {machine.rate(name) / 1e12:.3g} TFLOP/s, "
