@@ -42,6 +42,11 @@ def license_file() -> Path | None:
     return None
 
 
+def nearest(path: Path) -> Path:
+    """The path, or what is there of the way to it: a folder, if the path can be made one."""
+    return next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+
+
 def mount_triton(package: str) -> None:
     """In a checkout, make `<package>.triton_kernels` the folder triton/, installed or not.
 

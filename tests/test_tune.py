@@ -544,11 +544,6 @@ def test_explain_marks_the_default_of_a_plan_on_which_the_device_was_lost(capsys
     assert "default, chosen" in capsys.readouterr().out
 
 
-def test_explain_needs_a_butterfly_that_fits():
-    with pytest.raises(ValueError, match="block_size: expected a divisor of 100 features, got 8"):
-        command.main(["--explain", "100", "100", "10"])
-
-
 def test_shapes(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text("[[64, 32, 7], [8, 8, 1]]")
@@ -558,12 +553,71 @@ def test_shapes(tmp_path):
     for bad in ("llama", "1x2", "0x1x1", "axbxc"):
         with pytest.raises(ValueError, match="shapes: expected"):
             shapes_of(bad, 1)
+    for bad in ("5", "{", "[5]", '["123"]', "[[1.5, 2, 3]]", "[[true, 2, 3]]", "[[1, 2, -3]]"):
+        file.write_text(bad)
+        with pytest.raises(ValueError, match=f"shapes: expected .*{file}"):
+            shapes_of(str(file), 1)
+
+
+WRONG = {  # arguments -> the end of the one line that says what is wrong with them
+    "--explain 100 100 10": "block_size: expected a divisor of 100 features, got 8. Nearest",
+    "--explain 64 -5 -3": "argument --explain: expected a positive whole number, got '-5'",
+    "--explain 64 64 64 --butterfly 0x8": "argument --butterfly: expected e.g. 2x8,4x8, got '0x8'",
+    "--butterfly 2x8x3": "argument --butterfly: expected e.g. 2x8,4x8, got '2x8x3'",
+    "--butterfly two": "argument --butterfly: expected e.g. 2x8,4x8, got 'two'",
+    "--butterfly 2x7": "--butterfly: none of [(2, 7)] fits any of --shapes",
+    "--device bogus": "argument --device: expected cpu or cuda, got 'bogus'",
+    "--device meta --explain 64 64 64": "argument --device: expected cpu or cuda, got 'meta'",
+    "--device cuda:99": "argument --device: expected one of 2 GPUs, got 'cuda:99'",
+    "--dtype int8": "argument --dtype: invalid choice: 'int8'",
+    "--rows -5": "argument --rows: expected a positive whole number, got '-5'",
+    "--rows 0": "argument --rows: expected a positive whole number, got '0'",
+    "--seconds 0": "argument --seconds: expected a positive number, got '0'",
+    "--seconds nan": "argument --seconds: expected a positive number, got 'nan'",
+    "--seconds soon": "argument --seconds: expected a positive number, got 'soon'",
+    "--backends bogus": "argument --backends: invalid choice: 'bogus'",
+    "--backends cpu cuda": "--backends: expected backends of cpu, got 'cuda'",
+    "--backends triton --ops compose": "--backends triton: no Triton kernel",
+    "--out .": "--out: expected a file in a folder, got '.'",
+    "--out mine.json/out.json": "--out: expected a file in a folder, got 'mine.json/out.json'",
+    "--shapes mine.json": "shapes: expected a list of [d, n, rows], got 5 in 'mine.json'",
+    "--shapes llama": "got 'llama' in 'llama'",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_arguments_are_said_before_any_work(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_backend._ops["compose"], "missing", {"triton": "no Triton kernel"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(command, "measured", lambda *_: pytest.fail("measures"))
+    Path("mine.json").write_text("5")
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments.split())
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert WRONG[arguments] in line
+    assert os.listdir(tmp_path) == ["mine.json"]
+
+
+def test_a_forced_backend_leaves_nothing_to_measure(out, capsys):
+    with _backend.force("reference"), pytest.raises(SystemExit):
+        command.main([*TINY, f"--out={out}"])
+    assert "BOFT_OPS_BACKEND: expected none, as all are to be tried" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(SystemExit):
-        command.parse(["--shapes=llama"])
+        command.main([*TINY, f"--out={tmp_path / 'out.json'}"])
+    assert "--out: expected a file in a folder to write to, got" in capsys.readouterr().err
 
 
 def test_no_gpu_is_said(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert command.main(["--device=cuda"]) == 1
-    assert "torch sees no GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--device=cuda"])
+    assert "--device cuda: torch sees no GPU" in capsys.readouterr().err

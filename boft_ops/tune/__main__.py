@@ -7,6 +7,8 @@ files with a JSON list of [d, n, rows]. --explain prints the model's opinion of 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from .. import _checks, _tuned_file
-from .._device import name_of
+from .. import _backend, _checks, _paths, _tuned_file
+from .._device import devices_of, name_of
 from .._namespace import PACKAGE
 from .._shape_class import CLASSES
 from .._tuned import forget
@@ -48,29 +50,117 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of these alone: %(choices)s",
     )
     add("--shapes", default="deberta-v3-base", help=f"comma-separated: {', '.join(NAMED)}, ...")
-    add("--butterfly", default="2x8,4x8", help="n_factors x block_size, comma-separated (2x8,4x8)")
-    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    add(
+        "--butterfly",
+        type=_butterflies,
+        default="2x8,4x8",
+        help="n_factors x block_size, comma-separated (2x8,4x8)",
+    )
+    add("--device", type=_device, default="cpu", help="cpu (default) or cuda")
     add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
-    add("--rows", type=int, help="for named shapes (512 on a CPU, 8192 on a GPU)")
-    add("--seconds", type=float, help="stop in good time before so many have passed")
-    add("--backends", nargs="+", metavar="B", help="of these backends alone")
+    add("--rows", type=_positive, help="for named shapes (512 on a CPU, 8192 on a GPU)")
+    add("--seconds", type=_seconds, help="stop in good time before so many have passed")
+    add(
+        "--backends",
+        nargs="+",
+        choices=_backend.BACKENDS,
+        metavar="B",
+        help="of these backends alone: %(choices)s",
+    )
     add("--again", action="store_true", help="measure also what the file has")
     add("--out", type=Path, help="write here, not into the cache")
     add("--verify", action="store_true", help="time what the file says against the defaults")
-    add("--explain", nargs=3, type=int, metavar=("d", "n", "N"), help="measure nothing: the model")
+    add(
+        "--explain",
+        nargs=3,
+        type=_positive,
+        metavar=("d", "n", "N"),
+        help="measure nothing: the model",
+    )
     options = parser.parse_args(argv)
-    if options.device.type == "cuda" and options.device.index is None:
-        options.device = torch.device("cuda", 0)
     gpu = options.device.type == "cuda"
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
     options.rows = options.rows or (8192 if gpu else 512)
     try:
-        pairs = (part.split("x") for part in options.butterfly.split(","))
-        options.butterfly = [(int(m), int(b)) for m, b in pairs]
-        options.shapes = shapes_of(options.shapes, options.rows)
-    except (ValueError, OSError) as error:
+        if options.explain:
+            for m, b in options.butterfly:
+                _checks.butterfly_shape(options.explain[0], b, m)
+        else:
+            options.shapes = shapes_of(options.shapes, options.rows)
+            _check_work(options)
+            options.out = options.out or _tuned_file.user_file(options.device)
+            _check_out(options.out)
+    except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     return options
+
+
+def _butterflies(text: str) -> list[tuple[int, int]]:
+    try:
+        found = [tuple(map(_positive, part.split("x"))) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        found = []
+    if not found or any(len(pair) != 2 for pair in found):
+        raise argparse.ArgumentTypeError(f"expected e.g. 2x8,4x8, got {text!r}")
+    return found
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:  # names no device
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    if device.type == "cpu":
+        return device
+    device, count = torch.device("cuda", device.index or 0), torch.cuda.device_count()
+    if count and device.index >= count:
+        raise argparse.ArgumentTypeError(f"expected one of {count} GPUs, got {text!r}")
+    return device
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return seconds
+
+
+def _check_work(options: argparse.Namespace) -> None:
+    """Raise ValueError where nothing of what was asked for can be measured."""
+    place, forced = options.device.type, _backend.forced()
+    if place == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU")
+    if forced:
+        raise ValueError(f"BOFT_OPS_BACKEND: expected none, as all are to be tried, got {forced!r}")
+    ops = [op for name, op in _backend._ops.items() if name in (options.ops or CLASSES)]
+    for backend in options.backends or ():
+        if backend != "reference" and place not in devices_of(backend):
+            raise ValueError(f"--backends: expected backends of {place}, got {backend!r}")
+        why = [op.missing.get(backend) for op in ops]
+        if why and all(why):
+            raise ValueError(f"--backends {backend}: {why[0]}")
+    if not any(_checks.is_valid(s.d, b, m) for s in options.shapes for m, b in options.butterfly):
+        raise ValueError(f"--butterfly: none of {options.butterfly} fits any of --shapes")
+
+
+def _check_out(path: Path) -> None:
+    """Raise ValueError unless the file can be written: measuring takes long."""
+    folder = _paths.nearest(path.parent)
+    if (path.exists() and not path.is_file()) or not folder.is_dir():
+        raise ValueError(f"--out: expected a file in a folder, got {str(path)!r}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: expected a file in a folder to write to, got {str(path)!r}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,14 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.explain:
         d, n, rows = options.explain
         for m, b in options.butterfly:
-            _checks.butterfly_shape(d, b, m)
             explain.show(rows, d, n, m, b, options.dtype, options.device)
         return 0
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no GPU", file=sys.stderr)
-        return 1
-    path = options.out or _tuned_file.user_file(options.device)
-    return _tune_all(options, path)
+    return _tune_all(options, options.out)
 
 
 def _tune_all(options: argparse.Namespace, path: Path) -> int:

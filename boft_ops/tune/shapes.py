@@ -28,21 +28,34 @@ def shapes_of(text: str, rows: int) -> list[Shape]:
         if part in NAMED:
             found += [Shape(d, n, rows) for d, n in NAMED[part]]
         elif Path(part).is_file():
-            found += [_shape(item, part) for item in json.loads(Path(part).read_text())]
+            found += [_shape(item, part) for item in _items(part)]
         else:
-            found.append(_shape(part.split("x"), text))
+            try:
+                numbers: object = [int(number) for number in part.split("x")]
+            except ValueError:
+                numbers = part
+            found.append(_shape(numbers, text))
     return list(dict.fromkeys(found))
 
 
-def _shape(numbers: object, where: str) -> Shape:
+def _items(path: str) -> list:
     try:
-        d, n, rows = (int(number) for number in numbers)
-    except (TypeError, ValueError):
+        items = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"shapes: expected JSON in {path!r}: {error}") from None
+    if not isinstance(items, list):
+        raise ValueError(f"shapes: expected a list of [d, n, rows], got {items!r} in {path!r}")
+    return items
+
+
+def _shape(numbers: object, where: str) -> Shape:
+    is_list = isinstance(numbers, list) and len(numbers) == 3
+    if not is_list or not all(type(number) is int for number in numbers):
         known = ", ".join(NAMED)
         raise ValueError(
             f"shapes: expected {known}, DxNxROWS or a JSON file of [d, n, rows], got {numbers!r} "
             f"in {where!r}"
-        ) from None
-    if min(d, n, rows) < 1:
+        )
+    if min(numbers) < 1:
         raise ValueError(f"shapes: expected positive numbers, got {numbers!r} in {where!r}")
-    return Shape(d, n, rows)
+    return Shape(*numbers)
