@@ -57,6 +57,7 @@ class Native:
     """What becomes of the native library in this run of setup.py."""
 
     def __init__(self):
+        B.check_settings()
         self.torch, self.missing, self.built = None, "BOFT_OPS_SKIP_EXT=1", None
         if not B.flag("BOFT_OPS_SKIP_EXT"):
             self.torch = B.find_torch(target_site_packages())
@@ -138,7 +139,10 @@ class Wheel(bdist_wheel):
 
 # Metadata and sdists need neither torch nor a compiler.
 building = not {"sdist", "egg_info", "dist_info"} & set(sys.argv[1:2])
-native = Native() if building else None
+try:
+    native = Native() if building else None
+except B.SettingError as error:
+    raise SystemExit(f"boft_ops: {error}") from None
 options = {}
 if native:
     options["cmdclass"] = {"build_py": BuildPy, "build_ext": BuildNative, "bdist_wheel": Wheel}

@@ -55,6 +55,29 @@ def flag(name: str) -> bool:
     raise SettingError(f"{name}: expected 0 or 1, got {os.environ[name]!r}")
 
 
+def words(name: str) -> list[str]:
+    """A variable that holds a part of a command line."""
+    try:
+        return shlex.split(os.environ.get(name, ""))
+    except ValueError:  # a quotation mark without another
+        raise SettingError(f"{name}: expected shell words, got {os.environ[name]!r}") from None
+
+
+def wanted_cuda() -> str:
+    want = os.environ.get("BOFT_OPS_CUDA", "").strip().lower() or "auto"
+    if want not in ("auto", "0", "1"):
+        got = os.environ["BOFT_OPS_CUDA"]
+        raise SettingError(f"BOFT_OPS_CUDA: expected auto, 0 or 1, got {got!r}")
+    return want
+
+
+def check_settings() -> None:
+    """Raise SettingError for a value of ours that is not understood, also where it has no use."""
+    for name in ("BOFT_OPS_SKIP_EXT", "BOFT_OPS_FORCE_EXT", "BOFT_OPS_DEBUG"):
+        flag(name)
+    wanted_cuda()
+
+
 def find_torch(more: list[str] | None = None) -> Torch | None:
     """The torch to build against, found but not imported; `more` extends sys.path."""
     spec = importlib.util.find_spec("torch")
@@ -73,8 +96,7 @@ def find_torch(more: list[str] | None = None) -> Torch | None:
 
 def compiler() -> list[str] | None:
     """The C++ compiler as a command prefix: $CXX, else the first of c++, g++, clang++."""
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
-        command = shlex.split(name)
+    for command in [words("CXX")] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]:
         if command and shutil.which(command[0]):
             return command
     return None
@@ -122,9 +144,7 @@ def source_hash(csrc: Path) -> str:
 
 def plan(csrc: Path, torch: Torch) -> Plan:
     """Whether the CUDA kernels are compiled too. Without CUDA sources nvcc is never asked for."""
-    want = os.environ.get("BOFT_OPS_CUDA", "auto").strip().lower()
-    if want not in ("auto", "0", "1"):
-        raise SettingError(f"BOFT_OPS_CUDA: expected auto, 0 or 1, got {want!r}")
+    want = wanted_cuda()
     if not any((csrc / "cuda").glob("*.cu")):
         return Plan(None, "CPU (there are no CUDA sources)")
     if want == "0":
@@ -188,8 +208,8 @@ def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
     host += ["-isystem", str(torch.root / "include" / "torch" / "csrc" / "api" / "include")]
     host += ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     host += ["-DBOFT_OPS_CUDA"] if nvcc else []
-    host += shlex.split(os.environ.get("CXXFLAGS", ""))
-    ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+    host += words("CXXFLAGS")
+    ldflags = words("LDFLAGS")
     device = [*common, "-std=c++17", f"-I{csrc}", "--expt-relaxed-constexpr"]
     device += ["--threads", "2", "-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     device += ["-Xcompiler", f"-ffile-prefix-map={csrc}=csrc"]
@@ -255,7 +275,7 @@ def compile_library(csrc: Path, torch: Torch, work: Path, out: Path, verbose: bo
         output.parent.mkdir(parents=True, exist_ok=True)
     (out.parent / INFO).unlink(missing_ok=True)  # never a new library with an old description
     jobs = os.environ.get("MAX_JOBS", "")
-    if jobs and not (jobs.isdigit() and int(jobs)):
+    if jobs and not (jobs.isdecimal() and int(jobs)):
         raise SettingError(f"MAX_JOBS: expected a positive number, got {jobs!r}")
     if ninja := _ninja():
         (work / "build.ninja").write_text(_ninja_file(steps))

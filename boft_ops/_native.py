@@ -100,6 +100,7 @@ def _wanted_isa() -> str | None:
 
 def build(verbose: bool = False) -> Path:
     """Compile the library of this copy into the cache, where load() finds it; returns its path."""
+    _build.check_settings()
     source = _paths.csrc()
     target = _build.find_torch([str(Path(torch.__file__).parent.parent)])
     if why := _build.obstacle(source, target):
@@ -119,9 +120,16 @@ def build(verbose: bool = False) -> Path:
 
 
 def cache_folder() -> Path:
-    """Of compiled libraries and tuned choices."""
+    """Of compiled libraries and tuned choices; need not be there yet.
+
+    Raises:
+        ValueError: BOFT_OPS_CACHE can be no folder.
+    """
     if chosen := os.environ.get("BOFT_OPS_CACHE"):
-        return Path(chosen).expanduser()
+        folder = Path(os.path.expanduser(chosen))  # leaves the ~ of a user that there is not
+        if str(folder).startswith("~") or not _paths.nearest(folder).is_dir():
+            raise ValueError(f"BOFT_OPS_CACHE: expected a folder, got {chosen!r}")
+        return folder
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boft_ops"
 
 

@@ -5,6 +5,7 @@ imported as `<package>.triton_kernels`, never as `triton`: that stays the compil
 """
 
 import importlib.util
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -44,7 +45,7 @@ def license_file() -> Path | None:
 
 def nearest(path: Path) -> Path:
     """The path, or what is there of the way to it: a folder, if the path can be made one."""
-    return next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    return next((p for p in (path, *path.absolute().parents) if os.path.exists(p)), path)
 
 
 def mount_triton(package: str) -> None:

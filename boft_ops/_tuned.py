@@ -39,7 +39,6 @@ _tables: dict[int, list[Table]] = {}  # the user's before the package's
 # there has no measurement: a call finds that out with two look-ups by an integer and a string.
 _memos: dict[int, dict[str, dict[tuple, Choice | None]]] = {}
 _pinned: dict[str, Choice] | None = None
-_on_first_use = os.environ.get("BOFT_OPS_AUTOTUNE") == "1"
 _warned: set[str] = set()
 _seen: set[tuple] = set()  # by BOFT_OPS_AUTOTUNE=1, in this process
 on_change: list[Callable[[], None]] = []  # what forgets decisions that were made by the above
@@ -51,6 +50,9 @@ def mode() -> str:
     if value not in ("", "0", "1"):
         raise ValueError(f"BOFT_OPS_AUTOTUNE: expected 0, 1 or nothing, got {value!r}")
     return value
+
+
+_on_first_use = mode() == "1"  # read at import, as a call need not come to where a table is read
 
 
 def tables(device: torch.device) -> list[Table]:

@@ -104,6 +104,27 @@ def test_zero_switches_measurements_off(tuned_cache, monkeypatch):
         chosen()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("BOFT_OPS_AUTOTUNE", "yes", "0, 1 or nothing"),
+        ("BOFT_OPS_CACHE", "~nobody-of-this-name/cache", "a folder"),
+        ("BOFT_OPS_CACHE", str(Path(__file__) / "cache"), "a folder"),
+    ],
+)
+def test_a_setting_is_understood_or_refused(name, value, expected):
+    """Not only where a table is looked at: a forced backend needs none."""
+    call = "with boft_ops._backend.force('reference'): boft_ops.cayley(torch.zeros(2, 6))"
+    if name == "BOFT_OPS_CACHE":
+        call = "boft_ops.cayley(torch.zeros(2, 6))"
+    env = {**os.environ, "BOFT_OPS_AUTOTUNE": "", name: value}
+    run = subprocess.run([sys.executable, "-c", f"import torch, boft_ops\n{call}"], cwd=ROOT,
+                         env=env, capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 1
+    last = run.stderr.splitlines()[-1]
+    assert last == f"ValueError: {name}: expected {expected}, got {value!r}"
+
+
 def test_forcing_a_backend_comes_before_all(tuned_cache, monkeypatch):
     keep(row("reference"))
     x, stage = torch.randn(64, 64), torch.randn(4, 16, 16)

@@ -78,6 +78,37 @@ def test_cuda_that_was_demanded_needs_nvcc(monkeypatch, cuda_sources):
         _build.plan(cuda_sources, CUDA_TORCH)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("BOFT_OPS_SKIP_EXT", "maybe", "0 or 1"),
+        ("BOFT_OPS_FORCE_EXT", "2", "0 or 1"),
+        ("BOFT_OPS_DEBUG", "full", "0 or 1"),
+        ("BOFT_OPS_CUDA", "yes", "auto, 0 or 1"),
+    ],
+)
+def test_a_setting_is_understood_or_refused(
+    monkeypatch, run, needs_compiler, name, value, expected
+):
+    """Also where a build has no use for it: this one would succeed, or leave the library out."""
+    monkeypatch.setenv(name, value)
+    match = f"{name}: expected {expected}, got '{value}'"
+    with pytest.raises(_build.SettingError, match=match):
+        _native.build()
+    setup = _paths.ROOT / "setup.py"
+    if _paths.in_checkout():
+        done = run(setup, "--version", fails=True, **{"BOFT_OPS_SKIP_EXT": "1", name: value})
+        assert done.stderr == f"boft_ops: {match}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
+@pytest.mark.parametrize("name", ["CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS"])
+def test_a_compiler_s_setting_is_understood_or_refused(monkeypatch, tmp_path, needs_compiler, name):
+    monkeypatch.setenv(name, "'")
+    with pytest.raises(_build.SettingError, match=f'{name}: expected .*, got "\'"'):
+        _build.compile_library(_paths.csrc(), CPU_TORCH, tmp_path, tmp_path / _build.LIB)
+
+
 def test_architectures():
     assert _build._gencode("8.0; 9.0a 10.0+PTX") == [
         "-gencode=arch=compute_80,code=sm_80",
