@@ -41,6 +41,11 @@ def adapter_options(adapter: object, dropout: object) -> dict[str, int | float |
     }
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """It rises with every change in place; a tensor of inference mode has none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class BOFTLayer(nn.Module):
     """What BOFTLinear and BOFTConv2d share: the rotation of a frozen weight seen as (n, d).
 
@@ -195,11 +200,14 @@ class BOFTLayer(nn.Module):
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
         self.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        self.merged = True
+        self._keep_merged()
+        return self
+
+    def _keep_merged(self) -> None:
         # both may be stepped or loaded before unmerge(), which has to undo these
         scale = None if self.scale is None else self.scale.detach().clone()
-        self._merged_with = self.skew.detach().clone(), scale
-        self.merged = True
-        return self
+        self._merged_with = (self.skew.detach().clone(), scale) if self.merged else None
 
     @_exactly
     def unmerge(self) -> BOFTLayer:
@@ -213,8 +221,7 @@ class BOFTLayer(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
-        # a layer that was loaded merged has what it was merged with as its parameters
-        skew, scale = self._merged_with or (self.skew, self.scale)
+        skew, scale = self._merged_with or (self.skew, self.scale)  # not there in old pickles
         wide = torch.promote_types(skew.dtype, torch.float32)
         matrix = self._matrix().to(wide)
         if scale is not None:
@@ -269,12 +276,24 @@ class BOFTLayer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # torch copies into the weight in place; where that changes whether it is merged, the
         # storage may be shared with layers that it must not change for
-        state = state_dict.get(f"{prefix}_extra_state")
+        state, whole = state_dict.get(f"{prefix}_extra_state"), f"{prefix}weight" in state_dict
         if state is not None and bool(state[0]) != self.merged:
+            if not whole:
+                raise ValueError(
+                    f"{prefix}_extra_state: expected merged={self.merged}, as the layer is, in a "
+                    "state without its weight, got the other"
+                )
             self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
-        if f"{prefix}weight" in state_dict:
-            self._merged_with = None  # a merged weight comes with the skew that is in it
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if whole:
+            self._keep_merged()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merged_with is not None:  # of the weight, whatever the parameters are by now
+            for name, tensor in zip(("skew", "scale"), self._merged_with, strict=True):
+                if tensor is not None:
+                    destination[f"{prefix}{name}"] = tensor
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options().items() if value)

@@ -121,10 +121,7 @@ def write_adapter(
         "bases": json.dumps(bases, sort_keys=True),
     }
     # no views of each other, which a file does not hold
-    whole = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    whole = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
     write_whole(path, save(whole, metadata))
 
 
@@ -287,9 +284,13 @@ def _check_tensors(
 ) -> None:
     if missing := sorted(required - tensors.keys()):
         raise ValueError(f"{path}: expected a tensor {missing[0]!r}, got none")
+    names: dict[int, str] = {}  # of each target
     for name, tensor in tensors.items():
         if name not in targets:
             raise ValueError(f"{path}: expected parameters of the model, got {name!r}")
+        same = names.setdefault(id(targets[name]), name)
+        if same != name and not torch.equal(tensor, tensors[same]):
+            raise ValueError(f"{path}: expected one tensor for {same!r} and {name!r}, got two")
         shape = tuple(targets[name].shape)
         kind = targets[name].is_floating_point()
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != kind:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import _autocast, _checks, _plain, _quantised
+from ._layer import version_of
 from ._linear_adapter import LinearAdapter
 from .butterfly import butterfly_matmul
 from .cayley import cayley
@@ -165,7 +166,8 @@ class MultiAdapterLinear(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         if self._is_stale():
             self.forget()
-        stacks = self._prepared[1] if self._prepared else self._stacks(wide, x)
+        prepared = self._prepared
+        stacks = prepared[1] if prepared else self._stacks(wide, x)
         for numbers, stages, matrices in stacks:
             local = self._renumbered(index, numbers)
             x = rotate_indexed(x, matrices, stages, local, False)
@@ -215,7 +217,7 @@ class MultiAdapterLinear(nn.Module):
         """Compose the matrices of all adapters now, for serving: ``adapter_index`` then uses them.
 
         Until ``train()``, a move to another device, loading, an adapter that comes or goes, or, but
-        in compiled graphs, a skew that is written to.
+        in compiled graphs, a skew that is written to in place (and not through ``.data``).
 
         Args:
             dtype: float32, or float64 for inputs of float64.
@@ -239,7 +241,7 @@ class MultiAdapterLinear(nn.Module):
 
     def _versions(self) -> list[tuple[int, int]]:
         skews = [adapter.skew for adapter in self.adapters.values()]
-        return [(id(s), 0 if s.is_inference() else s._version) for s in skews]
+        return [(id(skew), version_of(skew)) for skew in skews]
 
     def train(self, mode: bool = True) -> MultiAdapterLinear:
         if mode:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
 from . import _checks
-from ._layer import BOFTLayer
+from ._layer import BOFTLayer, version_of
 from .rotation import MAX_SIZE, Rotation
 
 
@@ -104,6 +105,9 @@ class _Step:
         self.stages: dict[nn.Module, tuple[torch.Tensor, int]] = {}  # with the skew's version
         # Those that were used, for checkpoints: without the graph, which keeps this object alive.
         self.kept: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
+        self.backward = torch._C._current_graph_task_id()  # that it runs in, or -1
+        # Autograd numbers the nodes of each thread: which of them are of this step.
+        self.thread, self.first, self.end = threading.get_ident(), _next_number(), math.inf
 
 
 class _Thread(threading.local):
@@ -111,6 +115,7 @@ class _Thread(threading.local):
         self.steps: list[_Step] = []  # that are running, the innermost last
 
 
+_next_number = torch.autograd._get_sequence_nr
 _thread = _Thread()
 _graphs: set[ref[_Step]] = set()  # steps whose graph is alive
 
@@ -121,8 +126,8 @@ class Together:
     One launch for all layers of equal n_factors and block_size, and one in backward, instead of
     one for each layer. Numbers, gradients and dropout are those of the layers on their own.
     Layers it cannot serve (merged, interpolated, frozen, kaleidoscopes, "neumann5", groups of more
-    than 64 features; inside a compiled graph, a torch.func transform or a reentrant checkpoint)
-    compute their own.
+    than 64 features, skews in shards; inside a compiled graph, a torch.func transform or a
+    reentrant checkpoint) compute their own.
 
     Args:
         model: the module whose forward is the step; its layers may change later.
@@ -142,10 +147,12 @@ class Together:
         """The layers compute their own rotations again."""
         for handle in self._handles:
             handle.remove()
+        self._finish()
 
     def _before(self, model: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
+        self._finish()  # what was interrupted, or calls itself
         step, groups = _Step(self), defaultdict(list)
         for layer in model.modules():
             if isinstance(layer, BOFTLayer) and isinstance(layer, nn.Linear) and _fits(layer):
@@ -155,68 +162,71 @@ class Together:
             skews = [layer.skew for layer in layers]
             stage = _whole(skews, [layer.dropout.draw(layer.skew) for layer in layers])
             for layer, part in zip(layers, _split(stage, skews), strict=True):
-                step.stages[layer] = part, layer.skew._version
+                step.stages[layer] = part, version_of(layer.skew)
             if stage.grad_fn is not None:
-                stage.grad_fn.step = step
+                stage.grad_fn.boft_step = step  # for as long as there is the graph
         _graphs.add(ref(step, _graphs.discard))
         _thread.steps.append(step)
 
     def _after(self, model: nn.Module, args: tuple, output: object) -> None:
-        if _thread.steps and _thread.steps[-1].owner is self:
-            _thread.steps.pop().stages.clear()
+        self._finish()
+
+    def _finish(self) -> None:
+        for step in [step for step in _thread.steps if step.owner is self]:
+            _thread.steps.remove(step)
+            step.stages.clear()
+            step.end = _next_number()
 
 
 def _fits(layer: BOFTLayer) -> bool:
-    # without a gradient of its own there is no graph that would keep its mask for a checkpoint
+    skew = layer.skew
     return (
         not layer.merged
         and layer.n_identity == 0
         and not layer.kaleidoscope
         and layer.method == "exact"
         and layer.block_size << (layer.n_factors - 1) <= MAX_SIZE
-        and (layer.skew.requires_grad or not torch.is_grad_enabled())
+        and type(skew) is nn.Parameter  # not in shards
+        # without a gradient of its own there is no graph that would keep its mask for a checkpoint
+        and (skew.requires_grad or not torch.is_grad_enabled())
     )
 
 
 def shared_rotation(layer: BOFTLayer) -> torch.Tensor | None:
     """The rotation that was computed for this layer and this step, if there is one."""
     # first whether it is a graph that is made: Dynamo would guard on what other models share
-    if torch.compiler.is_compiling() or not (_thread.steps or _graphs):
+    if torch.compiler.is_compiling() or not (_thread.steps or _graphs) or not _fits(layer):
         return None
-    if _thread.steps:
-        stage, version = _thread.steps[-1].stages.get(layer, (None, None))
-        if stage is None or not _fits(layer) or version != layer.skew._version:
-            return None
+    backward = torch._C._current_graph_task_id()
+    if _thread.steps and _thread.steps[-1].backward == backward:
+        step = _thread.steps[-1]
+        stage, version = step.stages.get(layer, (None, None))
         # A reentrant checkpoint runs the layer without gradients, and again with another graph.
-        if stage.requires_grad != torch.is_grad_enabled():
+        if (
+            stage is None
+            or version != version_of(layer.skew)
+            or stage.requires_grad != torch.is_grad_enabled()
+        ):
             return None
         if stage.requires_grad:
-            _thread.steps[-1].kept[layer] = stage.detach()
+            step.kept[layer] = stage.detach()
         return stage
     # In backward: a checkpoint computes a part of a step again, with the masks that it had.
-    if torch._C._current_graph_task_id() == -1 or not _fits(layer):
-        return None
+    stage = None if backward == -1 else _kept(layer)
+    return None if stage is None else _Recomputed.apply(stage.requires_grad_())
+
+
+def _kept(layer: BOFTLayer) -> torch.Tensor | None:
+    """What the layer was given in the step of the node whose backward runs."""
     steps = [step for found in tuple(_graphs) if (step := found()) and layer in step.kept]
-    if len(steps) > 1:
-        steps = [step for step in _steps_before(torch._C._current_autograd_node()) if step in steps]
-        if not steps:
-            raise RuntimeError(
-                "Together: expected a checkpoint whose forward can be told, got one with outputs "
-                "that come from no rotated layer: remove()"
-            )
-    return _Recomputed.apply(steps[0].kept[layer].requires_grad_()) if steps else None
-
-
-def _steps_before(node: object) -> Iterator[_Step]:
-    """The steps that a node of their graphs came from, the nearest first."""
-    nodes, seen = deque([node]), {node}
-    while nodes:
-        node = nodes.popleft()
-        if step := getattr(node, "step", None):
-            yield step
-        found = [n for n, _ in node.next_functions if n is not None and n not in seen]
-        seen.update(found)
-        nodes.extend(found)
+    if len({step.thread for step in steps}) > 1:
+        raise RuntimeError(
+            "Together: expected checkpoints in the steps of one thread, got some of several whose "
+            "graphs are alive: remove()"
+        )
+    number = torch._C._current_autograd_node()._sequence_nr()
+    steps = [step for step in steps if step.first <= number < step.end]
+    return max(steps, key=lambda step: step.first).kept[layer] if steps else None
 
 
 class _Recomputed(torch.autograd.Function):

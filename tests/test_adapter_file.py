@@ -1,5 +1,6 @@
 """save_adapter and load_adapter: round trips, and files that are wrong, truncated or foreign."""
 
+import copy
 import json
 import os
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from boft_ops import adapt, load_adapter, merge, save_adapter
+from boft_ops.interop.serve import load_adapters
 
 
 def make(seed=0, d=16):
@@ -259,6 +261,21 @@ def test_parameters_that_share_memory(tmp_path):
     stored = load_file(tmp_path / "adapter")
     assert torch.equal(stored["3.weight"], stored["3.other"])
     assert torch.equal(stored["3.weight"], one.mT)
+
+
+def test_one_parameter_under_two_names_takes_one_tensor(tmp_path):
+    apart = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+    tied = nn.ModuleDict({"a": apart["a"], "b": apart["a"]})
+    model = adapt(apart, ["a", "b"], block_size=4)
+    save_adapter(model, tmp_path / "equal")
+    nn.init.normal_(model["b"].skew)
+    save_adapter(model, tmp_path / "two")
+    with pytest.raises(ValueError, match=r"expected one tensor for 'a\.skew' and 'b\.skew'"):
+        load_adapter(tied, tmp_path / "two")
+    with pytest.raises(ValueError, match="b: expected one rotation of a layer"):
+        load_adapters(tied, {"one": tmp_path / "two"})
+    load_adapters(copy.deepcopy(tied), {"one": tmp_path / "equal"})
+    load_adapter(tied, tmp_path / "equal")
 
 
 def test_a_file_of_impossible_size_is_refused_before_anything_is_made(saved):

@@ -142,6 +142,18 @@ def test_unmerging_undoes_what_was_merged(kind):
     torch.testing.assert_close(twin.unmerge().weight, weight, rtol=1e-4, atol=1e-5)
 
 
+def test_the_state_of_a_merged_layer_has_what_was_merged():
+    layer = randomise(linear_pair()[1]).eval()
+    weight, fresh = layer.weight.clone(), linear_pair()[1]
+    randomise(layer.merge())
+    fresh.load_state_dict(layer.state_dict())
+    randomise(fresh)
+    torch.testing.assert_close(fresh.unmerge().weight, weight, rtol=1e-4, atol=1e-5)
+    state = {k: v for k, v in fresh.state_dict().items() if k != "weight"}
+    with pytest.raises(ValueError, match=r"_extra_state: expected merged=True"):
+        layer.load_state_dict(state, strict=False)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_state_dict_remembers_merging(kind):
     if kind == "linear":

@@ -1,5 +1,6 @@
 """MultiAdapterLinear: the active list, adapters by row, saving, compiling, and PEFT's order."""
 
+import asyncio
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -407,6 +408,33 @@ def test_choices_of_rows_are_nested_and_of_one_thread(served):
             torch.testing.assert_close(got, tuned[name](x), rtol=1e-4, atol=1e-5)
 
 
+def test_choices_of_rows_of_tasks_and_of_other_models(served):
+    base, tuned, files = served
+    models = [load_adapters(copy.deepcopy(base), files).eval() for _ in range(2)]
+    x = torch.randn(2, 3, 16)
+
+    async def request(name):
+        with adapter_rows(models[0], [name, name]):
+            await asyncio.sleep(0)
+            return models[0](x)
+
+    async def both():
+        return await asyncio.gather(request("one"), request("two"), return_exceptions=True)
+
+    got, error = asyncio.run(both())
+    torch.testing.assert_close(got, tuned["one"](x), rtol=1e-4, atol=1e-5)
+    assert "another asyncio task" in str(error)
+    assert torch.equal(models[0](x), base(x))
+
+    def other():
+        with adapter_rows(models[1], ["two", "two"]):
+            return models[1](x)
+
+    with adapter_rows(models[0], ["one", "one"]), ThreadPoolExecutor(1) as pool:
+        got = pool.submit(other).result(60)  # does not wait for this one
+    torch.testing.assert_close(got, tuned["two"](x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_of_several_names_is_served_under_each(tmp_path):
     base = Model()
     base.third = base.first
@@ -422,7 +450,10 @@ def test_all_but_the_adapters_is_frozen(served):
     model = nn.Module()
     model.first, model.second, model.norm = base.first, base.second, nn.LayerNorm(4)
     load_adapters(model, {"one": files["one"]})
+    model.other = BOFTLinear(8, 8, block_size=4)
     load_adapters(model, {"two": files["two"]})
+    assert {n for n, p in model.other.named_parameters() if p.requires_grad} == {"skew", "scale"}
+    del model.other
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all(".adapters." in name for name in trained)

@@ -23,6 +23,12 @@ from boft_ops import (
 from boft_ops import together as together_module
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    assert together_module._thread.steps == []
+
+
 def skews(m, b, counts=(1, 3, 2), dtype=torch.float64):
     return [
         (0.4 * torch.randn(m, n << (m - 1), b * (b - 1) // 2, dtype=dtype)).requires_grad_()
@@ -203,6 +209,100 @@ def test_checkpoints_of_several_steps_each_see_their_own_masks():
         torch.testing.assert_close(ours, want)
     together = sum(steps(True))
     torch.testing.assert_close(gradients(net, [together]), want)
+
+
+def test_a_step_of_what_another_one_made():
+    """A checkpoint whose input comes straight from the step before, past its own layer."""
+
+    class Past(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (BOFTLinear(32, 32, p_component=1.0, p_block=0.5) for _ in range(2))
+            torch.nn.init.normal_(self.a.skew)
+            torch.nn.init.normal_(self.b.skew)
+
+        def past(self, x):
+            y = self.a(x)
+            for _ in range(4):
+                y = y.sin()
+            return y * x
+
+        def forward(self, x, keep):
+            y = checkpoint(self.past, x, use_reentrant=False) if keep else self.past(x)
+            return self.b(y)
+
+    net = Past().double()
+    Together(net)
+    found = []
+    for keep in (True, False):
+        torch.manual_seed(7)
+        x = torch.ones(6, 32, dtype=torch.float64)
+        found.append(gradients(net, [net(net(x, keep), keep).square().sum()]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_model_that_calls_itself():
+    class Twice(Blocks):
+        def forward(self, x, keep=True, inner=True):
+            x = super().forward(x, keep)
+            return super().forward(self(x, keep, False), keep) if inner else x
+
+    net = Twice()
+    Together(net)
+    x, found = torch.randn(6, 32, dtype=torch.float64), []
+    for keep in (True, False):
+        torch.manual_seed(7)
+        found.append(gradients(net, [net(x, keep).square().sum()]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_model_with_the_hook_twice_and_one_in_another():
+    net, x = Blocks(), torch.randn(6, 32, dtype=torch.float64)
+    Together(net)
+    Together(net)
+    Together(net.net)
+    found = []
+    for keep in (True, False):
+        torch.manual_seed(7)
+        found.append(gradients(net, [net(x, keep).square().sum()]))
+    torch.testing.assert_close(*found)
+
+
+def test_an_interrupted_step_is_forgotten():
+    net, x = Blocks(), torch.randn(6, 32, dtype=torch.float64)
+    Together(net)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = net.net[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        net(x)
+    handle.remove()
+    found = []
+    for keep in (True, False):
+        torch.manual_seed(7)
+        found.append(gradients(net, [net(x, keep).square().sum()]))
+    torch.testing.assert_close(*found)
+
+
+def test_graphs_of_two_threads():
+    net, x = Blocks(), torch.randn(6, 32, dtype=torch.float64)
+    Together(net)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(net, x).result()
+    mine = net(x)
+    with pytest.raises(RuntimeError, match="steps of one thread"):
+        mine.sum().backward()
+    del other
+    net(x).sum().backward()
+
+
+def test_parameters_of_inference_mode():
+    with torch.inference_mode():
+        net = model()
+        Together(net)
+        assert net(torch.randn(6, 32, dtype=torch.float64)).isfinite().all()
 
 
 def test_nothing_of_a_step_outlives_its_graph():

@@ -67,11 +67,12 @@ def kernel_of(case):
     return getattr(importlib.import_module(f"boft_ops.triton_kernels.{module}"), name)
 
 
-def source_of(target, case):
-    """A digest of all that a kernel is compiled from, but for Triton itself."""
+def source_of(target, case, used):
+    """A digest of all that makes a row of the table, but for Triton itself, and of the row."""
     options = sorted(case.constants.items()), sorted(case.pointers.items())
-    how = TARGETS[target][0], case.num_warps, case.num_stages, inspect.getsource(compiled)
-    everything = kernel_of(case).cache_key, options, how
+    how = TARGETS[target][0], case.num_warps, case.num_stages
+    measured = *map(inspect.getsource, (compiled, _cubin)), MMA, WIDE
+    everything = kernel_of(case).cache_key, options, how, measured, [used[key] for key in COLUMNS]
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
 
 
@@ -152,7 +153,7 @@ def unproven(target, rest):
     jobs, known = [], 0
     for name, case in cases(target, rest):
         row = table.get((target, name))
-        if version == triton.__version__ and row and row["source"] == source_of(target, case):
+        if version == triton.__version__ and row and row["source"] == source_of(target, case, row):
             known += 1
             if known % SAMPLE:
                 continue
@@ -184,7 +185,7 @@ def write_table():
         for target in TARGETS:
             named = dict(cases(target))
             for name, used in sorted(resources([(target, *row) for row in named.items()]).items()):
-                source = source_of(target, named[name])
+                source = source_of(target, named[name], used)
                 writer.writerow([target, name, *(used[key] for key in COLUMNS), source])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -51,21 +53,27 @@ def load_adapters(
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[nn.Module, MultiAdapterLinear] = {}  # what each module becomes, or is already
     added: dict[tuple[MultiAdapterLinear, str], LinearAdapter] = {}
-    multi = [m for m in modules.values() if isinstance(m, MultiAdapterLinear)]
-    trained = [p for m in multi for p in m.adapters.parameters() if p.requires_grad]
+    adapted = [m for m in modules.values() if isinstance(m, (LinearAdapter, BOFTLayer))]
+    trained = [p for m in adapted for p in (m.skew, m.scale) if p is not None and p.requires_grad]
     with unfrozen_on_error(model):
-        for name, adapter in read.items():
-            if adapter.others:
-                other = next(iter(adapter.others))
+        for name, checkpoint in read.items():
+            if checkpoint.others:
+                other = next(iter(checkpoint.others))
                 raise ValueError(f"{name}: expected rotations and scales alone, got {other!r}")
-            for place, rotation in adapter.layers.items():
+            for place, rotation in checkpoint.layers.items():
                 module = modules.get(place)
                 _check_place(name, place, module, rotation)
                 check_parent(f"{name}: {place}", modules[place.rpartition(".")[0]])
                 if module not in layers:
                     known = isinstance(module, MultiAdapterLinear)
                     layers[module] = module if known else MultiAdapterLinear(module)
-                added[layers[module], name] = _adapter(layers[module], name, place, rotation)
+                adapter = _adapter(layers[module], name, place, rotation)
+                twin = added.setdefault((layers[module], name), adapter)
+                if twin is not adapter and not _are_equal(twin, adapter):
+                    raise ValueError(
+                        f"{name}: {place}: expected one rotation of a layer that has several names "
+                        "in the model, got two"
+                    )
         put_in(model, layers)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -107,16 +115,32 @@ def _adapter(
     return made
 
 
-# The choice of rows is held by the layers, as compiled graphs take it from there.
-_turn = threading.RLock()
+def _are_equal(one: LinearAdapter, other: LinearAdapter) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return one.options() == other.options() and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )
+
+
+# Who has chosen rows of a layer: a thread, and its task in asyncio. The layers themselves hold the
+# choice, as compiled graphs take it from there.
+_owners: WeakKeyDictionary[MultiAdapterLinear, tuple[int, object]] = WeakKeyDictionary()
+_turn = threading.Condition()
+
+
+def _me() -> tuple[int, object]:
+    try:
+        return threading.get_ident(), asyncio.current_task()
+    except RuntimeError:  # no event loop
+        return threading.get_ident(), None
 
 
 @contextmanager
 def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within the block, each request of a batch goes through its own adapter, in every layer.
 
-    Blocks may be nested, the inner one counts. Blocks of other threads wait for their turn: the
-    choice is the layers', so it also holds for calls that another thread makes without a block.
+    Blocks may be nested, the inner one counts. A block of another thread waits for its turn with
+    these layers: the choice is theirs, and holds for every call of them, from wherever.
 
     Args:
         model: with ``MultiAdapterLinear`` layers.
@@ -125,6 +149,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 
     Raises:
         ValueError: the model has no such layers, or none of them an adapter of that name.
+        RuntimeError: another asyncio task of this thread is in a block: it awaits something there.
     """
     _checks.module("model", model)
     layers = [m for m in model.modules() if isinstance(m, MultiAdapterLinear)]
@@ -134,13 +159,31 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     known = {name for layer in layers for name in layer.names} | {None}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"names: expected some of {sorted(known - {None})}, got {unknown[0]!r}")
+    # as tensors: inputs of a compiled graph for any names
+    rows = [layer.index_of([n if n in layer.adapters else None for n in names]) for layer in layers]
+    me = _me()
     with _turn:
-        before = [layer._rows for layer in layers]
-        try:
-            for layer in layers:  # as tensors: inputs of a compiled graph for any names
-                own = [name if name in layer.adapters else None for name in names]
-                layer._rows = layer.index_of(own)
-            yield
-        finally:
-            for layer, rows in zip(layers, before, strict=True):
-                layer._rows = rows
+        while others := {_owners.get(layer, me) for layer in layers} - {me}:
+            if any(thread == me[0] for thread, _ in others):
+                raise RuntimeError(
+                    "adapter_rows: expected blocks without await, got one that another asyncio "
+                    "task of this thread is still in"
+                )
+            _turn.wait()
+        outer = [layer._rows for layer in layers], [layer in _owners for layer in layers]
+        _owners.update(dict.fromkeys(layers, me))
+    try:
+        _choose(layers, rows)
+        yield
+    finally:
+        _choose(layers, outer[0])
+        with _turn:
+            for layer, was_mine in zip(layers, outer[1], strict=True):
+                if not was_mine:
+                    del _owners[layer]
+            _turn.notify_all()
+
+
+def _choose(layers: list[MultiAdapterLinear], rows: list[torch.Tensor | None]) -> None:
+    for layer, chosen in zip(layers, rows, strict=True):
+        layer._rows = chosen

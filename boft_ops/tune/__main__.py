@@ -159,6 +159,7 @@ def _check_out(path: Path) -> None:
     folder = _paths.nearest(path.parent)
     if (path.exists() and not path.is_file()) or not folder.is_dir():
         raise ValueError(f"--out: expected a file in a folder, got {str(path)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"--out: expected a file in a folder to write to, got {str(path)!r}")
 
