@@ -186,7 +186,9 @@ def _fits(layer: BOFTLayer) -> bool:
         and not layer.kaleidoscope
         and layer.method == "exact"
         and layer.block_size << (layer.n_factors - 1) <= MAX_SIZE
-        and type(skew) is nn.Parameter  # not in shards
+        # in shards they are tensors of other types, or of other shapes
+        and type(skew) is nn.Parameter
+        and skew.shape == layer._shapes[0]
         # without a gradient of its own there is no graph that would keep its mask for a checkpoint
         and (skew.requires_grad or not torch.is_grad_enabled())
     )

@@ -298,6 +298,16 @@ def test_graphs_of_two_threads():
     net(x).sum().backward()
 
 
+def test_parameters_that_are_put_together_at_the_layer():
+    """As by FSDP, whose shards are 1-D at the start of the model's forward."""
+    net, x = model(), torch.randn(6, 32, dtype=torch.float64)
+    want, whole = net(x), net[0].skew
+    Together(net)
+    net[0].skew = torch.nn.Parameter(whole.detach().flatten()[:7])
+    net[0].register_forward_pre_hook(lambda layer, _: setattr(layer, "skew", whole))
+    torch.testing.assert_close(net(x), want)
+
+
 def test_parameters_of_inference_mode():
     with torch.inference_mode():
         net = model()
