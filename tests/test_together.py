@@ -191,6 +191,15 @@ def gradients(net, losses):
     return found
 
 
+def assert_the_same_in_checkpoints(net, outputs):
+    """The gradients of ``outputs(keep)``, with layers in checkpoints (keep) and without."""
+    found = []
+    for keep in (True, False):
+        torch.manual_seed(7)  # of the masks
+        found.append(gradients(net, [outputs(keep).square().sum()]))
+    torch.testing.assert_close(*found)
+
+
 def test_checkpoints_of_several_steps_each_see_their_own_masks():
     net = Blocks()
     Together(net)
@@ -233,12 +242,8 @@ def test_a_step_of_what_another_one_made():
 
     net = Past().double()
     Together(net)
-    found = []
-    for keep in (True, False):
-        torch.manual_seed(7)
-        x = torch.ones(6, 32, dtype=torch.float64)
-        found.append(gradients(net, [net(net(x, keep), keep).square().sum()]))
-    torch.testing.assert_close(*found)
+    x = torch.ones(6, 32, dtype=torch.float64)
+    assert_the_same_in_checkpoints(net, lambda keep: net(net(x, keep), keep))
 
 
 def test_a_model_that_calls_itself():
@@ -249,11 +254,8 @@ def test_a_model_that_calls_itself():
 
     net = Twice()
     Together(net)
-    x, found = torch.randn(6, 32, dtype=torch.float64), []
-    for keep in (True, False):
-        torch.manual_seed(7)
-        found.append(gradients(net, [net(x, keep).square().sum()]))
-    torch.testing.assert_close(*found)
+    x = torch.randn(6, 32, dtype=torch.float64)
+    assert_the_same_in_checkpoints(net, lambda keep: net(x, keep))
 
 
 def test_a_model_with_the_hook_twice_and_one_in_another():
@@ -261,11 +263,7 @@ def test_a_model_with_the_hook_twice_and_one_in_another():
     Together(net)
     Together(net)
     Together(net.net)
-    found = []
-    for keep in (True, False):
-        torch.manual_seed(7)
-        found.append(gradients(net, [net(x, keep).square().sum()]))
-    torch.testing.assert_close(*found)
+    assert_the_same_in_checkpoints(net, lambda keep: net(x, keep))
 
 
 def test_an_interrupted_step_is_forgotten():
@@ -279,11 +277,7 @@ def test_an_interrupted_step_is_forgotten():
     with pytest.raises(KeyboardInterrupt):
         net(x)
     handle.remove()
-    found = []
-    for keep in (True, False):
-        torch.manual_seed(7)
-        found.append(gradients(net, [net(x, keep).square().sum()]))
-    torch.testing.assert_close(*found)
+    assert_the_same_in_checkpoints(net, lambda keep: net(x, keep))
 
 
 def test_graphs_of_two_threads():
