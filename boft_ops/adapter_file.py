@@ -120,8 +120,9 @@ def write_adapter(
         "layers": json.dumps(config, sort_keys=True),
         "bases": json.dumps(bases, sort_keys=True),
     }
-    # no views of each other, which a file does not hold
-    whole = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    # no views of each other, which a file does not hold; copied where there is memory for it
+    whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    whole = {name: tensor.contiguous() for name, tensor in whole.items()}
     write_whole(path, save(whole, metadata))
 
 
@@ -254,10 +255,8 @@ def _check_levels(
 ) -> None:
     """Before layers are made of it: levels of a kaleidoscope are memory, and limited by nothing."""
     for name, options in config.items():
-        levels, skew = (
-            options.get("kaleidoscope", 0),
-            tensors.get(f"{name}.skew" if name else "skew"),
-        )
+        levels = options.get("kaleidoscope", 0)
+        skew = tensors.get(f"{name}.skew" if name else "skew")
         known = type(levels) is int and skew is not None and skew.dim() == 3
         if levels and not (known and 2 * levels <= len(skew)):
             raise ValueError(f"{path}: {name}: kaleidoscope: {levels!r} is not what its skew has")

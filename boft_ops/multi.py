@@ -166,7 +166,7 @@ class MultiAdapterLinear(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         if self._is_stale():
             self.forget()
-        prepared = self._prepared
+        prepared = self._prepared  # another thread may forget it
         stacks = prepared[1] if prepared else self._stacks(wide, x)
         for numbers, stages, matrices in stacks:
             local = self._renumbered(index, numbers)
@@ -271,10 +271,10 @@ class MultiAdapterLinear(nn.Module):
             TypeError, ValueError: the base is neither quantised nor a plain ``nn.Linear``, has
                 hooks, is quantised and ``requantise`` is None, or its weight cannot be read.
         """
-        if not _quantised.is_quantised(self.base):
+        if not (quantised := _quantised.is_quantised(self.base)):
             _plain.check_forward(self.base, nn.Linear)
         _plain.check_untouched(self.base)
-        if requantise is None and _quantised.is_quantised(self.base):
+        if quantised and requantise is None:
             raise ValueError(
                 f"requantise: expected a function over {type(self.base).__name__}, got None: a "
                 "rotated weight is none of the values that the base can hold, so merging has to "

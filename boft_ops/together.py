@@ -169,7 +169,8 @@ class Together:
         _thread.steps.append(step)
 
     def _after(self, model: nn.Module, args: tuple, output: object) -> None:
-        self._finish()
+        if not torch.compiler.is_compiling():
+            self._finish()
 
     def _finish(self) -> None:
         for step in [step for step in _thread.steps if step.owner is self]:

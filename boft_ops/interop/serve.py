@@ -170,16 +170,17 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
                     "task of this thread is still in"
                 )
             _turn.wait()
-        outer = [layer._rows for layer in layers], [layer in _owners for layer in layers]
+        outer = [layer._rows for layer in layers]
+        nested = [layer in _owners for layer in layers]
         _owners.update(dict.fromkeys(layers, me))
     try:
         _choose(layers, rows)
         yield
     finally:
-        _choose(layers, outer[0])
+        _choose(layers, outer)
         with _turn:
-            for layer, was_mine in zip(layers, outer[1], strict=True):
-                if not was_mine:
+            for layer, is_nested in zip(layers, nested, strict=True):
+                if not is_nested:
                     del _owners[layer]
             _turn.notify_all()
 
