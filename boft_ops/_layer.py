@@ -8,7 +8,7 @@ from functools import wraps
 import torch
 from torch import nn
 
-from . import _autocast, _checks
+from . import _autocast, _checks, _linalg
 from ._plain import check_forward, check_untouched
 from .cayley import cayley
 from .dropout import MultiplicativeDropout
@@ -230,7 +230,7 @@ class BOFTLayer(nn.Module):
             matrix = matrix / scale[:, None].to(matrix)
         blocks = cayley(self._active(skew).to(matrix), method=self.method)
         if self.method != "exact":  # not orthogonal: the inverse is not the transpose
-            blocks = torch.linalg.inv(blocks).mT
+            blocks = _linalg.inverse(blocks).mT
         matrix = self._rotate_matrix(matrix, blocks, back=True)
         weight = matrix.to(self.weight.dtype).reshape(self.weight.shape).contiguous()
         self.weight = nn.Parameter(weight, requires_grad=False)

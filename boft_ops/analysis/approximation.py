@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _checks
+from .. import _checks, _linalg
 from ..cayley import pack
 from ..compose import compose_forward
 from ..plan import plan
@@ -191,7 +191,7 @@ def nearest_rotation(matrices: torch.Tensor) -> torch.Tensor:
         return torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))
     u, _, vh = torch.linalg.svd(matrices)
     # determinant +1: turn the direction of the smallest singular value round
-    u[..., -1] *= torch.linalg.det(u @ vh).sign()[..., None]
+    u[..., -1] *= _linalg.determinant(u @ vh).sign()[..., None]
     return u @ vh
 
 
@@ -208,7 +208,7 @@ def inverse_cayley(blocks: torch.Tensor) -> torch.Tensor:
     _checks.tensor("blocks", blocks, min_dim=2)
     wide = blocks.double()
     eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    q = torch.linalg.solve(wide + eye, wide - eye)  # the two factors commute
+    q = _linalg.inverse(wide + eye) @ (wide - eye)  # the two factors commute
     return 0.5 * pack(q)
 
 

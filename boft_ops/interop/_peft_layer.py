@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from .. import _autocast
+from .. import _autocast, _linalg
 from .._layer import _exactly
 from ..butterfly import butterfly_matmul
 from ..cayley import cayley
@@ -162,7 +162,7 @@ class Rotated:
         adapter = self._adapter(name)
         blocks = adapter.blocks().to(matrix.dtype)
         if adapter.method not in ORTHOGONAL:  # the inverse is not the transpose
-            blocks = torch.linalg.inv(blocks).mT
+            blocks = _linalg.inverse(blocks).mT
         return butterfly_matmul(matrix, blocks).to(weight.dtype).reshape(weight.shape)
 
     def _dense_rotation(self, name: str) -> torch.Tensor:
