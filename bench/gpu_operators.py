@@ -12,11 +12,13 @@ from correctness import compare
 from interleave import Contestant
 from sizes import BLOCK, LLAMA_FACTORS, Sizes
 
-from boft_ops import _backend, _native, cayley, rotations
-from boft_ops.compose import compose_forward
-from boft_ops.plan import Stage, plan
-from boft_ops.rotate import apply_stages, apply_stages_backward
-from boft_ops.rotation import make_matrices
+from boft_ops import cayley, rotations
+from boft_ops._runtime import backend as backends
+from boft_ops._runtime import native
+from boft_ops.ops.compose import compose_forward
+from boft_ops.ops.rotate import apply_stages, apply_stages_backward
+from boft_ops.ops.stage_from_skew import make_matrices
+from boft_ops.ops.stages import Stage, plan
 
 
 def cayley_contest(
@@ -32,7 +34,7 @@ def cayley_contest(
     with torch.no_grad():
         blocks = solve(flat).view(*together.shape[:2], BLOCK, BLOCK)
         for backend in rivals():
-            with _backend.force(backend):
+            with backends.force(backend):
                 compare(f"cayley by {backend}", cayley(together), blocks, flat.dtype)
         compare("cayley", cayley(together), blocks, flat.dtype)
         expected = compose_forward.reference(blocks, 0)
@@ -47,14 +49,14 @@ def cayley_contest(
 
 def rivals() -> tuple[str, ...]:
     """The set of GPU kernels that is not the one which serves by default, where both are there."""
-    return ("cuda",) if _native.kernels("cuda") and _backend.has_triton() else ()
+    return ("cuda",) if native.kernels("cuda") and backends.has_triton() else ()
 
 
 def forced(backend: str, run: Callable[[], object]) -> Callable[[], object]:
     """The same on one backend."""
 
     def on_backend() -> object:
-        with _backend.force(backend):
+        with backends.force(backend):
             return run()
 
     return on_backend
@@ -78,7 +80,7 @@ def rotation_contest(
         run = _backward(grad, x, matrices, stages) if backward else _forward(x, matrices, stages)
         contestants.append(Contestant(name, run))
         for backend in rivals():
-            with _backend.force(backend), torch.no_grad():
+            with backends.force(backend), torch.no_grad():
                 _check(f"{name} by {backend}", x, grad, matrices, stages)
             contestants.append(Contestant(f"{name}-{backend}", forced(backend, run)))
     return contestants
@@ -117,7 +119,7 @@ def _check(
     """The rows, their gradient and the gradients of the stages agree with float64."""
     ours = _forward(x, matrices, stages)(), *_backward(grad, x, matrices, stages)()
     wide = [matrix.double() for matrix in matrices]
-    with _backend.force("reference"):
+    with backends.force("reference"):
         y = _forward(x.double(), wide, stages)()
         theirs = y, *_backward(grad.double(), x.double(), wide, stages)()
     compare(f"{name}: output", ours[0], theirs[0], x.dtype)

@@ -85,7 +85,7 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
         Step("peft", ("-c", PEFT), peers, _why_no_extension(gpu)),
         Step(
             "tests",
-            ("-m", "pytest", *TESTS, *_workers(gpu), "tests" if gpu else "tests/test_ops.py"),
+            ("-m", "pytest", *TESTS, *_workers(gpu), "tests" if gpu else "tests/ops/test_ops.py"),
             tests,
         ),
         Step(

@@ -22,7 +22,7 @@ import torch
 from contestants import FLOOR, LORA, Job, Shape, batch, build, frozen
 from interleave import Contestant, measure, ratios, summary
 
-from boft_ops import _backend, _tuned
+from boft_ops._runtime import backend, tuned
 
 SHAPE = Shape(64, 64, 16)
 NAMES = (FLOOR, LORA, "peft-oft", "boft-1-16", "boft-2-8", "boft-4-4")
@@ -65,18 +65,18 @@ def launches_left_out() -> Iterator[None]:
     """Within the block layers on the CPU take the way of CUDA tensors, and no kernel runs."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET: expected 1, or Triton would look for a GPU")
-    _backend._ops["rotate"].launcher()  # imports what it belongs to
+    backend._ops["rotate"].launcher()  # imports what it belongs to
     module = importlib.import_module("boft_ops.triton_kernels.launch")
-    serving = {name: op.serving["cpu"] for name, op in _backend._ops.items()}
+    serving = {name: op.serving["cpu"] for name, op in backend._ops.items()}
     compiled = module._compiled
 
     def put(backends: dict[str, str], kernels: dict) -> None:
-        for name, op in _backend._ops.items():
+        for name, op in backend._ops.items():
             op.serving["cpu"] = backends[name]
         module._compiled = kernels
-        _tuned.forget()  # and what was decided for calls so far
+        tuned.forget()  # and what was decided for calls so far
 
-    there = {name: "triton" if op._triton else "reference" for name, op in _backend._ops.items()}
+    there = {name: "triton" if op._triton else "reference" for name, op in backend._ops.items()}
     put(there, Compiled())
     try:
         yield

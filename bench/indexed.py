@@ -16,9 +16,9 @@ from environment import ROOT, commit, describe, device_name, slug
 from interleave import Contestant, measure, ratios, summary, synchronizer
 
 from boft_ops import cayley
-from boft_ops.indexed import compose_all, rotate_indexed_rows
-from boft_ops.plan import plan
-from boft_ops.rotate import rotate_rows
+from boft_ops.ops.rotate import rotate_rows
+from boft_ops.ops.rotate_indexed import compose_all, rotate_indexed_rows
+from boft_ops.ops.stages import plan
 
 D, M, B = 2048, 2, 8
 # adapters, rows, rows of one request: prefill, and decoding one token each

@@ -11,9 +11,10 @@ from gpu_operators import forced, rivals
 from interleave import Contestant
 from sizes import BLOCK, COMPOSED, Sizes
 
-from boft_ops import _backend, cayley
-from boft_ops.compose import compose_backward, compose_forward
-from boft_ops.scale import scale_backward, scale_forward
+from boft_ops import cayley
+from boft_ops._runtime import backend as backends
+from boft_ops.ops.compose import compose_backward, compose_forward
+from boft_ops.ops.scale import scale_backward, scale_forward
 
 
 def compose_contest(sizes: Sizes, backward: bool, device: torch.device) -> list[Contestant]:
@@ -41,7 +42,7 @@ def scale_contest(
     return [Contestant("clone", lambda: x.clone()), *_contest("scale", op, arguments)]
 
 
-def _contest(name: str, op: _backend.Op, arguments: tuple) -> list[Contestant]:
+def _contest(name: str, op: backends.Op, arguments: tuple) -> list[Contestant]:
     """What serves the call, plain torch, and the other set of kernels where there are two."""
 
     def run() -> object:

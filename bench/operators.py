@@ -15,8 +15,8 @@ from layer_operators import compose_contest, names, scale_contest
 from sizes import BLOCK, COMPOSED, Sizes, sizes_on
 
 from boft_ops import butterfly_matmul, cayley
-from boft_ops.linear import linear_backward, linear_forward
-from boft_ops.plan import plan
+from boft_ops.ops.linear import linear_backward, linear_forward
+from boft_ops.ops.stages import plan
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 

@@ -7,22 +7,22 @@ Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
 Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``, ``Together``.
 """
 
-from . import _paths
+from ._runtime import paths
 
-_paths.mount_triton(__name__)
-_paths.hide_phantom_triton()
+paths.mount_triton(__name__)
+paths.hide_phantom_triton()
 
 from ._version import __version__  # noqa: E402
-from .adapter_file import load_adapter, save_adapter  # noqa: E402
-from .butterfly import butterfly_matmul  # noqa: E402
-from .cayley import cayley  # noqa: E402
-from .dropout import MultiplicativeDropout, multiplicative_dropout  # noqa: E402
-from .indexed import butterfly_matmul_indexed  # noqa: E402
-from .kaleidoscope import kaleidoscope_matmul  # noqa: E402
-from .layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
-from .linear import boft_linear  # noqa: E402
-from .model import adapt, merge  # noqa: E402
-from .multi import MultiAdapterLinear  # noqa: E402
+from .nn.adapt import adapt, merge  # noqa: E402
+from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
+from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
+from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
+from .ops.butterfly import butterfly_matmul  # noqa: E402
+from .ops.cayley import cayley  # noqa: E402
+from .ops.dropout import MultiplicativeDropout, multiplicative_dropout  # noqa: E402
+from .ops.kaleidoscope import kaleidoscope_matmul  # noqa: E402
+from .ops.linear import boft_linear  # noqa: E402
+from .ops.rotate_indexed import butterfly_matmul_indexed  # noqa: E402
 from .together import Together, rotations  # noqa: E402
 
 __all__ = [

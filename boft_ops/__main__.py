@@ -9,27 +9,28 @@ from pathlib import Path
 
 import torch
 
-from . import _backend, _build, _native, _paths, _vendor
-from ._namespace import NS, PACKAGE
+from ._runtime import backend, native, paths, vendor
+from ._runtime import build as build_tools
+from ._runtime.namespace import NS, PACKAGE
 from ._version import __version__
 
 
 def info() -> str:
     """What this copy is, and which backend serves which operator here."""
     facts = {
-        "location": _paths.HERE,
+        "location": paths.HERE,
         "operators": f"torch.ops.{NS}",
         "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {_cuda()}",
         "triton": _triton(),
-        "native": _native.status,
-        "library": _native.library or "none",
+        "native": native.status,
+        "library": native.library or "none",
     }
     if settings := [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("BOFT_OPS_")]:
         facts["settings"] = " ".join(settings)
     lines = [f"{PACKAGE} {__version__}", *(f"  {key:<10} {fact}" for key, fact in facts.items())]
     rows = [("op", "device", "served by", "why not by another")]
-    for row in _backend.report():
+    for row in backend.report():
         others = "; ".join(f"{name}: {_brief(why)}" for name, why in row["others"].items())
         rows.append((row["op"], row["device"], row["serving"], others))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -42,9 +43,9 @@ def info() -> str:
 
 def _brief(why: str) -> str:
     # The library's whole story stands above the table already.
-    if _native.library is not None and _native.status in why:
+    if native.library is not None and native.status in why:
         return "no kernels for it in the native library"
-    return why.replace(_native.status, _native.status.partition(":")[0])
+    return why.replace(native.status, native.status.partition(":")[0])
 
 
 def _cuda() -> str:
@@ -57,7 +58,7 @@ def _cuda() -> str:
 
 
 def _triton() -> str:
-    if not _backend.has_triton():
+    if not backend.has_triton():
         return "not installed"
     try:
         return importlib.metadata.version("triton")
@@ -67,12 +68,12 @@ def _triton() -> str:
 
 def build(verbose: bool) -> str:
     """Compile the library, unless this copy has one that fits."""
-    if _native.library is not None:
-        return f"nothing to build: {_native.library} is {_native.status}"
-    path = _native.build(verbose)
-    if not _native.load():
-        raise _build.BuildError(f"built {path}, but it is {_native.status}")
-    return f"built {path}: {_native.status}"
+    if native.library is not None:
+        return f"nothing to build: {native.library} is {native.status}"
+    path = native.build(verbose)
+    if not native.load():
+        raise build_tools.BuildError(f"built {path}, but it is {native.status}")
+    return f"built {path}: {native.status}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "build":
             print(build(args.verbose))
         elif args.command == "vendor":
-            dest = _vendor.vendor(args.dest, force=args.force, with_native=args.with_native)
+            dest = vendor.vendor(args.dest, force=args.force, with_native=args.with_native)
             print(f"copied to {dest}")
             if not args.with_native:
                 print("`python -m <its dotted name> build` compiles its native library")
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough; spare it the complaint at exit, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, _build.BuildError) as error:
+    except (ValueError, OSError, build_tools.BuildError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ._namespace import PACKAGE
+from ._runtime.namespace import PACKAGE
 from .interop.convert import FORMATS, PREFIX, convert
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from ._backend import Op
+from ._runtime.backend import Op
 
 WARPS, ROWS, PAD = 4, 16, 8  # of csrc/cuda/rotate_pair.cuh
 MAX_SHARED = 227 << 10

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from . import _checks
-from ._layer import BOFTLayer, version_of
-from .rotation import MAX_SIZE, Rotation
+from ._runtime import checks
+from .nn.base import BOFTLayer, version_of
+from .ops.stage_from_skew import MAX_SIZE, Rotation
 
 
 def rotations(
@@ -74,11 +74,11 @@ def _check_mask(name: str, drop: object, skew: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected a boolean tensor or None, got {got}")
     if drop.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(drop.shape)}")
-    _checks.same_device(name, drop, "its skew", skew)
+    checks.same_device(name, drop, "its skew", skew)
 
 
 def _check(name: str, skew: torch.Tensor, first: torch.Tensor) -> None:
-    _checks.tensor(name, skew)
+    checks.tensor(name, skew)
     if skew.dim() != 3 or skew.shape[::2] != first.shape[::2]:
         raise ValueError(
             f"{name}: expected shape (n_factors, d/block_size, block_size*(block_size-1)/2) with "
@@ -86,10 +86,10 @@ def _check(name: str, skew: torch.Tensor, first: torch.Tensor) -> None:
         )
     if skew.dtype != first.dtype:
         raise TypeError(f"{name}: expected the dtype of skews[0], {first.dtype}, got {skew.dtype}")
-    _checks.same_device(name, skew, "skews[0]", first)
+    checks.same_device(name, skew, "skews[0]", first)
     m, n_blocks, packed = skew.shape
-    b = _checks.block_size_from_packed(name, packed)
-    _checks.butterfly_shape(n_blocks * b, b, m)
+    b = checks.block_size_from_packed(name, packed)
+    checks.butterfly_shape(n_blocks * b, b, m)
     if b << (m - 1) > MAX_SIZE:
         raise ValueError(
             f"{name}: expected groups of block_size * 2**(n_factors-1) <= {MAX_SIZE} features, got "
@@ -137,7 +137,7 @@ class Together:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        _checks.module("model", model)
+        checks.module("model", model)
         self._handles = (
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, always_call=True),

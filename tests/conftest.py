@@ -16,7 +16,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 os.environ["BOFT_OPS_AUTOTUNE"] = "0"  # built-in defaults, whatever was measured on this machine
 
-from boft_ops import _backend, _native, _tuned
+from boft_ops._runtime import backend as backends
+from boft_ops._runtime import native, tuned
 
 # In CI the same examples every time; elsewhere new ones, which may find what nobody thought of.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -45,7 +46,7 @@ def backend(request):
         pytest.skip("triton is a dependency on Linux only")
     if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton serves CPU tensors in its interpreter only; the gpu tests run it here")
-    with _backend.force(name):
+    with backends.force(name):
         yield name
 
 
@@ -71,8 +72,8 @@ def tuned_cache(tmp_path, monkeypatch):
     """Measurements count, and this empty folder is where they are kept."""
     monkeypatch.setenv("BOFT_OPS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("BOFT_OPS_AUTOTUNE", "")
-    monkeypatch.setattr(_tuned, "_warned", set())
-    _tuned.forget()
+    monkeypatch.setattr(tuned, "_warned", set())
+    tuned.forget()
     yield tmp_path / "cache" / "tuned"
-    _tuned.forget()
-    _native.set_tunables(_native.DEFAULTS)
+    tuned.forget()
+    native.set_tunables(native.DEFAULTS)

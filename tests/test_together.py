@@ -11,16 +11,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from boft_ops import (
-    BOFTLinear,
-    Together,
-    _backend,
-    boft_linear,
-    butterfly_matmul,
-    cayley,
-    rotations,
-)
+from boft_ops import BOFTLinear, Together, boft_linear, butterfly_matmul, cayley, rotations
 from boft_ops import together as together_module
+from boft_ops._runtime import backend as backends
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +51,9 @@ def test_rotations_are_the_groups_of_each_butterfly(backend, m, b):
 
 def test_one_launch_for_all(monkeypatch):
     calls = []
-    real = _backend.Op.__call__
+    real = backends.Op.__call__
     monkeypatch.setattr(
-        _backend.Op, "__call__", lambda self, *a: calls.append(self.name) or real(self, *a)
+        backends.Op, "__call__", lambda self, *a: calls.append(self.name) or real(self, *a)
     )
     stages = rotations(skews(2, 8))
     sum(stage.sum() for stage in stages).backward()
@@ -121,9 +114,9 @@ def test_a_model_computes_the_same_together(monkeypatch):
     net = model()
     together = Together(net)
     calls = []
-    real = _backend.Op.__call__
+    real = backends.Op.__call__
     monkeypatch.setattr(
-        _backend.Op, "__call__", lambda self, *a: calls.append(self.name) or real(self, *a)
+        backends.Op, "__call__", lambda self, *a: calls.append(self.name) or real(self, *a)
     )
     for got, want in zip(step(net, x), expected, strict=True):
         torch.testing.assert_close(got, want)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _checks, _linalg
-from ..cayley import pack
-from ..compose import compose_forward
-from ..plan import plan
-from ..rotate import gram, rotate_rows
+from .._runtime import checks, linalg
+from ..ops.cayley import pack
+from ..ops.compose import compose_forward
+from ..ops.rotate import gram, rotate_rows
+from ..ops.stages import plan
 
 
 class Factor(NamedTuple):
@@ -35,7 +35,7 @@ class Factor(NamedTuple):
 
 def butterfly_factors(d: int, block_size: int, n_factors: int) -> list[Factor]:
     """The factors of BOFT(m, b), smallest stride first (arXiv 2311.06243, section 4)."""
-    _checks.butterfly_shape(d, block_size, n_factors)
+    checks.butterfly_shape(d, block_size, n_factors)
     if n_factors == 1:
         return [Factor(block_size, block_size, 1)]
     return [Factor(block_size, block_size // 2, 1 << i) for i in range(n_factors)]
@@ -57,7 +57,7 @@ def shuffle_factors(d: int, block_size: int, n_factors: int) -> list[Factor]:
             raise ValueError(f"{name}: expected a power of two from 2 up, got {value}")
     if block_size > d:
         raise ValueError(f"block_size: expected at most d = {d}, got {block_size}")
-    _checks.positive_int("n_factors", n_factors)
+    checks.positive_int("n_factors", n_factors)
     bits, window = d.bit_length() - 1, block_size.bit_length() - 1
     factors = []
     for j in range(n_factors):
@@ -115,7 +115,7 @@ def approximate(
         TypeError: targets are not floating-point.
         ValueError: targets are not square, or the factors do not divide d.
     """
-    _checks.tensor("targets", targets)
+    checks.tensor("targets", targets)
     if targets.dim() != 3 or targets.shape[1] != targets.shape[2]:
         raise ValueError(f"targets: expected shape (n, d, d), got {tuple(targets.shape)}")
     n, d, _ = targets.shape
@@ -191,7 +191,7 @@ def nearest_rotation(matrices: torch.Tensor) -> torch.Tensor:
         return torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))
     u, _, vh = torch.linalg.svd(matrices)
     # determinant +1: turn the direction of the smallest singular value round
-    u[..., -1] *= _linalg.determinant(u @ vh).sign()[..., None]
+    u[..., -1] *= linalg.determinant(u @ vh).sign()[..., None]
     return u @ vh
 
 
@@ -205,10 +205,10 @@ def inverse_cayley(blocks: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., b(b-1)/2), Q = (R - I)(R + I)^-1 as ``torch.triu_indices(b, b, 1)`` orders it.
     """
-    _checks.tensor("blocks", blocks, min_dim=2)
+    checks.tensor("blocks", blocks, min_dim=2)
     wide = blocks.double()
     eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    q = _linalg.inverse(wide + eye) @ (wide - eye)  # the two factors commute
+    q = linalg.inverse(wide + eye) @ (wide - eye)  # the two factors commute
     return 0.5 * pack(q)
 
 

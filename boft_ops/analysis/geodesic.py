@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import _checks
-from ..cayley import unpack
+from .._runtime import checks
+from ..ops.cayley import unpack
 
 
 def geodesic(skew: torch.Tensor, t: float) -> torch.Tensor:
@@ -26,9 +26,9 @@ def geodesic(skew: torch.Tensor, t: float) -> torch.Tensor:
         TypeError: ``skew`` is not a floating-point tensor.
         ValueError: t is not in [0, 1], or the last dimension is not b(b-1)/2 for any b.
     """
-    _checks.tensor("skew", skew, min_dim=1)
-    _checks.probability("t", t)
-    b = _checks.block_size_from_packed("skew", skew.shape[-1])
+    checks.tensor("skew", skew, min_dim=1)
+    checks.probability("t", t)
+    b = checks.block_size_from_packed("skew", skew.shape[-1])
     hermitian = 1j * unpack(skew.double())
     values, vectors = torch.linalg.eigh(hermitian)
     scaled = torch.tan(t * torch.atan(values))

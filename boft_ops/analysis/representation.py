@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _checks
+from .._runtime import checks
 from .approximation import inverse_cayley
 
 
@@ -33,7 +33,7 @@ def kaleidoscope_parameters(
         ValueError: it is not square and orthogonal, its determinant is -1, which no product of
             Cayley transforms has, or no dense butterfly has this d and block_size.
     """
-    _checks.tensor("rotation", rotation)
+    checks.tensor("rotation", rotation)
     if rotation.dim() != 2 or rotation.shape[0] != rotation.shape[1] or len(rotation) < 2:
         raise ValueError(f"rotation: expected shape (d, d), got {tuple(rotation.shape)}")
     rest = rotation.detach().double()
@@ -68,7 +68,7 @@ def kaleidoscope_parameters(
 
 def dense_factors(d: int, block_size: int) -> int:
     """The m with which BOFT(m, block_size) mixes all d features: block_size 2^(m-1) = d."""
-    _checks.positive_int("block_size", block_size)
+    checks.positive_int("block_size", block_size)
     m = (d // block_size).bit_length()
     if block_size % 2 or block_size << max(m - 1, 0) != d:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _checks
+from .._runtime import checks
 
 
 class Drift(NamedTuple):
@@ -79,7 +79,7 @@ def orthogonality_error(matrix: torch.Tensor) -> float:
 
     0 for an orthogonal matrix; for one whose singular values are all 1 + e, about 2 e.
     """
-    _checks.tensor("matrix", matrix)
+    checks.tensor("matrix", matrix)
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"matrix: expected shape (..., d, d), got {tuple(matrix.shape)}")
     r = matrix.double()
@@ -93,7 +93,7 @@ def _unit_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _matrix(name: str, value: torch.Tensor) -> torch.Tensor:
-    _checks.tensor(name, value)
+    checks.tensor(name, value)
     if value.dim() != 2 or len(value) < 2:
         raise ValueError(f"{name}: expected shape (n, d) with n >= 2, got {tuple(value.shape)}")
     if (value == 0).all(1).any():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import lycoris_format, native_format, peft_reader, peft_writer
-from .adapter import Adapter, Base, Shapes, check, shapes_of
-from .files import read_tensors
+from .formats import lycoris, native, peft_reader, peft_writer
+from .formats.adapter import Adapter, Base, Shapes, check, shapes_of
+from .formats.files import read_tensors
 
 FORMATS = ("peft", "boft_ops", "lycoris")
 PREFIX = "lycoris"  # of LyCORIS' own names of layers; trainers have others, such as lora_unet
@@ -64,9 +64,9 @@ def convert(
     if to == "peft":
         peft_writer.write(adapter, destination, base)
     elif to == "lycoris":
-        lycoris_format.write(adapter, destination, prefix)
+        lycoris.write(adapter, destination, prefix)
     else:
-        native_format.write(adapter, destination)
+        native.write(adapter, destination)
     return adapter
 
 
@@ -92,10 +92,10 @@ def _read(path: Path, shapes: Shapes, prefix: str) -> Adapter:
     if path.is_dir():
         return peft_reader.read(path, shapes)
     tensors, metadata = read_tensors(path)
-    if native_format.is_checkpoint(metadata):
-        return native_format.read(path, tensors, metadata, shapes)
-    if lycoris_format.is_checkpoint(tensors):
-        return lycoris_format.read(path, tensors, shapes, prefix)
+    if native.is_checkpoint(metadata):
+        return native.read(path, tensors, metadata, shapes)
+    if lycoris.is_checkpoint(tensors):
+        return lycoris.read(path, tensors, shapes, prefix)
     raise ValueError(
         f"{path}: expected a file of save_adapter, of LyCORIS' BOFT or diag-oft, or PEFT's folder, "
         f"got one of tensors {sorted(tensors)[:4]}"

@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .. import _checks
-from .._layer import BOFTLayer
-from .._linear_adapter import LinearAdapter
-from ..model import check_parent, put_in, unfrozen_on_error
-from ..multi import MultiAdapterLinear
-from .adapter import Base, LayerAdapter
+from .._runtime import checks
+from ..nn.adapt import check_parent, put_in, unfrozen_on_error
+from ..nn.base import BOFTLayer
+from ..nn.linear_adapter import LinearAdapter
+from ..nn.multi_adapter import MultiAdapterLinear
 from .convert import PREFIX, read_checkpoint
+from .formats.adapter import Base, LayerAdapter
 
 
 def load_adapters(
@@ -46,7 +46,7 @@ def load_adapters(
             or its outputs, or holds more than rotations (trained heads, biases): they cannot be
             chosen for each request; or a name is taken or impossible. The model is then as it was.
     """
-    _checks.module("model", model)
+    checks.module("model", model)
     read = {
         name: read_checkpoint(path, base=base, prefix=prefix) for name, path in checkpoints.items()
     }
@@ -151,7 +151,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         ValueError: the model has no such layers, or none of them an adapter of that name.
         RuntimeError: another asyncio task of this thread is in a block: it awaits something there.
     """
-    _checks.module("model", model)
+    checks.module("model", model)
     layers = [m for m in model.modules() if isinstance(m, MultiAdapterLinear)]
     if not layers:
         raise ValueError("model: expected MultiAdapterLinear layers, got none")

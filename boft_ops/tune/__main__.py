@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from .. import _backend, _checks, _paths, _tuned_file
-from .._device import devices_of, name_of
-from .._namespace import PACKAGE
-from .._shape_class import CLASSES
-from .._tuned import forget
-from .._tuned_table import Choice
+from .._runtime import backend as backends
+from .._runtime import checks, paths, tuned_file
+from .._runtime.device import devices_of, name_of
+from .._runtime.namespace import PACKAGE
+from .._runtime.shape_class import CLASSES
+from .._runtime.tuned import forget
+from .._runtime.tuned_table import Choice
 from . import explain
 from .machine import measured
 from .makers import problems
@@ -63,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--backends",
         nargs="+",
-        choices=_backend.BACKENDS,
+        choices=backends.BACKENDS,
         metavar="B",
         help="of these backends alone: %(choices)s",
     )
@@ -84,11 +85,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         if options.explain:
             for m, b in options.butterfly:
-                _checks.butterfly_shape(options.explain[0], b, m)
+                checks.butterfly_shape(options.explain[0], b, m)
         else:
             options.shapes = shapes_of(options.shapes, options.rows)
             _check_work(options)
-            options.out = options.out or _tuned_file.user_file(options.device)
+            options.out = options.out or tuned_file.user_file(options.device)
             _check_out(options.out)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
@@ -138,25 +139,25 @@ def _seconds(text: str) -> float:
 
 def _check_work(options: argparse.Namespace) -> None:
     """Raise ValueError where nothing of what was asked for can be measured."""
-    place, forced = options.device.type, _backend.forced()
+    place, forced = options.device.type, backends.forced()
     if place == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     if forced:
         raise ValueError(f"BOFT_OPS_BACKEND: expected none, as all are to be tried, got {forced!r}")
-    ops = [op for name, op in _backend._ops.items() if name in (options.ops or CLASSES)]
+    ops = [op for name, op in backends._ops.items() if name in (options.ops or CLASSES)]
     for backend in options.backends or ():
         if backend != "reference" and place not in devices_of(backend):
             raise ValueError(f"--backends: expected backends of {place}, got {backend!r}")
         why = [op.missing.get(backend) for op in ops]
         if why and all(why):
             raise ValueError(f"--backends {backend}: {why[0]}")
-    if not any(_checks.is_valid(s.d, b, m) for s in options.shapes for m, b in options.butterfly):
+    if not any(checks.is_valid(s.d, b, m) for s in options.shapes for m, b in options.butterfly):
         raise ValueError(f"--butterfly: none of {options.butterfly} fits any of --shapes")
 
 
 def _check_out(path: Path) -> None:
     """Raise ValueError unless the file can be written: measuring takes long."""
-    folder = _paths.nearest(path.parent)
+    folder = paths.nearest(path.parent)
     if (path.exists() and not path.is_file()) or not folder.is_dir():
         raise ValueError(f"--out: expected a file in a folder, got {str(path)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,15 +181,15 @@ def _tune_all(options: argparse.Namespace, path: Path) -> int:
     print(f"{name_of(device)}: measuring its rates", flush=True)
     machine = measured(device, options.dtype)
     rates = {"bytes": machine.bytes, "flops": machine.flops}
-    _tuned_file.update(path, device, [], rates)
+    tuned_file.update(path, device, [], rates)
     found = problems(options.shapes, options.butterfly, options.dtype, device, machine, options.ops)
-    known = {_tuned_file.key_of(row) for row in _tuned_file.read(path, device)["choices"]}
+    known = {tuned_file.key_of(row) for row in tuned_file.read(path, device)["choices"]}
     todo = [problem for problem in found if options.again or problem.key not in known]
     if len(todo) < len(found):
         print(f"{len(found) - len(todo)} of {len(found)} are in {path} already")
     timer, done, longest = Timer(device, machine), 0, 0.0
     if options.verify:
-        rows = {_tuned_file.key_of(row): row for row in _tuned_file.read(path, device)["choices"]}
+        rows = {tuned_file.key_of(row): row for row in tuned_file.read(path, device)["choices"]}
         kept = [problem for problem in found if problem.key in rows]
         return int(sum(_verify(problem, rows[problem.key], timer) for problem in kept) > 0)
     with _progress(len(todo)) as advance:
@@ -204,9 +205,9 @@ def _tune_all(options: argparse.Namespace, path: Path) -> int:
                 return INTERRUPTED
             except DeviceError as error:
                 print(f"{error}\nthe device is lost; run the same command again", file=sys.stderr)
-                _tuned_file.update(path, device, [_lost(problem, error)])
+                tuned_file.update(path, device, [_lost(problem, error)])
                 return LOST
-            _tuned_file.update(path, device, [row])
+            tuned_file.update(path, device, [row])
             done, longest = done + 1, max(longest, time.perf_counter() - began)
             advance(_line(problem, row))
     forget()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from .._tuned_table import Choice
+from .._runtime.tuned_table import Choice
 from .problems import Problem
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..plan import Stage, plan
+from ..ops.stages import Stage, plan
 from .machine import Machine
 
 BYTES_IN_FLIGHT = 24 << 10  # for each multiprocessor, to keep memory busy: 3 TB/s * 1 us / 132

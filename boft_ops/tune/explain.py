@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .._tuned import lookup
-from .._tuned_file import read, shipped_file, user_file
-from ..plan import default_plan
+from .._runtime.tuned import lookup
+from .._runtime.tuned_file import read, shipped_file, user_file
+from ..ops.stages import default_plan
 from .cost import plans
 from .machine import Machine, data_sheet
 

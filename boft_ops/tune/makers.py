@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _backend, _native
-from .._checks import is_valid
-from .._shape_class import CLASSES
-from .._tuned import pinned
-from ..plan import Stage, plan
-from ..rotate import apply_stages
-from ..rotation import GIVEN, is_fused
+from .._runtime import backend, native
+from .._runtime.checks import is_valid
+from .._runtime.shape_class import CLASSES
+from .._runtime.tuned import pinned
+from ..ops.rotate import apply_stages
+from ..ops.stage_from_skew import GIVEN, is_fused
+from ..ops.stages import Stage, plan
 from .cost import plans
 from .machine import Machine
 from .problems import Problem, training_step
@@ -49,7 +49,7 @@ def problems(
                 continue
             for problem in maker.of(shape, m, b):
                 found.setdefault(problem.key, problem)
-    if device.type == "cpu" and _native.library is not None:
+    if device.type == "cpu" and native.library is not None:
         for problem in maker.process([*found.values()]):
             found[problem.key] = problem
     if ops is None:
@@ -142,7 +142,7 @@ class _Maker:
             yield self._plan(shape, 1, stages[0].size)
 
     def _op(self, name: str, make: Callable, **more: Any) -> Problem:
-        return self.problem(name, make, _backend._ops[name], **more)
+        return self.problem(name, make, backend._ops[name], **more)
 
     def _stage(self, d: int, size: int, seed: int) -> torch.Tensor:
         noise = self.tensor(d // size, size, size, seed=seed, scale=0.1 / size, wide=True)
@@ -157,7 +157,7 @@ class _Maker:
 
         def factors(seed: int, count: int = m) -> torch.Tensor:
             with torch.no_grad(), pinned():
-                return _backend._ops["cayley"](skew(seed)[0][:count].contiguous(), None)
+                return backend._ops["cayley"](skew(seed)[0][:count].contiguous(), None)
 
         width = self.wide.itemsize
         numbers = m * blocks * (packed + b * b) * width
@@ -216,7 +216,7 @@ class _Maker:
 
     def _has(self, op: str) -> bool:
         """Whether the native library has this op for the device: one that others can stand for."""
-        return op in _native.kernels(self.device.type)
+        return op in native.kernels(self.device.type)
 
     def _linear(self, op: str, shape: Shape, size: int) -> Problem:
         """One stage, given, and the product: forward and backward."""
@@ -275,7 +275,7 @@ class _Maker:
     def process(self, members: Sequence[Problem]) -> Iterator[Problem]:
         """The C++ kernels' numbers, over all that those problems call."""
         for op, uses in (("blocking", ("linear",)), ("grain", None)):
-            basket = [p for p in members if p.op in (uses or _backend._ops) and p.op != "linear"]
+            basket = [p for p in members if p.op in (uses or backend._ops) and p.op != "linear"]
             if uses:
                 basket = [p for p in members if p.op in uses]
             if basket:

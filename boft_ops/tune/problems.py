@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .. import _backend, _native
-from .._tuned import pinned
-from .._tuned_table import Choice
-from ..linear import RotatedLinear
-from ..plan import default_plan
+from .._runtime import backend, native
+from .._runtime.tuned import pinned
+from .._runtime.tuned_table import Choice
+from ..ops.linear import RotatedLinear
+from ..ops.stages import default_plan
 from .machine import Machine
 from .space import default_of, tiles
 
@@ -67,15 +67,13 @@ class Problem:
     def default(self, args: tuple) -> Choice:
         """What serves where nothing was measured."""
         if self.op in TUNABLES:
-            return Choice(
-                (), "cpu", {name: _native.DEFAULTS[name] for name in TUNABLES[self.op][0]}
-            )
+            return Choice((), "cpu", {name: native.DEFAULTS[name] for name in TUNABLES[self.op][0]})
         if self.op == "plan":
             m, b = self.structure.values()
             rows, _, outputs = self.sizes.values()
             stages, weight_side = default_plan(m, b, self.device.type, rows, outputs)
             return Choice((), "", {"stages": len(stages), "weight_side": int(weight_side)})
-        op = _backend._ops[self.op]
+        op = backend._ops[self.op]
         serving = op.serving[self.device.type]
         return Choice((), serving if op.takes(serving, args) else "reference", {})
 
@@ -92,8 +90,8 @@ class Problem:
         elif self.op == "plan":
             found = [Choice((), "", config) for config in pruned(self.plans)]
         else:
-            op = _backend._ops[self.op]
-            all_of = (*_backend.PREFERENCE[self.device.type], "reference")
+            op = backend._ops[self.op]
+            all_of = (*backend.PREFERENCE[self.device.type], "reference")
             names = [b for b in backends or all_of if b not in op.missing and op.takes(b, args)]
             found = [Choice((), name, {}) for name in names]
             if "triton" in names and default_of(self.op, self.structure, self.dtype):
@@ -117,13 +115,13 @@ def pruned(modelled: Sequence[tuple[float, Any]]) -> list[Any]:
 
 @contextmanager
 def _tunables(config: dict[str, int]) -> Iterator[None]:
-    before = {name: _native.tunable(name) for name in config}
-    _native.set_tunables(config)
+    before = {name: native.tunable(name) for name in config}
+    native.set_tunables(config)
     try:
         with pinned():
             yield
     finally:
-        _native.set_tunables(before)
+        native.set_tunables(before)
 
 
 def training_step(x, weight, rotation, scale, bias, grad, method: str) -> tuple[torch.Tensor, ...]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .. import _backend, _tuned_file
-from .._shape_class import CLASSES
-from .._tuned import forget, pinned
-from .._tuned_table import SAME, Choice, nearest, table_of
+from .._runtime import backend, tuned_file
+from .._runtime.shape_class import CLASSES
+from .._runtime.tuned import forget, pinned
+from .._runtime.tuned_table import SAME, Choice, nearest, table_of
 from .compile import compile_ahead
 from .machine import Machine, data_sheet
 from .measure import Timer, is_faster, sets_of, take_turns
@@ -119,7 +119,7 @@ class _Checker:
 
     def __init__(self, problem: Problem, args: tuple) -> None:
         self.problem, self.args = problem, args
-        with _backend.force("reference"), pinned():
+        with backend.force("reference"), pinned():
             self.exact = _tensors(problem.reduce(problem.run(*_map(_double, args))))
             plain = _tensors(problem.reduce(problem.run(*args)))
         self.allowed = [
@@ -172,14 +172,14 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [t for v in value for t in _tensors(v)]
 
 
-def on_first_use(op: _backend.Op, args: tuple) -> None:
+def on_first_use(op: backend.Op, args: tuple) -> None:
     """Tune the class of a call and keep it, unless another process did so while this one waited."""
     device = args[0].device
-    path = _tuned_file.user_file(device)
+    path = tuned_file.user_file(device)
     problem = _problem_of(op, args)
-    with _tuned_file.locked(_tuned_file.Path(f"{path}.tuning")):
+    with tuned_file.locked(tuned_file.Path(f"{path}.tuning")):
         try:
-            content = _tuned_file.read(path, device)
+            content = tuned_file.read(path, device)
         except ValueError:
             content = None
         key = op.name, problem.dtype, *problem.structure.values()
@@ -187,11 +187,11 @@ def on_first_use(op: _backend.Op, args: tuple) -> None:
         if nearest(known, key, tuple(problem.sizes.values()), SAME) is None:
             machine = data_sheet(device)
             row = tune(problem, machine, Timer(device, machine))
-            _tuned_file.update(path, device, [row])
+            tuned_file.update(path, device, [row])
     forget()
 
 
-def _problem_of(op: _backend.Op, args: tuple) -> Problem:
+def _problem_of(op: backend.Op, args: tuple) -> Problem:
     """The call itself: ops change none of their arguments."""
     classes = CLASSES[op.name]
     structure, sizes = classes.of(*args)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import boft_ops
-from boft_ops.model import build_layers, put_in
+from boft_ops.nn.adapt import build_layers, put_in
 
 PRINTED = _common.HERE / "printed_counts.csv"
 PAGE = _common.HERE / "tables.md"

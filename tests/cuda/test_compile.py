@@ -3,11 +3,12 @@
 import cuda_resources
 import pytest
 
-from boft_ops import _build
+from boft_ops._runtime import build
 
-nvcc = _build.find_nvcc()
+nvcc = build.find_nvcc()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(nvcc is None, reason="no nvcc on PATH or in CUDA_HOME")
 def test_kernels_compile_without_warnings_and_spills():
@@ -19,7 +20,7 @@ def test_kernels_compile_without_warnings_and_spills():
     version, table = cuda_resources.read_table()
     if version != cuda_resources.release(nvcc):
         return  # another compiler: its registers tell nothing about a change here
-    hint = "python tests/cuda_resources.py --write"
+    hint = "python tests/helpers/cuda_resources.py --write"
     assert rows.keys() == table.keys(), hint
     for name, used in rows.items():
         before = table[name]

@@ -9,11 +9,14 @@ from pathlib import Path
 import cuda_emulation
 import pytest
 
-from boft_ops import _paths
+from boft_ops._runtime import paths
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
-)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
+    ),
+]
 HERE = Path(__file__).parent
 RIGHT = ("neighbours", "copy", "product", "transposed")
 NOTICED = {  # what it ends with
@@ -31,7 +34,7 @@ SANITIZED = {
 def program(tmp_path_factory):
     out = tmp_path_factory.mktemp("emulation") / "cases"
     flags = [*cuda_emulation.FLAGS, "-fsanitize=address,undefined", "-fno-sanitize-recover"]
-    folders = [f"-I{_paths.csrc()}", f"-I{HERE}", "-DBOFT_EMULATED", "-std=c++17"]
+    folders = [f"-I{paths.csrc()}", f"-I{HERE}", "-DBOFT_EMULATED", "-std=c++17"]
     source = HERE / "emulation_cases.cpp"
     subprocess.run(["g++", *flags, *folders, str(source), "-o", str(out)], check=True)
     return out

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
-from boft_ops import _build, _paths
+from boft_ops._runtime import build, paths
 
-ROOT = _paths.HERE.parent
+ROOT = paths.HERE.parent
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(_build.find_nvcc() is None, reason="no nvcc on PATH or in CUDA_HOME")
+@pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc on PATH or in CUDA_HOME")
 def test_a_library_for_cpu_and_cuda(tmp_path):
     for folder in ("boft_ops", "csrc", "triton"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
@@ -38,10 +39,10 @@ def test_a_library_for_cpu_and_cuda(tmp_path):
     python("setup.py", "-q", "build_ext", "--inplace")
     code = """
 import torch
-from boft_ops import _backend, _native
-print(*sorted(_native.kernels("cuda")))
-for name in _native.kernels("cuda"):
-    for op in (_backend._ops[name].raw, _backend._ops[name]._native()):
+from boft_ops._runtime import backend, native
+print(*sorted(native.kernels("cuda")))
+for name in native.kernels("cuda"):
+    for op in (backend._ops[name].raw, backend._ops[name]._native()):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name().partition(".")[0], "CUDA")
 """
     kernels = python("-c", code).split()

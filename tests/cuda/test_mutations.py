@@ -9,11 +9,14 @@ from pathlib import Path
 import cuda_emulation
 import pytest
 
-from boft_ops import _paths
+from boft_ops._runtime import paths
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
-)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("g++") is None, reason="emulated with GCC on Linux"
+    ),
+]
 TESTS = Path(__file__).parent.parent
 # file, what stands there, what is put in its place, the tests that must notice
 MUTATIONS = {
@@ -138,7 +141,7 @@ def whole(request, tmp_path_factory):
 def test_the_tests_notice(name, whole, tmp_path):
     file, before, after, tests = MUTATIONS[name]
     csrc = tmp_path / "csrc"
-    shutil.copytree(_paths.csrc(), csrc)
+    shutil.copytree(paths.csrc(), csrc)
     source = csrc / "cuda" / file
     text = source.read_text()
     assert before in text, f"{file}: expected {before!r}"
@@ -148,7 +151,7 @@ def test_the_tests_notice(name, whole, tmp_path):
     run = subprocess.run(
         [
             *[sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests],
-            *["--import-mode=importlib", str(TESTS / "test_cuda.py")],
+            *["--import-mode=importlib", str(TESTS / "cuda" / "test_kernels.py")],
         ],
         cwd=TESTS.parent,
         env={**os.environ, "BOFT_EMULATED_LIBRARY": str(library)},

@@ -6,38 +6,38 @@ from pathlib import Path
 
 import pytest
 
-from boft_ops import _build, _native, _paths
+from boft_ops._runtime import build, native, paths
 
-CPU_TORCH = _build.Torch(Path("torch"), "2.13.0+cpu", None)
-CUDA_TORCH = _build.Torch(Path("torch"), "2.13.0+cu130", "13.0")
+CPU_TORCH = build.Torch(Path("torch"), "2.13.0+cpu", None)
+CUDA_TORCH = build.Torch(Path("torch"), "2.13.0+cu130", "13.0")
 
 
 def test_the_library_under_test_is_there(needs_compiler):
     """Else every other test would pass on the fallback, and a broken build would go unseen."""
     if os.environ.get("BOFT_OPS_SKIP_EXT") == "1":
         pytest.skip("BOFT_OPS_SKIP_EXT=1")
-    assert _native.library is not None, _native.status
+    assert native.library is not None, native.status
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_other_systems_are_pure(monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)
-    why = _build.obstacle(_paths.csrc(), CPU_TORCH)
+    why = build.obstacle(paths.csrc(), CPU_TORCH)
     assert why == f"the native library is built on Linux only (this is {platform})"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
 def test_obstacles(monkeypatch, tmp_path, needs_compiler):
-    csrc = _paths.csrc()
-    assert _build.obstacle(csrc, CPU_TORCH) is None
-    assert _build.obstacle(None, CPU_TORCH) == "this copy has no C++ sources"
-    assert _build.obstacle(tmp_path, CPU_TORCH) == "this copy has no C++ sources"
-    assert _build.obstacle(csrc, None).startswith("torch is not visible to the build")
+    csrc = paths.csrc()
+    assert build.obstacle(csrc, CPU_TORCH) is None
+    assert build.obstacle(None, CPU_TORCH) == "this copy has no C++ sources"
+    assert build.obstacle(tmp_path, CPU_TORCH) == "this copy has no C++ sources"
+    assert build.obstacle(csrc, None).startswith("torch is not visible to the build")
     old = CPU_TORCH._replace(version="2.9.1")
-    assert _build.obstacle(csrc, old).startswith("torch 2.9.1 is older than 2.10")
+    assert build.obstacle(csrc, old).startswith("torch 2.9.1 is older than 2.10")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _build.obstacle(csrc, CPU_TORCH) == "no C++ compiler (c++, g++)"
+    assert build.obstacle(csrc, CPU_TORCH) == "no C++ compiler (c++, g++)"
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def cuda_sources(tmp_path):
 @pytest.mark.parametrize("want", ["auto", "0", "1"])
 def test_without_cuda_sources_nvcc_is_never_asked_for(monkeypatch, tmp_path, want):
     monkeypatch.setenv("BOFT_OPS_CUDA", want)
-    monkeypatch.setattr(_build, "find_nvcc", lambda: pytest.fail("looked for nvcc"))
+    monkeypatch.setattr(build, "find_nvcc", lambda: pytest.fail("looked for nvcc"))
     (tmp_path / "cuda").mkdir()
-    assert _build.plan(tmp_path, CUDA_TORCH).nvcc is None
+    assert build.plan(tmp_path, CUDA_TORCH).nvcc is None
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,15 @@ def test_without_cuda_sources_nvcc_is_never_asked_for(monkeypatch, tmp_path, wan
 )
 def test_when_cuda_is_compiled(monkeypatch, cuda_sources, want, torch, nvcc, expected):
     monkeypatch.setenv("BOFT_OPS_CUDA", want)
-    monkeypatch.setattr(_build, "find_nvcc", lambda: nvcc)
-    assert _build.plan(cuda_sources, torch).nvcc == expected
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    assert build.plan(cuda_sources, torch).nvcc == expected
 
 
 def test_cuda_that_was_demanded_needs_nvcc(monkeypatch, cuda_sources):
     monkeypatch.setenv("BOFT_OPS_CUDA", "1")
-    monkeypatch.setattr(_build, "find_nvcc", lambda: None)
-    with pytest.raises(_build.SettingError, match="BOFT_OPS_CUDA=1, but there is no nvcc"):
-        _build.plan(cuda_sources, CUDA_TORCH)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    with pytest.raises(build.SettingError, match="BOFT_OPS_CUDA=1, but there is no nvcc"):
+        build.plan(cuda_sources, CUDA_TORCH)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_a_setting_is_understood_or_refused(
     """Also where a build has no use for it: this one would succeed, or leave the library out."""
     monkeypatch.setenv(name, value)
     match = f"{name}: expected {expected}, got '{value}'"
-    with pytest.raises(_build.SettingError, match=match):
-        _native.build()
-    setup = _paths.ROOT / "setup.py"
-    if _paths.in_checkout():
+    with pytest.raises(build.SettingError, match=match):
+        native.build()
+    setup = paths.ROOT / "setup.py"
+    if paths.in_checkout():
         done = run(setup, "--version", fails=True, **{"BOFT_OPS_SKIP_EXT": "1", name: value})
         assert done.stderr == f"boft_ops: {match}\n"
 
@@ -105,25 +105,25 @@ def test_a_setting_is_understood_or_refused(
 @pytest.mark.parametrize("name", ["CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS"])
 def test_a_compiler_s_setting_is_understood_or_refused(monkeypatch, tmp_path, needs_compiler, name):
     monkeypatch.setenv(name, "'")
-    with pytest.raises(_build.SettingError, match=f'{name}: expected .*, got "\'"'):
-        _build.compile_library(_paths.csrc(), CPU_TORCH, tmp_path, tmp_path / _build.LIB)
+    with pytest.raises(build.SettingError, match=f'{name}: expected .*, got "\'"'):
+        build.compile_library(paths.csrc(), CPU_TORCH, tmp_path, tmp_path / build.LIB)
 
 
 def test_architectures():
-    assert _build._gencode("8.0; 9.0a 10.0+PTX") == [
+    assert build._gencode("8.0; 9.0a 10.0+PTX") == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",
     ]
-    assert _build._gencode("native") == ["-arch=native"]
-    with pytest.raises(_build.SettingError, match="TORCH_CUDA_ARCH_LIST: expected"):
-        _build._gencode("Hopper")
+    assert build._gencode("native") == ["-arch=native"]
+    with pytest.raises(build.SettingError, match="TORCH_CUDA_ARCH_LIST: expected"):
+        build._gencode("Hopper")
 
 
 def test_the_hash_follows_content_and_names(tmp_path):
     def value():
-        return _build.source_hash(tmp_path)
+        return build.source_hash(tmp_path)
 
     (tmp_path / "cpu").mkdir()
     seen = {value()}

@@ -203,8 +203,8 @@ def test_builds_with_and_without_ninja(run, new_tree, tmp_path, needs_compiler, 
     tree = new_tree()
     code = f"""
 import sys
-sys.path.insert(0, "boft_ops")
-import pathlib, _build as b
+sys.path.insert(0, "boft_ops/_runtime")
+import pathlib, build as b
 {hide}
 plan = b.compile_library(
     pathlib.Path("csrc"), b.find_torch(), pathlib.Path("work"), pathlib.Path("out", b.LIB))
@@ -220,7 +220,7 @@ import importlib, warnings
 for name in ("stale", "broken", "cut_short", "same"):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        native = importlib.import_module(f"{name}._native")
+        native = importlib.import_module(f"{name}._runtime.native")
     print(native.status)
     assert (native.library is None) == (name != "same")
     assert len(said) == (name != "same"), said

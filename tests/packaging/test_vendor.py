@@ -49,13 +49,13 @@ import importlib, sys
 import torch
 names = ["boft_ops", "mytrainer.third_party.boft_ops", "other.kernels"]
 copies = [importlib.import_module(name) for name in names]
-natives = [importlib.import_module(f"{name}._native") for name in names]
-spaces = [importlib.import_module(f"{name}._namespace").NS for name in names]
+natives = [importlib.import_module(f"{name}._runtime.native") for name in names]
+spaces = [importlib.import_module(f"{name}._runtime.namespace").NS for name in names]
 assert spaces == ["boft_ops", "mytrainer__third_party__boft_ops", "other__kernels"], spaces
 assert len({n.library for n in natives}) == 3, [n.status for n in natives]
 assert len({n.kernels("cpu") for n in natives}) == 1
 for name, copy in zip(names, copies):
-    assert copy.cayley.__module__ == f"{name}.cayley"
+    assert copy.cayley.__module__ == f"{name}.ops.cayley"
 """
 
 ONE_GRAPH = """

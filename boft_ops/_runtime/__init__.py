@@ -1,0 +1,1 @@
+"""Finds, builds and chooses kernels; knows no operator by name."""

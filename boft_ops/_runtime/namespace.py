@@ -1,0 +1,13 @@
+"""The operator namespace of this copy of the package, derived from the name it is imported under.
+
+    boft_ops                          ->  torch.ops.boft_ops
+    mytrainer.third_party.boft_ops    ->  torch.ops.mytrainer__third_party__boft_ops
+
+So an installed package and any number of vendored copies live in one process, none of them
+registering over another.
+"""
+
+import re
+
+PACKAGE = __name__.rsplit(".", 2)[0]  # without _runtime.namespace
+NS = re.sub(r"\W", "_", PACKAGE.replace(".", "__"))

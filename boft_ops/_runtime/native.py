@@ -1,0 +1,216 @@
+"""Finds and loads the native library, and registers its kernels under this copy's own namespace.
+
+The library is not a Python extension: it is opened with ctypes and puts its kernels under the
+namespace that it is told. A copy without a usable library works all the same, in Triton and
+PyTorch; `status` says in a sentence what was found.
+"""
+
+import ctypes
+import os
+import platform
+import struct
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import build as build_tools
+from . import paths
+from .namespace import NS, PACKAGE
+
+# Where the library's CUDA kernels are: the operators themselves choose among backends.
+CUDA_NS = f"{NS}_cuda"
+status: str = "not looked for yet"
+library: Path | None = None
+isa: str | None = None  # the instruction set that its CPU kernels run on
+ISAS = ("baseline", "avx2", "avx512")  # of csrc/cpu/isa.cpp
+_lib: ctypes.CDLL | None = None
+_kernels: dict[str, frozenset[str]] = {}
+# How the CPU kernels cut work; csrc/boft_kernels.h says what the numbers are.
+DEFAULTS = {"grain": 65536, "linear_outputs": 192, "linear_rows": 1024}
+
+
+def kernels(device: str) -> frozenset[str]:
+    """The operators that the loaded library has a kernel of, on "cpu" or on "cuda"."""
+    return _kernels.get(device, frozenset())
+
+
+def tunable(name: str) -> int:
+    """A number of ``DEFAULTS``, as it is now."""
+    return DEFAULTS[name] if _lib is None else _lib.boft_ops_get(name.encode())
+
+
+def set_tunables(values: dict[str, int]) -> None:
+    """Set some of ``DEFAULTS`` for the process; without a library nobody reads them.
+
+    Raises:
+        ValueError: there is no such number, or it may not have this value. Then none is set.
+    """
+    before = {name: tunable(name) for name in DEFAULTS}
+    for name, value in values.items():
+        if name not in DEFAULTS or (_lib and _lib.boft_ops_set(name.encode(), value) != 0):
+            set_tunables(before)
+            raise ValueError(f"{name}: no such number of the kernels, or {value} is out of range")
+
+
+def load() -> bool:
+    """Open the library, if there is one that fits the sources. Never compiles or prints.
+
+    Warns only where a library is there but cannot be used: one that is merely absent is no fault.
+
+    Raises:
+        ValueError: BOFT_OPS_CPU_ISA is no instruction set, or none that this machine has.
+    """
+    global status, library, isa, _lib, _kernels
+    namespace = getattr(torch.ops, NS)
+    # Kept on torch's own object: when this package is reloaded or imported anew in one process,
+    # its kernels are registered already, and a second registration would be an error.
+    state = vars(namespace).get("_native_library")
+    if state is None:
+        wanted = _wanted_isa()
+        faults = []
+        for path in _candidates(faults):
+            try:
+                state = _open(path, wanted)
+            except (OSError, AttributeError, RuntimeError) as error:
+                faults.append(f"broken: {path}: {error}")
+                continue
+            namespace._native_library = state
+            break
+        else:
+            status = "; ".join(faults) or _absence()
+            if faults:
+                message = f"{PACKAGE}: the native library is {status}; running without it"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return False
+    _lib, library, isa, _kernels = state
+    names = ", ".join(f"{len(ops)} on {device}" for device, ops in _kernels.items() if ops)
+    debug = ", debug build" if build_tools.read_info(library.parent).get("debug") else ""
+    status = f"loaded ({isa}; kernels: {names or 'none'}{debug})"
+    return True
+
+
+def _wanted_isa() -> str | None:
+    wanted = os.environ.get("BOFT_OPS_CPU_ISA") or None
+    if wanted not in (None, *ISAS):
+        raise ValueError(f"BOFT_OPS_CPU_ISA: expected one of {ISAS}, got {wanted!r}")
+    return wanted
+
+
+def build(verbose: bool = False) -> Path:
+    """Compile the library of this copy into the cache, where load() finds it; returns its path."""
+    build_tools.check_settings()
+    source = paths.csrc()
+    target = build_tools.find_torch([str(Path(torch.__file__).parent.parent)])
+    if why := build_tools.obstacle(source, target):
+        raise build_tools.BuildError(why)
+    with_cuda = build_tools.plan(source, target).nvcc is not None
+    folder = _cached(build_tools.source_hash(source), with_cuda).parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and then moved, so that no process ever opens half a library and a killed build
+    # leaves nothing that blocks the next one.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".build-") as work:
+        out = Path(work) / "out"
+        build_tools.compile_library(source, target, Path(work), out / build_tools.LIB, verbose)
+        folder.mkdir(exist_ok=True)
+        for name in (build_tools.INFO, build_tools.LIB):
+            os.replace(out / name, folder / name)
+    return folder / build_tools.LIB
+
+
+def cache_folder() -> Path:
+    """Of compiled libraries and tuned choices; need not be there yet.
+
+    Raises:
+        ValueError: BOFT_OPS_CACHE can be no folder.
+    """
+    if chosen := os.environ.get("BOFT_OPS_CACHE"):
+        folder = Path(os.path.expanduser(chosen))  # leaves the ~ of a user that there is not
+        if str(folder).startswith("~") or not paths.nearest(folder).is_dir():
+            raise ValueError(f"BOFT_OPS_CACHE: expected a folder, got {chosen!r}")
+        return folder
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boft_ops"
+
+
+def _cached(built_from: str, cuda: bool) -> Path:
+    # No namespace in it: one library serves every copy that has the same sources.
+    folder = f"{built_from}-{platform.machine()}-{'cuda' if cuda else 'cpu'}"
+    return cache_folder() / folder / build_tools.LIB
+
+
+def _candidates(faults: list[str]):
+    """The libraries to try, the package's own first; one built from other sources is a fault."""
+    source = paths.csrc()
+    built_from = source and build_tools.source_hash(source)
+    own = paths.HERE / build_tools.LIB
+    if own.is_file():
+        if source is None or build_tools.read_info(paths.HERE).get("source_hash") == built_from:
+            yield own
+        else:
+            faults.append(f"stale: {own} was built from other sources than {source} ({_remedy()})")
+    for cuda in (True, False) if source else ():
+        try:
+            path = _cached(built_from, cuda)
+            if path.is_file():
+                yield path
+        except (OSError, RuntimeError):  # an unreadable cache, or no home folder to have one in
+            continue
+
+
+def _remedy() -> str:
+    return f"`python -m {PACKAGE} build`, or install again"
+
+
+def _absence() -> str:
+    if sys.platform != "linux":
+        return "absent: it is built on Linux only"
+    why = build_tools.read_info(paths.HERE).get("why") or "this copy was never built"
+    if paths.csrc() is None:
+        return f"absent: {why}"
+    return f"absent: {why}; `python -m {PACKAGE} build` compiles it"
+
+
+def _check_whole(path: Path) -> None:
+    """Raise for a file cut short by a full disk or an interrupted copy: opening it would kill us.
+
+    The loader maps such a file and then dies of SIGBUS. A linker puts the section headers last.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:4] != b"\x7fELF":
+        raise OSError("not a shared library")
+    (start,) = struct.unpack_from("=Q", head, 40)
+    size, number = struct.unpack_from("=HH", head, 58)
+    if path.stat().st_size < start + size * number:
+        raise OSError("the file is cut short")
+
+
+def _open(
+    path: Path, wanted_isa: str | None
+) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]]:
+    _check_whole(path)
+    lib = ctypes.CDLL(str(path))
+    lib.boft_ops_isa.restype = ctypes.c_char_p
+    lib.boft_ops_kernels.restype = ctypes.c_char_p
+    lib.boft_ops_kernels.argtypes = [ctypes.c_char_p]
+    lib.boft_ops_get.argtypes, lib.boft_ops_get.restype = [ctypes.c_char_p], ctypes.c_int64
+    lib.boft_ops_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    lib.boft_ops_register.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_int]
+    found = lib.boft_ops_isa().decode()  # the one asked for, or the best of this machine
+    if wanted_isa not in (None, found):
+        raise ValueError(
+            f"BOFT_OPS_CPU_ISA: expected an instruction set of this machine, up to {found}, "
+            f"got {wanted_isa!r}"
+        )
+    names = {}
+    for device in ("cpu", "cuda"):
+        listed = (lib.boft_ops_kernels(device.encode()) or b"").decode()
+        names[device] = frozenset(filter(None, listed.split(",")))
+    message = ctypes.create_string_buffer(2048)
+    for device, namespace in (("cpu", NS), ("cuda", CUDA_NS)):
+        call = namespace.encode(), device.encode(), message, len(message)
+        if names[device] and lib.boft_ops_register(*call) != 0:
+            raise RuntimeError(message.value.decode(errors="replace"))
+    return lib, path, found, names

@@ -1,0 +1,1 @@
+"""Adapter checkpoints of this package, PEFT and LyCORIS: readers and writers."""

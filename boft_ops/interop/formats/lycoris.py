@@ -1,0 +1,169 @@
+"""LyCORIS checkpoints of BOFT and diag-oft: one file, tensors by the mangled names of layers.
+
+Both rotate the outputs: W' = rescale * R W. LyCORIS' BOFT keeps the two chunks of a block
+interleaved, and its constraint ("alpha") bounds the norm of all of a layer's blocks together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ...nn.adapter_file import write_whole
+from ...ops.cayley import pack, unpack
+from .adapter import Adapter, LayerAdapter, Shapes, described
+
+PARTS = ("oft_blocks", "rescale", "alpha")
+
+
+def is_checkpoint(tensors: dict[str, torch.Tensor]) -> bool:
+    return any(name.endswith(".oft_blocks") for name in tensors)
+
+
+def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: str) -> Adapter:
+    """Exact for LyCORIS' forward with multiplier 1; the constraint is applied, once and for all."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part not in PARTS or not layer.startswith(f"{prefix}_"):
+            raise ValueError(
+                f"{path}: expected {prefix}_*.({'|'.join(PARTS)}) of BOFT or diag-oft alone, got "
+                f"{name!r}"
+            )
+        if not tensor.is_floating_point() and part != "alpha":
+            raise ValueError(f"{path}: {name}: expected floating-point numbers, got {tensor.dtype}")
+        layers.setdefault(layer, {})[part] = tensor
+    names = _names(path, list(layers), shapes, prefix)
+    adapter = {}
+    for mangled, parts in layers.items():
+        if "oft_blocks" not in parts:
+            raise ValueError(f"{path}: {mangled}: expected oft_blocks, got none")
+        layer = _read_layer(f"{path}: {mangled}", parts)
+        adapter[names[mangled]] = described(layer, shapes[names[mangled]], names[mangled])
+    return Adapter(adapter)
+
+
+def _names(path: Path, mangled: list[str], shapes: Shapes, prefix: str) -> dict[str, str]:
+    """Mangled names, whose dots became underscores, -> the names in the pretrained model."""
+    if not shapes:
+        raise ValueError(
+            f"{path}: of LyCORIS' names, such as {mangled[0]!r}, dots cannot be told from "
+            "underscores: expected base=, the pretrained model"
+        )
+    found: dict[str, list[str]] = {}
+    for name in shapes:
+        found.setdefault(mangle(name, prefix), []).append(name)
+    for name in mangled:
+        candidates = found.get(name, [])
+        if len(candidates) != 1:
+            raise ValueError(
+                f"{path}: {name}: expected one layer of that name in the base, got {candidates}"
+            )
+    return {name: found[name][0] for name in mangled}
+
+
+def mangle(name: str, prefix: str) -> str:
+    return f"{prefix}_{name}".replace(".", "_")
+
+
+def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerAdapter:
+    blocks = parts["oft_blocks"]
+    shape = tuple(blocks.shape)
+    if len(shape) not in (3, 4) or shape[-1] != shape[-2] or 0 in shape:
+        raise ValueError(
+            f"{where}: oft_blocks: expected (m, K, b, b) of BOFT or (K, b, b) of diag-oft, got "
+            f"{shape}"
+        )
+    if len(shape) == 4 and shape[-1] % 2:
+        raise ValueError(f"{where}: oft_blocks: expected an even block size in BOFT, got {shape}")
+    blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+    q = blocks - blocks.mT
+    constraint = _alpha(where, parts.get("alpha")) * shape[-3] * shape[-1]
+    if constraint > 0:
+        norm = torch.linalg.vector_norm(q) + 1e-8
+        if norm > constraint:
+            q = q * constraint / norm
+    if len(shape) == 4:
+        order = _interleaved(shape[-1]).argsort()
+        skew = pack(q[..., order, :][..., order]) / 2
+    else:
+        skew = -pack(q)[None] / 2
+    scale = parts.get("rescale")
+    if scale is not None:
+        if scale.dim() == 0 or scale.numel() != len(scale):
+            raise ValueError(f"{where}: rescale: expected (n, 1, ...), got {tuple(scale.shape)}")
+        scale = scale.flatten().to(skew.dtype)
+    return LayerAdapter(skew, scale, side="out")
+
+
+def _alpha(where: str, alpha: torch.Tensor | None) -> float:
+    if alpha is None:
+        return 0.0
+    one = alpha.numel() == 1 and not alpha.is_complex()
+    value = float(alpha) if one else float("nan")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{where}: alpha: expected one number >= 0, got {alpha}")
+    return value
+
+
+def _interleaved(block_size: int) -> torch.Tensor:
+    """Position p of a LyCORIS block -> its element here: (p mod 2) * b/2 + p div 2."""
+    position = torch.arange(block_size)
+    return position % 2 * (block_size // 2) + position // 2
+
+
+def write(adapter: Adapter, path: Path, prefix: str) -> None:
+    """BOFT for several factors, else diag-oft; refused is what LyCORIS could not load."""
+    from safetensors.torch import save
+
+    if adapter.others:
+        raise ValueError(
+            f"LyCORIS has no place for further trained tensors, got {next(iter(adapter.others))!r}"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    for name, layer in adapter.layers.items():
+        mangled = mangle(name, prefix)
+        if f"{mangled}.oft_blocks" in tensors:
+            raise ValueError(f"{name}: another layer's name is {mangled!r} in LyCORIS, too")
+        blocks = _write_layer(name, layer)
+        tensors[f"{mangled}.oft_blocks"] = blocks.contiguous()
+        tensors[f"{mangled}.alpha"] = torch.tensor(0.0)  # no constraint
+        if layer.scale is not None:
+            dims = {"Linear": 2, "Conv2d": 4}.get(layer.kind)
+            if dims is None:
+                raise ValueError(
+                    f"{name}: LyCORIS shapes rescale by the kind of layer, which the file does not "
+                    "tell: expected base=, the pretrained model"
+                )
+            tensors[f"{mangled}.rescale"] = layer.scale.reshape(-1, *[1] * (dims - 1))
+    write_whole(path, save(tensors, {"format": "pt"}))
+
+
+def _write_layer(name: str, layer: LayerAdapter) -> torch.Tensor:
+    m, n_blocks, b = layer.n_factors, layer.skew.shape[1], layer.block_size
+    if layer.side == "in":
+        raise ValueError(
+            f"{name}: LyCORIS rotates the outputs of a layer, this adapter its inputs: W R^T is no "
+            "R W for any other rotation of that kind"
+        )
+    if layer.method != "exact":
+        raise ValueError(
+            f"{name}: LyCORIS has the exact Cayley transform alone, got {layer.method!r}"
+        )
+    if m == 1 and b <= n_blocks:
+        return -unpack(layer.skew[0]) / 2
+    if m == 1 and (b % 2 or n_blocks & (n_blocks - 1)):
+        raise ValueError(
+            f"{name}: LyCORIS' diag-oft has no blocks larger than their number, and its BOFT takes "
+            f"a power of two of even ones, got {n_blocks} of size {b}"
+        )
+    if n_blocks & (n_blocks - 1):
+        raise ValueError(
+            f"{name}: LyCORIS' BOFT takes a power of two of blocks, got {n_blocks} of size {b}"
+        )
+    # it always has the most factors there can be: those that are missing are the identity
+    order, q = _interleaved(b), unpack(layer.skew)
+    blocks = q.new_zeros(n_blocks.bit_length(), n_blocks, b, b)
+    blocks[:m] = q[..., order, :][..., order] / 2
+    return blocks

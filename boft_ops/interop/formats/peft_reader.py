@@ -1,0 +1,212 @@
+"""Reads PEFT's checkpoints of BOFT and OFT: a folder with adapter_config.json and adapter_model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..peft.parameters import TERMS, boft_skew, oft_skew
+from .adapter import Adapter, LayerAdapter, Shapes, described
+from .files import read_json, read_tensors
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+# Of boft_R (m, K, b, b), and what PEFT takes where its config says nothing.
+SIZES = {"boft_n_butterfly_factor": 1, "boft_block_num": 0, "boft_block_size": 4}
+_FOREIGN = re.compile(r"(^|\.)\w*(oft|lora)_\w+(\.|$)")  # parameters of any tuner that are left
+
+
+def read(path: Path, shapes: Shapes) -> Adapter:
+    """A checkpoint folder. Exact for PEFT's forward pass; see ``_read_oft`` for what is refused."""
+    config = read_json(path / CONFIG)
+    peft_type = config.get("peft_type")
+    if peft_type not in ("BOFT", "OFT"):
+        raise ValueError(f"{path}: expected peft_type BOFT or OFT, got {peft_type!r}")
+    if config.get("fan_in_fan_out"):
+        raise ValueError(
+            f"{path}: expected fan_in_fan_out false, got true: boft_ops has no layer for a Conv1D"
+        )
+    weights = path / WEIGHTS
+    tensors, _ = read_tensors(weights if weights.is_file() else path / PICKLE)
+    tensors = {_without_prefix(path, name): t for name, t in tensors.items()}
+    if peft_type == "BOFT":
+        layers = _read_boft(path, config, tensors)
+    else:
+        layers = _read_oft(path, config, tensors, shapes)
+    layers = {name: described(layer, shapes.get(name), name) for name, layer in layers.items()}
+    return Adapter(layers, _read_others(path, tensors))
+
+
+def _without_prefix(path: Path, name: str) -> str:
+    if not name.startswith(PREFIX):
+        raise ValueError(f"{path}: expected tensors of {PREFIX}*, got {name!r}")
+    return name.removeprefix(PREFIX)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(f"expected floating-point numbers, got {tensor.dtype}")
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _take(path: Path, tensors: dict[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+    """The tensors that end in ``suffix``, taken out, by the names of their modules."""
+    taken = {}
+    for name in [n for n in tensors if n.endswith(suffix)]:
+        try:
+            taken[name.removesuffix(suffix)] = _wide(tensors.pop(name))
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
+    return taken
+
+
+def _number(path: Path, config: dict, key: str, kind: type, default: object) -> object:
+    value = config.get(key, default)
+    number = (int, float) if kind is float else kind
+    if isinstance(value, number) and (kind is bool or not isinstance(value, bool)):
+        try:
+            return kind(value)
+        except OverflowError:  # of an integer that no float holds
+            pass
+    raise ValueError(f"{path}: {key}: expected a {kind.__name__}, got {value!r}")
+
+
+def _read_boft(
+    path: Path, config: dict, tensors: dict[str, torch.Tensor]
+) -> dict[str, LayerAdapter]:
+    p_block = _number(path, config, "boft_dropout", float, 0.0)
+    sizes = {key: _number(path, config, key, int, default) for key, default in SIZES.items()}
+    matrices, scales = _take(path, tensors, ".boft_R"), _take(path, tensors, ".boft_s")
+    if odd := sorted(matrices.keys() ^ scales.keys()):
+        raise ValueError(f"{path}: expected boft_R and boft_s of each layer, got one of {odd[0]!r}")
+    layers = {}
+    for name, matrix in matrices.items():
+        shape, scale = tuple(matrix.shape), scales[name]
+        if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
+            raise ValueError(f"{path}: {name}: boft_R: expected (m, K, b, b), got {shape}")
+        if scale.dim() != 2 or 1 not in scale.shape:
+            raise ValueError(
+                f"{path}: {name}: boft_s: expected (n, 1), or (1, n) of a convolution, got "
+                f"{tuple(scale.shape)}"
+            )
+        _check_sizes(f"{path}: {name}", sizes, shape)
+        kind = "Linear" if scale.shape[1] == 1 else "Conv2d"
+        layers[name] = LayerAdapter(
+            boft_skew(matrix),
+            scale.flatten(),
+            p_component=_one_of(shape[0]) if p_block else 0.0,  # PEFT: exactly one factor
+            p_block=p_block,
+            kind=None if scale.numel() == 1 else kind,  # (1, 1) may be either
+            out_features=scale.numel(),
+        )
+    return layers
+
+
+def _check_sizes(where: str, sizes: dict[str, int], shape: tuple[int, ...]) -> None:
+    for (key, said), got in zip(sizes.items(), shape[:3], strict=True):
+        # PEFT takes one of the block's size and number, and 0 is for the other
+        if said != got and (said or key == "boft_n_butterfly_factor"):
+            raise ValueError(
+                f"{where}: {key}: the config says {said}, the shape of boft_R {got}; if that is "
+                "right (PEFT makes one factor without its CUDA extension), correct the config"
+            )
+
+
+def _one_of(n_factors: int) -> float:
+    """The share of which floor(share * n_factors) is 1, whatever the rounding."""
+    return min(1.0, 1.5 / n_factors)
+
+
+def _read_oft(
+    path: Path, config: dict, tensors: dict[str, torch.Tensor], shapes: Shapes
+) -> dict[str, LayerAdapter]:
+    """Refused: what this package has no parametrisation for, each with the reason."""
+    neumann = _number(path, config, "use_cayley_neumann", bool, True)
+    if neumann:
+        terms = _number(path, config, "num_cayley_neumann_terms", int, TERMS)
+        if terms != TERMS:
+            raise ValueError(
+                f"{path}: num_cayley_neumann_terms: expected {TERMS}, which neumann5 is, got "
+                f"{terms}: no Cayley transform gives these blocks, which are not orthogonal"
+            )
+        _check_version(path, config.get("peft_version", "0"))
+    coft = _number(path, config, "coft", bool, False)
+    eps = _number(path, config, "eps", float, 6e-5)
+    share = _number(path, config, "block_share", bool, False)
+    p_block = _number(path, config, "module_dropout", float, 0.0)
+    layers = {}
+    for name, weight in _take(path, tensors, ".oft_R.weight").items():
+        if weight.dim() != 2 or 0 in weight.shape:
+            raise ValueError(
+                f"{path}: {name}: oft_R: expected (K, b(b-1)/2), got {tuple(weight.shape)}"
+            )
+        shape = shapes.get(name)
+        if shape is not None and len(shape) == 4 and shape[2:] != (1, 1):
+            raise ValueError(
+                f"{path}: {name}: PEFT's OFT sums rotated patches of the image before it convolves "
+                f"them, with a kernel of {shape[2:]}: that is no rotation of the weight"
+            )
+        if coft:
+            weight = _constrained(weight, eps)
+        layer = LayerAdapter(
+            oft_skew(weight, neumann=neumann),
+            method="neumann5" if neumann else "exact",
+            p_component=1.0 if p_block and not share else 0.0,
+            p_block=0.0 if share else p_block,
+        )
+        if share:
+            layer = _repeated(path, name, layer, shape)
+        layers[name] = layer
+    return layers
+
+
+def _check_version(path: Path, version: object) -> None:
+    found = re.match(r"(\d+)\.(\d+)", version if isinstance(version, str) else "")
+    if found is None or (int(found[1]), int(found[2])) < (0, 18):
+        raise ValueError(
+            f"{path}: peft_version: expected 0.18 or later with use_cayley_neumann, got "
+            f"{version!r}: the series was another one before"
+        )
+
+
+def _constrained(weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """COFT: the norm of each whole block is at most eps / sqrt(K), as PEFT's forward makes it."""
+    limit = eps / len(weight) ** 0.5
+    norm = (2 * weight.square().sum(1, keepdim=True)).sqrt()  # of both triangles
+    return torch.where(norm <= limit, weight, weight * (limit / norm))
+
+
+def _repeated(
+    path: Path, name: str, layer: LayerAdapter, shape: tuple[int, ...] | None
+) -> LayerAdapter:
+    if layer.skew.shape[1] != 1:
+        raise ValueError(
+            f"{path}: {name}: expected one block with block_share, got {layer.skew.shape[1]}"
+        )
+    if shape is None:
+        raise ValueError(
+            f"{path}: {name}: with block_share the file does not say how many blocks there are: "
+            "expected base=, the pretrained model"
+        )
+    n_blocks = torch.Size(shape[1:]).numel() // layer.block_size
+    return replace(layer, skew=layer.skew.expand(-1, n_blocks, -1).contiguous())
+
+
+def _read_others(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    others = {}
+    for name, tensor in tensors.items():
+        if ".original_module." in name:  # the frozen copy that bias="all" stores as well
+            continue
+        plain = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+        if _FOREIGN.search(plain):
+            raise ValueError(
+                f"{path}: expected parameters of linear layers and convolutions, got {name!r}"
+            )
+        # bias="all" stores what modules_to_save trained under both names
+        if plain in others and not torch.equal(others[plain], tensor):
+            raise ValueError(f"{path}: expected one {plain!r}, got two that differ, {name!r} too")
+        others[plain] = tensor
+    return others

@@ -1,0 +1,134 @@
+"""PEFT's BOFT and OFT models through this package's operators (docs/interop.md).
+
+PEFT is imported when a function is called.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Let the BOFT and OFT layers of a PEFT model compute through this package's operators.
+
+    Everything about the model stays as it is: parameters, keys of its state_dict, saving and
+    loading, merging, adapters that are switched on, off, added and deleted. PEFT's dense
+    permutation matrices are freed. Layers that PEFT makes later, for an adapter with other target
+    modules, need another call; one call too many does no harm.
+
+    What cannot be accelerated is named in one warning, and stays PEFT's own.
+
+    Args:
+        model: a ``PeftModel``, or any module that holds layers of PEFT; changed in place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: it has no BOFT or OFT layer of PEFT's.
+    """
+    from . import swap
+
+    _check_module(model)
+    notes, found = defaultdict(list), False
+    for name, layer in model.named_modules():
+        if not isinstance(layer, swap.TUNERS):
+            continue
+        found = True
+        if isinstance(layer, swap.Rotated):
+            continue
+        why = swap.obstacle_of(layer)
+        if why is None:
+            if swap.computes_otherwise(type(layer), layer.base_layer):
+                notes[swap.OTHER_FUNCTION].append(name)
+            swap.accelerate_layer(layer)
+        else:
+            notes[f"not accelerated, as {why}"].append(name)
+    if not found:
+        raise ValueError("model: expected BOFT or OFT layers of PEFT, got a model without any")
+    for adapter, wanted, made in _lowered(model):
+        notes[f"n_factors is {made}, not {wanted} as in the config: PEFT lowered it"].append(
+            f"adapter {adapter!r} (made under patched() it is {wanted})"
+        )
+    _warn(notes)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate``: the layers compute through PEFT's own code again.
+
+    Args:
+        model: as for ``accelerate``; layers made under ``patched`` are restored, too.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: it has no accelerated layer.
+        RuntimeError: a layer has more than one butterfly factor, which PEFT computes with its CUDA
+            extension alone, and there is none. Nothing is changed.
+    """
+    from . import swap
+
+    _check_module(model)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, swap.Rotated)}
+    if not layers:
+        raise ValueError("model: expected at least one accelerated layer, got none")
+    many = [name for name, layer in layers.items() if swap.needs_extension(layer)]
+    if many and not swap.has_extension():
+        raise RuntimeError(
+            f"restore: {', '.join(many)}: more than one butterfly factor, for which PEFT needs its "
+            "CUDA extension, and it cannot be built here"
+        )
+    for layer in layers.values():
+        swap.restore_layer(layer)
+    return model
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Within the block PEFT makes accelerated layers from the start.
+
+    ``get_peft_model``, ``PeftModel.from_pretrained`` and ``add_adapter`` then take as many
+    butterfly factors as the config says, without PEFT's CUDA extension, and never make the dense
+    permutation matrices. Models made in the block stay accelerated after it. What is replaced for
+    the time of the block are names in PEFT's modules: it holds for all threads.
+    """
+    from . import swap
+
+    notes = defaultdict(list)
+    with swap.constructors(lambda why, base: notes[why].append(base)):
+        yield
+    _warn(notes)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def _lowered(model: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """Adapters with fewer factors than their config says: (name, wanted, made)."""
+    from . import swap
+
+    for name, config in getattr(model, "peft_config", {}).items():
+        wanted = getattr(config, "boft_n_butterfly_factor", 1)
+        for layer in model.modules():
+            if isinstance(layer, swap.BoftRotated) and name in layer.boft_R:
+                made = layer.boft_R[name].shape[0]
+                if made != wanted:
+                    yield name, wanted, made
+                break
+
+
+def _warn(notes: dict[str, list[str]]) -> None:
+    if notes:
+        lines = [f"{', '.join(names)}: {why}" for why, names in notes.items()]
+        warnings.warn("boft_ops: " + "; ".join(lines), stacklevel=3)

@@ -1,0 +1,48 @@
+"""PEFT's OFT layers through this package's operators. Needs PEFT."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.oft import layer as peft_oft
+
+from ...ops.stage_from_skew import GIVEN_SERIES
+from .layers import Adapter, Rotated, RotatedInput, RotatedKernel
+from .parameters import TERMS, oft_skew
+
+
+class OftRotated(Rotated):
+    """One factor, no scale. PEFT's ``module_dropout`` has no effect there, so none here."""
+
+    def _names(self):
+        return self.oft_R
+
+    def _adapter(self, name):
+        module = self.oft_R[name]
+        weight = module.weight
+        if module.coft:
+            with torch.no_grad():
+                weight.copy_(module._project_batch(weight, eps=module.eps))
+            weight = weight.clone()  # the next call projects in place what this one would save
+        if module.block_share:
+            weight = weight.expand(module.in_features // module.block_size, -1).contiguous()
+        neumann, terms = module.use_cayley_neumann, module.num_cayley_neumann_terms
+        if neumann and terms != TERMS:
+            blocks = module._cayley_batch(weight, module.block_size, True, terms)
+            return Adapter(blocks, GIVEN_SERIES)
+        return Adapter(oft_skew(weight, neumann=neumann), "neumann5" if neumann else "exact")
+
+    def _nearest_first(self, names):
+        # x meets the first active adapter first. (PEFT merges as if it met the last one first.)
+        return names[::-1]
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The dense matrix R (d, d) of an adapter. For inspection: merging does not need it."""
+        return self._dense_rotation(adapter)
+
+
+class OftLinear(OftRotated, RotatedInput, peft_oft.Linear):
+    peft_class = peft_oft.Linear
+
+
+class OftConv2d(OftRotated, RotatedKernel, peft_oft.Conv2d):
+    peft_class = peft_oft.Conv2d

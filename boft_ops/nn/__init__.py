@@ -1,0 +1,1 @@
+"""Modules and whole models: layers, adapters, merging, adapter files."""

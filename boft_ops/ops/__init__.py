@@ -1,0 +1,1 @@
+"""Operators: tensors in, tensors out, one file for each operator."""

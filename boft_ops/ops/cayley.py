@@ -1,0 +1,201 @@
+"""The Cayley transform of packed skew-symmetric blocks (arXiv 2311.06243; docs/cayley.md).
+
+R = (I + Q)(I - Q)^-1 with Q skew-symmetric is orthogonal with det +1, and the identity at Q = 0.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .._runtime import checks, linalg
+from .._runtime.backend import Op
+from .dropout import drop_blocks
+
+
+def unpack(skew: torch.Tensor) -> torch.Tensor:
+    """Packed strict upper triangles (..., b(b-1)/2) -> skew-symmetric blocks (..., b, b)."""
+    b = checks.block_size_from_packed("skew", skew.shape[-1])
+    if b == 1:
+        return skew.new_zeros(*skew.shape[:-1], 1, 1)
+    i = torch.arange(b, device=skew.device)[:, None]
+    j = torch.arange(b, device=skew.device)
+    low, high = torch.minimum(i, j), torch.maximum(i, j)
+    packed = low * (2 * b - low - 1) // 2 + high - low - 1  # as triu_indices(b, b, 1) orders them
+    packed = packed.clamp(min=0, max=skew.shape[-1] - 1)  # the diagonal: any entry, times sign 0
+    sign = torch.sign(j - i).to(skew.dtype)
+    return skew.index_select(-1, packed.flatten()).unflatten(-1, (b, b)).mul(sign)
+
+
+def pack(square: torch.Tensor) -> torch.Tensor:
+    """Gradient of ``unpack``: (..., b, b) -> (..., b(b-1)/2), entries U_ij - U_ji for i < j."""
+    b = square.shape[-1]
+    i, j = torch.triu_indices(b, b, 1, device=square.device)
+    return (square - square.mT).flatten(-2).index_select(-1, i * b + j)
+
+
+def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
+    # The blocks are tiny beside the activations, and float64 makes R accurate to float32 rounding
+    # for |Q| up to 1e12, where a float32 inverse is off by |Q| times as much. MPS has no float64.
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def _exact(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+    q = unpack(skew.to(_solve_dtype(skew)))
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    # The symmetric part of I - Q is I: never singular, nothing to check (and no host sync).
+    inverse = linalg.inverse(eye - q)
+    return drop_blocks((2 * inverse - eye).to(skew.dtype), drop)
+
+
+def _exact_backward(
+    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+) -> torch.Tensor:
+    r = blocks.to(_accumulate_dtype(blocks))
+    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
+    half = (eye + r).mT
+    skew_grad = pack(0.5 * (half @ grad.to(r.dtype) @ half)).to(blocks.dtype)
+    return skew_grad if drop is None else skew_grad.masked_fill(drop[..., None], 0)
+
+
+def _accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _horner(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """I, P1, P2, P3 with R = I + Q P1, P1 = 2I + Q P2, P2 = 2I + Q P3, P3 = 2I + Q."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    p3 = 2 * eye + q
+    p2 = 2 * eye + q @ p3
+    return eye, 2 * eye + q @ p2, p2, p3
+
+
+def _neumann5(skew: torch.Tensor) -> torch.Tensor:
+    q = unpack(skew.to(_accumulate_dtype(skew)))
+    eye, p1, _, _ = _horner(q)
+    return (eye + q @ p1).to(skew.dtype)
+
+
+def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    q = unpack(skew.to(_accumulate_dtype(skew)))
+    _, p1, p2, p3 = _horner(q)
+    grad = grad.to(q.dtype)
+    total = grad @ p1.mT  # Horner's scheme differentiated from the outside in
+    for p in (p2, p3):
+        grad = q.mT @ grad
+        total = total + grad @ p.mT
+    return pack(total + q.mT @ grad).to(skew.dtype)
+
+
+def _fake_forward(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+    b = checks.block_size_from_packed("skew", skew.shape[-1])
+    return skew.new_empty(*skew.shape[:-1], b, b)
+
+
+def _fake_exact_backward(
+    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+) -> torch.Tensor:
+    return blocks.new_empty(*blocks.shape[:-2], _packed(blocks.shape[-1]))
+
+
+def _fake_neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(skew, memory_format=torch.contiguous_format)
+
+
+def _packed(block_size: int) -> int:
+    return block_size * (block_size - 1) // 2
+
+
+cayley_forward = Op(
+    "cayley(Tensor skew, Tensor? drop) -> Tensor",
+    _exact,
+    _fake_forward,
+    triton="cayley:cayley",
+    supports={
+        "cpu": lambda skew, _: skew.dtype != torch.float16 and skew.shape[-1] <= _packed(128),
+        "cuda": lambda skew, _: skew.shape[-1] <= _packed(64),
+        "triton": lambda skew, _: skew.shape[-1] <= _packed(64),
+    },
+)
+cayley_backward = Op(
+    "cayley_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
+    _exact_backward,
+    _fake_exact_backward,
+    triton="cayley:cayley_backward",
+    supports={
+        # BLAS wins on larger blocks
+        "cpu": lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 32,
+        "cuda": lambda blocks, *_: blocks.shape[-1] <= 64,
+        "triton": lambda blocks, *_: blocks.shape[-1] <= 64,
+    },
+)
+neumann5_forward = Op("cayley_neumann5(Tensor skew) -> Tensor", _neumann5, _fake_forward)
+neumann5_backward = Op(
+    "cayley_neumann5_backward(Tensor skew, Tensor grad) -> Tensor",
+    _neumann5_backward,
+    _fake_neumann5_backward,
+)
+
+
+class Cayley(torch.autograd.Function):
+    """R = (I + Q)(I - Q)^-1. Saves R alone: dL/dQ = 1/2 (I + R)^T dL/dR (I + R)^T."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(skew):
+        return cayley_forward(skew, None)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (blocks,) = ctx.saved_tensors
+        return cayley_backward(blocks, None, grad.contiguous())
+
+
+class CayleyNeumann5(torch.autograd.Function):
+    """R = I + 2Q + 2Q^2 + 2Q^3 + Q^4, near the Cayley transform for small Q. Saves Q, packed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(skew):
+        return neumann5_forward(skew)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (skew,) = ctx.saved_tensors
+        return neumann5_backward(skew, grad.contiguous())
+
+
+def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
+    """Orthogonal blocks from packed skew-symmetric ones.
+
+    R = (I + Q)(I - Q)^-1, the paper's parametrisation (arXiv 2311.06243, section 3), where Q is
+    skew-symmetric with ``skew`` as its strict upper triangle in the row-major order of
+    ``torch.triu_indices(b, b, 1)``. Zeros give the identity, exactly.
+
+    Args:
+        skew: (..., b(b-1)/2) in float64, float32, bfloat16 or float16; b from 1 up.
+        method: ``"exact"`` computes in float64 (float32 on MPS) and rounds once. ``"neumann5"`` is
+            the truncated series I + 2Q + 2Q^2 + 2Q^3 + Q^4, orthogonal only to O(|Q|^4), for
+            checkpoints trained with it.
+
+    Returns:
+        (..., b, b) in the dtype of ``skew``. For 0 packed numbers b is 1 and the blocks are [[1]].
+
+    Raises:
+        TypeError: ``skew`` is not a floating-point tensor.
+        ValueError: its last dimension is not b(b-1)/2 for any b, or ``method`` is unknown.
+    """
+    checks.tensor("skew", skew, min_dim=1)
+    checks.choice("method", method, checks.METHODS)
+    checks.block_size_from_packed("skew", skew.shape[-1])
+    function = Cayley if method == "exact" else CayleyNeumann5
+    return function.apply(skew.contiguous())

@@ -1,0 +1,139 @@
+"""Scale of a layer's outputs around a center: y = scale * (x - center) + bias, per column."""
+
+from __future__ import annotations
+
+import torch
+
+from .._runtime.backend import Op
+
+
+def _scale(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    if bias is None:
+        return _times(x, scale)
+    # exactly x where scale is 1 and center is bias: the vector below is then exactly 0
+    shift = (bias - scale * center).to(x.dtype)
+    if torch.finfo(x.dtype).bits >= 32:
+        return torch.addcmul(shift, x, scale)
+    return _times(x, scale) + shift
+
+
+def _fake_scale(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _scale_backward(
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # x - center before the sum: sum(grad x) - center sum(grad) would cancel where center is large
+    centered = x.to(wide) if center is None else x.to(wide) - center.to(wide)
+    scale_grad = torch.sum(grad.to(wide) * centered, 0).to(scale.dtype)
+    return _times(grad, scale), scale_grad, torch.sum(grad, 0, dtype=wide).to(scale.dtype)
+
+
+def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if torch.finfo(x.dtype).bits >= 32:
+        return x * scale
+    # x + x (scale - 1): rounding the scale itself to 8 or 11 bits would undo small changes of it
+    return torch.addcmul(x, x, (scale - 1).to(x.dtype))
+
+
+def _fake_scale_backward(
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x_grad, torch.empty_like(scale), torch.empty_like(scale)
+
+
+def _wide(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
+    """Whether these are of the dtype that x is computed in."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return all(v is None or v.dtype == wide for v in vectors)
+
+
+scale_forward = Op(
+    # center and bias come together or not at all
+    "scale(Tensor x, Tensor scale, Tensor? center, Tensor? bias) -> Tensor",
+    _scale,
+    _fake_scale,
+    triton="scale:scale",
+    supports={
+        "cpu": lambda x, scale, *_: x.dtype != torch.float16,
+        "cuda": lambda x, scale, *_: _wide(x, scale),
+    },
+)
+scale_backward = Op(
+    # without a center it is 0; the sums of grad, the gradient of the bias, are as wide as scale
+    "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor? center)"
+    " -> (Tensor, Tensor, Tensor)",
+    _scale_backward,
+    _fake_scale_backward,
+    triton="scale:scale_backward",
+    supports={
+        "cpu": lambda x, _, *vectors: x.dtype != torch.float16 and _wide(x, *vectors),
+        "cuda": lambda x, _, *vectors: _wide(x, *vectors),
+    },
+)
+
+
+class Scale(torch.autograd.Function):
+    """y = scale * (x - center) + bias for rows x. One pass over them gives all the gradients.
+
+    Saves x only if the scale is trained: its gradient is the column sum of grad * (x - center).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, scale, center, bias):
+        if torch.compiler.is_compiling():
+            return _scale(x, scale, center, bias)  # which Inductor fuses with what is around it
+        return scale_forward(x, scale, center, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scale, center, bias = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scale, center)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, center = ctx.saved_tensors
+        scale_grad = None
+        if x is None:
+            x_grad = Scale.forward(grad.contiguous(), scale, None, None)
+            sums = grad.sum(0) if ctx.bias_dtype else None
+        else:
+            x_grad, scale_grad, sums = scale_backward(grad.contiguous(), x, scale, center)
+        if ctx.bias_dtype is None:
+            return x_grad, scale_grad, None, None
+        center_grad = (-scale * sums).to(center.dtype)
+        return x_grad, scale_grad, center_grad, sums.to(ctx.bias_dtype)
+
+
+def scale_columns(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """scale * (x - center) + bias for x (..., n) and vectors (n,), in the dtype of x.
+
+    ``scale`` may be of a wider dtype than x. center and bias come together or not at all.
+    """
+    if torch.finfo(x.dtype).bits >= 32:
+        scale = scale.to(x.dtype)
+    if center is bias and center is not None:
+        center = center.view_as(center)  # Dynamo wants no tensor twice among a Function's inputs
+    rows = (x.flatten(0, -2) if x.dim() > 1 else x[None]).contiguous()
+    return Scale.apply(rows, scale, center, bias).reshape(x.shape)

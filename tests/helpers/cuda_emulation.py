@@ -1,0 +1,102 @@
+"""Builds csrc/cuda and its bindings for the CPU, kernels emulated, and registers the operators.
+
+The kernels are the same sources that nvcc compiles; tests/cuda/emulation.h stands for CUDA. As
+``torch.ops.<namespace>.<op>`` they take CPU tensors.
+``python tests/helpers/cuda_emulation.py FOLDER [CXXFLAGS...]`` builds into a folder, with further flags.
+"""
+
+import ctypes
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from filelock import FileLock
+
+from boft_ops._runtime import build as build_tools
+from boft_ops._runtime import paths
+
+TESTS = Path(__file__).resolve().parents[1]
+LIB = "libboft_emulated.so"
+# -O1: half of -O3's compile time, and what takes the time in a test is the exchange of fibers
+FLAGS = ("-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fno-strict-aliasing")
+
+
+def build(
+    csrc: Path,
+    folder: Path,
+    flags: tuple[str, ...] = FLAGS,
+    reuse: Path | None = None,
+    changed: str = "",
+) -> Path:
+    """Compile the sources of ``csrc`` into a library in ``folder``; returns its path.
+
+    With ``reuse``, the folder of an earlier build, only what includes the file ``changed``.
+    """
+    torch = build_tools.find_torch()
+    compiler = ["g++", "-std=c++17", "-fPIC", "-fno-gnu-unique", *flags]
+    compiler += ["-DBOFT_EMULATED", "-DBOFT_OPS_CUDA", f"-I{csrc}", f"-I{TESTS / 'cuda'}"]
+    compiler += ["-isystem", str(torch.root / "include")]
+    compiler += ["-isystem", str(torch.root / "include" / "torch" / "csrc" / "api" / "include")]
+    compiler += ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    sources = [
+        *sorted((csrc / "cuda").glob("*.cu")),
+        *sorted(csrc.glob("binding_cuda*.cpp")),
+        TESTS / "cuda" / "binding.cpp",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile(source: Path) -> Path:
+        name = f"{source.name}.o"
+        if reuse is not None and changed not in (reuse / f"{name}.d").read_text():
+            return reuse / name
+        out = ["-MD", "-MF", str(folder / f"{name}.d"), "-o", str(folder / name)]
+        _run([*compiler, "-x", "c++", "-c", str(source), *out])
+        return folder / name
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile, sources))
+    out = folder / LIB
+    link = ["-shared", "-o", str(out), *map(str, objects)]
+    _run([*compiler, *link, f"-L{torch.root / 'lib'}", "-ltorch_cpu"])
+    return out
+
+
+def build_once(config, tmp_path_factory) -> Path:
+    """The folder of an unbroken build, shared by all the processes of a run of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(config, "workerinput") else base) / "emulated"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / LIB).exists():
+            build(paths.csrc(), folder)
+    return folder
+
+
+def _run(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{run.stderr}")
+
+
+def register(library: Path, namespace: str):
+    """Put the operators of a library under a namespace; returns ``torch.ops.<namespace>``."""
+    import torch
+
+    from boft_ops._runtime import backend
+
+    definitions = torch.library.Library(namespace, "DEF")
+    for op in backend._ops.values():
+        definitions.define(op.schema)
+    lib = ctypes.CDLL(str(library))
+    message = ctypes.create_string_buffer(2048)
+    if lib.boft_emulated_register(namespace.encode(), message, len(message)) != 0:
+        raise RuntimeError(message.value.decode())
+    space = getattr(torch.ops, namespace)
+    space._definitions = definitions  # torch drops operators whose definitions are freed
+    return space
+
+
+if __name__ == "__main__":
+    print(build(TESTS.parent / "csrc", Path(sys.argv[1]), FLAGS + tuple(sys.argv[2:])))

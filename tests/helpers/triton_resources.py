@@ -1,0 +1,197 @@
+"""Compiles every Triton kernel for GPUs that are not there, and tells what it takes of them.
+
+``python tests/helpers/triton_resources.py --write`` rewrites tests/data/triton_resources.csv, with which
+tests/triton/test_compile.py compares; ``python tests/helpers/triton_resources.py sm_90`` prints what every
+target has, of one of them, and ``python tests/helpers/triton_resources.py sm_90 rest`` what only that has.
+Where the table is of the installed Triton, the same source makes the same kernel: then these two
+leave out what the table has of that source, but for a sample.
+
+Kernels come from every triton/config*.py: its ``compile_cases()`` yields tuples as
+``boft_ops.triton_kernels.config.Case`` explains them.
+"""
+
+import csv
+import hashlib
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+TABLE = Path(__file__).resolve().parents[1] / "data" / "triton_resources.csv"
+# mma: instructions of the matrix units; wide: global accesses of 16 bytes
+COLUMNS = ("registers", "shared", "stack", "barriers", "mma", "wide")
+SAMPLE = 8  # one in so many is compiled again, to see that the table is true
+MMA = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
+WIDE = r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10,|global_(?:load|store)_dwordx4"
+# backend, architecture, threads per warp; the shared memory of a block, in bytes
+TARGETS = {
+    "sm_80": (("cuda", 80, 32), 163 * 1024),
+    "sm_90": (("cuda", 90, 32), 227 * 1024),
+    "sm_100": (("cuda", 100, 32), 227 * 1024),
+    "gfx942": (("hip", "gfx942", 64), 64 * 1024),
+}
+FULL = "sm_90"  # the target of the cases that are not for every one
+
+
+def cases(target, rest=None):
+    """(label, case) of everything that is compiled for ``target``, from all config modules.
+
+    ``rest``: true for what is for this target alone, false for what is for every one.
+    """
+    from boft_ops._runtime import paths
+    from boft_ops.triton_kernels.config import Case
+
+    for path in sorted(paths.triton_kernels().glob("config*.py")):
+        module = importlib.import_module(f"boft_ops.triton_kernels.{path.stem}")
+        for row in module.compile_cases():
+            case = Case(*row)
+            if (case.everywhere or target == FULL) and rest in (None, not case.everywhere):
+                yield label(case), case
+
+
+def label(case):
+    constants = " ".join(f"{k}={v}" for k, v in case.constants.items() if v is not None)
+    types = "/".join(dict.fromkeys(case.pointers.values()))
+    return f"{case.kernel} {types} {constants} num_warps={case.num_warps}"
+
+
+def kernel_of(case):
+    module, name = case.kernel.split(":")
+    return getattr(importlib.import_module(f"boft_ops.triton_kernels.{module}"), name)
+
+
+def source_of(target, case, used):
+    """A digest of all that makes a row of the table, but for Triton itself, and of the row."""
+    options = sorted(case.constants.items()), sorted(case.pointers.items())
+    how = TARGETS[target][0], case.num_warps, case.num_stages
+    measured = *map(inspect.getsource, (compiled, _cubin)), MMA, WIDE
+    everything = kernel_of(case).cache_key, options, how, measured, [used[key] for key in COLUMNS]
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+
+
+def compiled(target, case):
+    """Registers, shared memory and stack in bytes, and the barriers that one kernel asks for.
+
+    The interpreter runs a program as one thread, so no test of numbers there can miss a barrier.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = kernel_of(case)
+    types = {
+        arg: "constexpr" if arg in case.constants else "*" + case.pointers.get(arg, "")
+        for arg in kernel.arg_names
+    }
+    types = {arg: "i32" if kind == "*" else kind for arg, kind in types.items()}
+    # torch's tensors, and so their strides here, are multiples of 16 bytes; d and n of 16 features
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, arg in enumerate(kernel.arg_names)
+        if types[arg] != "constexpr" and (arg.endswith(("_ptr", "_stride")) or arg in ("d", "n"))
+    }
+    source = ASTSource(fn=kernel, signature=types, constexprs=case.constants, attrs=aligned)
+    backend, arch, width = TARGETS[target][0]
+    out = triton.compile(
+        source,
+        target=GPUTarget(backend, arch, width),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    barriers = re.findall(r"^ *(?:ttg|gpu)\.barrier", out.asm["ttgir"], re.MULTILINE)
+    used = {"shared": out.metadata.shared, "barriers": len(barriers)}
+    text = out.asm["ptx" if backend == "cuda" else "amdgcn"]
+    used["mma"] = int(re.search(MMA, text) is not None)
+    used["wide"] = int(re.search(WIDE, text) is not None)
+    if backend == "cuda":
+        used.update(_cubin(out.asm["cubin"]))
+    else:
+        used["registers"] = int(re.search(r"; (?:Num)?Vgprs: (\d+)", text).group(1))
+        used["stack"] = int(re.search(r"; ScratchSize: (\d+)", text).group(1))
+    return used
+
+
+def _cubin(cubin):
+    import triton
+
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [dump, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
+
+
+def _row(job):
+    target, name, case = job
+    try:
+        return name, compiled(target, case)
+    except Exception as error:
+        raise RuntimeError(f"{target}: {name}: {error}") from error
+
+
+def resources(jobs):
+    """Label -> resources of these (target, label, case), compiled on all cores."""
+    warnings.simplefilter("ignore")  # of Triton, about its own defaults
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        return dict(pool.imap_unordered(_row, jobs, chunksize=4))
+
+
+def unproven(target, rest):
+    """The jobs of these cases that the table says nothing of, and a sample of the others."""
+    import triton
+
+    version, table = read_table()
+    jobs, known = [], 0
+    for name, case in cases(target, rest):
+        row = table.get((target, name))
+        if version == triton.__version__ and row and row["source"] == source_of(target, case, row):
+            known += 1
+            if known % SAMPLE:
+                continue
+        jobs.append((target, name, case))
+    return jobs
+
+
+def read_table():
+    """The Triton version of the committed table, and (target, label) -> resources and source."""
+    with TABLE.open(newline="") as file:
+        version = file.readline().split()[-1]
+        rows = list(csv.DictReader(file))
+    return version, {
+        (row["target"], row["case"]): {
+            **{key: int(row[key]) for key in COLUMNS},
+            "source": row["source"],
+        }
+        for row in rows
+    }
+
+
+def write_table():
+    import triton
+
+    with TABLE.open("w", newline="") as file:
+        file.write(f"# triton {triton.__version__}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["target", "case", *COLUMNS, "source"])
+        for target in TARGETS:
+            named = dict(cases(target))
+            for name, used in sorted(resources([(target, *row) for row in named.items()]).items()):
+                source = source_of(target, named[name], used)
+                writer.writerow([target, name, *(used[key] for key in COLUMNS), source])
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # under the interpreter nothing is compiled
+    if sys.argv[1:] == ["--write"]:
+        write_table()
+    else:
+        print(json.dumps(resources(unproven(sys.argv[1], sys.argv[2:] == ["rest"]))))

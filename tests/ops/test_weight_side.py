@@ -1,0 +1,319 @@
+"""The weight rotated in the place of x: when that is chosen, and that it is the same layer."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from linear_operands import D_IN, D_OUT, N, call, operands
+
+from boft_ops import boft_linear, butterfly_matmul, cayley
+from boft_ops._runtime import tuned, tuned_file
+from boft_ops._runtime.tuned import pinned
+from boft_ops._runtime.tuned_table import Choice
+from boft_ops.ops import rotate as rotate_module
+from boft_ops.ops import strategy
+from boft_ops.ops.linear import rotated_linear
+from boft_ops.ops.stage_from_skew import GIVEN_SERIES
+from boft_ops.ops.stages import default_plan, layer_plan, plan, plan_for
+from boft_ops.together import rotations
+from boft_ops.tune import __main__ as command
+from boft_ops.tune import explain
+
+CPU = torch.device("cpu")
+WEIGHT, INPUT = (Choice((), "", {"stages": 1, "weight_side": side}) for side in (1, 0))
+
+
+@pytest.fixture
+def weight_side():
+    with pinned(plan=WEIGHT):
+        yield
+
+
+@pytest.fixture
+def rotated(monkeypatch):
+    """Rows of what ``rotate`` was called with."""
+    found, right = [], rotate_module.rotate_rows
+
+    def spy(x, *args):
+        found.append(len(x))
+        return right(x, *args)
+
+    monkeypatch.setattr(rotate_module, "rotate_rows", spy)
+    return found
+
+
+def row(weight_side, rows=64, outputs=16, stages=1, features=32):
+    return {
+        **{"op": "plan", "dtype": "float64", "structure": {"n_factors": 2, "block_size": 4}},
+        **{"sizes": {"rows": rows, "features": features, "outputs": outputs}, "backend": ""},
+        "config": {"stages": stages, "weight_side": weight_side},
+    }
+
+
+def keep(*rows):
+    tuned_file.update(tuned_file.user_file(CPU), CPU, rows)
+    tuned.forget()
+
+
+# --- The same layer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("without", [(), ("scale",), ("bias",), ("scale", "bias")])
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_forward_and_every_gradient(backend, weight_side, rotated, m, without):
+    tensors = {k: v for k, v in operands(m=m).items() if k not in without}
+    leaves = [v.requires_grad_() for k, v in tensors.items() if k != "weight"]
+    y = call(boft_linear, tensors)
+    expected = call(reference.linear, tensors)
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(y)
+    got = torch.autograd.grad(y, leaves, upstream)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, leaves, upstream))
+    assert rotated == [D_OUT, D_OUT]  # W, forward and again in backward: never the N rows of x
+
+
+@pytest.mark.parametrize("trained", ["all", "x", "skew", "scale", "bias"])
+def test_gradcheck(weight_side, trained):
+    tensors = operands()
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name != "weight" and trained in ("all", name))
+    arguments = tuple(tensors.values())
+    assert torch.autograd.gradcheck(boft_linear, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(boft_linear, arguments, fast_mode=True)
+
+
+def steps(tensors, choice, **options):
+    """Output and gradients on a side."""
+    leaves = {k: v.clone().requires_grad_(k != "weight") for k, v in tensors.items()}
+    with pinned(plan=choice):
+        torch.manual_seed(3)  # of the mask
+        y = call(boft_linear, leaves, **options)
+        wanted = [v for v in leaves.values() if v.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), wanted)]
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (3, 5)])
+@pytest.mark.parametrize("dropout", [None, (0.7, 0.5)])
+def test_both_sides_agree(dropout, leading):
+    tensors = operands(m=3) | {"x": torch.randn(*leading, D_IN, dtype=torch.float64)}
+    one, other, again = (steps(tensors, c, dropout=dropout) for c in (INPUT, WEIGHT, WEIGHT))
+    torch.testing.assert_close(one, other)
+    assert all(map(torch.equal, other, again))
+
+
+def test_a_given_rotation(weight_side, rotated):
+    tensors = operands()
+    tensors["skew"].requires_grad_()
+    grads = []
+    for given in (None, rotations([tensors["skew"]])[0]):
+        y = call(boft_linear, tensors, rotation=given)
+        grads.append(torch.autograd.grad(y.square().sum(), tensors["skew"])[0])
+    assert rotated == [D_OUT] * 4
+    torch.testing.assert_close(*grads)
+
+
+def test_what_is_not_orthogonal_stays_on_the_input_side(weight_side, rotated):
+    call(boft_linear, operands(), method="neumann5")
+    assert rotated == [N]
+    x, weight, skew = (operands(m=1)[name] for name in ("x", "weight", "skew"))
+    blocks = cayley(skew[0], method="neumann5")
+    rotated_linear(x, weight, blocks, None, None, None, "in", GIVEN_SERIES, None)
+    assert rotated == [N, N]
+
+
+@pytest.mark.parametrize("config", [{"stages": 3, "weight_side": 1}, {"stages": 2}])
+def test_several_stages_stay_on_the_input_side(rotated, config):
+    with pinned(plan=Choice((), "", config)):
+        y = call(boft_linear, operands(m=3))
+        assert rotated == [N] * config["stages"]
+        with pinned(plan=WEIGHT):
+            assert y.shape == call(boft_linear, operands(m=3)).shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_identity_bit_for_bit(weight_side, dtype):
+    tensors = operands(dtype=dtype, std=0.0)
+    tensors["scale"] = torch.ones(D_OUT, dtype=dtype)
+    for without in ((), ("scale",), ("bias",), ("scale", "bias")):
+        some = {k: v for k, v in tensors.items() if k not in without}
+        expected = F.linear(some["x"], some["weight"], some.get("bias"))
+        assert torch.equal(call(boft_linear, some), expected)
+    tensors["skew"].requires_grad_()
+    got = torch.autograd.grad(call(boft_linear, tensors).sum(), tensors["skew"])
+    with pinned(plan=INPUT):
+        want = torch.autograd.grad(call(boft_linear, tensors).sum(), tensors["skew"])
+    assert (got[0] - want[0]).norm() <= 4 * torch.finfo(dtype).eps * want[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_that_of_a_merged_weight(weight_side, dtype):
+    """At most twice what rounding diag(s) W R^T to the weight's dtype costs."""
+    tensors = operands(dtype=dtype) | {"x": torch.randn(500, D_IN).to(dtype)}
+    tensors["skew"] = tensors["skew"].float()
+    wide = {k: v.double() for k, v in tensors.items()}
+    exact = call(reference.linear, wide)
+    weight = reference.merged_weight(wide["weight"], reference.cayley(wide["skew"])).to(dtype)
+    merged = F.linear(tensors["x"], weight) * tensors["scale"] + tensors["bias"]
+    y = call(boft_linear, tensors)
+    assert y.dtype == dtype
+    assert (y.double() - exact).norm() <= 2 * (merged.double() - exact).norm()
+
+
+def test_autocast(weight_side):
+    tensors = operands(dtype=torch.float32)
+    tensors["skew"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = call(boft_linear, tensors)
+        (got,) = torch.autograd.grad(y.float().sum(), tensors["skew"])
+    assert y.dtype == torch.bfloat16
+    (want,) = torch.autograd.grad(call(boft_linear, tensors).sum(), tensors["skew"])
+    assert (got - want).norm() / want.norm() < 2e-2
+    y = call(boft_linear, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # in backward alone
+        (got,) = torch.autograd.grad(y.sum(), tensors["skew"])
+    torch.testing.assert_close(got, want)
+
+
+def test_the_rotated_weight_is_not_saved(weight_side):
+    tensors = operands(dtype=torch.float32)
+    tensors |= {"weight": torch.randn(4000, D_IN), "scale": None, "bias": None}
+    tensors["skew"].requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call(boft_linear, tensors)
+    assert [len(t) for t in saved if t.shape[-1] == D_IN and len(t) > N] == [4000]
+    assert any(
+        t is tensors["weight"] or t.data_ptr() == tensors["weight"].data_ptr() for t in saved
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(monkeypatch, dynamic):
+    """Graphs take it as any other choice; that none is made for it today is below."""
+    monkeypatch.setattr(strategy, "layer_plan", lambda x, m, b, n: (plan(m, b, n_stages=1), True))
+    torch._dynamo.reset()
+    compiled = torch.compile(boft_linear, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (50, 33):
+        tensors = operands() | {"x": torch.randn(rows, D_IN, dtype=torch.float64)}
+        leaves = [v.requires_grad_() for k, v in tensors.items() if k != "weight"]
+        results = [call(f, tensors) for f in (compiled, reference.linear)]
+        torch.testing.assert_close(*results)
+        grads = [torch.autograd.grad(y.square().sum(), leaves) for y in results]
+        torch.testing.assert_close(*grads)
+
+
+# --- The choice -----------------------------------------------------------------------------------
+
+
+def test_the_side_is_looked_up_by_rows(tuned_cache, rotated):
+    keep(row(0, rows=16), row(1, rows=1024))
+    for rows, first in ((16, 16), (100, 100), (300, D_OUT), (2000, D_OUT), (1 << 16, 1 << 16)):
+        rotated.clear()
+        x = torch.randn(rows, D_IN, dtype=torch.float64)
+        call(boft_linear, operands() | {"x": x})
+        call(boft_linear, operands() | {"x": x.reshape(-1, 4, D_IN)})
+        assert rotated == [first, first]
+
+
+def test_a_measurement_of_the_weight_side_says_nothing_of_other_calls(tuned_cache):
+    """Of ones without a weight, or in graphs for any number of rows: not even the stages."""
+    x = torch.randn(64, D_IN, dtype=torch.float64)
+    keep(row(1))
+    default = plan(2, 4)
+    assert layer_plan(x, 2, 4, D_OUT) == (plan(2, 4, n_stages=1), True)
+    assert layer_plan(x, 2, 4, None) == (default, False)
+    assert plan_for(x, 2, 4) == default
+    keep(row(0, stages=2))
+    assert layer_plan(x, 2, 4, D_OUT) == (plan(2, 4, n_stages=2), False)
+    assert plan_for(x, 2, 4) == plan(2, 4, n_stages=2)
+    butterfly_matmul(x, cayley(operands()["skew"]))
+
+
+def test_compiled_graphs_have_the_input_side(tuned_cache, rotated):
+    keep(row(1))
+    in_graph = []
+
+    def backend(graph, _):
+        nodes = [node for node in graph.graph.nodes if str(node.target).endswith("rotate.default")]
+        in_graph.extend(len(node.args[0].meta["example_value"]) for node in nodes)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(boft_linear, fullgraph=True, backend=backend)
+    tensors = operands() | {"x": torch.randn(64, D_IN, dtype=torch.float64)}
+    torch.testing.assert_close(call(compiled, tensors), call(reference.linear, tensors))
+    assert in_graph == [64]
+    call(boft_linear, tensors)
+    assert rotated[-1] == D_OUT  # eager, where the rows are known
+
+
+@pytest.mark.parametrize(
+    ("m", "b", "rows", "device", "weight_side"),
+    [
+        (1, 128, 8 * D_OUT, "cpu", True),
+        (1, 128, 8 * D_OUT - 1, "cpu", False),  # too little to gain
+        (2, 8, 1 << 20, "cpu", False),  # the fused product rotates it for nothing
+        (10, 8, 1 << 20, "cpu", False),  # several stages
+        (1, 128, 1 << 20, "cuda", False),  # not measured
+    ],
+)
+def test_default(m, b, rows, device, weight_side):
+    assert default_plan(m, b, device, rows, D_OUT) == (plan(m, b, device), weight_side)
+
+
+def test_the_default_is_applied(rotated):
+    x, skew = torch.randn(40, 128), 0.01 * torch.randn(1, 1, 128 * 127 // 2)
+    for n, rows in ((5, 5), (6, 40)):
+        weight = torch.randn(n, 128)
+        y = boft_linear(x, weight, skew)
+        assert rotated[-1] == rows
+        with pinned(plan=INPUT):
+            torch.testing.assert_close(y, boft_linear(x, weight, skew), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight_side", [0, 1])
+def test_explain_marks_what_was_measured(tuned_cache, capsys, weight_side):
+    def marked():
+        explain.show(64, 32, 16, 2, 4, torch.float64, CPU)
+        lines = capsys.readouterr().out.splitlines()[2:]
+        assert [line.split()[2 + int(line.split()[0]) - 1] for line in lines] == [
+            "in",
+            "in",
+            "weight",
+        ]
+        return [
+            line.partition(" in " if i < 2 else " weight ")[2].split()[4:]
+            for i, line in enumerate(lines)
+        ]
+
+    assert marked() == [["default,", "chosen"], [], []]
+    keep(row(weight_side, stages=1 if weight_side else 2))
+    measured = ["measured", "best,", "chosen"]
+    assert marked() == ([["default"], [], measured] if weight_side else [["default"], measured, []])
+
+
+def test_the_command_tries_both_sides(tuned_cache, tmp_path, monkeypatch):
+    tried = []
+    right = command.tune
+
+    def tune(problem, machine, *rest):
+        with torch.no_grad():
+            tried.append([c.config for c in problem.candidates(problem.make(0), machine)])
+        return right(problem, machine, *rest)
+
+    monkeypatch.setattr(command, "tune", tune)
+    monkeypatch.setattr("boft_ops.tune.search.SECONDS", 0.01)
+    out = tmp_path / "out.json"
+    assert (
+        command.main(["--shapes=64x48x600", "--butterfly=2x4", f"--out={out}", "--ops=plan"]) == 0
+    )
+    both = [{"stages": 1, "weight_side": side} for side in (0, 1)]
+    assert [config for config in tried[0] if config["stages"] == 1] == both
+    assert tried[1] == both  # of a rotation that is given
+    content = tuned_file.read(out, CPU)["choices"]
+    assert [r["structure"] for r in content] == [
+        {"n_factors": 2, "block_size": 4},
+        {"n_factors": 1, "block_size": 8},
+    ]
+    assert all(r["failed"] == [] for r in content)
+    assert content[0]["sizes"] == {"rows": 600, "features": 64, "outputs": 48}

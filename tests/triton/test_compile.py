@@ -1,0 +1,88 @@
+"""Every Triton kernel, compiled for GPUs that are not there: it compiles, nothing is spilled.
+
+What the committed table has of the very same source is compiled by way of sample.
+
+In a process of its own: under the interpreter, which the other tests use, nothing is compiled.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import triton_resources
+
+from boft_ops._runtime import backend as backends
+from boft_ops._runtime import paths
+
+pytestmark = pytest.mark.skipif(not backends.has_triton(), reason="triton is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("target", "rest"),
+    [*((target, False) for target in triton_resources.TARGETS), (triton_resources.FULL, True)],
+    ids=[*triton_resources.TARGETS, "rest"],
+)
+def test_kernels_compile_without_spills(target, rest, tmp_path):
+    import triton
+
+    (backend, _, width), shared_limit = triton_resources.TARGETS[target]
+    cases = dict(triton_resources.cases(target, rest))
+    run = subprocess.run(
+        [sys.executable, triton_resources.__file__, target, *(["rest"] if rest else [])],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads(run.stdout.splitlines()[-1])
+    version, table = triton_resources.read_table()
+    if version == triton.__version__:
+        assert len(rows) >= len(cases) // triton_resources.SAMPLE
+        rows = {name: table[target, name] for name in cases if (target, name) in table} | rows
+    assert rows.keys() == cases.keys()
+    for name, used in rows.items():
+        assert used["stack"] == 0, (name, used)
+        assert used["shared"] <= shared_limit, (name, used)
+        if backend == "cuda":  # or it does not launch
+            threads = cases[name].num_warps * width
+            assert used["registers"] * threads <= 65536, (name, used)
+
+    if version != triton.__version__:
+        return  # another compiler: its registers tell nothing about a change here
+    hint = "python tests/helpers/triton_resources.py --write"
+    names = {name for name, _ in triton_resources.cases(target)}
+    assert names == {name for t, name in table if t == target}, f"other cases: {hint}"
+    for name, used in rows.items():
+        before = table[target, name]
+        assert used["registers"] <= 1.1 * before["registers"], (name, used, before, hint)
+        assert used["shared"] <= 1.1 * before["shared"], (name, used, before, hint)
+        for key in ("barriers", "mma", "wide"):
+            assert used[key] == before[key], (name, used, before, hint)
+
+
+def test_half_precision_rows_use_matrix_units_and_whole_pieces_of_16_bytes():
+    """What the table promises of the rotate kernels, wherever it was compiled."""
+    _, table = triton_resources.read_table()
+    kernels = ("rotate:", "rotate_indexed:")
+    rows = [(name, used) for (_, name), used in table.items() if name.startswith(kernels)]
+    halves = [(name, used) for name, used in rows if " bf16" in name or " fp16" in name]
+    assert len(halves) > 50
+    for name, used in halves:
+        assert used["mma"], name
+        size, stride = (int(re.search(rf" {key}=(\d+)", name)[1]) for key in ("SIZE", "STRIDE"))
+        if stride == 1 and size % 16 == 0:
+            assert used["wide"], name
+
+
+def test_every_kernel_is_compiled():
+    compiled = {case.kernel for _, case in triton_resources.cases(triton_resources.FULL)}
+    for path in paths.triton_kernels().glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                assert f"{path.stem}:{node.name}" in compiled

@@ -1,0 +1,218 @@
+"""The Triton kernels of rotate, its backward and Gram against the reference, in float64 as truth.
+
+On a GPU where there is one, else in Triton's interpreter, which takes milliseconds per program and
+most for the many small tiles of float32 and float64. So the grid is thinned: every structure meets
+every dtype, with one number of rows and one direction each; numbers of rows, splits and directions
+vary in full on two structures, one that packs groups into bands and one in two dimensions.
+"""
+
+import pytest
+import torch
+
+from boft_ops._runtime import backend
+from boft_ops.ops import rotate
+
+if not backend.has_triton():
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from boft_ops.triton_kernels import config_rotate
+from boft_ops.triton_kernels import rotate as kernels
+from boft_ops.triton_kernels.groups import positions
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# size, chunk, stride, number of groups, rows, transpose
+STRUCTURES = [
+    (1, 1, 1, 5, 5, False),
+    (2, 1, 2, 22, 67, True),
+    (3, 3, 1, 23, 67, False),  # five groups in a band of 16, the last program half empty
+    (4, 2, 4, 24, 5, False),
+    (6, 3, 2, 10, 5, True),
+    (8, 4, 2, 10, 67, False),
+    (12, 6, 4, 8, 5, True),
+    (15, 15, 1, 3, 5, True),
+    (16, 16, 1, 5, 67, True),
+    (16, 4, 4, 8, 5, False),
+    (20, 10, 2, 2, 5, False),
+    (24, 24, 1, 2, 5, True),
+    (32, 32, 1, 3, 67, True),
+    (32, 8, 4, 8, 67, False),
+    (43, 43, 1, 2, 5, True),
+    (48, 12, 2, 2, 5, False),
+    (64, 64, 1, 2, 5, False),
+    (64, 4, 4, 4, 5, True),
+    (96, 48, 2, 2, 5, False),
+    (128, 16, 2, 2, 67, True),
+    (160, 80, 1, 1, 5, False),
+    (256, 128, 1, 1, 5, True),
+]
+
+
+def inputs(size, n_groups, rows, dtype):
+    """x, grad and a stage of orthogonal matrices that lie near the identity."""
+    exact = dtype if dtype == torch.float64 else torch.float32
+    x, grad = torch.randn(2, rows, size * n_groups, device=DEVICE, dtype=exact).to(dtype)
+    skew = 0.3 * torch.randn(n_groups, size, size, device=DEVICE, dtype=torch.float64) / size**0.5
+    return x, grad, torch.matrix_exp(skew - skew.mT).to(exact)
+
+
+def assert_as_good(got, reference, truth):
+    """At most twice the error of the same computation in torch, and a few roundings in float32.
+
+    In float64, where the reference is the truth itself, 32 roundings of the largest element.
+    """
+    assert got.dtype == reference.dtype
+    assert got.shape == truth.shape
+    eps = {torch.float64: 32 * torch.finfo(torch.float64).eps}.get(got.dtype, 4 * 2**-23)
+    atol = eps * float(truth.abs().max())
+    error, allowed = (float((t.double() - truth).abs().max()) for t in (got, reference))
+    assert error <= 2 * allowed + atol
+
+
+def check(size, chunk, stride, n_groups, rows, transpose, dtype, splits):
+    x, grad, stage = inputs(size, n_groups, rows, dtype)
+    layout = chunk, stride
+
+    def gradients(x, grad, stage):
+        pair = (grad, x) if transpose else (x, grad)
+        x_grad = rotate._rotate(grad, stage, *layout, not transpose)
+        return x_grad, rotate._gram(*pair, size, *layout, 1)[0]
+
+    truth = x.double(), grad.double(), stage.double()
+    y = rotate._rotate(truth[0], truth[2], *layout, transpose)
+    assert_as_good(
+        kernels.rotate(x, stage, *layout, transpose),
+        rotate._rotate(x, stage, *layout, transpose),
+        y,
+    )
+    x_grad, partials = kernels.rotate_backward(grad, x, stage, *layout, transpose, splits)
+    true_x_grad, true_gram = gradients(*truth)
+    reference_x_grad, _ = gradients(x, grad, stage)
+    wide = torch.promote_types(dtype, torch.float32)  # never rounded to a half, as torch's is
+    _, reference_gram = gradients(x.to(wide), grad.to(wide), stage.to(wide))
+    assert_as_good(x_grad, reference_x_grad, true_x_grad)
+    assert partials.shape == (splits, n_groups, size, size)
+    assert_as_good(partials.sum(0), reference_gram, true_gram)
+    pair = (grad, x) if transpose else (x, grad)
+    alone = kernels.gram(*pair, size, *layout, splits)
+    assert alone.shape == partials.shape
+    assert_as_good(alone.sum(0), reference_gram, true_gram)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: "-".join(map(str, s)))
+def test_every_structure(structure, dtype):
+    check(*structure, dtype, splits=2)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 64, 67, 130])
+@pytest.mark.parametrize("structure", [(8, 4, 2, 6), (32, 32, 1, 2)], ids=["bands", "plain"])
+def test_every_number_of_rows(structure, rows, splits, transpose):
+    """Rows below, at and above a tile; splits that get no rows leave zeros."""
+    check(*structure, rows, transpose, torch.bfloat16, splits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [4, 32, 128])
+def test_programs_that_take_several_tiles_of_rows(size, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    x, _, stage = inputs(size, 2, 150, dtype)
+    truth = rotate._rotate(x.double(), stage.double(), size // 2, 2, False)
+    reference = rotate._rotate(x, stage, size // 2, 2, False)
+    assert_as_good(kernels.rotate(x, stage, size // 2, 2, False), reference, truth)
+
+
+@triton.jit
+def list_positions(out_ptr, d, SIZE: tl.constexpr, BANDS: tl.constexpr):
+    position, inside = positions(tl.program_id(0), 0, d, SIZE, 16, BANDS)
+    band = tl.program_id(0) * BANDS + tl.arange(0, BANDS)[:, None]
+    tl.store(out_ptr + band * 16 + tl.arange(0, 16)[None, :], tl.where(inside, position, -1))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 7, 12, 15, 16])
+def test_no_position_belongs_to_two_bands(size):
+    """Both would store it: a race, which the interpreter, one program at a time, never shows."""
+    d = 11 * size
+    programs = triton.cdiv(d, 4 * (16 // size * size))
+    out = torch.empty(programs * 4 * 16, dtype=torch.int32, device=DEVICE)
+    list_positions[(programs,)](out, d, SIZE=size, BANDS=4)
+    assert sorted(out[out >= 0].tolist()) == list(range(d))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [4, 32, 256])
+@pytest.mark.parametrize(("rows", "n_groups"), [(0, 2), (3, 0), (0, 0)])
+def test_empty(size, rows, n_groups, dtype):
+    x, grad, stage = inputs(size, n_groups, rows, dtype)
+    assert kernels.rotate(x, stage, size, 1, False).shape == x.shape
+    x_grad, partials = kernels.rotate_backward(grad, x, stage, size, 1, False, 3)
+    assert x_grad.shape == x.shape
+    for sums in (partials, kernels.gram(x, grad, size, size, 1, 3)):
+        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(sums, sums.new_zeros(3, n_groups, size, size))
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_tensors_that_are_not_contiguous(size):
+    x, grad, stage = inputs(size, 4, 5, torch.float32)
+
+    def spread(tensor):
+        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., 0]
+
+    odd = spread(x), spread(grad), spread(stage)
+    assert not any(tensor.is_contiguous() for tensor in odd)
+    layout = size // 2, 2
+    y = kernels.rotate(x, stage, *layout, False)
+    assert torch.equal(kernels.rotate(odd[0], odd[2], *layout, False), y)
+    expected = kernels.rotate_backward(grad, x, stage, *layout, False, 2)
+    got = kernels.rotate_backward(odd[1], odd[0], odd[2], *layout, False, 2)
+    assert all(map(torch.equal, got, expected))
+    assert torch.equal(kernels.gram(*odd[:2], size, *layout, 2), expected[1])
+
+
+@pytest.mark.parametrize("size", [4, 32, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stage_dtype", [torch.float32, torch.float64], ids=str)
+def test_a_small_change_is_not_rounded_away(size, dtype, stage_dtype):
+    """0.997 is 0.99609 in bfloat16, which lacks digits there; S - I has all of them."""
+    scale = 0.997
+    x = torch.randn(64, size, device=DEVICE).to(dtype)
+    stage = scale * torch.eye(size, device=DEVICE, dtype=stage_dtype)[None]
+    pairs = [kernels.rotate(x, stage, size, 1, False)]
+    pairs.append(kernels.rotate_backward(x, x, stage, size, 1, False, 1)[0])
+    for y in pairs:
+        ratio = (y.double() * x.double()).sum() / x.double().square().sum()
+        assert abs(float(ratio) - scale) < 2e-4
+
+
+@pytest.mark.parametrize("op", ["rotate", "rotate_indexed", "rotate_backward", "gram"])
+def test_every_structure_has_a_tile_that_fits(op):
+    found = set()
+    for dtype in config_rotate.KINDS:
+        for size in range(1, config_rotate.MAX_SIZE + 1):
+            for chunk, stride in {(size, 1), (1, 2)} | {(c, 2) for c in (2, 4, 8) if size % c == 0}:
+                structure = {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
+                tile = config_rotate.config_for(op, **structure)
+                found.add(tile)
+                if tile is None:
+                    assert op == "rotate_backward"
+                    continue
+                assert tile.bands == 1 or tile.bands >= tile.num_warps
+                assert tile.bands == 1 or tile.columns == tile.inner >= size
+                several = max(tile.columns, tile.inner) >= 2 * size
+                assert tile.columns == tile.inner or not several
+                # a residual product and a fused backward hold a whole group
+                whole = op == "rotate_backward" or (op == "rotate" and "16" in dtype)
+                assert tile.inner >= size or not whole
+    assert found - {None} == {tile for tile, _ in config_rotate.reachable(op)}
+
+
+def test_sizes_that_the_kernels_take():
+    assert config_rotate.supports(1)
+    assert config_rotate.supports(256)
+    assert not config_rotate.supports(257)
