@@ -274,10 +274,11 @@ class _Maker:
 
     def process(self, members: Sequence[Problem]) -> Iterator[Problem]:
         """The C++ kernels' numbers, over all that those problems call."""
-        for op, uses in (("blocking", ("linear",)), ("grain", None)):
-            basket = [p for p in members if p.op in (uses or _backend._ops) and p.op != "linear"]
-            if uses:
-                basket = [p for p in members if p.op in uses]
+        baskets = {
+            "blocking": [p for p in members if p.op == "linear"],
+            "grain": [p for p in members if p.op in _backend._ops and p.op != "linear"],
+        }
+        for op, basket in baskets.items():
             if basket:
                 yield Problem(
                     op,
