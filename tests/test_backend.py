@@ -23,7 +23,7 @@ def test_the_native_library_is_loaded():
         pytest.skip("BOFT_OPS_SKIP_EXT=1")
     assert _native.status.startswith("loaded"), _native.status
     neumann = {"cayley_neumann5", "cayley_neumann5_backward"}  # in plain torch on every device
-    launches = {"rotate_pair", "rotate_linear", "rotate_linear_backward"}  # of which a CPU has none
+    launches = {"rotate_linear", "rotate_linear_backward"}  # of which a CPU has none
     assert _native.kernels("cpu") == _backend._ops.keys() - neumann - launches
 
 
