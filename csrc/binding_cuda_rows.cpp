@@ -81,28 +81,5 @@ std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor
   return {x_grad, partials};
 }
 
-Tensor rotate_pair_cuda(const Tensor& x_, const Tensor& first_, const Tensor& second_,
-                        int64_t chunk, int64_t first_stride, int64_t second_stride,
-                        bool transpose) {
-  const auto dtype = cuda_dtype_of(x_, "rotate_pair: x");
-  const auto first_shape = stage_of(x_, first_, chunk, first_stride);
-  const auto second_shape = stage_of(x_, second_, chunk, second_stride);
-  STD_TORCH_CHECK(dtype == boft::cuda::DType::BF16 || dtype == boft::cuda::DType::F16,
-                  "rotate_pair: x: expected bfloat16 or float16");
-  STD_TORCH_CHECK(boft::cuda::takes_pair(first_shape, second_shape),
-                  "rotate_pair: expected two stages of 16, 32 or 64 that fit into shared memory");
-  check_device("rotate_pair", x_, {&first_, &second_});
-  const Tensor x = torch::stable::contiguous(x_);
-  const Tensor first = torch::stable::contiguous(first_);
-  const Tensor second = torch::stable::contiguous(second_);
-  Tensor y = torch::stable::empty_like(x);
-  check_launch("rotate_pair",
-               boft::cuda::rotate_pair(x.const_data_ptr(), first.const_data_ptr(),
-                                       second.const_data_ptr(), y.mutable_data_ptr(), x.size(0),
-                                       x.size(1), first_shape, second_shape, transpose, dtype,
-                                       queue_of(x)));
-  return y;
-}
-
 }  // namespace boft::binding
 #endif

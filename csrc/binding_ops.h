@@ -46,8 +46,6 @@ Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& 
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
                                                 const Tensor& stage, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits);
-Tensor rotate_pair_cuda(const Tensor& x, const Tensor& first, const Tensor& second, int64_t chunk,
-                        int64_t first_stride, int64_t second_stride, bool transpose);
 Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits);
 Tensor scale_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
@@ -71,8 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_linear_backward_cuda(
   OP(scale_backward) OP(linear) OP(linear_backward)
 
 // Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
-#define BOFT_CUDA_OPS(OP)                                                        \
-  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
-  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_pair)            \
-  OP(rotate_backward) OP(gram) OP(scale) OP(scale_backward) OP(rotate_linear)    \
-  OP(rotate_linear_backward)
+#define BOFT_CUDA_OPS(OP)                                                                    \
+  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)               \
+  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram) OP(scale) \
+  OP(scale_backward) OP(rotate_linear) OP(rotate_linear_backward)

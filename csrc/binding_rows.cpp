@@ -41,7 +41,7 @@ Tensor rotate_indexed_cpu(const Tensor& x_, const Tensor& stages_, const Tensor&
   const auto* which = static_cast<const int32_t*>(index.const_data_ptr());
   void* out = y.mutable_data_ptr();
   const int64_t rows = x.size(0), d = x.size(1), n = stages.size(0);
-  const int64_t grain = std::max<int64_t>(8, 65536 / (d * shape.size));
+  const int64_t grain = std::max<int64_t>(8, boft::cpu::grain_of(d * shape.size));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     boft::cpu::rotate_indexed(in, matrices, which, out, n, d, shape, begin, end, dtype);
   });

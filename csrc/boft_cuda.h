@@ -62,15 +62,6 @@ int rotate_backward(const void* grad, const void* x, const void* stages, void* x
                     void* partials, int64_t rows, int64_t d, Stage stage, bool transpose,
                     int64_t splits, DType dtype, Queue queue);
 
-// Two stages of neighbouring strides in one pass: y = x S2 S1, or x S1^T S2^T if `transpose`; first has the
-// smaller stride. For halves, and what takes_pair says yes to, on a GPU with as much shared memory as
-// boft_ops/rotate_pair.py asks for; d is a multiple of pair_span, the features that both mix.
-int64_t pair_span(const Stage& first, const Stage& second);
-bool takes_pair(const Stage& first, const Stage& second);
-int rotate_pair(const void* x, const void* first, const void* second, void* y, int64_t rows,
-                int64_t d, Stage first_stage, Stage second_stage, bool transpose, DType dtype,
-                Queue queue);
-
 // y = x R, or x R^T, with the R of the adapter in [0, n_adapters) that `index` (rows,) names; of -1 y = x,
 // of other numbers NaN.
 //   stages: (n_adapters, d / size, size, size), in float32 for halves

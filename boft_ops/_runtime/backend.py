@@ -41,8 +41,6 @@ class Op:
         triton: ``"module:function"`` under ``triton_kernels``, if there is such a kernel, or what
             makes that function of other ops' launchers.
         supports: per backend, a predicate on the op's arguments (any, if there is none).
-        on_request: its kernels serve only where they were measured to be best, or are forced: of an
-            op that others can be put together for.
     """
 
     def __init__(
@@ -52,7 +50,6 @@ class Op:
         fake: Callable,
         triton: str | Callable[[], Callable] | None = None,
         supports: dict[str, Callable[..., bool]] | None = None,
-        on_request: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.schema = schema
@@ -65,9 +62,7 @@ class Op:
             _register(self._library, self.name, self._cuda)
         self.missing = {b: why for b in BACKENDS if (why := self._why_missing(b))}
         self.serving = {
-            device: next(
-                (b for b in order if not on_request and b not in self.missing), "reference"
-            )
+            device: next((b for b in order if b not in self.missing), "reference")
             for device, order in PREFERENCE.items()
         }
         _ops[self.name] = self

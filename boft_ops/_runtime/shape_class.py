@@ -68,14 +68,6 @@ CLASSES = {
         _ROWS,
         lambda x, stage, chunk, stride, _: ((stage.shape[-1], chunk, stride), x.shape),
     ),
-    "rotate_pair": Classes(
-        ("size", "second_size", "chunk", "stride", "second_stride"),
-        _ROWS,
-        lambda x, first, second, chunk, stride, second_stride, _: (
-            (first.shape[-1], second.shape[-1], chunk, stride, second_stride),
-            x.shape,
-        ),
-    ),
     "rotate_backward": Classes(
         _STAGE,
         _ROWS,

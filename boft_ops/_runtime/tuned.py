@@ -202,7 +202,7 @@ def _measure_unknown(op: Op, args: tuple, classes: Classes) -> None:
     device, dtype = args[0].device, args[0].dtype
     structure, sizes = classes.of(*args)
     plain = all(type(size) is int for size in (*structure, *sizes)) and 0 not in sizes
-    whole = op.name in ("linear", "rotate_linear", "rotate_pair")  # others can stand for them
+    whole = op.name in ("linear", "rotate_linear")  # others can stand for them
     if not plain or whole or (device.type == "cuda" and _is_capturing()):
         return
     key = op.name, device, dtype, structure, sizes

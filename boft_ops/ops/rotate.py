@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 
 from .._runtime.backend import Op
-from ..rotate_pair import op_of
 from .stages import Stage
 
 
@@ -129,7 +128,6 @@ rotate_rows = Op(
         "triton": lambda x, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
 )
-rotate_pair = op_of(_rotate)
 # Gradients of a stage come as partial sums (splits, d/size, size, size), in at least float32.
 gram = Op(
     "gram(Tensor x, Tensor grad, int size, int chunk, int stride, int splits) -> Tensor",
@@ -162,10 +160,6 @@ def apply_stages(
     x: torch.Tensor, matrices: Sequence[torch.Tensor], plan: tuple[Stage, ...], transpose: bool
 ) -> torch.Tensor:
     """x (N, d) through all the stages, outside of autograd."""
-    if len(plan) == 2:
-        pair = (x, *matrices, plan[0].chunk, *(stage.stride for stage in plan), transpose)
-        if rotate_pair.has_kernel(*pair):
-            return rotate_pair(*pair)
     for i in _order(plan, transpose):
         x = rotate_rows(x, matrices[i], plan[i].chunk, plan[i].stride, transpose)
     return x

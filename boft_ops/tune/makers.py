@@ -11,9 +11,8 @@ from .._runtime import backend, native
 from .._runtime.checks import is_valid
 from .._runtime.shape_class import CLASSES
 from .._runtime.tuned import pinned
-from ..ops.rotate import apply_stages
 from ..ops.stage_from_skew import GIVEN, is_fused
-from ..ops.stages import Stage, plan
+from ..ops.stages import plan
 from .cost import plans
 from .machine import Machine
 from .problems import Problem, training_step
@@ -131,8 +130,6 @@ class _Maker:
                 flops=2 * work,
                 reduce=lambda result: (result[0], result[1].sum(0)),
             )
-        if len(stages) == 2 and self._has("rotate_pair"):
-            yield self._pair(shape, stages)
         yield from self._scale(rows, n)
         for op in ("linear", "rotate_linear"):
             if self._has(op):
@@ -180,23 +177,6 @@ class _Maker:
             "cayley_backward",
             lambda seed: (factors(seed), None, self.tensor(m, blocks, b, b, seed=seed, wide=True)),
             n_bytes=numbers,
-        )
-
-    def _pair(self, shape: Shape, stages: tuple[Stage, ...]) -> Problem:
-        """Both stages; the reference is a pass for each, with whatever kernel serves it."""
-        d, _, rows = shape
-
-        def make(seed: int) -> tuple:
-            matrices = (self._stage(d, stage.size, seed) for stage in stages)
-            strides = (stage.stride for stage in stages)
-            return self.tensor(rows, d, seed=seed), *matrices, stages[0].chunk, *strides, False
-
-        return self.problem(
-            "rotate_pair",
-            make,
-            lambda x, first, second, *_: apply_stages(x, (first, second), stages, False),
-            n_bytes=2 * rows * d * self.dtype.itemsize,
-            flops=2 * rows * d * sum(stage.size for stage in stages),
         )
 
     def _scale(self, rows: int, n: int) -> Iterator[Problem]:
@@ -274,10 +254,11 @@ class _Maker:
 
     def process(self, members: Sequence[Problem]) -> Iterator[Problem]:
         """The C++ kernels' numbers, over all that those problems call."""
-        for op, uses in (("blocking", ("linear",)), ("grain", None)):
-            basket = [p for p in members if p.op in (uses or backend._ops) and p.op != "linear"]
-            if uses:
-                basket = [p for p in members if p.op in uses]
+        baskets = {
+            "blocking": [p for p in members if p.op == "linear"],
+            "grain": [p for p in members if p.op in backend._ops and p.op != "linear"],
+        }
+        for op, basket in baskets.items():
             if basket:
                 yield Problem(
                     op,

@@ -10,8 +10,6 @@ import torch
 from boft_ops import boft_linear
 from boft_ops._runtime import backend as backends
 from boft_ops._runtime import native, paths
-from boft_ops.ops.rotate import apply_stages, apply_stages_backward
-from boft_ops.ops.stages import plan
 
 
 def gpu(test):
@@ -44,34 +42,12 @@ def test_what_the_raw_op_runs_on_cuda_tensors(monkeypatch, triton, forced, expec
     assert ran == [expected, "reference"]
 
 
-def test_every_op_with_a_triton_kernel_has_a_cuda_kernel():
+def test_the_ops_with_a_triton_kernel_are_those_with_a_cuda_kernel():
     text = (paths.csrc() / "binding_ops.h").read_text()
     listed = text[text.index("#define BOFT_CUDA_OPS") :]
     triton = {name for name, op in backends._ops.items() if op._triton}
     cuda = {name for name in backends._ops if f"OP({name})" in listed}
-    # what Triton's kernels do one by one
-    assert cuda - triton == {"rotate_pair"}
-    assert triton <= cuda
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-def test_plans_of_two_stages_are_one_pass_where_a_kernel_serves_it(monkeypatch, transpose):
-    x, stages = torch.randn(3, 64).bfloat16(), plan(4, 8, n_stages=2)
-    matrices = [torch.randn(4, 16, 16) / 4 for _ in stages]
-    separate = apply_stages(x, matrices, stages, transpose)
-    op, calls = backends._ops["rotate_pair"], []
-    assert not op.has_kernel(x, *matrices, 4, 1, 4, transpose)  # on a CPU
-    monkeypatch.setattr(op, "serving", {"cpu": "cuda"})
-    monkeypatch.setattr(op, "missing", {})
-    monkeypatch.setattr(op, "raw", lambda *args: calls.append(args) or op.reference(*args))
-    with torch.no_grad():
-        assert torch.equal(apply_stages(x, matrices, stages, transpose), separate)
-        assert len(calls) == 1
-        apply_stages(x.float(), matrices, stages, transpose)  # halves alone
-        assert len(calls) == 1
-        given = apply_stages_backward(x, None, matrices, stages, transpose, True)
-    assert len(calls) == 2
-    assert torch.equal(given[0], apply_stages(x, matrices, stages, not transpose))
+    assert cuda == triton
 
 
 @gpu

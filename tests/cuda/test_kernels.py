@@ -262,59 +262,6 @@ def test_rows_that_begin_anywhere(cuda, name, dtype):
     torch.testing.assert_close(got, want)
 
 
-# block size, factors of the first stage, of the second, spans, rows, transpose
-PAIRS = [
-    (8, 2, 2, 3, 70, False),
-    (8, 2, 3, 1, 5, True),
-    (16, 1, 2, 2, 33, True),
-    (8, 3, 3, 1, 17, False),
-    (32, 1, 1, 2, 130, True),
-    (64, 1, 1, 1, 20, False),
-    (4, 4, 4, 1, 40, True),  # one buffer of rows
-    (8, 3, 4, 1, 18, False),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("structure", PAIRS, ids=lambda s: "-".join(map(str, s)))
-def test_rotate_pair(cuda, structure, dtype):
-    b, m, n, spans, rows, transpose = structure
-    chunk, stride = b // 2, 1 << m
-    sizes = chunk << m, chunk << n
-    d = spans * sizes[1] * stride
-    stages = []
-    for size in sizes:
-        skew = 0.3 * torch.randn(d // size, size, size, dtype=torch.float64) / size**0.5
-        stages.append(torch.matrix_exp(skew - skew.mT).float())
-    layout = chunk, 1, stride, transpose
-    x = torch.randn(rows, d).to(dtype)
-    assert backend._ops["rotate_pair"].takes("cuda", (x, *stages, *layout))
-    reference = backend._ops["rotate_pair"].reference
-    truth = reference(*(t.double() for t in (x, *stages)), *layout)
-    y = cuda.rotate_pair(x, *stages, *layout)
-    check(y, reference(x, *stages, *layout), truth)
-    shifted = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(rows, d).copy_(x)
-    assert torch.equal(cuda.rotate_pair(shifted, *stages, *layout), y)
-
-
-def test_rotate_pair_takes_what_its_predicate_says(cuda):
-    """The kernel's own limits, and those by which it is chosen, are the same."""
-    takes = backend._ops["rotate_pair"].takes
-    for b, m, n in itertools.product((2, 4, 6, 8, 16, 64), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5)):
-        chunk = b // 2
-        d = chunk << (m + n)
-        sizes = chunk << m, chunk << n
-        if d > 2048:
-            continue
-        x = torch.zeros(0, d).bfloat16()
-        arguments = (x, *(torch.zeros(d // s, s, s) for s in sizes), chunk, 1, 1 << m, False)
-        if takes("cuda", arguments):
-            assert cuda.rotate_pair(*arguments).shape == x.shape
-        else:
-            with pytest.raises(RuntimeError, match="expected two stages"):
-                cuda.rotate_pair(*arguments)
-
-
 STAGES = [
     *[(1, 2, 0), (1, 3, 0), (1, 8, 0), (2, 8, 0), (2, 6, 2), (3, 4, 1), (4, 4, 0), (1, 64, 0)],
     *[(2, 32, 0), (6, 2, 1), (2, 8, 3)],
@@ -442,11 +389,6 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
         ("rotate_indexed", (*INDEXED[:2], torch.zeros(3), 4, 1, False), "int32 for each row"),
         ("rotate_indexed", (*INDEXED[:2], INDEXED[2][1:], 4, 1, False), "int32 for each row"),
         ("rotate_indexed", (INDEXED[0], INDEXED[1][:, 1:], INDEXED[2], 4, 1, False), "adapters, d"),
-        (
-            "rotate_pair",
-            (torch.zeros(1, 64), *[torch.zeros(4, 16, 16)] * 2, 4, 1, 4, False),
-            "bfloat16 or float16",
-        ),
         ("gram", (torch.zeros(3, 8), torch.zeros(3, 8), 8, 4, 1, 0), "positive number, got 0"),
         ("gram", (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1), "shape and dtype of x"),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), r"expected \(n,\)"),

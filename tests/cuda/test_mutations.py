@@ -56,18 +56,6 @@ MUTATIONS = {
         "    T* left",
         "test_rotate and 32-32-1",
     ),
-    "no barrier between two stages": (
-        "rotate_pair.cuh",
-        "      __syncwarp();  // the rows are there, or the other stage's result",
-        "",
-        "test_rotate_pair and 8-2-2-3",
-    ),
-    "stages in the wrong order": (
-        "rotate_pair.cu",
-        "if (!transpose) {  // x R",
-        "if (transpose) {  // x R",
-        "test_rotate_pair and 8-2-2-3",
-    ),
     "copies are not waited for": (
         "rotate.cuh",
         "await_copies<1>();",

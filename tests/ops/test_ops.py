@@ -34,7 +34,6 @@ def samples():
     blocks = rotations()
     dropped = torch.rand(3, 8) < 0.5
     stage, stage1 = raw.compose(blocks, 0), raw.compose(blocks[1:], 1)
-    stage8 = raw.compose(blocks[:2], 0)
     x, g = torch.randn(5, 32), torch.randn(32, 5).T
     weight, scale, bias = torch.randn(6, 32), torch.randn(6), torch.randn(6)
     y, rows = torch.randn(5, 6), torch.tensor([1, 1, -1, 0, 1], dtype=torch.int32)
@@ -55,10 +54,6 @@ def samples():
             (x, torch.stack([stage, stage.mT]), rows, 2, 1, False),
             (g, torch.stack([stage1, stage1]).mT, rows, 2, 2, True),
             (x[:0], stage[None], rows[:0], 2, 1, True),
-        ],
-        "rotate_pair": [
-            *[(x, stage8, stage8, 2, 1, 4, False), (g, stage8.mT, stage8, 2, 1, 4, True)],
-            (x[:0].bfloat16(), stage8, stage8, 2, 1, 4, True),
         ],
         "rotate_backward": [
             *[(x, g, stage, 2, 1, False, 1), (g, x, stage1, 2, 2, True, 1)],

@@ -25,7 +25,7 @@ def test_the_native_library_is_loaded():
         pytest.skip("BOFT_OPS_SKIP_EXT=1")
     assert native.status.startswith("loaded"), native.status
     neumann = {"cayley_neumann5", "cayley_neumann5_backward"}  # in plain torch on every device
-    launches = {"rotate_pair", "rotate_linear", "rotate_linear_backward"}  # of which a CPU has none
+    launches = {"rotate_linear", "rotate_linear_backward"}  # of which a CPU has none
     assert native.kernels("cpu") == backends._ops.keys() - neumann - launches
 
 
