@@ -6,14 +6,21 @@ import torch
 import torch.nn.functional as F
 from test_linear import D_IN, D_OUT, N, call, operands
 
-from boft_ops import _tuned, _tuned_file, _way, boft_linear, butterfly_matmul, cayley
+from boft_ops import (
+    _tuned,
+    _tuned_file,
+    _way,
+    boft_linear,
+    butterfly_groups,
+    butterfly_matmul,
+    cayley,
+)
 from boft_ops import rotate as rotate_module
 from boft_ops._tuned import pinned
 from boft_ops._tuned_table import Choice
 from boft_ops.linear import rotated_linear
 from boft_ops.plan import default_plan, layer_plan, plan, plan_for
 from boft_ops.rotation import GIVEN_SERIES
-from boft_ops.together import rotations
 from boft_ops.tune import __main__ as command
 from boft_ops.tune import explain
 
@@ -103,7 +110,7 @@ def test_a_given_rotation(weight_side, rotated):
     tensors = operands()
     tensors["skew"].requires_grad_()
     grads = []
-    for given in (None, rotations([tensors["skew"]])[0]):
+    for given in (None, butterfly_groups([tensors["skew"]])[0]):
         y = call(boft_linear, tensors, rotation=given)
         grads.append(torch.autograd.grad(y.square().sum(), tensors["skew"])[0])
     assert rotated == [D_OUT] * 4
@@ -115,7 +122,7 @@ def test_what_is_not_orthogonal_stays_on_the_input_side(weight_side, rotated):
     assert rotated == [N]
     x, weight, skew = (operands(m=1)[name] for name in ("x", "weight", "skew"))
     blocks = cayley(skew[0], method="neumann5")
-    rotated_linear(x, weight, blocks, None, None, None, "in", GIVEN_SERIES, None)
+    rotated_linear(x, weight, blocks, None, None, None, "in", GIVEN_SERIES)
     assert rotated == [N, N]
 
 
