@@ -12,7 +12,7 @@ from correctness import compare
 from interleave import Contestant
 from sizes import BLOCK, LLAMA_FACTORS, Sizes
 
-from boft_ops import cayley, rotations
+from boft_ops import butterfly_groups, cayley
 from boft_ops._runtime import backend as backends
 from boft_ops._runtime import native
 from boft_ops.ops.compose import compose_forward
@@ -28,22 +28,22 @@ def cayley_contest(
     packed = BLOCK * (BLOCK - 1) // 2
     skews = [0.1 * torch.randn(LLAMA_FACTORS, d // BLOCK, packed) for d in sizes.linears]
     skews = [skew.to(device).requires_grad_(True) for skew in skews]
-    together = torch.cat([skew.detach() for skew in skews], 1).requires_grad_(True)
-    flat = together.detach().flatten(0, 1).requires_grad_(True)
+    whole = torch.cat([skew.detach() for skew in skews], 1).requires_grad_(True)
+    flat = whole.detach().flatten(0, 1).requires_grad_(True)
 
     with torch.no_grad():
-        blocks = solve(flat).view(*together.shape[:2], BLOCK, BLOCK)
+        blocks = solve(flat).view(*whole.shape[:2], BLOCK, BLOCK)
         for backend in rivals():
             with backends.force(backend):
-                compare(f"cayley by {backend}", cayley(together), blocks, flat.dtype)
-        compare("cayley", cayley(together), blocks, flat.dtype)
+                compare(f"cayley by {backend}", cayley(whole), blocks, flat.dtype)
+        compare("cayley", cayley(whole), blocks, flat.dtype)
         expected = compose_forward.reference(blocks, 0)
-        compare("rotations", torch.cat(rotations(skews)), expected, flat.dtype)
+        compare("butterfly_groups", torch.cat(butterfly_groups(skews)), expected, flat.dtype)
     return [
         Contestant("solve", lambda: solve(flat)),
-        Contestant("cayley", lambda: cayley(together)),
-        Contestant("rotations", lambda: rotations(skews)),
-        *[Contestant(f"cayley-{b}", forced(b, lambda: cayley(together))) for b in rivals()],
+        Contestant("cayley", lambda: cayley(whole)),
+        Contestant("butterfly_groups", lambda: butterfly_groups(skews)),
+        *[Contestant(f"cayley-{b}", forced(b, lambda: cayley(whole))) for b in rivals()],
     ]
 
 

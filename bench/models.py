@@ -46,7 +46,6 @@ LABELS = {
     "peft-oft": "PEFT OFT b=8 (default)",
     "peft-boft": "PEFT BOFT",
     "boft-2-8": "BOFT(2,8)",
-    "boft-together": "BOFT(2,8), Together",
 }
 
 
@@ -89,11 +88,8 @@ def build(name: str, model: nn.Module) -> nn.Module:
     """The model with adapters, over the same weights."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared)
-    if name in ("boft-2-8", "boft-together"):
-        boft_ops.adapt(model, TARGETS, **BUTTERFLY)
-        if name == "boft-together":
-            boft_ops.Together(model)
-        return model
+    if name == "boft-2-8":
+        return boft_ops.adapt(model, TARGETS, **BUTTERFLY)
     forgo_extension()
     config = {
         "lora-r16": lambda **more: peft.LoraConfig(r=16, lora_alpha=16, **more),

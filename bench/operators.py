@@ -25,7 +25,7 @@ LABELS = {
     "mm": "torch.mm",
     "solve": "torch.linalg.solve",
     "cayley": "cayley",
-    "rotations": "rotations, layer by layer",
+    "butterfly_groups": "butterfly_groups of all layers",
     "clone": "x.clone()",
     "f-linear": "F.linear",
     "grad-weight": "grad @ weight",
@@ -44,7 +44,7 @@ def members(device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str], t
     found = {(sizes.product, FORWARD): ("mm",)}
     if sizes.linears:
         others = (f"cayley-{backend}" for backend in rivals())
-        found[sizes.cayley, FORWARD] = ("solve", "cayley", "rotations", *others)
+        found[sizes.cayley, FORWARD] = ("solve", "cayley", "butterfly_groups", *others)
     else:
         for direction in (FORWARD, BACKWARD, BOTH):
             found[sizes.cayley, direction] = ("solve", "cayley")

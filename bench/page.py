@@ -69,8 +69,9 @@ float32 and may lie in a large cache, for the copy as for the rotation.
 On a GPU the operands are larger: 8192 rows of 4096 features, matrices of 4096 x 4096, and for the
 Cayley transform the blocks of all linear layers of Llama-3.1-8B as BOFT(2, 8). A rotation is there
 the passes over the rows, without autograd and without making the stages, and ten calls lie between
-two readings of the clock, so that the device need not wait for each launch. `rotations` gets the
-224 parameters of those layers one by one, and its time has all that Python does with them in it.
+two readings of the clock, so that the device need not wait for each launch. `butterfly_groups`
+gets the 224 parameters of those layers one by one, and its time has all that Python does with them
+in it.
 
 - **Rotation** of N rows of d features in groups of S = b 2^(m-1): x in and out and 2 N d S flops;
   for the backward, which gives the Gram matrices as well, x and the gradient in, the gradient of x
@@ -97,8 +98,9 @@ two readings of the clock, so that the device need not wait for each launch. `ro
 A model of the Llama architecture with random weights, all linear layers of its blocks adapted; one
 training step: forward, loss, backward, AdamW on what is trained. The contestants share the frozen
 weights, and their steps are interleaved as above. **Peak** is what a step holds beyond weights,
-adapters and optimizer state. "Together" makes the rotations of all layers in one launch. On a CPU
-the model is a small one, whose figures say little about large ones.
+adapters and optimizer state. "Together" in a row was a hook that made the rotations of a model in
+one launch; it was measured to cost host time and was removed. On a CPU the model is a small one,
+whose figures say little about large ones.
 
 ## Goals
 

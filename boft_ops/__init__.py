@@ -1,10 +1,10 @@
 """Orthogonal butterfly finetuning (BOFT, arXiv 2311.06243): operators and layers.
 
 Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kaleidoscope_matmul``,
-``multiplicative_dropout``, ``boft_linear``, ``rotations``.
+``butterfly_groups``, ``multiplicative_dropout``, ``boft_linear``.
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
-Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``, ``Together``.
+Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``.
 """
 
 from ._runtime import paths
@@ -18,12 +18,12 @@ from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
 from .ops.butterfly import butterfly_matmul  # noqa: E402
+from .ops.butterfly_groups import butterfly_groups  # noqa: E402
 from .ops.cayley import cayley  # noqa: E402
 from .ops.dropout import MultiplicativeDropout, multiplicative_dropout  # noqa: E402
 from .ops.kaleidoscope import kaleidoscope_matmul  # noqa: E402
 from .ops.linear import boft_linear  # noqa: E402
 from .ops.rotate_indexed import butterfly_matmul_indexed  # noqa: E402
-from .together import Together, rotations  # noqa: E402
 
 __all__ = [
     "BOFTConv2d",
@@ -31,10 +31,10 @@ __all__ = [
     "MultiAdapterLinear",
     "MultiplicativeDropout",
     "OFTLinear",
-    "Together",
     "__version__",
     "adapt",
     "boft_linear",
+    "butterfly_groups",
     "butterfly_matmul",
     "butterfly_matmul_indexed",
     "cayley",
@@ -42,6 +42,5 @@ __all__ = [
     "load_adapter",
     "merge",
     "multiplicative_dropout",
-    "rotations",
     "save_adapter",
 ]

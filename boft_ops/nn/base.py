@@ -41,11 +41,6 @@ def adapter_options(adapter: object, dropout: object) -> dict[str, int | float |
     }
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """It rises with every change in place; a tensor of inference mode has none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 class BOFTLayer(nn.Module):
     """What BOFTLinear and BOFTConv2d share: the rotation of a frozen weight seen as (n, d).
 

@@ -7,7 +7,6 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.linear import rotated_linear
-from ..together import shared_rotation
 from .base import BOFTLayer
 
 
@@ -81,12 +80,10 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             self._check_trainable()
             return super().forward(x)
         checks.linear_input(x, self.weight)
-        rotation, drop, skew = shared_rotation(self), None, self._active(self.skew)
-        if rotation is None:  # else it has its dropout
-            drop = self.dropout.draw(skew)
+        skew = self._active(self.skew)
         return rotated_linear(
-            *(x, self.weight, skew, self.scale, self.bias, drop),
-            *(self.side, self.method, rotation, self.kaleidoscope),
+            *(x, self.weight, skew, self.scale, self.bias, self.dropout.draw(skew)),
+            *(self.side, self.method, self.kaleidoscope),
         )
 
 

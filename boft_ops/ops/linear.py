@@ -172,8 +172,9 @@ def boft_linear(
         method: see ``cayley``.
         dropout: ``(p_component, p_block)`` of ``multiplicative_dropout``, or None for none.
         generator: source of the dropout mask; None is torch's default generator.
-        rotation: R as ``rotations`` made it from ``skew``, (features/S, S, S), to be used instead
-            of computing it here; with its dropout, so that ``dropout`` must be None.
+        rotation: (features/S, S, S), the groups of R that ``butterfly_groups`` made from ``skew``.
+            They are used instead of being computed here. Dropout is in them already, so
+            ``dropout`` must be None.
 
     Returns:
         (..., n) in the dtype of x (the autocast dtype under autocast).
@@ -193,7 +194,10 @@ def boft_linear(
         checks.probability("p_component", dropout[0])
         checks.probability("p_block", dropout[1])
         drop = draw_mask(*skew.shape[:2], *dropout, x.device, generator)
-    return rotated_linear(x, weight, skew, scale, bias, drop, side, method, rotation)
+    # On a CPU an identity stays torch's own layer, bit for bit: see is_rotated.
+    if rotation is not None and (x.device.type != "cpu" or is_rotated(skew)):
+        skew, method = rotation, GIVEN
+    return rotated_linear(x, weight, skew, scale, bias, drop, side, method)
 
 
 def rotated_linear(
@@ -205,16 +209,12 @@ def rotated_linear(
     drop: torch.Tensor | None,
     side: str,
     method: str,
-    rotation: torch.Tensor | None,
     kaleidoscope: int = 0,
 ) -> torch.Tensor:
     """``boft_linear`` of checked arguments, with the mask (m, K) of the blocks to drop.
 
     With kaleidoscope = l, skew is (2 l m, K, b(b-1)/2): R_{1,1}, R_{1,2}, ..., R_{l,1}, R_{l,2}.
     """
-    # On a CPU an identity stays torch's own layer, bit for bit: see is_rotated.
-    if rotation is not None and (x.device.type != "cpu" or is_rotated(skew)):
-        skew, method = rotation, GIVEN
     if autocast.enabled(x.device.type):
         x, weight = autocast.cast(x), autocast.cast(weight)
         bias = None if bias is None else autocast.cast(bias)

@@ -135,7 +135,7 @@ class _Maker:
             if self._has(op):
                 yield self._linear(op, shape, stages[0].size)
         yield self._plan(shape, m, b)
-        if m > 1 and len(stages) == 1:  # as it is where other layers' rotations are made with it
+        if m > 1 and len(stages) == 1:  # the stage that a layer with a given rotation has
             yield self._plan(shape, 1, stages[0].size)
 
     def _op(self, name: str, make: Callable, **more: Any) -> Problem:

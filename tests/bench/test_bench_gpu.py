@@ -25,7 +25,7 @@ CAYLEY, ROTATION = sizes.GPU.cayley, sizes.GPU.rotation
 # Enough to meet every goal, and in units of 10 to 20 ms.
 MEASURED = {
     (CAYLEY, "forward"): {
-        **{"solve": 0.4, "cayley": 0.003, "rotations": 0.004, "cayley-cuda": 0.003}
+        **{"solve": 0.4, "cayley": 0.003, "butterfly_groups": 0.004, "cayley-cuda": 0.003}
     },
     (ROTATION, "forward"): {
         **{"clone": 1.0, "rotate-2-8": 1.17, "rotate-4-8": 1.17},
@@ -81,8 +81,8 @@ def test_all_gpu_goals_can_be_met():
         (ROTATION, "backward", "rotate-4-8", 2.01, [2]),
         (ROTATION, "backward", "rotate-6-8", 2.01, [3]),
         (ROTATION, "backward", "rotate-10-8", 2.01, [3]),
-        (CAYLEY, "forward", "rotations", 0.0075, [4]),
-        (CAYLEY, "forward", "rotations", 0.012, [4, 5]),
+        (CAYLEY, "forward", "butterfly_groups", 0.0075, [4]),
+        (CAYLEY, "forward", "butterfly_groups", 0.012, [4, 5]),
         (CAYLEY, "forward", "solve", 0.19, [5]),
         (BULK, operators.BOTH, "boft-2-8", 1.155, [6]),
         (BULK, operators.BOTH, "boft-2-8", 1.2, [6, 7]),
@@ -169,7 +169,10 @@ def test_work_of_a_gpu_sized_rotation():
         backward = operators.work(ROTATION, "backward", name, CUDA, torch.bfloat16)
         assert backward == (6 * n, 4 * n * mixed)
     numbers = sizes.GPU.n_blocks * (28 + 64)
-    assert operators.work(CAYLEY, "forward", "rotations", CUDA, torch.bfloat16) == (4 * numbers, 0)
+    assert operators.work(CAYLEY, "forward", "butterfly_groups", CUDA, torch.bfloat16) == (
+        4 * numbers,
+        0,
+    )
 
 
 # --- Operands -------------------------------------------------------------------------------------
@@ -214,10 +217,10 @@ def test_the_rival_backend_takes_part_where_it_is_there(monkeypatch):
 
 
 def test_rotations_of_a_whole_model():
-    solve, cayley, rotations = gpu_operators.cayley_contest(TINY, CPU, operators.solve)
+    solve, cayley, groups = gpu_operators.cayley_contest(TINY, CPU, operators.solve)
     assert solve.run().shape == (2 * 12, 8, 8)
     assert cayley.run().shape == (2, 12, 8, 8)
-    assert [stage.shape for stage in rotations.run()] == [(2, 16, 16), (4, 16, 16)]
+    assert [group.shape for group in groups.run()] == [(2, 16, 16), (4, 16, 16)]
 
 
 def test_wrong_rotations_are_not_timed(monkeypatch):
@@ -235,10 +238,10 @@ def test_all_of_the_suite_takes_these_sizes(monkeypatch):
     """The choices that a GPU leads to, but with tiny operands that a CPU holds."""
     monkeypatch.setattr(operators, "sizes_on", lambda device: TINY)
     groups = operators.members(CPU, torch.float32)
-    assert groups[TINY.cayley, "forward"] == ("solve", "cayley", "rotations")
+    assert groups[TINY.cayley, "forward"] == ("solve", "cayley", "butterfly_groups")
     assert (TINY.cayley, "backward") not in groups
     found = operators.contest(TINY.cayley, "forward", CPU, torch.float32)
-    assert [c.name for c in found] == ["solve", "cayley", "rotations"]
+    assert [c.name for c in found] == ["solve", "cayley", "butterfly_groups"]
     found = operators.contest(TINY.rotation, "backward", CPU, torch.float32)
     assert isinstance(found[1].run(), tuple)
     for (group, direction), names in groups.items():

@@ -2,7 +2,8 @@
 
 The kernels are the same sources that nvcc compiles; tests/cuda/emulation.h stands for CUDA. As
 ``torch.ops.<namespace>.<op>`` they take CPU tensors.
-``python tests/helpers/cuda_emulation.py FOLDER [CXXFLAGS...]`` builds into a folder, with further flags.
+``python tests/helpers/cuda_emulation.py FOLDER [CXXFLAGS...]`` builds into a folder, with further
+flags.
 """
 
 import ctypes

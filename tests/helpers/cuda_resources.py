@@ -1,7 +1,7 @@
 """Compiles every CUDA kernel for GPUs that are not there, and tells what it takes of them.
 
-``python tests/helpers/cuda_resources.py --write`` rewrites tests/data/cuda_resources.csv, with which
-tests/cuda/test_compile.py compares. Warnings are errors, of the compiler and of the assembler.
+``python tests/helpers/cuda_resources.py --write`` rewrites tests/data/cuda_resources.csv, with
+which tests/cuda/test_compile.py compares. Warnings of the compiler and assembler are errors.
 """
 
 import csv

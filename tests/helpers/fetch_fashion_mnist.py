@@ -1,6 +1,6 @@
 """Puts Fashion-MNIST's test set into data/fashion-mnist, from Debian's package, as any user.
 
-For one test of tests/nn/test_real_models.py, which says so and is skipped where this is not possible:
+For one test of tests/nn/test_real_models.py, which is skipped where this is not possible:
 there is nothing to download from but a Debian mirror, so that a failure here is no error.
 """
 

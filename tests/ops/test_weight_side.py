@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from linear_operands import D_IN, D_OUT, N, call, operands
 
-from boft_ops import boft_linear, butterfly_matmul, cayley
+from boft_ops import boft_linear, butterfly_groups, butterfly_matmul, cayley
 from boft_ops._runtime import tuned, tuned_file
 from boft_ops._runtime.tuned import pinned
 from boft_ops._runtime.tuned_table import Choice
@@ -15,7 +15,6 @@ from boft_ops.ops import strategy
 from boft_ops.ops.linear import rotated_linear
 from boft_ops.ops.stage_from_skew import GIVEN_SERIES
 from boft_ops.ops.stages import default_plan, layer_plan, plan, plan_for
-from boft_ops.together import rotations
 from boft_ops.tune import __main__ as command
 from boft_ops.tune import explain
 
@@ -105,7 +104,7 @@ def test_a_given_rotation(weight_side, rotated):
     tensors = operands()
     tensors["skew"].requires_grad_()
     grads = []
-    for given in (None, rotations([tensors["skew"]])[0]):
+    for given in (None, butterfly_groups([tensors["skew"]])[0]):
         y = call(boft_linear, tensors, rotation=given)
         grads.append(torch.autograd.grad(y.square().sum(), tensors["skew"])[0])
     assert rotated == [D_OUT] * 4
@@ -117,7 +116,7 @@ def test_what_is_not_orthogonal_stays_on_the_input_side(weight_side, rotated):
     assert rotated == [N]
     x, weight, skew = (operands(m=1)[name] for name in ("x", "weight", "skew"))
     blocks = cayley(skew[0], method="neumann5")
-    rotated_linear(x, weight, blocks, None, None, None, "in", GIVEN_SERIES, None)
+    rotated_linear(x, weight, blocks, None, None, None, "in", GIVEN_SERIES)
     assert rotated == [N, N]
 
 

@@ -183,7 +183,7 @@ class RotatedInput(Rotated):
         if not args and not kwargs and is_plain(base, nn.Linear, x):
             return rotated_linear(
                 *(x, base.weight, nearest.skew, scale, base.bias, nearest.drop),
-                *("in", nearest.method, None),
+                *("in", nearest.method),
             )
         y = base(nearest.rotate(x), *args, **kwargs)
         if scale is None:
