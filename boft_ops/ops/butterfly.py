@@ -9,7 +9,7 @@ import torch
 from .._runtime import autocast, checks
 from .compose import compose
 from .rotate import rotate
-from .stages import plan_for
+from .planner import plan_for
 
 
 def butterfly_matmul(

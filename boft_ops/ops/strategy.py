@@ -16,7 +16,8 @@ from .._runtime import backend, checks, tuned
 from .fused_linear import linear_forward
 from .rotate_linear import rotate_linear_forward, same_backend
 from .stage_from_skew import ALL_GIVEN, ORTHOGONAL
-from .stages import Stage, layer_plan
+from .planner import layer_plan
+from .stages import Stage
 
 _decisions: dict[tuple, tuple[tuple[Stage, ...], str]] = {}  # kind of call -> stages, way
 tuned.on_change.append(_decisions.clear)

@@ -1,0 +1,43 @@
+"""Tiles worth a try for a Triton kernel: those within a few steps of its default."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from .._runtime.backend import Op, triton_object
+
+STAGES = (1, 2, 3, 4)  # values of num_stages
+Tile = tuple[tuple[str, int], ...]
+
+
+def tiles(op: Op, structure: dict[str, int], dtype: str) -> list[Tile]:
+    """Every tile but the default itself, nearest first; none if the kernel has none to set.
+
+    A step halves or doubles one field, or changes num_stages. Two steps reach what was fastest on
+    an H200 from each default; kernels with two free fields get three.
+    """
+    if not op.tile_type()._fields:
+        return []
+    default_tile, is_legal = (
+        triton_object(op.kernels["triton"].tile.partition(":")[0] + ":" + name)
+        for name in ("default_tile", "is_legal")
+    )
+    default = default_tile(op.name, structure, dtype)
+    if default is None:
+        return []
+    most = 2 if len(default) > 4 else 3
+    steps = {default: 0}
+    queue = deque([default])
+    while queue:
+        tile = queue.popleft()
+        if steps[tile] == most:
+            continue
+        for field, value in tile._asdict().items():
+            nearby = STAGES if field == "num_stages" else (value // 2, value * 2)
+            for other in nearby:
+                neighbor = tile._replace(**{field: other})
+                if other >= 1 and neighbor not in steps:
+                    steps[neighbor] = steps[tile] + 1
+                    queue.append(neighbor)
+    legal = [tile for tile in steps if tile != default and is_legal(op.name, tile, structure, dtype)]
+    return [tuple(tile._asdict().items()) for tile in legal]
