@@ -1,4 +1,5 @@
-// The operators as torch calls them. Their schemas, fakes and fallbacks are defined in Python.
+// The operators as torch calls them. The files boft_ops/<op>.py define their schemas, their fake
+// implementations and the references that say what they compute.
 #pragma once
 
 #include "binding.h"
@@ -64,13 +65,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_linear_backward_cuda(
 
 }  // namespace boft::binding
 
-// Every operator with a kernel for the CPU.
+// Names of the operators with a CPU kernel: <name>_cpu is registered for each.
 #define BOFT_CPU_OPS(OP)                                                                       \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)                 \
   OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram) OP(scale)   \
   OP(scale_backward) OP(linear) OP(linear_backward)
 
-// Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
+// Names of the operators with a CUDA kernel: <name>_cuda is registered for each, if csrc/cuda was
+// compiled.
 #define BOFT_CUDA_OPS(OP)                                                        \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
   OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_pair)            \
