@@ -21,7 +21,8 @@ inline boft::cuda::DType cuda_dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Half: return boft::cuda::DType::F16;
     default: break;
   }
-  STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got another dtype");
+  STD_TORCH_CHECK(false, name,
+                  ": expected float32, float64, bfloat16 or float16, got another dtype");
 }
 
 // Dtype of a tensor that may be float32 or float64 only.

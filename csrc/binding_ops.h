@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor> rotation_cuda(const Tensor& skew, const MaybeTensor& 
 Tensor rotation_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
 Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
                    bool transpose);
-Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& index, int64_t chunk,
-                           int64_t stride, bool transpose);
+Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& index,
+                           int64_t chunk, int64_t stride, bool transpose);
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
                                                 const Tensor& stage, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits);

@@ -114,9 +114,9 @@ BOFT_INLINE void invert_piece(Lanes* a, int64_t row) {
 }
 
 // Inverts a size x size matrix in place, size a multiple of P, by the same elimination with pieces
-// in the place of numbers. Step k inverts the pivot piece, multiplies row k by the inverse, subtracts
-// multiples of that row from all others, and puts column k of the inverse into column k. `spare`
-// holds one P x P piece, since a piece cannot be read and overwritten in one product.
+// in the place of numbers. Step k inverts the pivot piece, multiplies row k by the inverse,
+// subtracts multiples of that row from all others, and puts column k of the inverse into column k.
+// `spare` holds one P x P piece, since a piece cannot be read and overwritten in one product.
 template <int P>
 BOFT_INLINE void invert(Lanes* a, int64_t size, Lanes* spare) {
   for (int64_t k = 0; k < size; k += P) {
