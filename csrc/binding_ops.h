@@ -1,5 +1,5 @@
-// The operators as torch calls them. The files boft_ops/<op>.py define their schemas, their fake
-// implementations and the references that say what they compute.
+// The operators as torch calls them. Python defines their schemas, their fake implementations, and
+// the references that say what they compute.
 #pragma once
 
 #include "binding.h"

@@ -158,10 +158,10 @@ BOFT_INLINE void pack_backward(const float* grad, const float* z, const float* s
   }
 }
 
-// Forward and Backward are what differs between the two products: how a strip of the weight is
-// packed, and what is done with the result. run() calls start() before the first result of a block
-// of tokens, and finish() for each panel: tile[t * stride + c] is the result for token top + t and
-// output j + c, with t < count and c < width.
+// Forward and Backward are the two products of run(). They differ in the way in which a strip of
+// the weight is packed, and in the use of the result. run() calls start() before the first result
+// of a block of tokens, and finish() for each panel: tile[t * stride + c] is the result for token
+// top + t and output j + c, with t < count and c < width.
 struct Forward {
   const float *weight, *scale, *bias;
   float *y, *z;
