@@ -36,6 +36,7 @@ struct Butterfly {
 
   Butterfly(int64_t n, int64_t n_blocks, int64_t b, int64_t first)
       : n(n), n_blocks(n_blocks), b(b) {
+    // The limits on n and `first` only keep 1 << (first + n - 1) within 63 bits.
     STD_TORCH_CHECK((b % 2 == 0 || n == 1) && 0 < n && n < 32 && 0 <= first && first < 31 &&
                         n_blocks > 0 && n_blocks % (int64_t(1) << (first + n - 1)) == 0,
                     "compose: factors: not a butterfly");
