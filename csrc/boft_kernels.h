@@ -37,7 +37,7 @@ const char* isa();
 // the order in which numbers are added, so results do not depend on them.
 struct Tunables {
   std::atomic<int64_t> grain;           // least number of multiply-adds that a thread gets
-  std::atomic<int64_t> linear_outputs;  // of a packed block of W; a multiple of kLinearOutputs
+  std::atomic<int64_t> linear_outputs;  // outputs of a packed block; a multiple of kLinearOutputs
   std::atomic<int64_t> linear_rows;     // rows of x packed at a time; a multiple of kLinearRows
 };
 Tunables& tunables();
@@ -51,8 +51,8 @@ int64_t grain_of(int64_t work, int64_t share = 1);
 // Number of blocks in a tile of the Cayley kernels: one block for each vector lane.
 constexpr int64_t kTile = 8;
 
-// Computes the Cayley transform R = (I + Q)(I - Q)^-1 of the blocks in tiles [tile_begin,
-// tile_end), in double, rounded once to `dtype`.
+// Computes the Cayley transform R = (I + Q)(I - Q)^-1 of the blocks in the tiles
+// [tile_begin, tile_end), in double, rounded once to `dtype`.
 //   skew:   (n_blocks, b(b-1)/2), strict upper triangles of the Q, packed row-major
 //   drop:   (n_blocks,), true for a block that is to be the identity; null if there is none
 //   blocks: (n_blocks, b, b), output

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
   uint32_t words[kWords<Width>];
   arrange<T, Width>(words, reinterpret_cast<uint32_t*>(shared_memory()), matrices, p, origin.group,
                     origin.groups, transpose);
-  while (left + g > 0) {  // the same for all lanes of a warp
+  while (left + g > 0) {  // true for all lanes of a warp or for none
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
       if (i % 2 == 0) rows[i / 2] = rotated<T, Width>(rows[i / 2], words);
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
     gram_halves_kernel(const T* x, const T* grad, const float* matrices, T* x_grad, float* partials,
                        Pieces p, int n_rows, int64_t d, int rows_per_block, bool transpose) {
   constexpr int kAcross = kLine / Width, kEach = Width / 32;
-  constexpr int kTiles = kGramRows / 16 / kTeam<Width>;  // of 16 rows that a warp loads and rotates
+  constexpr int kTiles = kGramRows / 16 / kTeam<Width>;  // tiles of 16 rows of a warp
   constexpr int kPitch = kLine + kPad<T>, kBuffer = kGramRows * kPitch;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int team = warp / kTeam<Width>, member = warp % kTeam<Width>;
