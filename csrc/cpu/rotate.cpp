@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kGramRows = 16;  // rows summed while a part of x^T g stays in registers
 constexpr int64_t kGramSum = 256;  // rows summed apart, so that rounding errors grow slower
-constexpr int64_t kGramBytes = 16384;  // bytes of sums at a time, which stay in the first-level cache
+constexpr int64_t kGramBytes = 16384;  // bytes of sums at a time: they stay in the L1 cache
 
 // First feature of group g; its chunks follow `stride` chunks apart.
 BOFT_INLINE int64_t group_at(const Stage& s, int64_t g) {
