@@ -1,3 +1,4 @@
+// Sizes of the pieces of work: their defaults, names and allowed values.
 #include <cstring>
 
 #include "boft_kernels.h"
