@@ -10,7 +10,9 @@ Kernels come from every triton/config*.py: its ``compile_cases()`` yields tuples
 ``boft_ops.triton_kernels.config.Case`` explains them.
 """
 
+import ast
 import csv
+import functools
 import hashlib
 import importlib
 import inspect
@@ -68,12 +70,48 @@ def kernel_of(case):
 
 
 def source_of(target, case, used):
-    """A digest of all that makes a row of the table, but for Triton itself, and of the row."""
+    """Digest of all that makes a row of the table, except Triton itself, and of the row.
+
+    Source text counts as its syntax tree, without docstrings: comments, docstrings and line numbers
+    make no other kernel. The tree is written out here, as ast.dump differs between Pythons.
+    """
     options = sorted(case.constants.items()), sorted(case.pointers.items())
     how = TARGETS[target][0], case.num_warps, case.num_stages
-    measured = *map(inspect.getsource, (compiled, _cubin)), MMA, WIDE
-    everything = kernel_of(case).cache_key, options, how, measured, [used[key] for key in COLUMNS]
+    measured = [tree_of(inspect.getsource(function)) for function in (compiled, _cubin)]
+    row = [used[key] for key in COLUMNS]
+    everything = code_of(kernel_of(case)), options, how, measured, MMA, WIDE, row
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_of(kernel):
+    """Syntax trees of a Triton kernel and of the functions it calls, and its global constants."""
+    from triton.runtime.jit import JITFunction
+
+    code = [tree_of(kernel.src), kernel.noinline]
+    names = {node.id for node in ast.walk(kernel.parse()) if isinstance(node, ast.Name)}
+    for name in sorted(names & kernel.fn.__globals__.keys()):
+        value = kernel.fn.__globals__[name]
+        if isinstance(value, JITFunction):
+            code.append((name, code_of(value)))
+        elif not inspect.ismodule(value):
+            code.append((name, repr(value)))
+    return code
+
+
+def tree_of(source):
+    """Syntax tree of one function as tuples, without docstring and positions."""
+    (function,) = ast.parse(source).body
+    if ast.get_docstring(function, clean=False) is not None:
+        del function.body[0]
+    return _tuples(function)
+
+
+def _tuples(node):
+    if isinstance(node, ast.AST):
+        fields = ((name, _tuples(value)) for name, value in ast.iter_fields(node))
+        return type(node).__name__, *(field for field in fields if field[1] not in (None, []))
+    return [_tuples(item) for item in node] if isinstance(node, list) else node
 
 
 def compiled(target, case):
