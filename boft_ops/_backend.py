@@ -75,7 +75,7 @@ class Op:
     def has_kernel(self, *args) -> bool:
         """Whether one of its kernels, or a forced one, would take this call: for an op that others
         can be put together for."""
-        backend = _forced or self._chosen(args, eager=not torch.compiler.is_compiling())
+        backend = _forced or self._chosen(args, eager=not torch.compiler.is_compiling())[0]
         if backend == "reference" or backend in self.missing:
             return False
         return self.takes(backend, args)
@@ -93,9 +93,11 @@ class Op:
         ):
             if _forced:
                 self._checked(_forced, args)
-            backend = "reference"
+            backend, tile = "reference", ()
+        elif _forced:
+            backend, tile = self._checked(_forced, args), self._tile(args)
         else:
-            backend = self._checked(_forced, args) if _forced else self._chosen(args, eager=eager)
+            backend, tile = self._chosen(args, eager=eager)
             if not self.takes(backend, args):
                 backend = "reference"
         if backend == "reference":
@@ -103,34 +105,50 @@ class Op:
             with _autocast.disabled(x.device.type):
                 return self.reference(*args)
         if backend == "triton" and x.is_cpu:
-            return self.launcher()(*args)  # the interpreter; the raw op has the C++ kernel there
+            launcher = self.launcher()  # the interpreter; the raw op has the C++ kernel there
+            return launcher(*args, tile=tile) if tile else launcher(*args)
         if eager and x.is_cuda and _is_plain(x):
-            return self._run(backend, args)  # the raw op would come back to Python for that
+            return self._run(backend, args, tile)  # the raw op would come back to Python for that
         return self.raw(*args)
 
-    def _chosen(self, args: tuple, measure: bool = True, eager: bool = True) -> str:
-        """What was measured to be best for such a call, or what serves the device by default.
+    def _chosen(self, args: tuple, measure: bool = True, eager: bool = True) -> tuple[str, tuple]:
+        """Backend that was measured to be best for a call, else the device's default; its tile.
 
-        ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now. ``eager``: not in a graph that
-        is being made.
+        Args:
+            measure: True if BOFT_OPS_AUTOTUNE=1 may measure the call now.
+            eager: False in a graph that is being made. The tile is empty there.
         """
-        measured = _tuned.backend(self, args, measure, eager)
-        if measured and measured not in self.missing:
-            return measured
+        choice = _tuned.choice(self, args, measure, eager)
+        if choice is not None and choice.backend and choice.backend not in self.missing:
+            return choice.backend, choice.tile
         x = args[0]  # the type of its device takes longer to find out
         device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
-        return self.serving.get(device, "reference")
+        return self.serving.get(device, "reference"), ()
 
     def _cuda(self, *args):
         """What the raw op runs on CUDA tensors: one of two sets of kernels, or the reference."""
-        backend = _forced or self._chosen(args, measure=False)  # maybe inside a compiled graph
+        # maybe inside a compiled graph
+        backend, tile = (
+            (_forced, self._tile(args)) if _forced else self._chosen(args, measure=False)
+        )
         there = backend in ("triton", "cuda") and backend not in self.missing
         if not there or not self.takes(backend, args):
             return self.reference(*args)
-        return self._run(backend, args)
+        return self._run(backend, args, tile)
 
-    def _run(self, backend: str, args: tuple):
-        return self.launcher()(*args) if backend == "triton" else self._native()(*args)
+    def launch(self, *args):
+        """Launch the Triton kernel, with the tile that was measured for such a call."""
+        return self._run("triton", args, self._tile(args))
+
+    def _tile(self, args: tuple) -> tuple:
+        """Tile that was measured for a call; empty if none was."""
+        choice = _tuned.choice(self, args, measure=False)
+        return () if choice is None else choice.tile
+
+    def _run(self, backend: str, args: tuple, tile: tuple):
+        if backend != "triton":
+            return self._native()(*args)
+        return self.launcher()(*args, tile=tile) if tile else self.launcher()(*args)
 
     def _native(self) -> Callable:
         """The CUDA kernel of the native library, which registers them in a namespace beside."""
@@ -245,10 +263,6 @@ def _launcher(target: str | Callable[[], Callable]) -> Callable:
     if callable(target):
         return target()
     module, _, function = target.partition(":")
-    importlib.import_module(".triton_kernels.config", __package__).measured = _tuned.tile
-    forget = importlib.import_module(".triton_kernels.launch", __package__).forget
-    if forget not in _tuned.on_change:
-        _tuned.on_change.append(forget)
     return getattr(importlib.import_module(f".triton_kernels.{module}", __package__), function)
 
 

@@ -41,6 +41,7 @@ _memos: dict[int, dict[str, dict[tuple, Choice | None]]] = {}
 _pinned: dict[str, Choice] | None = None
 _warned: set[str] = set()
 _seen: set[tuple] = set()  # by BOFT_OPS_AUTOTUNE=1, in this process
+in_use = False  # True if a look-up may find something, among the tables read so far and pinned
 on_change: list[Callable[[], None]] = []  # what forgets decisions that were made by the above
 
 
@@ -60,6 +61,7 @@ def tables(device: torch.device) -> list[Table]:
     if number not in _tables:
         found = _tables[number] = _load(device)
         _memos[number] = {op: {} for table in found for op, *_ in table}
+        _update_use()
     return _tables[number]
 
 
@@ -109,7 +111,13 @@ def forget() -> None:
     _changed()
 
 
+def _update_use() -> None:
+    global in_use
+    in_use = _pinned is not None or any(_tables.values())
+
+
 def _changed() -> None:
+    _update_use()
     for forget_decisions in on_change:
         forget_decisions()
 
@@ -175,11 +183,12 @@ def _remembered(number: int, op: str, dtype: torch.dtype, class_: tuple) -> Choi
     return choice
 
 
-def backend(op: Op, args: tuple, measure: bool = True, eager: bool = True) -> str | None:
-    """The backend that was measured to be best for a call of an operator, if it was.
+def choice(op: Op, args: tuple, measure: bool = True, eager: bool = True) -> Choice | None:
+    """Backend and config that were measured to be best for a call of an operator, if any were.
 
-    ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now. ``eager``: not in a graph that is
-    being made.
+    Args:
+        measure: True if BOFT_OPS_AUTOTUNE=1 may measure the call now.
+        eager: False in a graph that is being made; then the choice has no config.
     """
     if not eager:
         classes, x = CLASSES.get(op.name), args[0]
@@ -187,14 +196,13 @@ def backend(op: Op, args: tuple, measure: bool = True, eager: bool = True) -> st
             return None
         structure = tuple(map(operator.index, classes.of(*args)[0]))
         place = x.device.type, x.device.index, str(x.dtype)
-        return _backend_in_graph(op.name, *place, *structure)
+        backend = _backend_in_graph(op.name, *place, *structure)
+        return None if backend is None else Choice((), backend, {})
     if _on_first_use and measure and _pinned is None and op.name in CLASSES:
         _measure_unknown(op, args, CLASSES[op.name])
     if op.name in BACKWARD_OF:
-        choice = _choice(BACKWARD_OF[op.name], args[1], args[1:])
-    else:
-        choice = _choice(op.name, args[0], args)
-    return None if choice is None else choice.backend
+        return _choice(BACKWARD_OF[op.name], args[1], args[1:])
+    return _choice(op.name, args[0], args)
 
 
 def _measure_unknown(op: Op, args: tuple, classes: Classes) -> None:
@@ -239,18 +247,6 @@ def plan(
 def _sides(choice: Choice, known: bool) -> tuple[int | None, bool | None]:
     weight_side = bool(choice.config.get("weight_side"))
     return (None, None) if weight_side and not known else (choice.config.get("stages"), weight_side)
-
-
-def tile(
-    op: str, device: int, dtype: torch.dtype, structure: tuple, sizes: tuple
-) -> dict[str, int] | None:
-    """The measured fields of a Triton kernel's config, for a launch on the device of this number.
-
-    The kernels ask for them once for every kind of call, and again when ``on_change`` was called.
-    """
-    place = torch.device("cpu") if device == CPU else torch.device("cuda", device)
-    choice = lookup(op, place, dtype, structure, sizes)
-    return None if choice is None or choice.backend != "triton" else choice.config or None
 
 
 def _backend_in_graph(op: str, device: str, index: int | None, dtype: str, *structure: int):

@@ -20,6 +20,11 @@ class Choice(NamedTuple):
     backend: str
     config: dict[str, int]
 
+    @property
+    def tile(self) -> tuple[tuple[str, int], ...]:
+        """Fields of a Triton kernel's config, as its launcher takes them; empty for others."""
+        return tuple(self.config.items()) if self.backend == "triton" else ()
+
 
 Table = dict[tuple, list[Choice]]  # (op, dtype, *structure) -> classes
 

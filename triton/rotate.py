@@ -1,16 +1,17 @@
-"""Rows times a stage, and its gradients, in Triton: the kernels that touch the activations.
+"""Triton kernels that multiply rows by a stage, and its gradients. They touch the activations.
 
-groups.py says how tiles, positions and groups belong together; config_rotate.py has the tiles.
+groups.py explains tiles, positions and groups; config_rotate.py has the tiles.
 """
 
 import math
 import os
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import tuned
 from .config_rotate import Tile, config_for, constants_of
 from .groups import (
     columns_axis,
@@ -26,11 +27,12 @@ from .groups import (
     rows_axis,
     same_group,
 )
-from .launch import Launch, cdiv, remembered
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 
-# Arithmetic of halves in Triton's interpreter needs help. @triton.jit, too, reads this on import.
+# True in Triton's interpreter, whose half-precision arithmetic needs help. Read on import, as
+# @triton.jit reads it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Programs that keep a large GPU busy, below which a program takes fewer rows than it could
+# Programs that keep a large GPU busy. With fewer, each takes fewer rows than it could.
 PROGRAMS = 1024
 
 
@@ -41,11 +43,31 @@ def rotate_kernel(
     INTERPRETED: tl.constexpr,
     BANDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """y = x S (TRANSPOSE: x S^T); of halves, y = x + x (S - I), as S itself would round badly."""
+    """y = x S, or x S^T, a range of rows and of positions per program.
+
+    In half precision y = x + x (S - I), because the entries of S near 1 would round badly.
+
+    Args:
+        x_ptr: (n_rows, d); any float dtype.
+        stage_ptr: (d/SIZE, SIZE, SIZE) matrices of the groups; float32 or float64.
+        y_ptr: (n_rows, d) result; dtype of x.
+        n_rows: rows of x.
+        d: features of x.
+        rows_per_program: a multiple of ROWS.
+        SIZE: features of a group.
+        CHUNK: neighboring features of a group.
+        STRIDE: groups whose chunks alternate; 1 if a group is contiguous.
+        TRANSPOSE: True for x S^T.
+        INTERPRETED: True in Triton's interpreter.
+        BANDS: bands per program (config_rotate.Tile).
+        ROWS: rows per step.
+        COLUMNS: entries of a group in the result.
+        INNER: entries of a group summed over per step; at least SIZE in half precision.
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     RESIDUAL: tl.constexpr = dtype.primitive_bitwidth < 32
     sum_dtype: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    WHOLE: tl.constexpr = INNER >= SIZE  # one tile of the stage, which stays for all rows
+    WHOLE: tl.constexpr = INNER >= SIZE  # one tile of the stage serves all rows
     group, part, first = program(d, SIZE, (SIZE + COLUMNS - 1) // COLUMNS, COLUMNS, BANDS)
     first *= rows_per_program
     offset = part * COLUMNS
@@ -97,9 +119,31 @@ def rotate_backward_kernel(
     INTERPRETED: tl.constexpr, X_GRAD: tl.constexpr,
     BANDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Gram of x (COLUMNS entries) and grad (INNER) over a split of the rows; X_GRAD: x_grad too.
+    """Gradient of the stage over a split of the rows and, if X_GRAD, of these rows of x.
 
-    With y = x A, A = S or S^T: x_grad = grad A^T, dA = x^T grad. X_GRAD needs INNER >= SIZE.
+    With y = x A, A = S or S^T: x_grad = grad A^T, and the gradient of A is x^T grad in each group.
+
+    Args:
+        x_ptr: (n_rows, d); any float dtype.
+        grad_ptr: (n_rows, d) gradient of y; dtype of x.
+        stage_ptr: (d/SIZE, SIZE, SIZE) matrices of the groups; float32 or float64. None unless
+            X_GRAD.
+        x_grad_ptr: (n_rows, d) result; dtype of x. None unless X_GRAD.
+        partials_ptr: (splits, d/SIZE, SIZE, SIZE) result, a partial sum of the gradient of S for
+            each split; float32, or float64 if x is.
+        n_rows: rows of x.
+        d: features of x.
+        rows_per_program: rows of a split, a multiple of ROWS.
+        SIZE: features of a group.
+        CHUNK: neighboring features of a group.
+        STRIDE: groups whose chunks alternate; 1 if a group is contiguous.
+        TRANSPOSE: True if A = S^T.
+        INTERPRETED: True in Triton's interpreter.
+        X_GRAD: True for the gradient of x too; needs INNER >= SIZE.
+        BANDS: bands per program (config_rotate.Tile).
+        ROWS: rows per step.
+        COLUMNS: entries of a group taken from x.
+        INNER: entries of a group taken from grad.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     RESIDUAL: tl.constexpr = dtype.primitive_bitwidth < 32
@@ -148,29 +192,49 @@ def rotate_backward_kernel(
 
 
 def rotate(
-    x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, transpose: bool
+    x: torch.Tensor,
+    stage: torch.Tensor,
+    chunk: int,
+    stride: int,
+    transpose: bool,
+    *,
+    tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """x (N, d) times a stage (d/size, size, size), or its transpose; checked by the caller."""
+    """Launch ``rotate_kernel``. The caller checks the arguments.
+
+    Args:
+        x: (N, d).
+        stage: (d/size, size, size) matrices of the groups.
+        chunk: neighboring features of a group.
+        stride: groups whose chunks alternate.
+        transpose: True to multiply by the transposed matrices.
+        tile: measured fields of ``Tile``.
+
+    Returns:
+        Rotated rows, like x.
+    """
     x, stage = x.contiguous(), stage.contiguous()
     y = torch.empty_like(x)
     structure = stage.shape[-1], chunk, stride, transpose
-    _rotate_launch(x.get_device(), x.dtype, *x.shape, *structure)(x, stage, y)
+    _rotate_launch(x.dtype, *x.shape, *structure, tile)(x, stage, y)
     return y
 
 
-@remembered
+@lru_cache(LAUNCHES)
 def _rotate_launch(
-    device: int, dtype: torch.dtype, n: int, d: int,
-    size: int, chunk: int, stride: int, transpose: bool,
+    dtype: torch.dtype, n: int, d: int, size: int, chunk: int, stride: int, transpose: bool,
+    measured: MeasuredTile,
 ) -> Launch:  # fmt: skip
-    tile = _tile("rotate", device, dtype, n, d, size, chunk, stride)
-    n_tiles = _n_tiles(tile, d, size, tile.columns)
+    tile = tile_for("rotate", dtype, size, chunk, stride, measured)
+    n_tiles = count_tiles(tile, d, size, tile.columns)
     row_tiles = cdiv(n, tile.rows)
-    # a program reads size^2 of the stage for rows * size of x: 16 * size rows make that cheap
+    # A program reads size^2 numbers of the stage and rows * size of x, so 16 * size rows make the
+    # stage cheap.
     most = max(256, 16 * size) // tile.rows
-    rows = tile.rows * max(1, min(most, n_tiles * row_tiles // _programs(size)))
+    rows = tile.rows * max(1, min(most, n_tiles * row_tiles // _wanted_programs(size)))
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    return _launch_of(rotate_kernel, n_tiles * cdiv(n, rows), (n, d, rows), structure, tile)
+    grid = n_tiles * cdiv(n, rows)
+    return launch_with(tile, rotate_kernel, grid, (n, d, rows), structure)
 
 
 def rotate_backward(
@@ -181,13 +245,30 @@ def rotate_backward(
     stride: int,
     transpose: bool,
     splits: int,
+    *,
+    tile: MeasuredTile = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of ``rotate``: of x, and of the stage as partial sums (splits, *stage.shape).
+    """Launch ``rotate_backward_kernel``. The caller checks the arguments.
 
-    Large groups take two launches: their Gram alone fills a program's registers.
+    Large groups take two launches, by ``rotate`` and ``gram`` with their default tiles, because
+    their x^T grad alone fills the registers of a program.
+
+    Args:
+        grad: (N, d) gradient of the rotated rows.
+        x: (N, d).
+        stage: (d/size, size, size) matrices of the groups.
+        chunk: neighboring features of a group.
+        stride: groups whose chunks alternate.
+        transpose: as in the forward.
+        splits: number of ranges of the rows, each with a partial sum.
+        tile: measured fields of ``Tile``.
+
+    Returns:
+        Gradient of x, and partial sums (splits, d/size, size, size) of the gradient of the stage,
+        in float64 if x is, else float32.
     """
     structure = stage.shape[-1], chunk, stride
-    launch = _backward_launch(x.get_device(), x.dtype, *x.shape, splits, *structure, transpose)
+    launch = _backward_launch(x.dtype, *x.shape, splits, *structure, transpose, tile)
     if launch is None:
         pair = (grad, x) if transpose else (x, grad)
         partials = gram(*pair, *structure, splits)
@@ -198,10 +279,30 @@ def rotate_backward(
 
 
 def gram(
-    x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    size: int,
+    chunk: int,
+    stride: int,
+    splits: int,
+    *,
+    tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Partial sums over the rows, (splits, d/size, size, size), of x^T grad in each group."""
-    launch = _gram_launch(x.get_device(), x.dtype, *x.shape, splits, size, chunk, stride)
+    """Launch ``rotate_backward_kernel`` for x^T grad in each group alone.
+
+    Args:
+        x: (N, d).
+        grad: (N, d).
+        size: features of a group.
+        chunk: neighboring features of a group.
+        stride: groups whose chunks alternate.
+        splits: number of ranges of the rows, each with a partial sum.
+        tile: measured fields of ``Tile``.
+
+    Returns:
+        Partial sums (splits, d/size, size, size), in float64 if x is, else float32.
+    """
+    launch = _gram_launch(x.dtype, *x.shape, splits, size, chunk, stride, tile)
     return _partials(launch, x, grad.contiguous(), None, None, size, splits)
 
 
@@ -224,54 +325,58 @@ def _partials(
     return partials
 
 
-@remembered
+@lru_cache(LAUNCHES)
 def _backward_launch(
-    device: int, dtype: torch.dtype, n: int, d: int, splits: int,
-    size: int, chunk: int, stride: int, transpose: bool,
+    dtype: torch.dtype, n: int, d: int, splits: int,
+    size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile,
 ) -> Launch | None:  # fmt: skip
-    """None: groups that take two launches."""
-    tile = _tile("rotate_backward", device, dtype, n, d, size, chunk, stride)
+    """Launch for both gradients, or None if such groups take two launches."""
+    tile = tile_for("rotate_backward", dtype, size, chunk, stride, measured)
     if tile is None:
         return None
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    return _gram_of(n, d, splits, structure | {"X_GRAD": True}, tile)
+    return _launch_in_splits(tile, n, d, splits, structure | {"X_GRAD": True})
 
 
-@remembered
+@lru_cache(LAUNCHES)
 def _gram_launch(
-    device: int, dtype: torch.dtype, n: int, d: int, splits: int,
-    size: int, chunk: int, stride: int,
+    dtype: torch.dtype, n: int, d: int, splits: int, size: int, chunk: int, stride: int,
+    measured: MeasuredTile,
 ) -> Launch:  # fmt: skip
-    tile = _tile("gram", device, dtype, n, d, size, chunk, stride)
+    tile = tile_for("gram", dtype, size, chunk, stride, measured)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": False}
-    return _gram_of(n, d, splits, structure | {"X_GRAD": False}, tile)
+    return _launch_in_splits(tile, n, d, splits, structure | {"X_GRAD": False})
 
 
-def _gram_of(n: int, d: int, splits: int, structure: dict, tile: Tile) -> Launch:
+def _launch_in_splits(tile: Tile, n: int, d: int, splits: int, structure: dict) -> Launch:
     rows = cdiv(cdiv(n, splits), tile.rows) * tile.rows
-    grid = splits * _n_tiles(tile, d, structure["SIZE"], tile.columns, tile.inner)
-    return _launch_of(rotate_backward_kernel, grid, (n, d, rows), structure, tile)
+    grid = splits * count_tiles(tile, d, structure["SIZE"], tile.columns, tile.inner)
+    return launch_with(tile, rotate_backward_kernel, grid, (n, d, rows), structure)
 
 
-def _programs(size: int) -> int:
-    """How many programs are wanted; each reads a part of the stage first, more of a large one."""
+def _wanted_programs(size: int) -> int:
+    """Least number of programs worth having; fewer for a large stage, which each reads first."""
     return max(1, PROGRAMS if size <= 64 else PROGRAMS // 2 if size <= 128 else PROGRAMS // 8)
 
 
-def _tile(
-    op: str, device: int, dtype: torch.dtype, n: int, d: int, size: int, chunk: int, stride: int
+def tile_for(
+    op: str, dtype: torch.dtype, size: int, chunk: int, stride: int, measured: MeasuredTile
 ) -> Tile | None:
+    """Default tile with its measured fields replaced; None if there is no default."""
     name = str(dtype).removeprefix("torch.")
     tile = config_for(op, size=size, chunk=chunk, stride=stride, dtype=name)
-    return None if tile is None else tuned(tile, op, device, dtype, (size, chunk, stride), (n, d))
+    return None if tile is None else tile._replace(**dict(measured))
 
 
-def _n_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
+def count_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
     """Programs that one range of rows takes, with groups cut into tiles of these widths."""
     width = tile.bands * max(size, tile.columns // size * size)
     return cdiv(d, width) * math.prod(cdiv(size, width) for width in widths)
 
 
-def _launch_of(kernel, grid: int, scalars: tuple, structure: dict, tile: Tile) -> Launch:
+def launch_with(
+    tile: Tile, kernel: Any, grid: int, scalars: tuple[int, ...], structure: dict[str, Any]
+) -> Launch:
+    """Launch of a kernel with a tile; structure: its other constexpr arguments."""
     constants = structure | constants_of(tile) | {"INTERPRETED": INTERPRETED}
     return Launch(kernel, grid, scalars, constants, tile.num_warps, tile.num_stages)
