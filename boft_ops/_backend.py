@@ -95,7 +95,8 @@ class Op:
                 self._checked(_forced, args)
             backend, tile = "reference", ()
         elif _forced:
-            backend, tile = self._checked(_forced, args), self._tile(args)
+            backend = self._checked(_forced, args)
+            tile = self._tile(args) if eager and backend == "triton" else ()
         else:
             backend, tile = self._chosen(args, eager=eager)
             if not self.takes(backend, args):
