@@ -135,7 +135,7 @@ gram = Op(
     "gram(Tensor x, Tensor grad, int size, int chunk, int stride, int splits) -> Tensor",
     _gram,
     _fake_gram,
-    triton="rotate:gram",
+    triton="rotate_backward:gram",
     supports={
         "cpu": lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits),
         "cuda": lambda x, grad, size, *_: size <= MAX_TRITON_SIZE,
@@ -147,7 +147,7 @@ rotate_backward = Op(
     " int splits) -> (Tensor, Tensor)",
     _rotate_backward,
     _fake_rotate_backward,
-    triton="rotate:rotate_backward",
+    triton="rotate_backward:rotate_backward",
     supports={
         "cpu": lambda grad, x, stage, chunk, stride, transpose, splits: _native_takes_stage(
             x, stage, splits

@@ -22,6 +22,7 @@ from triton_cases import reachable_tiles
 from boft_ops.indexed import rotate_indexed_rows
 from boft_ops.triton_kernels import config_rotate
 from boft_ops.triton_kernels import rotate as kernels
+from boft_ops.triton_kernels import rotate_backward as backward_kernels
 from boft_ops.triton_kernels.groups import positions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +91,7 @@ def check(size, chunk, stride, n_groups, rows, transpose, dtype, splits):
         rotate._rotate(x, stage, *layout, transpose),
         y,
     )
-    x_grad, partials = kernels.rotate_backward(grad, x, stage, *layout, transpose, splits)
+    x_grad, partials = backward_kernels.rotate_backward(grad, x, stage, *layout, transpose, splits)
     true_x_grad, true_gram = gradients(*truth)
     reference_x_grad, _ = gradients(x, grad, stage)
     # The kernel never rounds sums to half precision, as torch's product does.
@@ -100,7 +101,7 @@ def check(size, chunk, stride, n_groups, rows, transpose, dtype, splits):
     assert partials.shape == (splits, n_groups, size, size)
     assert_as_good(partials.sum(0), reference_gram, true_gram)
     pair = (grad, x) if transpose else (x, grad)
-    alone = kernels.gram(*pair, size, *layout, splits)
+    alone = backward_kernels.gram(*pair, size, *layout, splits)
     assert alone.shape == partials.shape
     assert_as_good(alone.sum(0), reference_gram, true_gram)
 
@@ -154,9 +155,9 @@ def test_no_position_belongs_to_two_bands(size):
 def test_empty(size, rows, n_groups, dtype):
     x, grad, stage = inputs(size, n_groups, rows, dtype)
     assert kernels.rotate(x, stage, size, 1, False).shape == x.shape
-    x_grad, partials = kernels.rotate_backward(grad, x, stage, size, 1, False, 3)
+    x_grad, partials = backward_kernels.rotate_backward(grad, x, stage, size, 1, False, 3)
     assert x_grad.shape == x.shape
-    for sums in (partials, kernels.gram(x, grad, size, size, 1, 3)):
+    for sums in (partials, backward_kernels.gram(x, grad, size, size, 1, 3)):
         assert sums.dtype == torch.promote_types(dtype, torch.float32)
         assert torch.equal(sums, sums.new_zeros(3, n_groups, size, size))
 
@@ -173,10 +174,10 @@ def test_tensors_that_are_not_contiguous(size):
     layout = size // 2, 2
     y = kernels.rotate(x, stage, *layout, False)
     assert torch.equal(kernels.rotate(odd[0], odd[2], *layout, False), y)
-    expected = kernels.rotate_backward(grad, x, stage, *layout, False, 2)
-    got = kernels.rotate_backward(odd[1], odd[0], odd[2], *layout, False, 2)
+    expected = backward_kernels.rotate_backward(grad, x, stage, *layout, False, 2)
+    got = backward_kernels.rotate_backward(odd[1], odd[0], odd[2], *layout, False, 2)
     assert all(map(torch.equal, got, expected))
-    assert torch.equal(kernels.gram(*odd[:2], size, *layout, 2), expected[1])
+    assert torch.equal(backward_kernels.gram(*odd[:2], size, *layout, 2), expected[1])
 
 
 @pytest.mark.parametrize("size", [4, 32, 256])
@@ -188,7 +189,7 @@ def test_a_small_change_is_not_rounded_away(size, dtype, stage_dtype):
     x = torch.randn(64, size, device=DEVICE).to(dtype)
     stage = scale * torch.eye(size, device=DEVICE, dtype=stage_dtype)[None]
     pairs = [kernels.rotate(x, stage, size, 1, False)]
-    pairs.append(kernels.rotate_backward(x, x, stage, size, 1, False, 1)[0])
+    pairs.append(backward_kernels.rotate_backward(x, x, stage, size, 1, False, 1)[0])
     for y in pairs:
         ratio = (y.double() * x.double()).sum() / x.double().square().sum()
         assert abs(float(ratio) - scale) < 2e-4

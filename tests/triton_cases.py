@@ -195,7 +195,7 @@ def rotate_case(op: str, tile: Tile, structure: dict[str, Any]) -> Case:
     kernel = {
         "rotate": "rotate:rotate_kernel",
         "rotate_indexed": "rotate_indexed:rotate_indexed_kernel",
-    }.get(op, "rotate:rotate_backward_kernel")
+    }.get(op, "rotate_backward:rotate_backward_kernel")
     usual = structure["size"] & (structure["size"] - 1) == 0 and structure["chunk"] != 2
     everywhere = usual and dtype in ("bfloat16", "float32")
     return Case(kernel, constants, pointers, tile.num_warps, tile.num_stages, everywhere)

@@ -7,9 +7,8 @@ u = 2k + h is the half h of block k; it meets only the inner group h of the pair
 
 where c is the chunk of the block, row e lies in chunk c of half e div r of the outer group, and
 column t in its half h. So no structural zero is multiplied, and permutations are arithmetic on
-offsets. Units are independent: they take one launch per factor (here), or all of them run in one
-program that owns whole groups (rotation.py). tl.dot is not used: b/2 may be 1, and products of
-float32 are to be exact.
+offsets. Units are independent: one launch per factor (here), or all in one program that owns whole
+groups (rotation.py). tl.dot is not used: b/2 may be 1, and float32 products are to be exact.
 """
 
 from functools import lru_cache
@@ -217,21 +216,9 @@ def compose_backward_kernel(
     """
     unit = tl.program_id(0).to(tl.int64) * U + tl.arange(0, U)
     unjoin(
-        factor_ptr,
-        inner_ptr,
-        grad_ptr,
-        factor_grad_ptr,
-        inner_grad_ptr,
-        unit,
-        n_units,
-        first,
-        splits,
-        split_stride,
-        b,
-        s,
-        B,
-        T,
-    )
+        factor_ptr, inner_ptr, grad_ptr, factor_grad_ptr, inner_grad_ptr,
+        unit, n_units, first, splits, split_stride, b, s, B, T,
+    )  # fmt: skip
 
 
 def compose(factors: torch.Tensor, first: int, *, tile: MeasuredTile = ()) -> torch.Tensor:
