@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import _lru_cache_wrapper
 from typing import Any
 
 import torch
@@ -74,7 +75,13 @@ def launches_left_out() -> Iterator[None]:
         for name, op in backend._ops.items():
             op.serving["cpu"] = backends[name]
         module._compiled = kernels
-        tuned.forget()  # and what was decided for calls so far
+        # launches and decisions made so far belong to the other kernels
+        for name, loaded in list(sys.modules.items()):
+            if name.startswith(module.__package__):
+                for value in vars(loaded).values():
+                    if isinstance(value, _lru_cache_wrapper):
+                        value.cache_clear()
+        tuned.forget()
 
     there = {name: "triton" if op._triton else "reference" for name, op in backend._ops.items()}
     put(there, Compiled())

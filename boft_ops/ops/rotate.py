@@ -178,7 +178,7 @@ gram = Op(
             lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits)
         ),
         "cuda": Kernel(lambda x, grad, size, *_: size <= MAX_STAGE),
-        "triton": Kernel(lambda x, grad, size, *_: size <= MAX_STAGE, "rotate:gram", TILE),
+        "triton": Kernel(lambda x, grad, size, *_: size <= MAX_STAGE, "rotate_backward:gram", TILE),
     },
     shape_class=ROWS._replace(
         of=lambda x, grad, size, chunk, stride, _: class_of_rows(size, chunk, stride, x)
@@ -199,7 +199,7 @@ rotate_backward = Op(
         ),
         "cuda": Kernel(lambda grad, x, stage, *_: cuda_takes_stage(x, stage)),
         "triton": Kernel(
-            lambda grad, x, stage, *_: triton_takes_stage(x, stage), "rotate:rotate_backward", TILE
+            lambda grad, x, stage, *_: triton_takes_stage(x, stage), "rotate_backward:rotate_backward", TILE
         ),
     },
     shape_class=ROWS._replace(

@@ -75,9 +75,15 @@ _rotate_linear, _rotate_linear_backward = composed(
 
 
 def _of_triton() -> tuple[Callable, Callable]:
-    """The same with the launches of Triton's kernels, one after the other."""
+    """The same with launches of Triton's kernels, one after the other, in their measured tiles."""
+
+    def launch_of(op: Op) -> Callable:
+        launcher = op.launcher()
+        # skips the look-up if nothing was measured: the host time of a layer counts
+        return lambda *args: op.launch(*args) if tuned.in_use else launcher(*args)
+
     return composed(
-        *(op.launcher() for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
+        *(launch_of(op) for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
     )
 
 
@@ -132,7 +138,7 @@ def same_backend(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> 
 
     What was measured of it itself says more than what was measured of its parts.
     """
-    if backend.forced() or tuned.backend(rotate_linear_forward, (x, weight, stage), False):
+    if backend.forced() or tuned.choice(rotate_linear_forward, (x, weight, stage), False):
         return True
     serving = rotate_linear_forward.serving["cuda" if x.is_cuda else "cpu"]
     size = stage.shape[-1]

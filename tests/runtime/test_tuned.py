@@ -51,9 +51,10 @@ def process_row(op, **config):
 
 
 def chosen(rows=64, features=64, size=16):
-    """What the table says of a rotation."""
+    """Backend that the table has for a rotation."""
     x, stage = torch.zeros(rows, features), torch.zeros(features // size, size, size)
-    return tuned.backend(rotate_rows, (x, stage, size, 1, False))
+    choice = tuned.choice(rotate_rows, (x, stage, size, 1, False))
+    return None if choice is None else choice.backend
 
 
 def keep(*rows, path=None):
@@ -73,7 +74,7 @@ def shipped(tmp_path, monkeypatch):
 
 def test_nothing_measured_is_the_default(tuned_cache):
     assert chosen() is None
-    assert rotate_rows._chosen((torch.zeros(4, 4),)) == rotate_rows.serving["cpu"]
+    assert rotate_rows._chosen((torch.zeros(4, 4),)) == (rotate_rows.serving["cpu"], ())
 
 
 def test_the_user_comes_before_the_package(tuned_cache, shipped):
@@ -389,28 +390,66 @@ def test_a_tile_reaches_the_launch(tuned_cache, monkeypatch):
     if not backends.has_triton():
         pytest.skip("triton is not installed")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    from boft_ops.triton_kernels import rotate, rotate_indexed
     from boft_ops.triton_kernels.config_rotate import config_for
-    from boft_ops.triton_kernels.rotate import _rotate_launch
-    from boft_ops.triton_kernels.rotate_indexed import _indexed_launch
 
-    rotate_rows.launcher()  # which connects the kernels with the measurements
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
     x, stage = torch.randn(64, 64), cayley(0.1 * torch.randn(4, 120))
-    call = x.get_device(), x.dtype, *x.shape
+    args, index = (x, stage, 16, 1, False), torch.zeros(64, dtype=torch.int32)
     default = config_for("rotate", size=16, chunk=16, stride=1, dtype="float32")
-    before = _rotate_launch(*call, 16, 16, 1, False)
-    assert _rotate_launch(*call, 16, 16, 1, False) is before
-    assert before._constants["BANDS"] == default.bands
+    used = []  # constants and launch options of every launch that is looked up
+
+    def note(module, name):
+        build = getattr(module, name)
+
+        def noted(*args):
+            launch = build(*args)
+            used.append(launch._constants | launch._options)
+            return launch if interpreted else lambda *_: None
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(rotate, "_rotate_launch")
+    note(rotate_indexed, "_indexed_launch")
+    rotate_rows.launch(*args)
+    assert (used[-1]["BANDS"], used[-1]["num_warps"]) == (default.bands, default.num_warps)
     keep(row("triton", rows=64, bands=2, num_warps=2) | {"structure": {"size": 16, "chunk": 16, "stride": 1}})  # fmt: skip  # noqa: E501
     keep(row("triton", num_warps=2) | {"op": "rotate_indexed"})
-    assert _indexed_launch(*call, 3, 16, 16, 1, False)._options["num_warps"] == 2
-    launch = _rotate_launch(*call, 16, 16, 1, False)
-    assert (launch._constants["BANDS"], launch._options["num_warps"]) == (2, 2)
-    assert launch._constants["ROWS"] == default.rows
+    indexed.rotate_indexed_rows.launch(x, stage[None], index, 16, 1, False)
+    assert used[-1]["num_warps"] == 2
+    with backends.force("triton"), torch.no_grad():
+        forced = rotate_rows(*args) if interpreted else rotate_rows._cuda(*args)
+    with torch.no_grad():
+        chosen = rotate_rows(*args) if interpreted else rotate_rows._cuda(*args)
+    assert len(used) == 4
+    for launch in used[-2:]:
+        assert (launch["BANDS"], launch["num_warps"]) == (2, 2)
+        assert launch["ROWS"] == default.rows
     if interpreted:
-        with torch.no_grad():
-            y = rotate_rows.launcher()(x, stage, 16, 1, False)
-        torch.testing.assert_close(y, rotate_rows.reference(x, stage, 16, 1, False))
+        for y in (forced, chosen):
+            torch.testing.assert_close(y, rotate_rows.reference(*args))
+    keep(row("cpu"))
+    rotate_rows.launch(*args)
+    assert used[-1]["BANDS"] == default.bands
+
+
+def test_a_rotated_layer_launches_the_tiles_of_its_parts(tuned_cache, monkeypatch):
+    """rotate_linear has no tile of its own: it launches rotate and the products."""
+    if not backends.has_triton():
+        pytest.skip("triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
+    tiles = []
+
+    def rotate(x, *_, tile=()):
+        tiles.append(tile)
+        return x
+
+    monkeypatch.setattr(rotate_rows, "launcher", lambda: rotate)
+    keep(row("triton", num_warps=2))
+    forward, _ = _of_triton()
+    tuned.tables(CPU)  # read before a kernel is chosen
+    forward(torch.randn(64, 64), torch.randn(8, 64), torch.randn(4, 16, 16), None, None, False)
+    assert tiles == [(("num_warps", 2),)]
 
 
 needs_native = pytest.mark.skipif(native.library is None, reason="no native library")

@@ -158,14 +158,15 @@ import json, sys, torch
 import triton_resources
 from boft_ops.tune import problems, space
 from boft_ops.tune.machine import data_sheet
-from boft_ops.triton_kernels import config_rotate
+from triton_cases import rotate_case
+from boft_ops.triton_kernels.config_rotate import Tile
 structures = {"rows": 8192, "features": 4096}
 for op, size, dtype in (("rotate", 16, "bfloat16"), ("rotate", 64, "bfloat16"),
                         ("rotate_backward", 64, "bfloat16"), ("gram", 32, "float32")):
     structure = {"size": size, "chunk": size, "stride": 1}
     tiles = space.tiles(op, structure, structures, dtype, data_sheet(torch.device("cuda")))
-    tile = config_rotate.Tile(**problems.pruned(tiles)[0])
-    case = config_rotate._case(op, tile, structure | {"dtype": dtype})
+    tile = Tile(**problems.pruned(tiles)[0])
+    case = rotate_case(op, tile, structure | {"dtype": dtype})
     print(json.dumps([op, size, dtype, triton_resources.compiled("sm_90", case)]))
 """
 
