@@ -146,6 +146,6 @@ def is_legal(op: str, tile: Config, structure: dict[str, int], dtype: str) -> bo
     if tile.B != default.B or tile.num_warps > 16:
         return False
     if isinstance(tile, RotationConfig):
-        fits = tile.C <= tile.G << (structure["n_factors"] - 1)
-        return fits and tile.C * tile.B**2 <= 32 * 32 * tile.num_warps
-    return tile.G * tile.B**2 <= 128 * 32 * tile.num_warps
+        fits = tile.G << (structure["n_factors"] - 1) >= tile.C
+        return fits and 32 * 32 * tile.num_warps >= tile.C * tile.B**2
+    return 128 * 32 * tile.num_warps >= tile.G * tile.B**2

@@ -96,11 +96,11 @@ class Op:
             _register(self._library, self.name, self._on_cuda)
         # backend -> the reason why it cannot run this operator
         self.unavailable = {b: why for b in BACKENDS if (why := self._why_unavailable(b))}
-        self.default_backend = {
-            device: next((b for b in order if b not in self.unavailable), "reference")
+        # device type -> the choice where nothing was measured
+        self.defaults = {
+            device: Choice(next((b for b in order if b not in self.unavailable), "reference"))
             for device, order in PREFERENCE.items()
         }
-        self._defaults = {device: Choice(name) for device, name in self.default_backend.items()}
         self.tunable = None
         if measured_as is not None:
             self.tunable = measured_as.tunable._replace(shape_class=shape_class)
@@ -145,7 +145,7 @@ class Op:
                 choice = Choice(_forced)
         elif choice is None or choice.backend in self.unavailable:
             device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
-            choice = self._defaults.get(device, REFERENCE)
+            choice = self.defaults.get(device, REFERENCE)
         if choice.backend in self.unavailable or not self.supports(choice.backend, args):
             return REFERENCE
         return choice
@@ -188,7 +188,7 @@ class Op:
         return self.native()(*args)
 
     def launch(self, *args):
-        """Launch the Triton kernel in its measured tile; the caller knows that it takes the call."""
+        """Launch the Triton kernel in its measured tile, for a call that it supports."""
         choice = None
         if self.tunable is not None:
             choice = tuned.measured(self.tunable, args[0], args)
@@ -276,7 +276,9 @@ def forced() -> str | None:
 
 @contextmanager
 def force(backend: str | None) -> Iterator[None]:
-    """Within the block every operator runs on ``backend``, or raises why it cannot (None: no force).
+    """Within the block every operator runs on ``backend``, or raises why it cannot.
+
+    None forces nothing.
 
     The programmatic form of the environment variable BOFT_OPS_BACKEND. It holds for the process and
     is read when an operator is called: a backward pass belongs inside the block too. Gradients of
@@ -298,7 +300,7 @@ def report() -> list[dict]:
     for op in _ops.values():
         for device, order in PREFERENCE.items():
             if _forced is None:
-                serving = op.default_backend[device]
+                serving = op.defaults[device].backend
                 others = {b: op.unavailable.get(b, "not preferred") for b in order if b != serving}
             elif _forced not in op.unavailable and _forced in ("reference", *order):
                 serving, others = _forced, {}

@@ -6,7 +6,7 @@ import torch
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 if a tensor is float64, else float32: the dtype of sums, blocks, stages and scales."""
+    """float64 if a tensor is float64, else float32: for sums, blocks, stages and scales."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 

@@ -156,6 +156,11 @@ def table(number: int) -> _Table:
     return found
 
 
+def table_of(device: torch.device) -> _Table:
+    """The choices of a device."""
+    return table({"cpu": CPU, "cuda": device.index or 0}.get(device.type, OTHER))
+
+
 def _read(number: int) -> _Table:
     if not is_on() or number == OTHER:
         return _NOTHING
@@ -239,7 +244,7 @@ def _in_graph(
 ) -> Choice | None:
     if _pinned is not None:
         return _pinned.get(name)
-    choices = table({"cpu": CPU, "cuda": index or 0}.get(device, OTHER))
+    choices = table_of(torch.device(device, index))
     if name not in choices:
         return None
     sizes = (None,) * len(tunables[name].shape_class.sizes)
@@ -250,14 +255,13 @@ def _in_graph(
 _in_graph._dynamo_marked_constant = True
 
 
-
 def lookup(
     tunable: Tunable, device: torch.device, dtype: torch.dtype, structure: tuple, sizes: tuple
 ) -> Choice | None:
     """The measured choice for a class that is given by its numbers, or None."""
     if _pinned is not None:
         return _pinned.get(tunable.name)
-    choices = table(CPU if device.type == "cpu" else device.index or 0)
+    choices = table_of(device)
     if tunable.name not in choices:
         return None
     return choices.lookup(tunable.name, dtypes.name_of(dtype), structure, sizes)

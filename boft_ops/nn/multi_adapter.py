@@ -14,9 +14,9 @@ from torch import nn
 from .._runtime import autocast, checks
 from ..ops.butterfly import butterfly_matmul
 from ..ops.cayley import cayley
+from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
 from ..ops.scale import scale_columns
-from ..ops.planner import plan_for
 from ..ops.stages import plan
 from . import plain, quantized
 from .linear_adapter import LinearAdapter

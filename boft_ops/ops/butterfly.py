@@ -8,8 +8,8 @@ import torch
 
 from .._runtime import autocast, checks
 from .compose import compose
-from .rotate import rotate
 from .planner import plan_for
+from .rotate import rotate
 
 
 def butterfly_matmul(

@@ -160,9 +160,7 @@ cayley_backward = Op(
     samples=_sample_blocks,
     kernels={
         # BLAS wins on larger blocks
-        "cpu": Kernel(
-            lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 32
-        ),
+        "cpu": Kernel(lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 32),
         "cuda": Kernel(_on_gpu),
         "triton": Kernel(_on_gpu, "cayley:cayley_backward", "config:CayleyConfig"),
     },

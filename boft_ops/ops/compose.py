@@ -83,7 +83,9 @@ def compose_reference(factors: torch.Tensor, first: int) -> torch.Tensor:
     return stage.clone() if len(factors) == 1 else stage  # an op must not return its input
 
 
-def compose_backward_reference(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
+def compose_backward_reference(
+    factors: torch.Tensor, grad: torch.Tensor, first: int
+) -> torch.Tensor:
     stride = 1 << first
     groups = _partial(factors, first)
     grad = grad.sum(0).unflatten(0, (grad.shape[1] // stride, stride))

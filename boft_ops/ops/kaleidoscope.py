@@ -11,8 +11,8 @@ import torch
 from .._runtime import autocast, checks
 from .butterfly import butterfly_matmul, check_blocks
 from .compose import compose
-from .rotate import rotate
 from .planner import plan_for
+from .rotate import rotate
 from .stages import Stage
 
 

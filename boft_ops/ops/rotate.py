@@ -63,7 +63,7 @@ def _gram(
     return torch.cat([product, product.new_zeros(splits - 1, *product.shape[1:])])
 
 
-def _rotate_backward(
+def rotate_backward_reference(
     grad: torch.Tensor,
     x: torch.Tensor,
     stage: torch.Tensor,
@@ -174,9 +174,7 @@ gram = Op(
     fake=_fake_gram,
     samples=_stage_grad_samples,
     kernels={
-        "cpu": Kernel(
-            lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits)
-        ),
+        "cpu": Kernel(lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits)),
         "cuda": Kernel(lambda x, grad, size, *_: size <= MAX_STAGE),
         "triton": Kernel(lambda x, grad, size, *_: size <= MAX_STAGE, "rotate_backward:gram", TILE),
     },
@@ -188,7 +186,7 @@ gram = Op(
 rotate_backward = Op(
     "rotate_backward(Tensor grad, Tensor x, Tensor stage, int chunk, int stride, bool transpose,"
     " int splits) -> (Tensor, Tensor)",
-    reference=_rotate_backward,
+    reference=rotate_backward_reference,
     fake=_fake_rotate_backward,
     samples=_backward_samples,
     kernels={
@@ -199,7 +197,9 @@ rotate_backward = Op(
         ),
         "cuda": Kernel(lambda grad, x, stage, *_: cuda_takes_stage(x, stage)),
         "triton": Kernel(
-            lambda grad, x, stage, *_: triton_takes_stage(x, stage), "rotate_backward:rotate_backward", TILE
+            lambda grad, x, stage, *_: triton_takes_stage(x, stage),
+            "rotate_backward:rotate_backward",
+            TILE,
         ),
     },
     shape_class=ROWS._replace(

@@ -15,6 +15,7 @@ from .._runtime import autocast, checks
 from .._runtime.backend import Kernel, Op
 from .._runtime.workload import Workload
 from .compose import compose
+from .planner import plan_for
 from .rotate import (
     ROWS,
     TILE,
@@ -27,7 +28,6 @@ from .rotate import (
     rotate_reference,
     triton_takes_stage,
 )
-from .planner import plan_for
 from .stages import Stage, plan
 
 IDENTITY = -1  # the index of rows that are left as they are

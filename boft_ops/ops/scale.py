@@ -12,7 +12,7 @@ from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 
 
-def _scale(
+def scale_reference(
     x: torch.Tensor,
     scale: torch.Tensor,
     center: torch.Tensor | None,
@@ -36,7 +36,7 @@ def _fake_scale(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _scale_backward(
+def scale_backward_reference(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = compute_dtype(x)
@@ -87,7 +87,7 @@ _CLASS = ShapeClass((), ("rows", "features"), lambda x, *_: ((), tuple(x.shape))
 scale_forward = Op(
     # center and bias come together or not at all
     "scale(Tensor x, Tensor scale, Tensor? center, Tensor? bias) -> Tensor",
-    reference=_scale,
+    reference=scale_reference,
     fake=_fake_scale,
     samples=_samples,
     kernels={
@@ -101,7 +101,7 @@ scale_backward = Op(
     # without a center it is 0; the sums of grad, the gradient of the bias, are as wide as scale
     "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor? center)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=_scale_backward,
+    reference=scale_backward_reference,
     fake=_fake_scale_backward,
     samples=_backward_samples,
     kernels={
@@ -126,7 +126,9 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def forward(x, scale, center, bias):
         if torch.compiler.is_compiling():
-            return _scale(x, scale, center, bias)  # which Inductor fuses with what is around it
+            return scale_reference(
+                x, scale, center, bias
+            )  # which Inductor fuses with what is around it
         return scale_forward(x, scale, center, bias)
 
     @staticmethod

@@ -39,5 +39,7 @@ def tiles(op: Op, structure: dict[str, int], dtype: str) -> list[Tile]:
                 if other >= 1 and neighbor not in steps:
                     steps[neighbor] = steps[tile] + 1
                     queue.append(neighbor)
-    legal = [tile for tile in steps if tile != default and is_legal(op.name, tile, structure, dtype)]
+    legal = [
+        tile for tile in steps if tile != default and is_legal(op.name, tile, structure, dtype)
+    ]
     return [tuple(tile._asdict().items()) for tile in legal]

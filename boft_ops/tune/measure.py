@@ -25,7 +25,9 @@ class Timer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._flush = torch.empty(_bytes_to_overwrite(device) // 4, dtype=torch.int32, device=device)
+        self._flush = torch.empty(
+            _bytes_to_overwrite(device) // 4, dtype=torch.int32, device=device
+        )
         if device.type == "cuda":
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
             self._cycles = CYCLES

@@ -8,8 +8,7 @@ from linear_operands import D_IN, D_OUT, N, call, operands
 
 from boft_ops import boft_linear, butterfly_groups, butterfly_matmul, cayley
 from boft_ops._runtime import tuned, tuned_file
-from boft_ops._runtime.tuned import pinned
-from boft_ops._runtime.tuned_table import Choice
+from boft_ops._runtime.tuned import Choice, pinned
 from boft_ops.ops import rotate as rotate_module
 from boft_ops.ops import strategy
 from boft_ops.ops.linear import rotated_linear

@@ -14,7 +14,7 @@ import triton_resources
 
 from boft_ops._runtime import backend, tuned_file
 from boft_ops._runtime import native as native_library
-from boft_ops._runtime.tuned_table import Choice
+from boft_ops._runtime.tuned import Choice
 from boft_ops.ops.stages import plan
 from boft_ops.tune import __main__ as command
 from boft_ops.tune import explain, measure, problems, search, space
@@ -197,7 +197,7 @@ class Nothing:  # a driver of a GPU that is not there
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
 
 driver.set_active(Nothing())
-from boft_ops._runtime.tuned_table import Choice
+from boft_ops._runtime.tuned import Choice
 from boft_ops.tune import problems
 from boft_ops.tune.compile import compile_ahead
 from boft_ops.tune.machine import data_sheet
@@ -243,7 +243,7 @@ class World:
 
         class Known(problems.Problem):
             def candidates(self, args, machine, backends=None):
-                return [Choice((), name, {}) for name in ("default", *world.names)]
+                return [Choice(name) for name in ("default", *world.names)]
 
             @contextlib.contextmanager
             def apply(self, choice):
@@ -253,7 +253,7 @@ class World:
 
         self.problem = Known("op", "float32", {}, {}, CPU, lambda seed: (torch.ones(3),), self.run)
 
-        self.problem.default = lambda args: Choice((), "default", {})
+        self.problem.default = lambda args: Choice("default")
 
     def run(self, x):
         if self.now == "broken":
@@ -340,7 +340,7 @@ def test_a_bad_default_is_replaced_and_that_is_verified(out, one_thread, monkeyp
 
 def test_a_default_that_fails_is_an_error():
     world = World()
-    world.problem.candidates = lambda *_: [Choice((), "wrong", {})]
+    world.problem.candidates = lambda *_: [Choice("wrong")]
     with pytest.raises(RuntimeError, match="the default itself fails: output 0: relative error"):
         world.tune()
 
@@ -503,7 +503,7 @@ def test_a_butterfly_takes_part_where_it_fits():
 def test_comparing_pairs_the_rounds():
     world = World("fast")
     timer = type("Timer", (), {"device": CPU, "__call__": lambda _, run: world.timer(run)})()
-    assert search.compare(world.problem, Choice((), "fast", {}), timer, 5) == (0.8, 0.8, 0.8)
+    assert search.compare(world.problem, Choice("fast"), timer, 5) == (0.8, 0.8, 0.8)
 
 
 def test_a_deadline_leaves_the_rest_for_the_next_time(out, capsys):
@@ -591,7 +591,7 @@ WRONG = {  # arguments -> the end of the one line that says what is wrong with t
 def test_wrong_arguments_are_said_before_any_work(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(backend._ops["compose"], "missing", {"triton": "no Triton kernel"})
+    monkeypatch.setattr(backend.ops()["compose"], "missing", {"triton": "no Triton kernel"})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(command, "measured", lambda *_: pytest.fail("measures"))
     Path("mine.json").write_text("5")
