@@ -71,7 +71,8 @@ def layer_plan(
     if choice is not None:
         n_stages, weight_side = _numbers(choice)
         if not weight_side or (outputs is not None and eager):
-            return plan(n_factors, block_size, device, n_stages), weight_side
+            stages = plan(n_factors, block_size, device, n_stages)
+            return stages, weight_side and len(stages) == 1
     stages = plan(n_factors, block_size, device)
     if outputs is None or not eager:
         return stages, False

@@ -33,7 +33,9 @@ def gpu(test):
 def test_what_the_raw_op_runs_on_cuda_tensors(monkeypatch, triton, forced, expected):
     op, ran = backends.ops()["cayley"], []
     monkeypatch.setattr(op, "unavailable", {} if triton else {"triton": "not installed"})
-    monkeypatch.setattr(op, "defaults", {"cpu": Choice("triton" if triton else "cuda")})  # the tensors'
+    monkeypatch.setattr(
+        op, "defaults", {"cpu": Choice("triton" if triton else "cuda")}
+    )  # the tensors'
     monkeypatch.setattr(op, "reference", lambda *_: ran.append("reference"))
     monkeypatch.setattr(op, "launcher", lambda: lambda *_: ran.append("triton"))
     monkeypatch.setattr(op, "native", lambda: lambda *_: ran.append("cuda"))
