@@ -24,21 +24,6 @@ BOFT_API const char* boft_ops_kernels(const char* device) {
 #undef BOFT_NAME
 }
 
-// Value of one of the Tunables of boft_kernels.h; -1 if there is none of this name.
-BOFT_API int64_t boft_ops_get(const char* name) {
-  const auto* value = boft::cpu::tunable(name);
-  return value ? int64_t(*value) : -1;
-}
-
-// Sets one of the Tunables for the process. Returns 0, or -1 if the name is unknown or the value is
-// not allowed.
-BOFT_API int boft_ops_set(const char* name, int64_t value) {
-  auto* found = boft::cpu::tunable(name);
-  if (!found || !boft::cpu::is_allowed(name, value)) return -1;
-  *found = value;
-  return 0;
-}
-
 // Registers the kernels for `device` under the namespace `ns`. Returns 0, or -1 with the reason in
 // `err`, which has room for err_len bytes.
 BOFT_API int boft_ops_register(const char* ns, const char* device, char* err, int err_len) {

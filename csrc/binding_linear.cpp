@@ -14,9 +14,7 @@ int64_t panels_of(int64_t rows) {
 // Sizes of a call, with x (rows, d), weight (n, d) and stage (d / size, size, size).
 struct Shape {
   int64_t rows, d, n, size;
-  // Number of rows that are packed at a time, so few that the packed rows stay in the last-level
-  // cache, more or less.
-  const int64_t at_once = boft::cpu::tunables().linear_rows;
+  static constexpr int64_t at_once = boft::cpu::kLinearPackedRows;
 
   Shape(const Tensor& x, const Tensor& weight, const Tensor& stage) {
     STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&

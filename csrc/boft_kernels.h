@@ -11,7 +11,6 @@
 //   crosses them, so any split over threads gives the same bits.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 namespace boft {
@@ -33,20 +32,14 @@ namespace cpu {
 // Name of the instruction set that the kernels use on this machine: "baseline", "avx2", "avx512".
 const char* isa();
 
-// Process-wide sizes of the pieces of work (docs/tuning.md). They change how work is divided, never
-// the order in which numbers are added, so results do not depend on them.
-struct Tunables {
-  std::atomic<int64_t> grain;           // least number of multiply-adds that a thread gets
-  std::atomic<int64_t> linear_outputs;  // outputs of a packed block; a multiple of kLinearOutputs
-  std::atomic<int64_t> linear_rows;     // rows of x packed at a time; a multiple of kLinearRows
-};
-Tunables& tunables();
-// Pointer to the tunable of this name; null if there is none.
-std::atomic<int64_t>* tunable(const char* name);
-// True if the tunable of this name may be set to `value`.
-bool is_allowed(const char* name, int64_t value);
+// Least number of multiply-adds that a thread gets. It changes how work is divided, never the order
+// in which numbers are added, so results do not depend on the number of threads.
+constexpr int64_t kGrain = 65536;
 // Number of items that make up one grain, if an item costs share * work multiply-adds; at least 1.
-int64_t grain_of(int64_t work, int64_t share = 1);
+inline int64_t grain_of(int64_t work, int64_t share = 1) {
+  const int64_t items = kGrain / (share * (work < 1 ? 1 : work));
+  return items < 1 ? 1 : items;
+}
 
 // Number of blocks in a tile of the Cayley kernels: one block for each vector lane.
 constexpr int64_t kTile = 8;
@@ -112,8 +105,11 @@ void rotate_backward(const void* grad, const void* x, const void* stages, void* 
 // stage with stride 1. Rows of x are packed in panels of linear_panel() rows. Panels are multiplied
 // in blocks of kLinearRows rows. One block times a few outputs is a unit of work.
 constexpr int64_t kLinearRows = 512;
-// Limit: a packed block of W has a multiple of this many outputs, and the size of the stage has to
-// divide it, so that a unit of work has whole groups.
+// Rows that are packed at a time, so few that the packed rows stay in the last-level cache, more or
+// less; a multiple of kLinearRows.
+constexpr int64_t kLinearPackedRows = 1024;
+// Limit: a packed block of W has this many outputs, and the size of the stage has to divide it, so
+// that a unit of work has whole groups.
 constexpr int64_t kLinearOutputs = 192;
 // Number of rows in a panel; depends on the instruction set.
 int64_t linear_panel();

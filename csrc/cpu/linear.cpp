@@ -358,7 +358,7 @@ void linear_pack(const float* x, const float* stages, float* packed, int64_t row
 void linear(const float* packed, const float* weight, const float* scale, const float* bias,
             float* y, float* z, int64_t rows, int64_t d, int64_t n, int64_t begin, int64_t end) {
   const Forward op{weight, scale, bias, y, z, rows, d, n};
-  const int64_t at_once = tunables().linear_outputs;
+  constexpr int64_t at_once = kLinearOutputs;
   BOFT_RUN(forward, op, packed, unit_of(1), begin, end, at_once, scratch(at_once));
 }
 
@@ -374,7 +374,7 @@ void linear_backward(const float* packed, const float* weight, const float* x, c
                      float* x_grad, float* grams, int64_t rows, int64_t d, int64_t n, int64_t size,
                      int64_t begin, int64_t end) {
   const Backward op{weight, x, stages, x_grad, grams, rows, d, n, size};
-  const int64_t at_once = tunables().linear_outputs;
+  constexpr int64_t at_once = kLinearOutputs;
   BOFT_RUN(backward, op, packed, unit_of(size), begin, end, at_once, scratch(at_once));
 }
 
