@@ -18,9 +18,9 @@ if not backend.has_triton():
 
 import triton
 import triton.language as tl
-from triton_cases import reachable_tiles
+from triton_cases import TABLES, reachable_tiles
 
-from boft_ops.indexed import rotate_indexed_rows
+from boft_ops.ops.rotate_indexed import rotate_indexed_rows
 from boft_ops.triton_kernels import config_rotate
 from boft_ops.triton_kernels import rotate as kernels
 from boft_ops.triton_kernels import rotate_backward as backward_kernels
@@ -202,8 +202,8 @@ def test_every_structure_has_a_tile_that_fits(op):
     for dtype in config_rotate.DTYPE_CLASSES:
         for size in range(1, config_rotate.MAX_SIZE + 1):
             for chunk, stride in {(size, 1), (1, 2)} | {(c, 2) for c in (2, 4, 8) if size % c == 0}:
-                structure = {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
-                tile = config_rotate.config_for(op, **structure)
+                structure = {"size": size, "chunk": chunk, "stride": stride}
+                tile = TABLES[op].default(structure, dtype)
                 tiles.add(tile)
                 if tile is None:
                     assert op == "rotate_backward"
@@ -228,4 +228,4 @@ def test_the_ops_ask_for_the_sizes_that_have_tiles():
             rotate_indexed_rows: (x, stage[None], index, size, 1, False),
         }
         for op, args in calls.items():
-            assert op.takes("triton", args) == (size <= config_rotate.MAX_SIZE)
+            assert op.supports("triton", args) == (size <= config_rotate.MAX_SIZE)

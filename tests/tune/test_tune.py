@@ -25,7 +25,9 @@ from boft_ops.tune.workloads import problems as problems_of
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--shapes=64x48x32", "--butterfly=2x4"]
-ROW_OPS = [name for name, op in backend.ops().items() if op.tile_type().__name__ == "Tile"]
+ROW_OPS = [
+    name for name, op in backend.ops().items() if op.tiles() and op.tiles().type.__name__ == "Tile"
+]
 
 
 @pytest.fixture
@@ -117,8 +119,7 @@ FASTEST = [
 def test_what_was_fastest_is_tried(name, size, tile):
     structure = {"size": size, "chunk": size, "stride": 1}
     op = backend.ops()[name]
-    module = op.kernels["triton"].tile.partition(":")[0]
-    default = backend.triton_object(f"{module}:default_tile")(name, structure, "bfloat16")
+    default = op.tiles().default(structure, "bfloat16")
     found = candidates.tiles(op, structure, "bfloat16")
     assert tile in [tuple(default), *(tuple(dict(one).values()) for one in found)]
 
