@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from boft_ops import BOFTLinear, MultiAdapterLinear, adapt, load_adapter, merge, save_adapter
-from boft_ops.nn.quantized import dense_weight, is_quantised
+from boft_ops.nn.base_modules import dense_weight, is_quantized
 
 
 class PackedLinear(nn.Module):
@@ -95,10 +95,10 @@ def weight_of(base):
 
 def test_which_layers_are_quantised(quantised):
     model, _ = quantised
-    assert is_quantised(model[0])
+    assert is_quantized(model[0])
     for plain in (nn.Linear(4, 4), nn.Linear(4, 4).bfloat16(), nn.Conv2d(4, 4, 1), nn.ReLU(),
                   BOFTLinear(16, 8), nn.Embedding(4, 4), nn.BatchNorm1d(4)):  # fmt: skip
-        assert not is_quantised(plain)
+        assert not is_quantized(plain)
 
 
 def test_forward_and_gradients(quantised):
@@ -151,28 +151,28 @@ def test_training_step(quantised):
         assert torch.equal(*plain), name
 
 
-def test_merging_refuses_or_requantises(quantised, request):
+def test_merging_refuses_or_requantizes(quantised, request):
     model, _ = quantised
     how = QUANTISERS[request.node.callspec.params["quantised"]]
     trained(model)
     layer, x = model[0], torch.randn(6, 64)
     want = layer(x)
-    with pytest.raises(ValueError, match="merging has to quantise it again"):
+    with pytest.raises(ValueError, match="merging has to quantize it again"):
         merge(model)
     assert model[0] is layer
     if how is PackedLinear:
         with pytest.raises(ValueError, match="a weight that can be made dense"):
-            merge(model, requantise=PackedLinear)
+            merge(model, requantize=PackedLinear)
         return
     assert (dense_weight(layer.base) - weight_of(layer.base)).abs().max() < 0.02
     seen = []
 
-    def requantise(linear):
+    def requantize(linear):
         seen.append(linear)
         return how(linear)
 
-    merge(model, requantise=requantise)
-    assert is_quantised(model[0])
+    merge(model, requantize=requantize)
+    assert is_quantized(model[0])
     assert type(seen[0]) is nn.Linear
     scale = want.abs().max()
     assert (seen[0](x) - want).abs().max() / scale < 0.03  # dense: but for int8 activations exact
