@@ -1,4 +1,4 @@
-"""Reads safetensors files, and writes files and folders so that a reader finds them whole.
+"""Reads safetensors files, and writes files and folders that appear in one step.
 
 Only torch and safetensors are needed.
 ``safetensors.torch.save`` would need numpy too, which torch does not require.
@@ -93,7 +93,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one step: a reader, and a crash at any time, finds the old or the new one.
+    """Write a file in one step: readers find the old file or the new one, also after a crash.
 
     A link stays a link, and an existing file keeps its permissions.
 
@@ -114,7 +114,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a new folder with these files in one step: a reader finds all of it or nothing.
+    """Write a new folder with its files in one step: readers find all of it or nothing.
 
     Raises:
         ValueError: ``path`` exists.

@@ -44,7 +44,7 @@ def load_adapters(
         ``model``; its adapters are trainable, the rest is frozen.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is not an nn.Module.
         FileNotFoundError: there is no such checkpoint.
         ValueError: a checkpoint cannot be read, rotates outputs or a layer that is not linear, or
             holds more than rotations and scales (trained heads or biases, which cannot be chosen
@@ -156,7 +156,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             None stands for the pretrained model.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is not an nn.Module.
         ValueError: the model has no such layers, or none of its layers has an adapter of a name.
         RuntimeError: another asyncio task of this thread is inside a block, in which it awaits.
     """

@@ -47,8 +47,8 @@ def adapt(
         ``model``.
 
     Raises:
-        TypeError: a matching module is no nn.Linear, nn.Conv2d or quantized linear layer, or is a
-            subclass with a forward of its own, which a BOFT layer would lose.
+        TypeError: a matching module is not an nn.Linear, nn.Conv2d or quantized linear layer, or
+            has a forward of its own, which a BOFT layer would lose.
         ValueError: nothing matches; the features of a layer do not fit the options (the message
             names the layer); a layer has hooks or parametrizations, which a BOFT layer would lose;
             its parent may bypass its forward; or it shares its weight with a module to save (tied
@@ -148,7 +148,7 @@ def merge(
         parameters keep their ``requires_grad``.
 
     Raises:
-        TypeError: ``model`` is no nn.Module, or a base layer computes more than a linear layer.
+        TypeError: ``model`` is not an nn.Module, or a base layer computes more than a linear layer.
         ValueError: the model has no BOFT layer, a base layer has hooks, or it is quantized and
             ``requantize`` is None.
     """

@@ -29,7 +29,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     The tensors bear their names in the pretrained model: skew and scale of every BOFT layer, and
     every other parameter that requires a gradient (``modules_to_save``, trained biases) with the
     buffers of its module. The metadata holds the format version and the options of each layer.
-    A reader, and a crash at any time, finds the old file or the new one, whole.
+    The file is replaced in one step, so that after a crash it is the old one or the new one.
 
     Args:
         model: an adapted model; merged layers store the same adapter as unmerged ones.
@@ -38,7 +38,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
             adapter of that name are left out.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is not an nn.Module.
         ValueError: the model has no BOFT layer and no such adapter, factors are switched off by
             ``interpolate``, or ``path`` is a device, a FIFO or a folder.
         OSError: the file cannot be written.
@@ -49,10 +49,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
     _check_whole(layers)
-    stored = _trained(model) | _own_tensors(layers)
-    config = {name: layer.options() for name, layer in layers.items()}
+    stored = _trained(model) | _rotation_tensors(layers)
+    layer_options = {name: layer.options() for name, layer in layers.items()}
     bases = {name: layer.describe_base() for name, layer in layers.items()}
-    write_adapter(Path(path), config, bases, stored)
+    write_adapter(Path(path), layer_options, bases, stored)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -69,38 +69,40 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         ``model``. Its tensors keep their devices and dtypes; the loaded parameters are trainable.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is not an nn.Module.
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, not of this package, of a newer format version, or does
             not fit the model (the message names the tensor or option), or layers are merged.
     """
     checks.module("model", model)
-    config, tensors = _read(Path(path))
-    tensors = _unwrapped(tensors, config.keys())
+    layer_options, tensors = _read(Path(path))
+    tensors = _unwrapped(tensors, layer_options.keys())
     layers = _adapted_layers(model)
     if layers:
-        _compare_options(path, config, layers)
+        _compare_options(path, layer_options, layers)
         if any(layer.merged for layer in layers.values()):
             raise ValueError(
                 "model: expected unmerged BOFT layers, got merged ones: unmerge() first"
             )
         _check_whole(layers)
-        own = _own_tensors(layers)
-        targets = _tensors(model, layers) | own
-        required = own.keys() | _trained(model).keys()
+        rotations = _rotation_tensors(layers)
+        targets = _loadable(model, layers) | rotations
+        required = rotations.keys() | _trained(model).keys()
         _check_tensors(path, tensors, targets, required)
     else:
         with unfrozen_on_error(model):
-            _check_levels(path, config, tensors)
+            _check_levels(path, layer_options, tensors)
             try:
-                new = build_layers(model, config)
+                new_layers = build_layers(model, layer_options)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: does not fit the model: {error}") from error
             modules = dict(model.named_modules(remove_duplicate=False))
-            own = _own_tensors({name: _adapted_layer(new[modules[name]]) for name in config})
-            _check_tensors(path, tensors, _tensors(model, config) | own, own.keys())
-            put_in(model, new)
-        targets = _tensors(model, config) | own  # including tensors of the new layers
+            layers = {name: _adapted_layer(new_layers[modules[name]]) for name in layer_options}
+            rotations = _rotation_tensors(layers)
+            targets = _loadable(model, layers) | rotations
+            _check_tensors(path, tensors, targets, rotations.keys())
+            put_in(model, new_layers)
+        targets = _loadable(model, layers) | rotations  # including tensors of the new layers
     for module in model.modules():
         if isinstance(module, MultiAdapterLinear):
             module.forget()
@@ -114,7 +116,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def write_adapter(
     path: Path,
-    config: dict[str, Options],
+    layer_options: dict[str, Options],
     bases: dict[str, tuple[str, int]],
     tensors: dict[str, torch.Tensor],
 ) -> None:
@@ -122,7 +124,7 @@ def write_adapter(
 
     Args:
         path: file to write.
-        config: the options of each layer, by its name.
+        layer_options: the options of each layer, by its name.
         bases: class name of torch's layer ("Linear", "Conv2d") and number of outputs, by name.
         tensors: by their names in the pretrained model.
 
@@ -132,7 +134,7 @@ def write_adapter(
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        "layers": json.dumps(config, sort_keys=True),
+        "layers": json.dumps(layer_options, sort_keys=True),
         "bases": json.dumps(bases, sort_keys=True),
     }
     files.write_whole(path, files.encode_safetensors(tensors, metadata))
@@ -156,9 +158,9 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     Such buffers are running statistics, for example.
     """
     adapters = [m for m in model.modules() if isinstance(m, (BOFTLayer, LinearAdapter))]
-    own = {id(p) for m in adapters for p in (m.skew, m.scale)}  # _own_tensors() names them
+    rotation_ids = {id(p) for m in adapters for p in (m.skew, m.scale)}
     named = model.named_parameters()
-    stored = {name: p for name, p in named if p.requires_grad and id(p) not in own}
+    stored = {name: p for name, p in named if p.requires_grad and id(p) not in rotation_ids}
     wrapped = _wrapped(model)
     parents = {name.rpartition(".")[0] for name in stored} - {f"{name}.base" for name in wrapped}
     state = model.state_dict().keys()  # holds the persistent buffers only
@@ -168,7 +170,7 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return _unwrapped(stored, wrapped)
 
 
-def _tensors(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
+def _loadable(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
     """The tensors of the model that a file may hold: all except the rotated weights."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
@@ -178,16 +180,15 @@ def _tensors(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]
 
 
 def _wrapped(model: nn.Module) -> set[str]:
+    """The names of the ``MultiAdapterLinear`` modules."""
     named = model.named_modules(remove_duplicate=False)
     return {name for name, module in named if isinstance(module, MultiAdapterLinear)}
 
 
 def _unwrapped(tensors: dict[str, torch.Tensor], wrapped: Set[str]) -> dict[str, torch.Tensor]:
-    """Rename tensors to their names in the pretrained model, which has no ``base`` in them.
+    """Rename tensors to their names in the pretrained model.
 
-    Args:
-        tensors: by their names in the adapted model.
-        wrapped: names of the ``MultiAdapterLinear`` modules.
+    A ``MultiAdapterLinear``, whose names are ``wrapped``, adds ``base`` to the names of its layer.
     """
 
     def pretrained_name(name: str) -> str:
@@ -200,14 +201,15 @@ def _unwrapped(tensors: dict[str, torch.Tensor], wrapped: Set[str]) -> dict[str,
     return {pretrained_name(name): tensor for name, tensor in tensors.items()}
 
 
-def _own_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor]:
-    own = {}
+def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor]:
+    """The skews and scales of layers, by their names in a file."""
+    rotations = {}
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        own[f"{prefix}skew"] = layer.skew
+        rotations[f"{prefix}skew"] = layer.skew
         if layer.scale is not None:
-            own[f"{prefix}scale"] = layer.scale
-    return own
+            rotations[f"{prefix}scale"] = layer.scale
+    return rotations
 
 
 def _read(path: Path) -> tuple[dict[str, Options], dict[str, torch.Tensor]]:
@@ -215,9 +217,9 @@ def _read(path: Path) -> tuple[dict[str, Options], dict[str, torch.Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a file, got {str(path)!r}")
     with files.open_safetensors(path) as file:
-        config = parse_metadata(path, file.metadata() or {})
+        layer_options = parse_metadata(path, file.metadata() or {})
         names = file.keys()
-        return config, {name: file.get_tensor(name) for name in names}
+        return layer_options, {name: file.get_tensor(name) for name in names}
 
 
 def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Options]:
@@ -237,18 +239,20 @@ def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Options]:
     if not version.isdigit() or int(version) > FORMAT_VERSION:
         raise ValueError(f"{path}: expected format version up to {FORMAT_VERSION}, got {version!r}")
     try:
-        config = json.loads(metadata.get("layers", ""))
+        layer_options = json.loads(metadata.get("layers", ""))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected the layers' options as JSON: {error}") from error
-    if not isinstance(config, dict) or not all(isinstance(v, dict) for v in config.values()):
-        raise ValueError(f"{path}: expected layers with their options, got {config!r}")
-    for name, options in config.items():
+    is_dict = isinstance(layer_options, dict)
+    if not is_dict or not all(isinstance(v, dict) for v in layer_options.values()):
+        raise ValueError(f"{path}: expected layers with their options, got {layer_options!r}")
+    for name, options in layer_options.items():
         if mismatch := RotationConfig.mismatch(options):
             raise ValueError(f"{path}: {name}: unknown or missing options {mismatch}")
-    return config
+    return layer_options
 
 
 def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
+    """Raise ValueError if ``interpolate`` has switched off factors of a layer."""
     if switched := [name for name, layer in layers.items() if layer.n_identity]:
         raise ValueError(
             f"model: expected interpolate(0), as a file holds all factors; {switched[0]!r} has "
@@ -257,13 +261,13 @@ def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
 
 
 def _check_levels(
-    path: str | os.PathLike, config: dict[str, Options], tensors: dict[str, torch.Tensor]
+    path: str | os.PathLike, layer_options: dict[str, Options], tensors: dict[str, torch.Tensor]
 ) -> None:
     """Raise ValueError unless the levels of kaleidoscopes fit the skews.
 
     This is checked before layers are built: a forged number of levels would allocate any memory.
     """
-    for name, options in config.items():
+    for name, options in layer_options.items():
         levels = options.get("kaleidoscope", 0)
         skew = tensors.get(f"{name}.skew" if name else "skew")
         is_valid = type(levels) is int and skew is not None and skew.dim() == 3
@@ -272,14 +276,15 @@ def _check_levels(
 
 
 def _compare_options(
-    path: str | os.PathLike, config: dict[str, Options], layers: dict[str, AdaptedLayer]
+    path: str | os.PathLike, layer_options: dict[str, Options], layers: dict[str, AdaptedLayer]
 ) -> None:
-    if differing := sorted(config.keys() ^ layers.keys()):
+    """Raise ValueError unless the model is adapted with the options of the file."""
+    if differing := sorted(layer_options.keys() ^ layers.keys()):
         raise ValueError(f"{path}: expected the model's BOFT layers, these differ: {differing[:4]}")
     for name, layer in layers.items():
         # Dropout may change between trainings; every other option gives the tensors their meaning.
         expected = {k: v for k, v in layer.options().items() if not k.startswith("p_")}
-        saved = {k: v for k, v in config[name].items() if not k.startswith("p_")}
+        saved = {k: v for k, v in layer_options[name].items() if not k.startswith("p_")}
         if saved != expected:
             raise ValueError(f"{path}: {name}: expected the model's {expected}, got {saved}")
 
@@ -290,6 +295,14 @@ def _check_tensors(
     targets: dict[str, torch.Tensor],
     required: set[str],
 ) -> None:
+    """Raise ValueError unless the tensors of a file fit the tensors of the model.
+
+    Args:
+        path: of the file, for messages.
+        tensors: of the file, by their names in the pretrained model.
+        targets: the tensors of the model that the file may hold.
+        required: names of the tensors that the file must hold.
+    """
     if missing := sorted(required - tensors.keys()):
         raise ValueError(f"{path}: expected a tensor {missing[0]!r}, got none")
     names: dict[int, str] = {}  # first name in the file, by the id of the model's tensor

@@ -18,7 +18,7 @@ class BOFTLayer(HasRotation, nn.Module):
     """Common base of BOFTLinear and BOFTConv2d: the rotation of a frozen weight, seen as (n, d).
 
     Attributes:
-        config: the ``RotationConfig``; its options are attributes of the layer, too.
+        config: the ``RotationConfig``.
         skew: trainable (m, K, b(b-1)/2), initialized to zeros; (2 l m, ...) with kaleidoscope = l.
         scale: trainable (n,), initialized to ones, or None.
         merged: True if ``weight`` holds the merged weight.

@@ -80,7 +80,10 @@ class RotationConfig:
 
 
 class HasRotation:
-    """Mixin for modules with a ``config``, a ``scale`` and a ``dropout``: reads their options."""
+    """Mixin for modules with a ``config``, a ``scale`` and a ``dropout``.
+
+    Its properties read the config.
+    """
 
     config: RotationConfig
     scale: torch.nn.Parameter | None
@@ -108,7 +111,7 @@ class HasRotation:
 
     def options(self) -> Options:
         """The keyword arguments that make another module like this one."""
-        # the dropout of a module may be changed between trainings
+        # The dropout module may be changed between trainings.
         dropout = {"p_component": self.dropout.p_component, "p_block": self.dropout.p_block}
         return replace(self.config, scale=self.scale is not None, **dropout).options()
 

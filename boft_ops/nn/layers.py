@@ -33,9 +33,11 @@ class BOFTLinear(BOFTLayer, nn.Linear):
 
     Attributes:
         weight: (out_features, in_features), frozen.
-        skew: trained, (m, K, b(b-1)/2) with K * b rotated features; at least float32.
-        scale: trained, (out_features,), or None; at least float32.
-        config: the options, a frozen ``RotationConfig``; each of them is also an attribute.
+        skew: trained, (m, K, b(b-1)/2) with K * b rotated features, or (2 l m, ...) with
+            kaleidoscope = l; float32, or float64 over a float64 weight.
+        scale: trained, (out_features,), in the dtype of skew, or None.
+        config: the options, a frozen ``RotationConfig``; block_size, n_factors, side, method and
+            kaleidoscope are attributes of the layer, too.
 
     Shape: x (..., in_features) -> (..., out_features), in the dtype of x.
 
@@ -90,8 +92,8 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             The layer, in the mode (training or evaluation) of ``linear``.
 
         Raises:
-            TypeError: ``linear`` is no nn.Linear or has a forward of its own, or an option has a
-                wrong type.
+            TypeError: ``linear`` is not an nn.Linear or has a forward of its own, or an option has
+                a wrong type.
             ValueError: ``linear`` has hooks, parametrizations or no shape yet, or an option does
                 not fit it.
         """
@@ -240,7 +242,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
             The layer, in the mode (training or evaluation) of ``conv``.
 
         Raises:
-            TypeError: ``conv`` is no nn.Conv2d or has a forward of its own, or an option has a
+            TypeError: ``conv`` is not an nn.Conv2d or has a forward of its own, or an option has a
                 wrong type.
             ValueError: ``conv`` has hooks, parametrizations or no shape yet, or an option does not
                 fit it.

@@ -21,7 +21,7 @@ class LinearAdapter(HasRotation, nn.Module):
         device, dtype: of the parameters; dtype is float32 by default.
 
     Attributes:
-        config: as given; its options are attributes, too.
+        config: as given.
         skew: trainable (m, K, b(b-1)/2), initialized to zeros.
         scale: trainable (n,), initialized to ones, or None.
 

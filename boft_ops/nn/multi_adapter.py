@@ -45,7 +45,7 @@ class MultiAdapterLinear(nn.Module):
         active: names of the active adapters, in the order in which x meets them.
 
     Raises:
-        TypeError: ``base`` is no nn.Module, or a size is no int.
+        TypeError: ``base`` is not an nn.Module, or a size is no int.
         ValueError: a size is not positive.
     """
 
@@ -117,7 +117,7 @@ class MultiAdapterLinear(nn.Module):
         """Remove an adapter; the numbers of those that were added after it fall by one.
 
         Raises:
-            ValueError: there is no adapter of that name.
+            ValueError: the layer has no adapter of that name.
         """
         self._check_names([name])
         del self.adapters[name]
@@ -132,7 +132,7 @@ class MultiAdapterLinear(nn.Module):
                 chooses the base alone.
 
         Raises:
-            ValueError: there is no adapter of a name, or a name comes twice.
+            ValueError: a name is not that of an adapter, or occurs twice.
         """
         names = (names,) if isinstance(names, str) else tuple(names)
         self._check_names(names)
@@ -150,7 +150,7 @@ class MultiAdapterLinear(nn.Module):
             int64 (len(names),), on the device of the adapters.
 
         Raises:
-            ValueError: there is no adapter of a name.
+            ValueError: a name is not that of an adapter.
         """
         names = list(names)
         self._check_names([name for name in names if name is not None])
@@ -291,7 +291,7 @@ class MultiAdapterLinear(nn.Module):
 
     def _versions(self) -> list[tuple[int, int]]:
         skews = [adapter.skew for adapter in self.adapters.values()]
-        # a change in place raises the version; a tensor of inference mode has none
+        # A change in place raises the version; a tensor made in inference mode has none.
         return [(id(s), 0 if s.is_inference() else s._version) for s in skews]
 
     def train(self, mode: bool = True) -> MultiAdapterLinear:

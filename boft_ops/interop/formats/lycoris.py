@@ -32,7 +32,7 @@ def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: s
     Args:
         path: of the file, for messages.
         tensors: the content of the file.
-        shapes: of the weights of the pretrained model, by the names of its modules.
+        shapes: shapes of the pretrained model's weights, by the names of its modules.
         prefix: of LyCORIS' names of layers.
 
     Raises:
@@ -160,8 +160,8 @@ def _write_layer(name: str, layer: LayerState) -> torch.Tensor:
     m, n_blocks, b = len(layer.skew), layer.skew.shape[1], layer.config.block_size
     if layer.config.side == "in":
         raise ValueError(
-            f"{name}: LyCORIS rotates the outputs of a layer, this adapter its inputs: W R^T is no "
-            "R W for any other rotation of that kind"
+            f"{name}: LyCORIS rotates the outputs of a layer, this adapter its inputs: in general "
+            "no butterfly R' makes R' W equal to W R^T"
         )
     if layer.config.method != "exact":
         raise ValueError(

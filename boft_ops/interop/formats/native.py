@@ -25,16 +25,16 @@ def read(
     Args:
         path: of the file, for messages.
         tensors, metadata: the content of the file.
-        shapes: of the weights of the pretrained model, by the names of its modules; may be empty.
+        shapes: shapes of the pretrained model's weights, by the names of its modules; may be empty.
 
     Raises:
         ValueError: the options or tensors are not valid, or do not fit each other.
     """
-    config = parse_metadata(path, metadata)
+    layer_options = parse_metadata(path, metadata)
     bases = _bases(path, metadata.get("bases", "{}"))
     others = dict(tensors)
     layers = {}
-    for name, options in config.items():
+    for name, options in layer_options.items():
         if "kaleidoscope" in options:
             raise ValueError(
                 f"{path}: {name}: kaleidoscope: expected a butterfly, got a product of several, "
@@ -47,9 +47,9 @@ def read(
         layer_type, out_features = bases.get(name, (None, None))
         try:
             saved = RotationConfig(**options)
-            given = {key: options[key] for key in ("side", "method", "p_component", "p_block")}
+            stored = {key: options[key] for key in ("side", "method", "p_component", "p_block")}
             layer = LayerState.from_tensors(
-                skew, scale, layer_type=layer_type, out_features=out_features, **given
+                skew, scale, layer_type=layer_type, out_features=out_features, **stored
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {name}: {error}") from error
@@ -86,13 +86,13 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     bases = {}
     for name, layer in checkpoint.layers.items():
         prefix = f"{name}." if name else ""
-        own = {f"{prefix}skew": layer.skew}
+        rotation = {f"{prefix}skew": layer.skew}
         if layer.scale is not None:
-            own[f"{prefix}scale"] = layer.scale
-        if clash := own.keys() & tensors.keys():
+            rotation[f"{prefix}scale"] = layer.scale
+        if clash := rotation.keys() & tensors.keys():
             raise ValueError(f"expected no other tensor of that name, got two {clash.pop()!r}")
-        tensors |= own
+        tensors |= rotation
         if layer.layer_type is not None:
             bases[name] = layer.layer_type, layer.out_features
-    config = {name: layer.config.options() for name, layer in checkpoint.layers.items()}
-    write_adapter(path, config, bases, tensors)
+    layer_options = {name: layer.config.options() for name, layer in checkpoint.layers.items()}
+    write_adapter(path, layer_options, bases, tensors)

@@ -24,7 +24,7 @@ def read(path: Path, shapes: Shapes) -> Checkpoint:
 
     Args:
         path: the folder.
-        shapes: of the weights of the pretrained model, by the names of its modules; may be empty.
+        shapes: shapes of the pretrained model's weights, by the names of its modules; may be empty.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
@@ -85,6 +85,7 @@ def _option(path: Path, config: dict, key: str, option_type: type, default: obje
 
 
 def _read_boft(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> dict[str, LayerState]:
+    """Read BOFT's layers, and remove their tensors from ``tensors``."""
     p_block = _option(path, config, "boft_dropout", float, 0.0)
     sizes = {key: _option(path, config, key, int, default) for key, default in SIZES.items()}
     matrices, scales = _take(path, tensors, ".boft_R"), _take(path, tensors, ".boft_s")
@@ -133,7 +134,10 @@ def _share_of_one(n_factors: int) -> float:
 def _read_oft(
     path: Path, config: dict, tensors: dict[str, torch.Tensor], shapes: Shapes
 ) -> dict[str, LayerState]:
-    """Read OFT; refuse, with the reason, an adapter that this package cannot parametrize."""
+    """Read OFT's layers, and remove their tensors from ``tensors``.
+
+    A layer that this package cannot parametrize is a ValueError with the reason.
+    """
     neumann = _option(path, config, "use_cayley_neumann", bool, True)
     if neumann:
         terms = _option(path, config, "num_cayley_neumann_terms", int, TERMS)
@@ -178,7 +182,7 @@ def _check_version(path: Path, version: object) -> None:
     if match is None or (int(match[1]), int(match[2])) < (0, 18):
         raise ValueError(
             f"{path}: peft_version: expected 0.18 or later with use_cayley_neumann, got "
-            f"{version!r}: the series was another one before"
+            f"{version!r}: earlier versions compute another series"
         )
 
 

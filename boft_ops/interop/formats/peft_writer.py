@@ -43,8 +43,8 @@ def _convert(checkpoint: Checkpoint) -> tuple[dict, dict[str, torch.Tensor]]:
     for name, layer in layers.items():
         if layer.config.side == "out":
             raise ValueError(
-                f"{name}: PEFT rotates the inputs of a layer, this adapter its outputs: R W is no "
-                "W R^T for any other rotation of that kind"
+                f"{name}: PEFT rotates the inputs of a layer, this adapter its outputs: in general "
+                "no butterfly R' makes W R'^T equal to R W"
             )
         if not name:
             raise ValueError("PEFT expects layers inside a model, got an adapter of a bare layer")
