@@ -82,14 +82,14 @@ def check(size, chunk, stride, n_groups, rows, transpose, dtype, splits):
 
     def gradients(x, grad, stage):
         pair = (grad, x) if transpose else (x, grad)
-        x_grad = rotate._rotate(grad, stage, *layout, not transpose)
-        return x_grad, rotate._gram(*pair, size, *layout, 1)[0]
+        x_grad = rotate.rotate_reference(grad, stage, *layout, not transpose)
+        return x_grad, rotate.gram.reference(*pair, size, *layout, 1)[0]
 
     truth = x.double(), grad.double(), stage.double()
-    y = rotate._rotate(truth[0], truth[2], *layout, transpose)
+    y = rotate.rotate_reference(truth[0], truth[2], *layout, transpose)
     assert_as_good(
         kernels.rotate(x, stage, *layout, transpose),
-        rotate._rotate(x, stage, *layout, transpose),
+        rotate.rotate_reference(x, stage, *layout, transpose),
         y,
     )
     x_grad, partials = backward_kernels.rotate_backward(grad, x, stage, *layout, transpose, splits)
@@ -128,8 +128,8 @@ def test_programs_that_take_several_tiles_of_rows(size, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     monkeypatch.setattr(kernels, "_rotate_launch", kernels._rotate_launch.__wrapped__)  # no cache
     x, _, stage = inputs(size, 2, 150, dtype)
-    truth = rotate._rotate(x.double(), stage.double(), size // 2, 2, False)
-    reference = rotate._rotate(x, stage, size // 2, 2, False)
+    truth = rotate.rotate_reference(x.double(), stage.double(), size // 2, 2, False)
+    reference = rotate.rotate_reference(x, stage, size // 2, 2, False)
     assert_as_good(kernels.rotate(x, stage, size // 2, 2, False), reference, truth)
 
 
