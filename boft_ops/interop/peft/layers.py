@@ -21,7 +21,7 @@ from ...ops.linear import rotated_linear
 from ...ops.merge import merge_weight, unmerge_weight, untracked
 from ...ops.scale import scale_columns
 from ...ops.stage_from_skew import GIVEN_SERIES, ORTHOGONAL
-from .base import call_with_weight, is_unmodified
+from .base import call_with_weight, is_unmodified, onloaded
 
 
 class Adapter(NamedTuple):
@@ -130,8 +130,9 @@ class Rotated:
         for name in names:
             weight = self._merge_one(weight, name)
             if safe_merge and not torch.isfinite(weight).all():
+                # PEFT's words, which its tests and its users' programs look for.
                 raise ValueError(
-                    f"NaNs detected in the merged weights: adapter {name!r} seems to be broken"
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
         self.set_base_weight(weight)
         self.merged_adapters.extend(names)
@@ -180,23 +181,35 @@ class RotatedInput(Rotated):
         nearest, *others = adapters
         for adapter in reversed(others):
             x = adapter.rotate(x)
-        base = self.base_layer
-        if not args and not kwargs and is_unmodified(base, nn.Linear, x):
-            return rotated_linear(
-                x,
-                base.weight,
-                nearest.skew,
-                scale=scale,
-                bias=base.bias,
-                drop=nearest.drop,
-                side="in",
-                method=nearest.method,
-            )
-        y = base(nearest.rotate(x), *args, **kwargs)
-        if scale is None:
-            return y
-        bias = getattr(base, "bias", None)
-        return scale_columns(y, scale, bias, bias)
+        with onloaded(self.base_layer):
+            return _linear(self.base_layer, nearest, scale, x, args, kwargs)
+
+
+def _linear(
+    base: nn.Module,
+    adapter: Adapter,
+    scale: torch.Tensor | None,
+    x: torch.Tensor,
+    args: tuple,
+    kwargs: dict,
+) -> torch.Tensor:
+    """The output of ``base`` for the rotated x, scaled without its bias."""
+    if not args and not kwargs and is_unmodified(base, nn.Linear, x):
+        return rotated_linear(
+            x,
+            base.weight,
+            adapter.skew,
+            scale=scale,
+            bias=base.bias,
+            drop=adapter.drop,
+            side="in",
+            method=adapter.method,
+        )
+    y = base(adapter.rotate(x), *args, **kwargs)
+    if scale is None:
+        return y
+    bias = getattr(base, "bias", None)
+    return scale_columns(y, scale, bias, bias)
 
 
 class RotatedKernel(Rotated):
@@ -204,10 +217,11 @@ class RotatedKernel(Rotated):
 
     def _rotated(self, adapters, scale, x, args, kwargs):
         base = self.base_layer
-        # Autocast is for products with activations, not for the rotation of a weight.
-        with autocast.disabled(x.device.type):
-            weight = rotated_weight(base.weight, adapters, scale)
-        return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
+        with onloaded(base):
+            # Autocast is for products with activations, not for the rotation of a weight.
+            with autocast.disabled(x.device.type):
+                weight = rotated_weight(base.weight, adapters, scale)
+            return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
 
 
 def rotated_weight(
