@@ -12,7 +12,7 @@ from boft_ops.interop.peft import accelerate, patched
 
 
 def lowered(folder):
-    """A folder of stock PEFT: two factors in its config, one in its tensors, since PEFT lowers m."""
+    """A folder of stock PEFT: two factors in its config, one in its tensors."""
     base, x = mlp()
     stock = tuned(base, boft(m=2))
     assert stock.base_model.model[0].boft_R["default"].shape[0] == 1

@@ -127,7 +127,7 @@ def test_a_broken_adapter_is_not_merged(case, name):
 
 @pytest.mark.parametrize("case", CASES)
 def test_weight_and_bias_of_a_layer_are_those_of_its_base(case):
-    """They are PEFT's properties; code that multiplies with them ignores the adapter in PEFT, too."""
+    """Code that multiplies with them ignores the adapter, in PEFT too."""
     model, _, _ = made(case)
     for layer in model.modules():
         if isinstance(layer, (peft_boft.BOFTLayer, peft_oft.OFTLayer)):

@@ -1,4 +1,4 @@
-"""Numbers that a hook brings in when a module is called: offloaded and sharded accelerated models."""
+"""Accelerated models with hooks: offloaded, sharded, and whose layers keep a bound forward."""
 
 import copy
 
