@@ -40,7 +40,7 @@ class BoftRotated(Rotated):
 
         Merging does not use it.
         """
-        return self._dense_rotation(adapter), self._scale(adapter)[:, None]
+        return self.dense_rotation(adapter), self._scale(adapter)[:, None]
 
     def update_layer(self, *args, **kwargs) -> None:
         """Add an adapter as PEFT does, with the m of the config and no dense permutation.

@@ -166,7 +166,7 @@ class Rotated:
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
 
-    def _dense_rotation(self, name: str) -> torch.Tensor:
+    def dense_rotation(self, name: str) -> torch.Tensor:
         """The matrix R, (d, d), for PEFT's ``get_delta_weight``."""
         blocks = self._adapter(name).blocks()
         eye = torch.eye(blocks.shape[-3] * blocks.shape[-1], dtype=blocks.dtype)

@@ -37,7 +37,7 @@ class OftRotated(Rotated):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The dense matrix R (d, d) of an adapter, for inspection; merging does not use it."""
-        return self._dense_rotation(adapter)
+        return self.dense_rotation(adapter)
 
 
 class OftLinear(OftRotated, RotatedInput, peft_oft.Linear):
