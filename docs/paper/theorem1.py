@@ -29,7 +29,7 @@ from _page import fill, table
 
 from boft_ops import cayley, kaleidoscope_matmul
 from boft_ops.analysis.representation import dense_factors, kaleidoscope_parameters
-from boft_ops.analysis.transmission import analyse, kaleidoscope_pattern
+from boft_ops.analysis.transmission import analyze, kaleidoscope_pattern
 
 EXACT, FITTED = "theorem1_exact.csv", "theorem1_fitted.csv"
 REPRESENTED = 1e-6  # largest entry of R_G - A
@@ -113,7 +113,7 @@ def fitted(d: int, sizes: tuple[int, ...], seeds: int) -> list[dict]:
     for b in sizes:
         m = dense_factors(d, b)
         for levels in range(1, 5):
-            family = analyse(kaleidoscope_pattern(d, b, m, levels))
+            family = analyze(kaleidoscope_pattern(d, b, m, levels))
             found = [fit(random_rotation(d, 100 + seed), b, levels) for seed in range(seeds)]
             rows += [
                 {

@@ -12,7 +12,7 @@ from _page import fill, table
 
 from boft_ops.analysis import graph
 from boft_ops.analysis.transmission import (
-    analyse,
+    analyze,
     block_diagonal_pattern,
     butterfly_pattern,
     edges_pattern,
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     folder, clock = output_folder(args), Clock()
     rows = []
     for name, pattern in structures(args.quick).items():
-        found = analyse(pattern)
+        found = analyze(pattern)
         rows.append({"structure": name, **found._asdict(), "dense": found.dense})
     write_csv(folder / DATA, rows)
     figures = {
