@@ -101,7 +101,7 @@ def components(allowed: torch.Tensor) -> list[list[torch.Tensor]]:
     """
     m, d, _ = allowed.shape
     label = torch.arange((m + 1) * d).reshape(m + 1, d)
-    while True:  # every node takes the smallest label of its neighbours
+    while True:  # every node takes the smallest label of its neighbors
         before = label.clone()
         for i, factor in enumerate(allowed):
             large = torch.full_like(factor, (m + 1) * d, dtype=torch.int64)
