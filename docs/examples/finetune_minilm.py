@@ -13,7 +13,7 @@ the head, the four methods train:
     python docs/examples/fetch_data.py                   # once
     python docs/examples/finetune_minilm.py              # about a minute a method
     python docs/examples/finetune_minilm.py --seeds 3    # with the spread over seeds
-    python docs/examples/finetune_minilm.py --search     # how the learning rates were chosen
+    python docs/examples/finetune_minilm.py --search     # compares learning rates
 
 docs/examples/README.md explains the output.
 """
