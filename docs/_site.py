@@ -87,9 +87,9 @@ def names_without_entry(api: str) -> list[str]:
     entries = set(re.findall(r"^::: \S+\.(\w+)$", api, re.MULTILINE))
     missing = []
     for line in tree.body:
-        # "from .ops.cayley import cayley" exports a name, "from . import _runtime" does not.
-        if isinstance(line, ast.ImportFrom) and line.level == 1 and line.module != "_version":
-            names = [alias.name for alias in line.names if line.module]
+        # "from .ops.cayley import cayley" exports a name, "from ._runtime import paths" does not.
+        if isinstance(line, ast.ImportFrom) and line.level == 1 and not line.module.startswith("_"):
+            names = [alias.name for alias in line.names]
             missing += [f"boft_ops.{line.module}.{n}" for n in names if n not in entries]
     return missing
 
