@@ -42,7 +42,8 @@ def describe(device: torch.device) -> dict:
         "triton": version("triton"),
         "boft_ops": boft_ops.__version__,
         "backend": forced or "auto",
-        "tuned": bool(tuned.tables(device)),  # true if measured choices (docs/tuning.md) are in use
+        # True if measured choices (docs/tuning.md) are in use.
+        "tuned": len(tuned.table_of(device)) > 0,
         "serving": {
             row["op"]: forced or row["serving"]
             for row in backend.report()

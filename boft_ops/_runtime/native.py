@@ -28,32 +28,11 @@ isa: str | None = None  # the instruction set of its CPU kernels
 ISAS = ("baseline", "avx2", "avx512")  # the names in csrc/cpu/isa.cpp
 _lib: ctypes.CDLL | None = None
 _kernels: dict[str, frozenset[str]] = {}
-# Sizes that divide the work of the CPU kernels into parts; csrc/boft_kernels.h explains each.
-DEFAULTS = {"grain": 65536, "linear_outputs": 192, "linear_rows": 1024}
 
 
 def kernels(device: str) -> frozenset[str]:
     """Names of the operators for which the loaded library has a kernel on "cpu" or "cuda"."""
     return _kernels.get(device, frozenset())
-
-
-def tunable(name: str) -> int:
-    """Return the current value of one of the numbers in ``DEFAULTS``."""
-    return DEFAULTS[name] if _lib is None else _lib.boft_ops_get(name.encode())
-
-
-def set_tunables(values: dict[str, int]) -> None:
-    """Set numbers of ``DEFAULTS`` for this process. Without a library this has no effect.
-
-    Raises:
-        ValueError: there is no such number, or the value is out of range. All numbers then keep
-            their values.
-    """
-    before = {name: tunable(name) for name in DEFAULTS}
-    for name, value in values.items():
-        if name not in DEFAULTS or (_lib and _lib.boft_ops_set(name.encode(), value) != 0):
-            set_tunables(before)
-            raise ValueError(f"{name}: no such number of the kernels, or {value} is out of range")
 
 
 def load() -> bool:
@@ -228,8 +207,6 @@ def _open(
     lib.boft_ops_isa.restype = ctypes.c_char_p
     lib.boft_ops_kernels.restype = ctypes.c_char_p
     lib.boft_ops_kernels.argtypes = [ctypes.c_char_p]
-    lib.boft_ops_get.argtypes, lib.boft_ops_get.restype = [ctypes.c_char_p], ctypes.c_int64
-    lib.boft_ops_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     lib.boft_ops_register.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_int]
     loaded_isa = lib.boft_ops_isa().decode()  # the wanted one if this machine has it, else its best
     if wanted_isa not in (None, loaded_isa):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .._runtime import native
-from .._runtime.backend import Op
-from .rotate import _rotate, _rotate_backward
+from .._runtime.backend import Kernel, Op
+from .rotate import rotate_backward_reference, rotate_reference
 
 MIN_ROWS = 64  # below, a BLAS reads the weight faster
 
@@ -23,7 +23,7 @@ def _linear(
     bias: torch.Tensor | None,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    z = F.linear(_rotate(x, stage, stage.shape[-1], 1, False), weight)
+    z = F.linear(rotate_reference(x, stage, stage.shape[-1], 1, False), weight)
     y = z.clone() if scale is None else z * scale
     return y if bias is None else y + bias, z if save else z.new_empty(0, len(weight))
 
@@ -37,7 +37,7 @@ def _linear_backward(
     z: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rotated_grad = (grad if scale is None else grad * scale) @ weight
-    x_grad, gram = _rotate_backward(rotated_grad, x, stage, stage.shape[-1], 1, False, 1)
+    x_grad, gram = rotate_backward_reference(rotated_grad, x, stage, stage.shape[-1], 1, False, 1)
     scale_grad = grad.new_empty(0) if z is None else (grad * z).sum(0)
     return x_grad, gram[0], scale_grad, grad.sum(0)
 
@@ -70,15 +70,17 @@ def _native_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) ->
 linear_forward = Op(
     "linear(Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? bias, bool save)"
     " -> (Tensor, Tensor)",
-    _linear,
-    _fake_linear,
-    supports={"cpu": lambda x, weight, stage, *_: _native_takes(x, weight, stage)},
+    reference=_linear,
+    fake=_fake_linear,
+    samples=lambda w: iter(()),
+    kernels={"cpu": Kernel(lambda x, weight, stage, *_: _native_takes(x, weight, stage))},
 )
 # -> gradients of x, stage, scale (empty without z) and bias
 linear_backward = Op(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? z)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _linear_backward,
-    _fake_linear_backward,
-    supports={"cpu": lambda grad, x, weight, stage, *_: _native_takes(x, weight, stage)},
+    reference=_linear_backward,
+    fake=_fake_linear_backward,
+    samples=lambda w: iter(()),
+    kernels={"cpu": Kernel(lambda grad, x, weight, stage, *_: _native_takes(x, weight, stage))},
 )

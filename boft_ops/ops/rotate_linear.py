@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 
 from .._runtime import autocast, backend, tuned
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
+from .._runtime.limits import MAX_STAGE
+from .._runtime.tuned import ShapeClass
 from .rotate import (
-    MAX_TRITON_SIZE,
-    _rotate,
-    _rotate_backward,
     apply_stages,
     gram,
     rotate_backward,
+    rotate_backward_reference,
+    rotate_reference,
     rotate_rows,
 )
-from .scale import _scale, _scale_backward, scale_backward, scale_forward
+from .scale import scale_backward, scale_backward_reference, scale_forward, scale_reference
 from .stages import Stage
 
 MAX_SIZE = 64  # of a stage; for larger ones Triton's rotate is the faster
@@ -70,14 +71,18 @@ def composed(
 
 
 _rotate_linear, _rotate_linear_backward = composed(
-    _rotate, _rotate_backward, _scale, _scale_backward
+    rotate_reference, rotate_backward_reference, scale_reference, scale_backward_reference
 )
 
 
 def _of_triton() -> tuple[Callable, Callable]:
-    """The same with the launches of Triton's kernels, one after the other."""
+    """The same with launches of Triton's kernels, one after the other, in their measured tiles."""
+
+    def launch_of(op: Op) -> Callable:
+        return op.launch
+
     return composed(
-        *(op.launcher() for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
+        *(launch_of(op) for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
     )
 
 
@@ -100,30 +105,42 @@ def _cuda_takes(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> b
     return half and stage.dtype == torch.float32 and stage.shape[-1] <= MAX_SIZE
 
 
+_LINEAR = ShapeClass(
+    ("size",),
+    ("rows", "inputs", "outputs"),
+    lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
+)
 # y = scale * (z - bias) + bias, z = x R W^T + bias, for a stage of stride 1; z is empty unless it
 # is to be saved and there is a scale.
 rotate_linear_forward = Op(
     "rotate_linear(Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? bias, bool save)"
     " -> (Tensor, Tensor)",
-    _rotate_linear,
-    _fake_rotate_linear,
-    triton=lambda: _of_triton()[0],
-    supports={
-        "cuda": lambda x, weight, stage, *_: _cuda_takes(x, weight, stage),
-        "triton": lambda x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
+    reference=_rotate_linear,
+    fake=_fake_rotate_linear,
+    samples=lambda w: iter(()),
+    kernels={
+        "cuda": Kernel(lambda x, weight, stage, *_: _cuda_takes(x, weight, stage)),
+        "triton": Kernel(
+            lambda x, weight, stage, *_: stage.shape[-1] <= MAX_STAGE, lambda: _of_triton()[0]
+        ),
     },
+    shape_class=_LINEAR,
 )
 # -> gradients of x, of the stage (partial sums), and, empty without z, of the scale and the bias
 rotate_linear_backward = Op(
     "rotate_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor stage, Tensor? scale,"
     " Tensor? bias, Tensor? z, int splits) -> (Tensor, Tensor, Tensor, Tensor)",
-    _rotate_linear_backward,
-    _fake_rotate_linear_backward,
-    triton=lambda: _of_triton()[1],
-    supports={
-        "cuda": lambda grad, x, weight, stage, *_: _cuda_takes(x, weight, stage),
-        "triton": lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
+    reference=_rotate_linear_backward,
+    fake=_fake_rotate_linear_backward,
+    samples=lambda w: iter(()),
+    kernels={
+        "cuda": Kernel(lambda grad, x, weight, stage, *_: _cuda_takes(x, weight, stage)),
+        "triton": Kernel(
+            lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_STAGE, lambda: _of_triton()[1]
+        ),
     },
+    shape_class=_LINEAR._replace(of=lambda grad, *args: _LINEAR.of(*args)),
+    measured_as=rotate_linear_forward,
 )
 
 
@@ -132,16 +149,14 @@ def same_backend(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> 
 
     What was measured of it itself says more than what was measured of its parts.
     """
-    if backend.forced() or tuned.backend(rotate_linear_forward, (x, weight, stage), False):
+    if backend.forced() or tuned.measured(rotate_linear_forward.tunable, x, (x, weight, stage)):
         return True
-    serving = rotate_linear_forward.serving["cuda" if x.is_cuda else "cpu"]
+    serving = rotate_linear_forward.defaults["cuda" if x.is_cuda else "cpu"].backend
     size = stage.shape[-1]
     rotation, scale = ((size, size, 1), x.shape), ((), (x.shape[0], weight.shape[0]))
-    classes = {"rotate": rotation, "rotate_backward": rotation}
-    classes |= {"scale": scale, "scale_backward": scale}
-    measured = [tuned.lookup(op, x.device, x.dtype, *class_) for op, class_ in classes.items()]
-    if tuned.measures_on_first_use() and None in measured:  # by a call of each
-        return False
+    classes = {rotate_rows: rotation, rotate_backward: rotation}
+    classes |= {scale_forward: scale, scale_backward: scale}
+    measured = [tuned.lookup(op.tunable, x.device, x.dtype, *c) for op, c in classes.items()]
     return all(choice is None or choice.backend == serving for choice in measured)
 
 

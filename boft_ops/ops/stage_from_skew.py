@@ -6,16 +6,18 @@ small stage holds. Nothing of it is large: what it saves is launches and passes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .._runtime import checks
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
+from .._runtime.tuned import ShapeClass
+from .._runtime.workload import Workload
 from . import cayley as _cayley
 from . import compose as _compose
 from .dropout import drop_blocks
-from .stages import Stage
+from .stages import Stage, plan
 
 MAX_SIZE = 64  # of the one stage that the op composes
 # "Methods" of make_matrices: what it is given is the matrix of the one stage already. A stage of
@@ -28,14 +30,16 @@ ORTHOGONAL = ("exact", GIVEN)  # the methods of which the blocks are; of a serie
 
 def _rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
-    blocks = _cayley._exact(wide, drop)
-    return blocks, _compose._compose(blocks, 0)
+    blocks = _cayley.cayley_reference(wide, drop)
+    return blocks, _compose.compose_reference(blocks, 0)
 
 
 def _rotation_backward(
     blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
-    return _cayley._exact_backward(blocks, drop, _compose._compose_backward(blocks, grad, 0))
+    return _cayley.cayley_backward_reference(
+        blocks, drop, _compose.compose_backward_reference(blocks, grad, 0)
+    )
 
 
 def _fake_rotation(
@@ -59,25 +63,62 @@ def _native_takes(tensor: torch.Tensor, drop: torch.Tensor | None, *grad: torch.
     return tensor.dtype in (torch.float32, torch.float64) and (len(grad) == 0 or len(grad[0]) == 1)
 
 
+def _is_sampled(w: Workload) -> bool:
+    return w.n_factors > 1 and is_fused(plan(w.n_factors, w.block_size, w.device.type), "exact")
+
+
+def _samples(w: Workload) -> Iterator[tuple]:
+    if _is_sampled(w):
+        yield w.skew(), None
+        yield w.skew(), w.drop_mask()
+
+
+def _backward_samples(w: Workload) -> Iterator[tuple]:
+    for skew, drop in _samples(w):
+        with torch.no_grad():
+            blocks, stage = _rotation(skew, drop)
+        (one,) = plan(w.n_factors, w.block_size, w.device.type)
+        splits = one.splits(torch.empty(1, w.d, device=w.device))
+        yield blocks, drop, w.tensor(splits, *stage.shape, dtype=w.compute_dtype)
+
+
+def _class_of(skew: torch.Tensor, _: object) -> tuple[tuple, tuple]:
+    b = checks.block_size_from_packed("skew", skew.shape[-1])
+    return (skew.shape[0], b), (skew.shape[1],)
+
+
+_CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 rotation_forward = Op(
     # drop: boolean (m, K) -> blocks (m, K, b, b), stage (d/size, size, size)
     "rotation(Tensor skew, Tensor? drop) -> (Tensor, Tensor)",
-    _rotation,
-    _fake_rotation,
-    triton="rotation:rotation",
-    supports={"cpu": _native_takes, "cuda": _cuda_takes, "triton": _triton_takes},
+    reference=_rotation,
+    fake=_fake_rotation,
+    samples=_samples,
+    kernels={
+        "cpu": Kernel(_native_takes),
+        "cuda": Kernel(_cuda_takes),
+        "triton": Kernel(_triton_takes, "rotation:rotation", "config:ROTATION"),
+    },
+    shape_class=_CLASS,
 )
 rotation_backward = Op(
     # grad (splits, d/size, size, size): partial sums of the stage's gradient
     "rotation_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
-    _rotation_backward,
-    _cayley._fake_exact_backward,
-    triton="rotation:rotation_backward",
-    supports={
-        "cpu": _native_takes,
-        "cuda": _cuda_takes,
-        "triton": lambda blocks, drop, grad: grad.shape[-1] <= MAX_SIZE,
+    reference=_rotation_backward,
+    fake=_cayley.fake_cayley_backward,
+    samples=_backward_samples,
+    kernels={
+        "cpu": Kernel(_native_takes),
+        "cuda": Kernel(_cuda_takes),
+        "triton": Kernel(
+            lambda blocks, drop, grad: grad.shape[-1] <= MAX_SIZE,
+            "rotation:rotation_backward",
+            "config:ROTATION_BACKWARD",
+        ),
     },
+    shape_class=_CLASS._replace(
+        of=lambda blocks, *_: ((blocks.shape[0], blocks.shape[-1]), (blocks.shape[1],))
+    ),
 )
 
 
@@ -95,7 +136,7 @@ class Rotation(torch.autograd.Function):
     def backward(ctx, grad):
         skew, blocks, drop = ctx.saved_tensors
         if torch.is_grad_enabled():  # blocks are no function of skew to autograd
-            blocks = _cayley._exact(skew.to(blocks.dtype), drop)
+            blocks = _cayley.cayley_reference(skew.to(blocks.dtype), drop)
         return rotation_backward(blocks, drop, grad[None].contiguous()).to(skew.dtype), None
 
 

@@ -14,18 +14,23 @@ import torch
 
 from .._runtime import backend, checks, tuned
 from .fused_linear import linear_forward
+from .planner import layer_plan
 from .rotate_linear import rotate_linear_forward, same_backend
 from .stage_from_skew import ALL_GIVEN, ORTHOGONAL
-from .stages import Stage, layer_plan
+from .stages import Stage
 
 _decisions: dict[tuple, tuple[tuple[Stage, ...], str]] = {}  # kind of call -> stages, way
-tuned.on_change.append(_decisions.clear)
+_generation = 0  # of the measurements that they rest on
 
 
 def known(
     rows: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, method: str
 ) -> tuple[tuple | None, tuple[Stage, ...], str | None]:
     """The kind of a layer's call, its stages, and the way to it; None: that is for ``decide``."""
+    global _generation
+    if _generation != tuned.generation:
+        _decisions.clear()
+        _generation = tuned.generation
     kind = _kind(rows, weight, skew, method)
     decision = None if kind is None else _decisions.get(kind)
     if decision is not None:
@@ -75,7 +80,7 @@ def _kind(
     being made, or where the next call may measure something."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return None
-    if type(rows) is not torch.Tensor or tuned.measures_on_first_use():
+    if type(rows) is not torch.Tensor:
         return None
     shapes = rows.shape, weight.shape, skew.shape
     return backend.forced(), rows.device, rows.dtype, skew.dtype, *shapes, method
