@@ -154,7 +154,8 @@ cpu = torch.device("cpu")
 (problem,) = problems([Shape(64, 64, 32)], [(2, 8)], torch.bfloat16, cpu, ["rotate"])
 from boft_ops.tune.candidates import tiles
 from boft_ops._runtime.backend import ops
-found = [Choice("triton", tile) for tile in tiles(ops()["rotate"], problem.key["structure"], "bfloat16")]
+structure = problem.key["structure"]
+found = [Choice("triton", tile) for tile in tiles(ops()["rotate"], structure, "bfloat16")]
 # no power of two: does not compile
 choices = Choice("triton"), *found[:3], Choice("triton", (("rows", 3),))
 problem = dataclasses.replace(problem, others=choices)
