@@ -233,7 +233,7 @@ def _in_graph(
     return choices.lookup(name, dtype.removeprefix("torch."), structure, sizes)
 
 
-# What torch.compiler.assume_constant_result sets, which would import torch._dynamo here.
+# As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
 _in_graph._dynamo_marked_constant = True
 
 

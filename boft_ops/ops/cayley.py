@@ -40,8 +40,8 @@ def pack(square: torch.Tensor) -> torch.Tensor:
 
 
 def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
-    # The blocks are tiny beside the activations, and float64 makes R accurate to float32 rounding
-    # for |Q| up to 1e12, where a float32 inverse is off by |Q| times as much. MPS has no float64.
+    # Blocks are tiny beside activations. In float64 R is accurate to float32 rounding even for a
+    # large |Q|, where a float32 inverse is off by |Q| times as much. MPS has no float64.
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -229,6 +229,8 @@ def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
     R = (I + Q)(I - Q)^-1, the paper's parametrisation (arXiv 2311.06243, section 3), where Q is
     skew-symmetric with ``skew`` as its strict upper triangle in the row-major order of
     ``torch.triu_indices(b, b, 1)``. Zeros give the identity, exactly.
+
+    Equivalent to ``torch.linalg.solve(eye - q, eye + q)`` for each Q, in float64.
 
     Args:
         skew: (..., b(b-1)/2) in float64, float32, bfloat16 or float16; b from 1 up.

@@ -16,7 +16,7 @@ from ..ops.planner import PLAN, plan_choice, rotates_weight
 from ..ops.stages import plan
 from .candidates import tiles
 
-MOST_FEATURES = 256  # of a group, in plans that are tried: no kernel takes more
+MOST_FEATURES = 256  # largest group of a plan that is tried: no kernel takes more
 
 # (inputs, outputs) of each kind of adapted linear layer
 MODELS = {
