@@ -30,7 +30,14 @@ TESTS = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "--continue-on-coll
 PEFT = "from peft.tuners.boft.layer import get_fbd_cuda; raise SystemExit(get_fbd_cuda() is None)"
 NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"  # of peers.py
 # What --quick tunes, the passes over the rows first.
-QUICK_OPS = ("rotate", "rotate_backward", "rotate_linear", "rotation", "rotation_backward", "plan")
+QUICK_OPS = (
+    "rotate",
+    "rotate_backward",
+    "rotated_linear",
+    "stage_from_skew",
+    "stage_from_skew_backward",
+    "plan",
+)
 SUITES = ("layer", "ops", "model")
 
 

@@ -62,7 +62,7 @@ def fields_of(op: str) -> frozenset[str]:
     from . import config_rotate, config_scale
 
     kinds = {"cayley": CayleyConfig, "cayley_backward": CayleyConfig}
-    kinds |= dict.fromkeys(("rotation", "rotation_backward"), RotationConfig)
+    kinds |= dict.fromkeys(("stage_from_skew", "stage_from_skew_backward"), RotationConfig)
     kinds |= dict.fromkeys(
         ("rotate", "rotate_indexed", "rotate_backward", "gram"), config_rotate.Tile
     )
@@ -72,7 +72,7 @@ def fields_of(op: str) -> frozenset[str]:
 
 @cache
 def config_for(op: str, **structure: int) -> Config:
-    """The config of ``op``: "cayley", "compose", "rotation", or a backward of the first and last.
+    """The config of ``op``: "cayley", "compose", "stage_from_skew", or a backward of those two.
 
     The backward of compose shares its config. ``structure``: b for cayley; b and s, the inner
     group's features, for compose; m and b for rotation.
@@ -129,8 +129,8 @@ _CHOICES = {
     "cayley": _cayley,
     "cayley_backward": _cayley_backward,
     "compose": _compose,
-    "rotation": _rotation,
-    "rotation_backward": _rotation_backward,
+    "stage_from_skew": _rotation,
+    "stage_from_skew_backward": _rotation_backward,
 }
 
 
@@ -214,7 +214,7 @@ _KERNELS = {
         ),
     ),
     "rotation:rotation_kernel": (
-        "rotation",
+        "stage_from_skew",
         ("fp32", "fp64", "bf16"),
         {
             "skew_ptr": "",
@@ -223,7 +223,7 @@ _KERNELS = {
         },
     ),
     "rotation:rotation_backward_kernel": (
-        "rotation_backward",
+        "stage_from_skew_backward",
         ("fp32", "fp64"),
         {
             "drop_ptr": "i1",

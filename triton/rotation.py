@@ -189,7 +189,7 @@ def rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tenso
     stage = blocks.new_empty(n_blocks * b // size, size, size)
     scratch = blocks.new_empty(_levels(m, n_blocks, b))
     drop = None if drop is None else drop.contiguous()
-    launch = _launch_of("rotation", skew.get_device(), skew.dtype, m, n_blocks, b)
+    launch = _launch_of("stage_from_skew", skew.get_device(), skew.dtype, m, n_blocks, b)
     launch(skew.contiguous(), drop, blocks, scratch, stage)
     return blocks, blocks[0].clone() if m == 1 else stage  # an op's outputs may not share memory
 
@@ -210,7 +210,7 @@ def rotation_backward(
     drop = None if drop is None else drop.contiguous()
     sums = grad.shape[0], n_blocks * b * (b << (m - 1))
     launch = _launch_of(
-        "rotation_backward", blocks.get_device(), blocks.dtype, m, n_blocks, b, *sums
+        "stage_from_skew_backward", blocks.get_device(), blocks.dtype, m, n_blocks, b, *sums
     )
     launch(blocks, drop, grad, scratch, skew_grad)
     return skew_grad
@@ -225,7 +225,7 @@ def _levels(m: int, n_blocks: int, b: int) -> int:
 def _launch_of(
     op: str, device: int, dtype: torch.dtype, m: int, n_blocks: int, b: int, *scalars: int
 ) -> Launch:
-    kernel = rotation_kernel if op == "rotation" else rotation_backward_kernel
+    kernel = rotation_kernel if op == "stage_from_skew" else rotation_backward_kernel
     config = tuned(config_for(op, m=m, b=b), op, device, dtype, (m, b), (n_blocks,))
     constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
     grid = cdiv(n_blocks, config.G << (m - 1))

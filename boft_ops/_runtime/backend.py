@@ -67,13 +67,15 @@ class Op:
         }
         _ops[self.name] = self
 
-    def has_kernel(self, *args) -> bool:
-        """Whether one of its kernels, or a forced one, would take this call: for an op that others
-        can be put together for."""
+    def kernel_backend(self, *args) -> str | None:
+        """Return the backend whose kernel would run this call, None if the reference would.
+
+        Callers use it to decide between this op and an equivalent sequence of other ops.
+        """
         backend = _forced or self._chosen(args, eager=not torch.compiler.is_compiling())
         if backend == "reference" or backend in self.missing:
-            return False
-        return self.takes(backend, args)
+            return None
+        return backend if self.takes(backend, args) else None
 
     def takes(self, backend: str, args: tuple) -> bool:
         """Whether the kernel of a backend that has one is made for this call."""

@@ -57,12 +57,12 @@ CLASSES = {
     ),
     "compose": Classes(_BUTTERFLY, ("blocks",), _factors),
     "compose_backward": Classes(_BUTTERFLY, ("blocks",), _factors),
-    "rotation": Classes(
+    "stage_from_skew": Classes(
         _BUTTERFLY,
         ("blocks",),
         lambda skew, _: ((skew.shape[0], _packed(skew)), (skew.shape[1],)),
     ),
-    "rotation_backward": Classes(_BUTTERFLY, ("blocks",), _factors),
+    "stage_from_skew_backward": Classes(_BUTTERFLY, ("blocks",), _factors),
     "rotate": Classes(
         _STAGE,
         _ROWS,
@@ -83,8 +83,7 @@ CLASSES = {
     ),
     "scale": Classes((), _ROWS, lambda x, *_: ((), x.shape)),
     "scale_backward": Classes((), _ROWS, lambda grad, *_: ((), grad.shape)),
-    "linear": _LINEAR,
-    "rotate_linear": _LINEAR,
+    "rotated_linear": _LINEAR,
     # not operators: stages and side of a layer, and what the C++ kernels have for the whole process
     "plan": Classes(_BUTTERFLY, (*_ROWS, "outputs"), _layer),
     "grain": Classes((), (), tuple),
@@ -92,4 +91,4 @@ CLASSES = {
 }
 # These go where their forward goes, with which they were measured; the gradient is their first
 # argument, the forward's follow.
-BACKWARD_OF = {"rotate_linear_backward": "rotate_linear"}
+BACKWARD_OF = {"rotated_linear_backward": "rotated_linear"}

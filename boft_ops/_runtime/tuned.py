@@ -63,6 +63,12 @@ def tables(device: torch.device) -> list[Table]:
     return _tables[number]
 
 
+def is_measured(device: torch.device) -> bool:
+    """Return True if a table has any measurement for the device."""
+    tables(device)
+    return bool(_memos[_number(device)])
+
+
 def _number(device: torch.device) -> int:
     return {"cpu": CPU, "cuda": device.index}.get(device.type, OTHER)
 
@@ -202,7 +208,7 @@ def _measure_unknown(op: Op, args: tuple, classes: Classes) -> None:
     device, dtype = args[0].device, args[0].dtype
     structure, sizes = classes.of(*args)
     plain = all(type(size) is int for size in (*structure, *sizes)) and 0 not in sizes
-    whole = op.name in ("linear", "rotate_linear")  # others can stand for them
+    whole = op.name == "rotated_linear"  # others can stand for it
     if not plain or whole or (device.type == "cuda" and _is_capturing()):
         return
     key = op.name, device, dtype, structure, sizes

@@ -7,6 +7,7 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.linear import rotated_linear
+from ..ops.rotation import SkewRotation
 from .base import BOFTLayer
 
 
@@ -80,10 +81,16 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             self._check_trainable()
             return super().forward(x)
         checks.linear_input(x, self.weight)
-        skew = self._active(self.skew)
+        skew = self._active(self.skew) if self.n_identity else self.skew
+        drop_mask = self.dropout.draw(skew) if self.training and self.dropout.p_block else None
         return rotated_linear(
-            *(x, self.weight, skew, self.scale, self.bias, self.dropout.draw(skew)),
-            *(self.side, self.method, self.kaleidoscope),
+            x,
+            self.weight,
+            SkewRotation(skew, self.method, drop_mask),
+            scale=self.scale,
+            bias=self.bias,
+            side=self.side,
+            kaleidoscope=self.kaleidoscope,
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .._runtime import checks
-from .stage_from_skew import MAX_SIZE, Rotation
+from .stage_from_skew import MAX_SIZE, StageFromSkew
 
 
 def butterfly_groups(
@@ -57,7 +57,7 @@ def butterfly_groups(
             for skew, drop in zip(skews, drops, strict=True)
         ]
         mask = torch.cat(masks, 1)
-    groups = Rotation.apply(torch.cat(skews, 1) if len(skews) > 1 else skews[0], mask)
+    groups = StageFromSkew.apply(torch.cat(skews, 1) if len(skews) > 1 else skews[0], mask)
     m = len(skews[0])
     return list(groups.split([skew.shape[1] >> (m - 1) for skew in skews]))
 

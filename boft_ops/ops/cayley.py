@@ -39,7 +39,7 @@ def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _exact(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+def cayley_reference(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
     q = unpack(skew.to(_solve_dtype(skew)))
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # The symmetric part of I - Q is I: never singular, nothing to check (and no host sync).
@@ -47,7 +47,7 @@ def _exact(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor
     return drop_blocks((2 * inverse - eye).to(skew.dtype), drop)
 
 
-def _exact_backward(
+def cayley_backward_reference(
     blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
     r = blocks.to(_accumulate_dtype(blocks))
@@ -86,12 +86,12 @@ def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return pack(total + q.mT @ grad).to(skew.dtype)
 
 
-def _fake_forward(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+def fake_cayley(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
     b = checks.block_size_from_packed("skew", skew.shape[-1])
     return skew.new_empty(*skew.shape[:-1], b, b)
 
 
-def _fake_exact_backward(
+def fake_cayley_backward(
     blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
     return blocks.new_empty(*blocks.shape[:-2], _packed(blocks.shape[-1]))
@@ -107,8 +107,8 @@ def _packed(block_size: int) -> int:
 
 cayley_forward = Op(
     "cayley(Tensor skew, Tensor? drop) -> Tensor",
-    _exact,
-    _fake_forward,
+    cayley_reference,
+    fake_cayley,
     triton="cayley:cayley",
     supports={
         "cpu": lambda skew, _: skew.dtype != torch.float16 and skew.shape[-1] <= _packed(128),
@@ -118,8 +118,8 @@ cayley_forward = Op(
 )
 cayley_backward = Op(
     "cayley_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
-    _exact_backward,
-    _fake_exact_backward,
+    cayley_backward_reference,
+    fake_cayley_backward,
     triton="cayley:cayley_backward",
     supports={
         # BLAS wins on larger blocks
@@ -128,7 +128,7 @@ cayley_backward = Op(
         "triton": lambda blocks, *_: blocks.shape[-1] <= 64,
     },
 )
-neumann5_forward = Op("cayley_neumann5(Tensor skew) -> Tensor", _neumann5, _fake_forward)
+neumann5_forward = Op("cayley_neumann5(Tensor skew) -> Tensor", _neumann5, fake_cayley)
 neumann5_backward = Op(
     "cayley_neumann5_backward(Tensor skew, Tensor grad) -> Tensor",
     _neumann5_backward,

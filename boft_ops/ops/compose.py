@@ -71,12 +71,14 @@ def _partial(factors: torch.Tensor, first: int) -> list[torch.Tensor]:
     return groups
 
 
-def _compose(factors: torch.Tensor, first: int) -> torch.Tensor:
+def compose_reference(factors: torch.Tensor, first: int) -> torch.Tensor:
     stage = _partial(factors, first)[-1].flatten(0, 1)
     return stage.clone() if len(factors) == 1 else stage  # an op must not return its input
 
 
-def _compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
+def compose_backward_reference(
+    factors: torch.Tensor, grad: torch.Tensor, first: int
+) -> torch.Tensor:
     stride = 1 << first
     groups = _partial(factors, first)
     grad = grad.sum(0).unflatten(0, (grad.shape[1] // stride, stride))
@@ -90,13 +92,13 @@ def _compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> 
     return torch.stack(grads[::-1])
 
 
-def _fake_compose(factors: torch.Tensor, first: int) -> torch.Tensor:
+def fake_compose(factors: torch.Tensor, first: int) -> torch.Tensor:
     n, n_blocks, b, _ = factors.shape
     size = b << (n - 1)
     return factors.new_empty(n_blocks * b // size, size, size)
 
 
-def _fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
+def fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
     return torch.empty_like(factors, memory_format=torch.contiguous_format)
 
 
@@ -120,16 +122,16 @@ def _triton_takes(factors: torch.Tensor, *_: object) -> bool:
 
 compose_forward = Op(
     "compose(Tensor factors, int first) -> Tensor",
-    _compose,
-    _fake_compose,
+    compose_reference,
+    fake_compose,
     triton="compose:compose",
     supports={"cpu": _native_takes, "cuda": _cuda_takes, "triton": _triton_takes},
 )
 compose_backward = Op(
     # grad (splits, d/size, size, size): partial sums, added up here
     "compose_backward(Tensor factors, Tensor grad, int first) -> Tensor",
-    _compose_backward,
-    _fake_compose_backward,
+    compose_backward_reference,
+    fake_compose_backward,
     triton="compose:compose_backward",
     supports={"cpu": _native_takes, "cuda": _cuda_takes, "triton": _triton_takes},
 )

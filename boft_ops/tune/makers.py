@@ -11,11 +11,11 @@ from .._runtime import backend, native
 from .._runtime.checks import is_valid
 from .._runtime.shape_class import CLASSES
 from .._runtime.tuned import pinned
-from ..ops.stage_from_skew import GIVEN, is_fused
+from ..ops.stage_from_skew import is_one_small_stage
 from ..ops.stages import plan
 from .cost import plans
 from .machine import Machine
-from .problems import Problem, training_step
+from .problems import Problem, dense_step, skew_step
 
 ADAPTERS = 8  # in the batches of rotate_indexed, each of neighbouring rows
 
@@ -76,7 +76,7 @@ class _Maker:
         if op == "plan":
             structure, sizes = CLASSES[op].of(args[0], *more.pop("butterfly"))
         else:
-            structure, sizes = CLASSES[op].of(*(args[:-1] if op.endswith("linear") else args))
+            structure, sizes = CLASSES[op].of(*args)
         return Problem(
             op,
             str(args[0].dtype).removeprefix("torch."),
@@ -131,9 +131,8 @@ class _Maker:
                 reduce=lambda result: (result[0], result[1].sum(0)),
             )
         yield from self._scale(rows, n)
-        for op in ("linear", "rotate_linear"):
-            if self._has(op):
-                yield self._linear(op, shape, stages[0].size)
+        if self._has("rotated_linear"):
+            yield self._linear(shape, stages[0].size)
         yield self._plan(shape, m, b)
         if m > 1 and len(stages) == 1:  # the stage that a layer with a given rotation has
             yield self._plan(shape, 1, stages[0].size)
@@ -160,7 +159,7 @@ class _Maker:
         numbers = m * blocks * (packed + b * b) * width
         if packed == 0:
             return
-        if is_fused(stages, "exact") and m > 1:
+        if is_one_small_stage(stages, "exact") and m > 1:
             size = stages[0].size
             splits = stages[0].splits(torch.empty(1, d, device=self.device))
 
@@ -169,8 +168,8 @@ class _Maker:
                 return factors(seed), None, grad
 
             more = {"n_bytes": numbers + d * size * width}
-            yield self._op("rotation", skew, **more)
-            yield self._op("rotation_backward", upstream, **more)
+            yield self._op("stage_from_skew", skew, **more)
+            yield self._op("stage_from_skew_backward", upstream, **more)
             return
         yield self._op("cayley", skew, n_bytes=numbers)
         yield self._op(
@@ -198,17 +197,18 @@ class _Maker:
         """Whether the native library has this op for the device: one that others can stand for."""
         return op in native.kernels(self.device.type)
 
-    def _linear(self, op: str, shape: Shape, size: int) -> Problem:
+    def _linear(self, shape: Shape, size: int) -> Problem:
         """One stage, given, and the product: forward and backward."""
         d, n, rows = shape
 
         def make(seed: int) -> tuple:
-            return *self._layer(shape, self._stage(d, size, seed), seed), GIVEN
+            *operands, grad = self._layer(shape, self._stage(d, size, seed), seed)
+            return *operands, self.device.type != "cpu", True, grad  # the op's, and the gradient
 
         return self.problem(
-            op,
+            "rotated_linear",
             make,
-            training_step,
+            dense_step,
             n_bytes=(2 * rows * d + 3 * rows * n + 2 * d * n) * self.dtype.itemsize,
             flops=4 * rows * d * (n + 1.5 * size),
         )
@@ -229,12 +229,12 @@ class _Maker:
             else:
                 packed = b * (b - 1) // 2
                 rotation = self.tensor(m, d // b, packed, seed=seed, scale=0.1, wide=True)
-            return *self._layer(shape, rotation, seed), GIVEN if given else "exact"
+            return self._layer(shape, rotation, seed)
 
         return self.problem(
             "plan",
             make,
-            training_step,
+            dense_step if given else skew_step,
             butterfly=(m, b, n),
             n_bytes=(5 * rows * d + 3 * rows * n + 2 * d * n) * self.dtype.itemsize,
             flops=4 * rows * d * n,
@@ -255,8 +255,8 @@ class _Maker:
     def process(self, members: Sequence[Problem]) -> Iterator[Problem]:
         """The C++ kernels' numbers, over all that those problems call."""
         baskets = {
-            "blocking": [p for p in members if p.op == "linear"],
-            "grain": [p for p in members if p.op in backend._ops and p.op != "linear"],
+            "blocking": [p for p in members if p.op == "rotated_linear"],
+            "grain": [p for p in members if p.op in backend._ops and p.op != "rotated_linear"],
         }
         for op, basket in baskets.items():
             if basket:

@@ -12,7 +12,8 @@ import torch
 from .._runtime import backend, native
 from .._runtime.tuned import pinned
 from .._runtime.tuned_table import Choice
-from ..ops.linear import RotatedLinear
+from ..ops.linear import rotated_linear
+from ..ops.rotation import DenseRotation, SkewRotation
 from ..ops.stages import default_plan
 from .machine import Machine
 from .space import default_of, tiles
@@ -124,9 +125,19 @@ def _tunables(config: dict[str, int]) -> Iterator[None]:
         native.set_tunables(before)
 
 
-def training_step(x, weight, rotation, scale, bias, grad, method: str) -> tuple[torch.Tensor, ...]:
-    """Forward and backward of a rotated layer -> output, gradients of x, rotation and scale."""
-    leaves = [t.detach().requires_grad_(True) for t in (x, rotation, scale)]
+def skew_step(x, weight, skew, scale, bias, grad) -> tuple[torch.Tensor, ...]:
+    """Run a training step of a layer whose rotation is made from ``skew``."""
+    return _training_step(SkewRotation, x, weight, skew, scale, bias, grad)
+
+
+def dense_step(x, weight, matrix, scale, bias, *others) -> tuple[torch.Tensor, ...]:
+    """Run a training step of a layer whose rotation is given; the gradient is the last argument."""
+    return _training_step(DenseRotation, x, weight, matrix, scale, bias, others[-1])
+
+
+def _training_step(kind, x, weight, parameter, scale, bias, grad) -> tuple[torch.Tensor, ...]:
+    """Return the output of a layer and the gradients of x, the rotation's parameter and scale."""
+    leaves = [t.detach().requires_grad_(True) for t in (x, parameter, scale)]
     with torch.enable_grad():
-        y = RotatedLinear.apply(leaves[0], weight, leaves[1], leaves[2], bias, None, method)
+        y = rotated_linear(leaves[0], weight, kind(leaves[1]), scale=leaves[2], bias=bias)
     return y.detach(), *torch.autograd.grad(y, leaves, grad)

@@ -24,7 +24,7 @@ def tiles(
         return list(_of_rows(op, structure, sizes, dtype, machine))
     if op in ("scale", "scale_backward"):
         return list(_of_scale(op, sizes, dtype, machine))
-    if op in ("cayley", "cayley_backward", "rotation", "rotation_backward"):
+    if op in ("cayley", "cayley_backward", "stage_from_skew", "stage_from_skew_backward"):
         return [(0.0, config) for config in _of_blocks(op, structure)]
     return []  # compose and the rest
 
@@ -44,7 +44,7 @@ def _default(op: str, structure: dict[str, int], dtype: str) -> Any:
         return config_scale.config_for(op)
     if op in ("cayley", "cayley_backward"):
         return config.config_for(op, b=structure["block_size"])
-    if op in ("rotation", "rotation_backward"):
+    if op in ("stage_from_skew", "stage_from_skew_backward"):
         return config.config_for(op, m=structure["n_factors"], b=structure["block_size"])
     return None
 
@@ -157,7 +157,7 @@ def _of_blocks(op: str, structure: dict[str, int]) -> Iterator[dict[str, int]]:
             continue
         tile = default._replace(G=G, num_warps=num_warps)
         held, most_held = G * default.B**2, 128
-        if op.startswith("rotation"):
+        if op.startswith("stage_from_skew"):
             most_held = 32
             most = G << (structure["n_factors"] - 1)
             tile = tile._replace(C=min(most, default.C))

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from boft_ops._runtime import backend
-from boft_ops.ops.cayley import _exact, _exact_backward
-from boft_ops.ops.compose import _compose, _compose_backward
+from boft_ops.ops.cayley import cayley_backward_reference, cayley_reference
+from boft_ops.ops.compose import compose_backward_reference, compose_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -67,14 +67,14 @@ def test_cayley_with_dropout(b, dtype, drop):
     mask = dropout(drop, *shape)
     skew = random(*shape, b * (b - 1) // 2, dtype=dtype)
     blocks = kernels("cayley").cayley(skew, mask)
-    check(blocks, _exact(skew, mask), _exact(skew.double(), mask))
+    check(blocks, cayley_reference(skew, mask), cayley_reference(skew.double(), mask))
     if mask is not None:
         eye = torch.eye(b, dtype=dtype, device=DEVICE)
         assert torch.equal(blocks[mask], eye.expand_as(blocks[mask]))
     grad = random(*blocks.shape, dtype=dtype)
     skew_grad = kernels("cayley").cayley_backward(blocks, mask, grad)
-    truth = _exact_backward(blocks.double(), mask, grad.double())
-    check(skew_grad, _exact_backward(blocks, mask, grad), truth)
+    truth = cayley_backward_reference(blocks.double(), mask, grad.double())
+    check(skew_grad, cayley_backward_reference(blocks, mask, grad), truth)
     if mask is not None:
         assert not skew_grad[mask].any()
 
@@ -84,13 +84,13 @@ def check_compose(m, b, first, splits, dtype, n_runs):
     size = b << (m - 1)
     n_blocks = n_runs << (m - 1 + first)
     factors = random(m, n_blocks, b, b, dtype=dtype)
-    truth = _compose(factors.double(), first)
+    truth = compose_reference(factors.double(), first)
     stage = kernels("compose").compose(factors, first)
-    check(stage, _compose(factors, first), truth)
+    check(stage, compose_reference(factors, first), truth)
     grad = random(splits, n_blocks * b // size, size, size, dtype=dtype)
-    truth = _compose_backward(factors.double(), grad.double(), first)
+    truth = compose_backward_reference(factors.double(), grad.double(), first)
     got = kernels("compose").compose_backward(factors, grad, first)
-    check(got, _compose_backward(factors, grad, first), truth)
+    check(got, compose_backward_reference(factors, grad, first), truth)
 
 
 @pytest.mark.parametrize(
@@ -116,15 +116,15 @@ def check_rotation(m, b, splits, drop, dtype, n_groups, scale=1.0):
     skew = (random(m, n_blocks, b * (b - 1) // 2) * scale).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     blocks, stage = kernels("rotation").rotation(skew, mask)
-    truth = _exact(skew.double(), mask)
-    theirs = _exact(skew.to(wide), mask)
+    truth = cayley_reference(skew.double(), mask)
+    theirs = cayley_reference(skew.to(wide), mask)
     check(blocks, theirs, truth)
-    check(stage, _compose(theirs, 0), _compose(truth, 0))
+    check(stage, compose_reference(theirs, 0), compose_reference(truth, 0))
     grad = random(splits, n_groups, size, size, dtype=wide)
     skew_grad = kernels("rotation").rotation_backward(blocks, mask, grad)
 
     def backward(blocks, grad):
-        return _exact_backward(blocks, mask, _compose_backward(blocks, grad, 0))
+        return cayley_backward_reference(blocks, mask, compose_backward_reference(blocks, grad, 0))
 
     check(skew_grad, backward(blocks, grad), backward(blocks.double(), grad.double()))
     if mask is not None:

@@ -420,7 +420,7 @@ def test_tiles_are_tried_in_the_interpreter(monkeypatch):
     machine = data_sheet(CPU)._replace(shared=227 << 10, cache=1024)
     found = problems_of([Shape(32, 16, 20)], [(2, 8)], torch.float32, CPU, machine)
     for problem in found:
-        if problem.op in (*space.OF_ROWS, "rotation", "scale_backward"):
+        if problem.op in (*space.OF_ROWS, "stage_from_skew", "scale_backward"):
             row = search.tune(problem, machine, measure.Timer(CPU, machine), ["triton"], rounds=1)
             assert row["failed"] == [], problem
             assert row["tried"] == 1 + 1 + 2, problem  # default, default tile, two tiles
@@ -430,8 +430,8 @@ def test_tiles_are_tried_in_the_interpreter(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tiles_are_tried_on_a_gpu(tuned_cache, out):
     arguments = ["--device=cuda", "--shapes=1024x1024x2048", "--butterfly=2x8", f"--out={out}"]
-    assert command.main([*arguments, "--ops", "rotate", "rotate_backward", "rotation"]) == 0
-    assert {row["op"] for row in rows_of(out)} == {"rotate", "rotate_backward", "rotation"}
+    assert command.main([*arguments, "--ops", "rotate", "rotate_backward", "stage_from_skew"]) == 0
+    assert {row["op"] for row in rows_of(out)} == {"rotate", "rotate_backward", "stage_from_skew"}
     assert all(row["us"] <= row["default_us"] and row["tried"] > 4 for row in rows_of(out))
 
 
@@ -441,8 +441,8 @@ def test_tiles_are_tried_on_a_gpu(tuned_cache, out):
 def test_all_of_a_shape(out, capsys):
     assert command.main([*TINY, f"--out={out}"]) == 0
     rows = rows_of(out)
-    native = {"linear", "blocking", "grain"} if native_library.library else set()
-    ops = {"rotation", "rotation_backward", "scale", "scale_backward", *space.OF_ROWS}
+    native = {"rotated_linear", "blocking", "grain"} if native_library.library else set()
+    ops = {"stage_from_skew", "stage_from_skew_backward", "scale", "scale_backward", *space.OF_ROWS}
     assert {row["op"] for row in rows} == ops | {"plan"} | native
     assert all(row["us"] <= row["default_us"] for row in rows)
     assert all(row["failed"] == [] for row in rows)
