@@ -42,7 +42,7 @@ def describe(device: torch.device) -> dict:
         "triton": version("triton"),
         "boft_ops": boft_ops.__version__,
         "backend": forced or "auto",
-        "tuned": bool(tuned.tables(device)),  # measured choices (docs/tuning.md) were in use
+        "tuned": len(tuned.table_of(device)) > 0,  # measured choices (docs/tuning.md) were in use
         "serving": {
             row["op"]: forced or row["serving"]
             for row in backend.report()

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import _lru_cache_wrapper
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from contestants import FLOOR, LORA, Job, Shape, batch, build, frozen
 from interleave import Contestant, measure, ratios, summary
 
 from boft_ops._runtime import backend, tuned
+from boft_ops._runtime.tuned import Choice
 
 SHAPE = Shape(64, 64, 16)
 NAMES = (FLOOR, LORA, "peft-oft", "boft-1-16", "boft-2-8", "boft-4-4")
@@ -65,23 +67,34 @@ def launches_left_out() -> Iterator[None]:
     """Within the block layers on the CPU take the way of CUDA tensors, and no kernel runs."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET: expected 1, or Triton would look for a GPU")
-    backend._ops["rotate"].launcher()  # imports what it belongs to
+    backend.ops()["rotate"].launcher()  # imports what it belongs to
     module = importlib.import_module("boft_ops.triton_kernels.launch")
-    serving = {name: op.serving["cpu"] for name, op in backend._ops.items()}
+    before = {name: op.defaults["cpu"] for name, op in backend.ops().items()}
     compiled = module._compiled
 
-    def put(backends: dict[str, str], kernels: dict) -> None:
-        for name, op in backend._ops.items():
-            op.serving["cpu"] = backends[name]
+    def put(defaults: dict[str, Choice], kernels: dict) -> None:
+        for name, op in backend.ops().items():
+            op.defaults["cpu"] = defaults[name]
         module._compiled = kernels
-        tuned.forget()  # and what was decided for calls so far
+        # launches and decisions made so far belong to the other kernels
+        for name, loaded in list(sys.modules.items()):
+            if name.startswith(module.__package__):
+                for value in vars(loaded).values():
+                    if isinstance(value, _lru_cache_wrapper):
+                        value.cache_clear()
+        tuned.forget()
 
-    there = {name: "triton" if op._triton else "reference" for name, op in backend._ops.items()}
-    put(there, Compiled())
+    put(
+        {
+            name: Choice("triton" if "triton" in op.kernels else "reference")
+            for name, op in backend.ops().items()
+        },
+        Compiled(),
+    )
     try:
         yield
     finally:
-        put(serving, compiled)
+        put(before, compiled)
 
 
 def jobs() -> list[Job]:

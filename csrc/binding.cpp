@@ -1,5 +1,6 @@
-// Nothing is registered when the library is loaded: boft_ops_register(namespace) puts the kernels
-// under the namespace that a copy of the Python package derives from its own name.
+// C functions that Python calls through ctypes. Loading the library registers nothing:
+// boft_ops_register() registers the kernels under a namespace, which each copy of the Python
+// package derives from its own name, so that several copies can live in one process.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdio>
@@ -10,9 +11,10 @@
 
 #define BOFT_API extern "C" __attribute__((visibility("default")))
 
+// Name of the instruction set that the CPU kernels use.
 BOFT_API const char* boft_ops_isa() { return boft::cpu::isa(); }
 
-// Names, each with a comma behind it, of the ops that have a kernel on `device`.
+// Names of the operators with a kernel for `device` ("cpu" or "cuda"), each followed by a comma.
 BOFT_API const char* boft_ops_kernels(const char* device) {
 #define BOFT_NAME(OP) #OP ","
 #ifdef BOFT_OPS_CUDA
@@ -22,26 +24,13 @@ BOFT_API const char* boft_ops_kernels(const char* device) {
 #undef BOFT_NAME
 }
 
-// A number of the CPU kernels' blocking (Tunables); -1 if there is none of this name.
-BOFT_API int64_t boft_ops_get(const char* name) {
-  const auto* value = boft::cpu::tunable(name);
-  return value ? int64_t(*value) : -1;
-}
-
-// Set it for the process. Returns 0, or -1 for an unknown name or a value that it may not have.
-BOFT_API int boft_ops_set(const char* name, int64_t value) {
-  auto* found = boft::cpu::tunable(name);
-  if (!found || !boft::cpu::is_allowed(name, value)) return -1;
-  *found = value;
-  return 0;
-}
-
-// Register the kernels for `device` under `ns`. Returns 0, or -1 with the reason in err.
+// Registers the kernels for `device` under the namespace `ns`. Returns 0, or -1 with the reason in
+// `err`, which has room for err_len bytes.
 BOFT_API int boft_ops_register(const char* ns, const char* device, char* err, int err_len) {
   using torch::stable::detail::StableLibrary;
   try {
     const bool cuda = std::strcmp(device, "cuda") == 0;
-    // never freed: taking it back at exit would race torch's own static destructors
+    // Never freed: to unregister at exit would race with torch's own static destructors.
     auto* library =
         new StableLibrary(StableLibrary::Kind::IMPL, ns, cuda ? "CUDA" : "CPU", __FILE__, __LINE__);
 #ifdef BOFT_OPS_CUDA

@@ -1,5 +1,5 @@
-// What the bindings share. They are the only files that see torch, and of torch only the stable C
-// ABI (libtorch >= 2.10): one binary serves every later torch and every Python.
+// Helpers of all bindings. Only the binding files include torch, and they use its stable C ABI only
+// (libtorch >= 2.10), so that one binary serves every later torch and every Python.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,6 +19,8 @@ namespace boft::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Dtype of a tensor for the CPU kernels; raises if they do not take it. `name` starts the error
+// message: "op: argument".
 inline boft::DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return boft::DType::F32;
@@ -29,12 +31,14 @@ inline boft::DType dtype_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(false, name, ": expected float32, float64 or bfloat16, got another dtype");
 }
 
+// Dtype of a tensor that may be float32 or float64 only.
 inline boft::DType wide_dtype_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
                   name, ": expected float32 or float64, got another dtype");
   return dtype_of(t, name);
 }
 
+// Sizes of all dimensions but the last `trailing`.
 inline std::vector<int64_t> leading_sizes(const Tensor& t, int64_t trailing) {
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < t.dim() - trailing; ++i) sizes.push_back(t.size(i));
@@ -54,21 +58,25 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// True if both tensors have the same shape and dtype.
 inline bool alike(const Tensor& a, const Tensor& b) {
   return same_sizes(a, b) && a.scalar_type() == b.scalar_type();
 }
 
-// What the kernels compute in: float32 for halves.
-inline ScalarType compute_type(const Tensor& t) {
+// Dtype that the kernels compute in: float32 for bfloat16 and float16, else the tensor's own.
+inline ScalarType compute_dtype(const Tensor& t) {
   const bool half = t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
   return half ? ScalarType::Float : t.scalar_type();
 }
 
+// Address of the data of a contiguous tensor; null if there is no tensor.
 template <class T>
 const T* pointer(const std::optional<Tensor>& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
+// Raises unless the last two dimensions are equal and not 0, and there are `dim` dimensions in all;
+// a `dim` of 0 allows any number of them.
 inline void check_square(const Tensor& t, int64_t dim, const char* name) {
   STD_TORCH_CHECK(t.dim() >= 2 && (dim == 0 || t.dim() == dim) &&
                       t.size(t.dim() - 1) == t.size(t.dim() - 2) && t.size(t.dim() - 1) > 0,

@@ -1,11 +1,12 @@
-// What the operators ask of their arguments, on every device: no shape may make a kernel read outside
-// its tensors, whoever calls it.
+// Checks of the operators' arguments, for every device. The kernels check nothing, and anybody can
+// call an operator with any tensors, so no shape may pass that makes a kernel read outside of them.
 #pragma once
 
 #include "binding.h"
 
 namespace boft::binding {
 
+// Block size b of packed triangles, whose last dimension has b(b-1)/2 numbers.
 inline int64_t block_size(const Tensor& skew) {
   STD_TORCH_CHECK(skew.dim() >= 1, "cayley: skew: expected at least 1 dimension");
   const int64_t packed = skew.size(skew.dim() - 1);
@@ -16,7 +17,8 @@ inline int64_t block_size(const Tensor& skew) {
   return b;
 }
 
-// The mask of dropped blocks, one for each block of a tensor with these leading sizes.
+// Contiguous mask of dropped blocks. `sizes` are the leading sizes of the blocks: the mask has to
+// have one boolean for each.
 inline std::optional<Tensor> mask_of(const std::optional<Tensor>& drop,
                                      const std::vector<int64_t>& sizes) {
   if (!drop) return std::nullopt;
@@ -26,11 +28,15 @@ inline std::optional<Tensor> mask_of(const std::optional<Tensor>& drop,
   return torch::stable::contiguous(*drop);
 }
 
-struct Butterfly {  // of n factors of n_blocks blocks, the first of which has the given stride
+// Shape of n neighboring butterfly factors and of the stage that they make. Each factor has
+// n_blocks blocks of b x b. Factor 0 mixes chunks of b/2 features that lie `stride` = 2^first
+// chunks apart. The stage has `groups` matrices of `size` = b 2^(n-1) rows.
+struct Butterfly {
   int64_t n, n_blocks, b, stride, size, groups;
 
   Butterfly(int64_t n, int64_t n_blocks, int64_t b, int64_t first)
       : n(n), n_blocks(n_blocks), b(b) {
+    // The limits on n and `first` only keep 1 << (first + n - 1) within 63 bits.
     STD_TORCH_CHECK((b % 2 == 0 || n == 1) && 0 < n && n < 32 && 0 <= first && first < 31 &&
                         n_blocks > 0 && n_blocks % (int64_t(1) << (first + n - 1)) == 0,
                     "compose: factors: not a butterfly");
@@ -40,7 +46,7 @@ struct Butterfly {  // of n factors of n_blocks blocks, the first of which has t
     check_square(factors, 4, "compose: factors");
     return {factors.size(0), factors.size(1), factors.size(2), first};
   }
-  // Partial sums of the gradient of the stage matrices.
+  // Contiguous partial sums of the gradient of the stage matrices, (splits, groups, size, size).
   Tensor grad(const Tensor& t, const Tensor& factors) const {
     STD_TORCH_CHECK(t.dim() == 4 && t.size(0) > 0 && t.size(1) == groups && t.size(2) == size &&
                         t.size(3) == size && t.scalar_type() == factors.scalar_type(),
@@ -50,33 +56,35 @@ struct Butterfly {  // of n factors of n_blocks blocks, the first of which has t
   }
 };
 
+// Layout of a stage over the features of x, (rows, d).
 inline boft::Stage stage_of(const Tensor& x, int64_t size, int64_t chunk, int64_t stride) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions");
-  const int64_t d = x.size(1);  // sizes bounded by it first: no product of them can wrap
+  const int64_t d = x.size(1);  // size and stride are held against it first: no product overflows
   STD_TORCH_CHECK(0 < size && size <= d && 0 < chunk && chunk <= size && size % chunk == 0 &&
                       0 < stride && stride <= d / size && d % (size * stride) == 0,
                   "stage: does not fit ", d, " features");
   return {size, chunk, stride};
 }
 
-// The same of a stage's matrices, which have to be of the type that x is computed in.
+// Layout of a stage with these matrices, (d / size, size, size) in the compute dtype of x.
 inline boft::Stage stage_of(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride) {
   check_square(stage, 3, "rotate: stage");
   const auto shape = stage_of(x, stage.size(2), chunk, stride);
   STD_TORCH_CHECK(stage.size(0) * stage.size(2) == x.size(1) &&
-                      stage.scalar_type() == compute_type(x),
+                      stage.scalar_type() == compute_dtype(x),
                   "rotate: stage: expected d / size matrices in the dtype of x (float32 for "
                   "halves)");
   return shape;
 }
 
-// The same of the matrices of many adapters, and of the adapter's number of each row.
-inline boft::Stage stage_of(const Tensor& x, const Tensor& stages, const Tensor& index, int64_t chunk,
-                            int64_t stride) {
+// Layout of the stage of many adapters: `stages` is (n_adapters, d / size, size, size), and `index`
+// has the number of an adapter for each row of x.
+inline boft::Stage stage_of(const Tensor& x, const Tensor& stages, const Tensor& index,
+                            int64_t chunk, int64_t stride) {
   check_square(stages, 4, "rotate_indexed: stages");
   const auto shape = stage_of(x, stages.size(3), chunk, stride);
   STD_TORCH_CHECK(stages.size(1) * shape.size == x.size(1) &&
-                      stages.scalar_type() == compute_type(x),
+                      stages.scalar_type() == compute_dtype(x),
                   "rotate_indexed: stages: expected (adapters, d / size, size, size) in the dtype "
                   "of x (float32 for halves)");
   STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == x.size(0) &&
@@ -85,13 +93,14 @@ inline boft::Stage stage_of(const Tensor& x, const Tensor& stages, const Tensor&
   return shape;
 }
 
+// Checks the arguments of scale_backward: grad and x (rows, n), scale and center (n,).
 inline void check_scale(const Tensor& grad, const Tensor& x, const Tensor& scale,
                         const std::optional<Tensor>& center) {
   STD_TORCH_CHECK(x.dim() == 2 && alike(x, grad),
                   "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
   for (const Tensor* vector : {&scale, center ? &*center : &scale})
     STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == x.size(1) &&
-                        vector->scalar_type() == compute_type(x),
+                        vector->scalar_type() == compute_dtype(x),
                     "scale_backward: scale, center: expected (n,) in the dtype of x (float32 for "
                     "halves)");
 }

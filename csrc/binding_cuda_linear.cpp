@@ -1,5 +1,6 @@
-// A rotated layer's launches in one call each way: rows through the stage, torch's product with the
-// weight, the scale. What Python would do one by one, for the time that it takes there.
+// The operator rotate_linear: all launches of a rotated layer in one call, forward and backward. It
+// rotates the rows, multiplies them by the weight with torch's own product, and scales the result.
+// Python could do the same in separate calls, but each of them costs host time.
 #ifdef BOFT_OPS_CUDA
 #include <array>
 
@@ -8,6 +9,7 @@
 namespace boft::binding {
 namespace {
 
+// Raises unless x (rows, d) and weight (n, d) fit together.
 void check_layer(const char* op, const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
                       x.scalar_type() == weight.scalar_type(),
@@ -15,7 +17,7 @@ void check_layer(const char* op, const Tensor& x, const Tensor& weight) {
   check_device(op, x, {&weight});
 }
 
-// torch.nn.functional.linear
+// Calls torch.nn.functional.linear, for which the stable ABI has no function.
 Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
@@ -26,6 +28,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
 
 }  // namespace
 
+// Returns y (rows, n), and z = x R W^T + bias from before the scale if there is a scale and `save`
+// is set, else an empty tensor for z.
 std::tuple<Tensor, Tensor> rotated_linear_cuda(const Tensor& x, const Tensor& weight,
                                                const Tensor& stage, const MaybeTensor& scale,
                                                const MaybeTensor& bias, bool bias_in_z, bool save) {
@@ -38,6 +42,8 @@ std::tuple<Tensor, Tensor> rotated_linear_cuda(const Tensor& x, const Tensor& we
   return {scale_cuda(z, *scale, bias, bias), save ? z : none};
 }
 
+// Returns the gradient of x, `splits` partial sums of that of the stage, and those of scale and
+// bias. The last two are empty without z. `center` is the bias, which z holds.
 std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
     const Tensor& grad_, const Tensor& x, const Tensor& weight, const Tensor& stage,
     const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,

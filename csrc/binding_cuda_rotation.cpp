@@ -1,4 +1,5 @@
-// From skew-symmetric parameters to stage matrices, on a GPU.
+// Operators that make stage matrices from skew-symmetric parameters, on a GPU: cayley, compose, and
+// both in one, stage_from_skew; each with its gradient.
 #ifdef BOFT_OPS_CUDA
 #include "binding_cuda.h"
 
@@ -62,7 +63,7 @@ void check_stage_size(const char* op, const Butterfly& shape, int64_t most) {
 Tensor compose_cuda(const Tensor& factors_, int64_t first) {
   const auto dtype = wide_cuda_dtype_of(factors_, "compose: factors");
   const auto shape = Butterfly::of(factors_, first);
-  check_stage_size("compose", shape, boft::cuda::kMaxSize);
+  check_stage_size("compose", shape, boft::cuda::kMaxStage);
   const Tensor factors = torch::stable::contiguous(factors_);
   Tensor stages = torch::stable::new_empty(factors, {shape.groups, shape.size, shape.size});
   check_launch("compose",
@@ -75,7 +76,7 @@ Tensor compose_cuda(const Tensor& factors_, int64_t first) {
 Tensor compose_backward_cuda(const Tensor& factors_, const Tensor& grad_, int64_t first) {
   const auto dtype = wide_cuda_dtype_of(factors_, "compose: factors");
   const auto shape = Butterfly::of(factors_, first);
-  check_stage_size("compose_backward", shape, boft::cuda::kMaxSize);
+  check_stage_size("compose_backward", shape, boft::cuda::kMaxStage);
   check_device("compose_backward", factors_, {&grad_});
   const Tensor factors = torch::stable::contiguous(factors_), grad = shape.grad(grad_, factors_);
   Tensor factors_grad = torch::stable::empty_like(factors);

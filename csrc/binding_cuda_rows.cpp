@@ -1,4 +1,4 @@
-// What rotates the activations, on a GPU, and its gradients.
+// Operators that rotate activations, on a GPU, and their gradients.
 #ifdef BOFT_OPS_CUDA
 #include "binding_cuda.h"
 
@@ -6,11 +6,12 @@ namespace boft::binding {
 namespace {
 
 void check_size(const char* op, const boft::Stage& shape) {
-  STD_TORCH_CHECK(shape.size <= boft::cuda::kMaxSize, op, ": expected groups of at most ",
-                  boft::cuda::kMaxSize, " features, got ", shape.size);
+  STD_TORCH_CHECK(shape.size <= boft::cuda::kMaxStage, op, ": expected groups of at most ",
+                  boft::cuda::kMaxStage, " features, got ", shape.size);
 }
 
-// The partial sums of a stage's gradient and, with the stage, the gradient of x.
+// Returns partial sums of the gradient of a stage, (splits, d / size, size, size). If `stage` and
+// x_grad are given, also fills x_grad, the gradient of x.
 Tensor gram_of(const char* op, const Tensor& grad_, const Tensor& x_, const boft::Stage& shape,
                bool transpose, int64_t splits, const Tensor* stage, Tensor* x_grad) {
   const auto dtype = cuda_dtype_of(x_, op);
@@ -21,7 +22,7 @@ Tensor gram_of(const char* op, const Tensor& grad_, const Tensor& x_, const boft
   const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
   const int64_t rows = x.size(0), d = x.size(1);
   Tensor partials = torch::stable::new_empty(x, {splits, d / shape.size, shape.size, shape.size},
-                                             compute_type(x));
+                                             compute_dtype(x));
   check_launch(op, boft::cuda::rotate_backward(
                        grad.const_data_ptr(), x.const_data_ptr(),
                        stage ? stage->const_data_ptr() : nullptr,

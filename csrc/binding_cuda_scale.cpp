@@ -1,18 +1,19 @@
-// The scale of the outputs, on a GPU, and its gradients.
+// The operator scale, which scales the outputs of a layer, and its gradients, on a GPU.
 #ifdef BOFT_OPS_CUDA
 #include "binding_cuda.h"
 
 namespace boft::binding {
 namespace {
 
-// (n,) in the type that rows are computed in; small vectors may come in that of the rows.
+// Contiguous vector (n,) in the compute dtype of x. It may come in the dtype of x too, and is
+// converted then, which is cheap beside the rows.
 MaybeTensor wide_vector(const Tensor& x, const MaybeTensor& t, const char* name) {
   if (!t) return std::nullopt;
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1) &&
-                      (t->scalar_type() == compute_type(x) || t->scalar_type() == x.scalar_type()),
+                      (t->scalar_type() == compute_dtype(x) || t->scalar_type() == x.scalar_type()),
                   name, ": expected (n,) in the dtype of x, or float32 for halves");
-  const bool wide = t->scalar_type() == compute_type(x);
-  return torch::stable::contiguous(wide ? *t : torch::stable::to(*t, compute_type(x)));
+  const bool wide = t->scalar_type() == compute_dtype(x);
+  return torch::stable::contiguous(wide ? *t : torch::stable::to(*t, compute_dtype(x)));
 }
 
 }  // namespace

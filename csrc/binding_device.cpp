@@ -1,4 +1,4 @@
-// Where the CUDA kernels run: torch's current stream.
+// Looks up torch's current CUDA stream, on which the kernels run.
 #ifdef BOFT_OPS_CUDA
 #include <dlfcn.h>
 
@@ -6,8 +6,8 @@
 
 namespace boft::binding {
 
-// libtorch_cuda is looked up, not linked: it exists beside a torch with CUDA only, and the same
-// library is to load beside any.
+// libtorch_cuda is looked up at run time and not linked, because only a torch with CUDA has it, and
+// this library has to load beside any torch.
 boft::cuda::Queue queue_of(const Tensor& t) {
   using Get = int32_t (*)(int32_t device, void** stream);
   static const Get get = [] {

@@ -1,4 +1,5 @@
-// The rotated linear layer as one matrix product, in float32.
+// The operator rotated_linear, a rotated layer as one matrix product in float32, on a CPU, and its
+// gradients.
 #include "binding_ops.h"
 
 namespace boft::binding {
@@ -10,10 +11,10 @@ int64_t panels_of(int64_t rows) {
   return (rows + boft::cpu::linear_panel() - 1) / boft::cpu::linear_panel();
 }
 
+// Sizes of a call, with x (rows, d), weight (n, d) and stage (d / size, size, size).
 struct Shape {
   int64_t rows, d, n, size;
-  // Rows whose packed operand is held at a time: it stays in the last-level cache, more or less.
-  const int64_t at_once = boft::cpu::tunables().linear_rows;
+  static constexpr int64_t at_once = boft::cpu::kLinearPackedRows;
 
   Shape(const Tensor& x, const Tensor& weight, const Tensor& stage) {
     STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
@@ -28,13 +29,14 @@ struct Shape {
                     "divides 192");
   }
 
+  // Contiguous scale or bias, (n,).
   std::optional<Tensor> vector(const MaybeTensor& t) const {
     if (!t) return std::nullopt;
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n && t->scalar_type() == ScalarType::Float,
                     "rotated_linear: scale, bias: expected (n,) in float32");
     return torch::stable::contiguous(*t);
   }
-  // Room for the packed panels of as many rows as are packed at a time.
+  // Memory for the packed panels of at_once rows of `columns` columns.
   Tensor packed(const Tensor& like, int64_t columns) const {
     const int64_t most = std::min(rows, at_once);
     return torch::stable::new_empty(like, {panels_of(most) * boft::cpu::linear_panel() * columns});
@@ -44,7 +46,8 @@ struct Shape {
 float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-// out[j] = sum over `parts` of in[part][j], in double, in order.
+// Computes out[j] = sum over part of in[part][j], in double and in the order of the parts; `in` is
+// (parts, n).
 void sum_parts(const float* in, float* out, int64_t parts, int64_t n) {
   parallel_for(0, n, std::max<int64_t>(64, boft::cpu::grain_of(parts)),
                [&](int64_t begin, int64_t end) {

@@ -1,4 +1,5 @@
-// The operators as torch calls them. Their schemas, fakes and fallbacks are defined in Python.
+// The operators as torch calls them. Python defines their schemas, their fake implementations, and
+// the references that say what they compute.
 #pragma once
 
 #include "binding.h"
@@ -45,8 +46,8 @@ Tensor stage_from_skew_backward_cuda(const Tensor& blocks, const MaybeTensor& dr
                                      const Tensor& grad);
 Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
                    bool transpose);
-Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& index, int64_t chunk,
-                           int64_t stride, bool transpose);
+Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& index,
+                           int64_t chunk, int64_t stride, bool transpose);
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
                                                 const Tensor& stage, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits);
@@ -67,13 +68,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
 
 }  // namespace boft::binding
 
-// Every operator with a kernel for the CPU.
+// Names of the operators with a CPU kernel: <name>_cpu is registered for each.
 #define BOFT_CPU_OPS(OP)                                                                       \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)          \
   OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram)      \
   OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)
 
-// Every operator with a kernel for NVIDIA GPUs, where they are compiled at all.
+// Names of the operators with a CUDA kernel: <name>_cuda is registered for each, if csrc/cuda was
+// compiled.
 #define BOFT_CUDA_OPS(OP)                                                                    \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)        \
   OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram)    \

@@ -1,4 +1,5 @@
-// From skew-symmetric parameters to stage matrices: cayley, compose, and both in one.
+// Operators that make stage matrices from skew-symmetric parameters, on a CPU: cayley, compose, and
+// both in one, rotation; each with its gradient.
 #include "binding_checks.h"
 #include "binding_ops.h"
 
@@ -9,7 +10,8 @@ int64_t tiles_of(int64_t n_blocks) {
   return (n_blocks + boft::cpu::kTile - 1) / boft::cpu::kTile;
 }
 
-// Run body(begin, end) over the tiles of n blocks, enough of them at a time to outweigh a thread.
+// Calls body(begin, end) for parts of the tiles of n_blocks blocks. A part is large enough to be
+// worth a thread.
 template <class F>
 void over_tiles(int64_t n_blocks, int64_t b, F body) {
   torch::stable::parallel_for(0, tiles_of(n_blocks), boft::cpu::grain_of(b * b * b, 2), body);
@@ -57,11 +59,12 @@ Tensor cayley_backward_cpu(const Tensor& blocks_, const MaybeTensor& drop_,
 
 namespace {
 
+// Number of groups that are worth a thread. A larger share stands for more work on each group.
 int64_t grain(const Butterfly& shape, int64_t share) {
   return boft::cpu::grain_of(shape.size * shape.size * shape.b, share);
 }
 
-// Sums of partial gradients have one part on a CPU.
+// Contiguous gradient of the stage matrices. On a CPU it always is one part.
 Tensor one_grad(const Butterfly& shape, const Tensor& grad, const Tensor& factors) {
   STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == 1,
                   "compose_backward: grad: expected one part of a stage matrices' gradient");
@@ -86,7 +89,8 @@ Tensor compose_cpu(const Tensor& factors_, int64_t first) {
 Tensor compose_backward_cpu(const Tensor& factors_, const Tensor& grad_, int64_t first) {
   const auto dtype = wide_dtype_of(factors_, "compose: factors");
   const auto shape = Butterfly::of(factors_, first);
-  const Tensor factors = torch::stable::contiguous(factors_), grad = one_grad(shape, grad_, factors_);
+  const Tensor factors = torch::stable::contiguous(factors_);
+  const Tensor grad = one_grad(shape, grad_, factors_);
   Tensor factors_grad = torch::stable::empty_like(factors);
   const void *in = factors.const_data_ptr(), *upstream = grad.const_data_ptr();
   void* out = factors_grad.mutable_data_ptr();
@@ -99,7 +103,8 @@ Tensor compose_backward_cpu(const Tensor& factors_, const Tensor& grad_, int64_t
 
 namespace {
 
-// The blocks of whole groups, factor by factor: what one thread transforms before it composes them.
+// Calls body(first block, number of blocks) once for each factor, for its blocks in the groups
+// [begin, end). They are the blocks that a thread transforms before it composes those groups.
 template <class F>
 void over_group_blocks(const Butterfly& shape, int64_t begin, int64_t end, F body) {
   const int64_t per_group = shape.size / shape.b;
@@ -107,7 +112,7 @@ void over_group_blocks(const Butterfly& shape, int64_t begin, int64_t end, F bod
     body(i * shape.n_blocks + begin * per_group, (end - begin) * per_group);
 }
 
-// `byte_size` bytes times `index` behind a pointer.
+// Address of element `index` behind a pointer, for elements of byte_size bytes.
 template <class P>
 P behind(P pointer, int64_t index, int64_t byte_size) {
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<P>>, const char, char>;

@@ -1,11 +1,12 @@
-// What touches the activations: rotate and its gradients, the gradients of the scale.
+// Operators that read or write activations, on a CPU: rotate, rotate_indexed, scale, and their
+// gradients. The kernels divide work by whole rows, groups or columns.
 #include "binding_checks.h"
 #include "binding_ops.h"
 
 namespace boft::binding {
 namespace {
 
-// Rows and groups are whole units of work: any split over threads gives the same bits.
+// Contiguous matrices of a stage as the kernels apply them: transposed for x R^T.
 Tensor as_applied(const Tensor& stage, bool transpose) {
   const int64_t last = stage.dim() - 1;
   return torch::stable::contiguous(transpose ? torch::stable::transpose(stage, last - 1, last)
@@ -50,14 +51,15 @@ Tensor rotate_indexed_cpu(const Tensor& x_, const Tensor& stages_, const Tensor&
 
 namespace {
 
-// The Gram and, with a stage, the gradient of x; (1, groups, size, size).
+// Returns the gradient of a stage, (1, groups, size, size). If `stage` and x_grad are given, also
+// fills x_grad, the gradient of x.
 Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::Stage& shape, bool transpose,
                const Tensor* stage, Tensor* x_grad) {
   const auto dtype = dtype_of(x_, "gram: x");
   STD_TORCH_CHECK(alike(x_, grad_), "gram: grad: expected the shape and dtype of x");
   const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
   const int64_t rows = x.size(0), d = x.size(1), groups = d / shape.size;
-  Tensor out = torch::stable::new_empty(x, {1, groups, shape.size, shape.size}, compute_type(x));
+  Tensor out = torch::stable::new_empty(x, {1, groups, shape.size, shape.size}, compute_dtype(x));
   const void *left = x.const_data_ptr(), *right = grad.const_data_ptr();
   const void* matrices = stage ? stage->const_data_ptr() : nullptr;
   void *to = out.mutable_data_ptr(), *dx = x_grad ? x_grad->mutable_data_ptr() : nullptr;
@@ -95,7 +97,7 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
 
 namespace {
 
-// bias - scale * center: exactly 0 where scale is 1 and both agree.
+// Fills shift = bias - scale * center, which is exactly 0 where scale is 1 and center equals bias.
 template <class C>
 void shift_of(const Tensor& scale, const Tensor& center, const Tensor& bias, Tensor& shift) {
   const auto data = [](const Tensor& t) { return static_cast<const C*>(t.const_data_ptr()); };
@@ -113,7 +115,7 @@ Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cent
   STD_TORCH_CHECK(center.has_value() == bias.has_value(),
                   "scale: center, bias: expected both or none");
   const int64_t rows = x_.size(0), n = x_.size(1);
-  const auto wide = compute_type(x_);
+  const auto wide = compute_dtype(x_);
   const auto vector = [&](const Tensor& t) {
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n, "scale: expected vectors (n,)");
     return torch::stable::contiguous(torch::stable::to(t, wide));

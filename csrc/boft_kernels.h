@@ -1,124 +1,172 @@
-// The kernels' own interface: raw pointers and sizes. Neither this header nor any kernel file
-// includes torch; csrc/binding* translate between the two.
+// Interface of the CPU kernels: raw pointers and sizes. Neither this header nor any file of
+// csrc/cpu includes torch; csrc/binding*.cpp translate between tensors and these functions.
+//
+// Rules that hold for every kernel below:
+// - It checks nothing. The bindings check shapes and dtypes, and report errors.
+// - It takes every size, unless a limit is named here. boft_ops calls it for those sizes only for
+//   which it is faster than a BLAS.
+// - Tensors are contiguous, row-major, and aligned to their elements only.
+// - Sizes, strides and ranges count elements, rows, blocks or groups, never bytes.
+// - [begin, end) is the part of the work that this call does. The parts are independent and no sum
+//   crosses them, so any split over threads gives the same bits.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 namespace boft {
 
+// Element type of the tensors that a kernel reads and writes.
 enum class DType : int { F32, F64, BF16 };
 
-// Where the features of a stage's dense blocks lie. Group g of the size x size blocks holds chunks
-// `stride` apart: with h = g div stride and l = g mod stride, element (c, e) of it is feature
-// ((h * size / chunk + c) * stride + l) * chunk + e.
+// Position of the features that a stage mixes. A stage is a product of neighboring butterfly
+// factors. It consists of d / size dense matrices of size x size, one for each group of features.
+// A group is size / chunk chunks of `chunk` neighboring features; they lie `stride` chunks apart.
+// With h = g div stride and l = g mod stride, element e of chunk c of group g is feature
+// ((h * size / chunk + c) * stride + l) * chunk + e. `chunk` divides size, size * stride divides d.
 struct Stage {
   int64_t size, chunk, stride;
 };
 
 namespace cpu {
 
-// The instruction set that this machine's kernels run on.
+// Name of the instruction set that the kernels use on this machine: "baseline", "avx2", "avx512".
 const char* isa();
 
-// How work is cut, for the whole process (docs/tuning.md): never in which order numbers are added,
-// so that results do not depend on them.
-struct Tunables {
-  std::atomic<int64_t> grain;           // multiply-adds that a thread is to get at least
-  std::atomic<int64_t> linear_outputs;  // of one packed block of the weight; a multiple of 192
-  std::atomic<int64_t> linear_rows;     // packed at a time; a multiple of kLinearRows
-};
-Tunables& tunables();
-// By its name; null if there is none.
-std::atomic<int64_t>* tunable(const char* name);
-// Whether it may have this value.
-bool is_allowed(const char* name, int64_t value);
-// How many items of so many multiply-adds each make 1 / share of the grain; at least 1.
-int64_t grain_of(int64_t work, int64_t share = 1);
+// Least number of multiply-adds that a thread gets. It changes how work is divided, never the order
+// in which numbers are added, so results do not depend on the number of threads.
+constexpr int64_t kGrain = 65536;
+// Number of items that make up one grain, if an item costs share * work multiply-adds; at least 1.
+inline int64_t grain_of(int64_t work, int64_t share = 1) {
+  const int64_t items = kGrain / (share * (work < 1 ? 1 : work));
+  return items < 1 ? 1 : items;
+}
 
-// Blocks are handled in tiles of this many, one per vector lane.
+// Number of blocks in a tile of the Cayley kernels: one block for each vector lane.
 constexpr int64_t kTile = 8;
 
-// Cayley transform R = (I + Q)(I - Q)^-1 of the blocks of tiles [tile_begin, tile_end).
-//   skew:   (n_blocks, b(b-1)/2) packed strict upper triangles, row-major
-//   drop:   (n_blocks,), true for blocks that are to be the identity; or null
-//   blocks: (n_blocks, b, b)
-// Any split of the tiles over threads gives the same bits.
+// Computes the Cayley transform R = (I + Q)(I - Q)^-1 of the blocks in the tiles
+// [tile_begin, tile_end), in double, rounded once to `dtype`.
+//   skew:   (n_blocks, b(b-1)/2), strict upper triangles of the Q, packed row-major
+//   drop:   (n_blocks,), true for a block that is to be the identity; null if there is none
+//   blocks: (n_blocks, b, b), output
+//   dtype:  of skew and blocks
 void cayley(const void* skew, const bool* drop, void* blocks, int64_t n_blocks, int64_t b,
             int64_t tile_begin, int64_t tile_end, DType dtype);
 
-// Its gradient: U = 1/2 (I + R)^T G (I + R)^T, skew_grad_ij = U_ij - U_ji for i < j; 0 for blocks
-// that were dropped.
-//   blocks, grad: (n_blocks, b, b);  skew_grad: (n_blocks, b(b-1)/2)
+// Computes the gradient of `cayley`, in double. With G the gradient of R and
+// U = 1/2 (I + R)^T G (I + R)^T it is skew_grad_ij = U_ij - U_ji for i < j, and 0 for a dropped
+// block. R is all that is needed from the forward pass.
+//   blocks, grad: (n_blocks, b, b), R and G
+//   skew_grad:    (n_blocks, b(b-1)/2), output
 void cayley_backward(const void* blocks, const bool* drop, const void* grad, void* skew_grad,
                      int64_t n_blocks, int64_t b, int64_t tile_begin, int64_t tile_end,
                      DType dtype);
 
-// Stage matrices of the groups [begin, end): the product C_{n-1} ... C_0 of n butterfly factors,
-// the first of which has the given stride (in chunks of b/2 features).
-//   factors: (n, n_blocks, b, b) -> stages: (n_blocks b / size, size, size), size = b 2^(n-1)
-// float32 or float64, computed in the same type.
+// Multiplies n butterfly factors to the dense matrices C_{n-1} ... C_0 of one stage, for the groups
+// [begin, end). Computed in `dtype`, which is float32 or float64.
+//   factors: (n, n_blocks, b, b), where b is even if n > 1
+//   stages:  (n_blocks b / size, size, size) with size = b 2^(n-1), output
+//   stride:  distance of the chunks that factor 0 mixes, in chunks of b/2 features: a power of two
 void compose(const void* factors, void* stages, int64_t n, int64_t n_blocks, int64_t b,
              int64_t stride, int64_t begin, int64_t end, DType dtype);
-// Its gradient: (n, n_blocks, b, b) from that of the stages. Each group writes its own blocks.
+// Computes the gradient of `compose`. Each group writes the gradients of its own blocks only.
+//   grad:         of the stages, shaped like them
+//   factors_grad: (n, n_blocks, b, b), output
 void compose_backward(const void* factors, const void* grad, void* factors_grad, int64_t n,
                       int64_t n_blocks, int64_t b, int64_t stride, int64_t begin, int64_t end,
                       DType dtype);
 
-// Rows [begin, end) of y = x R, R block-diagonal over groups; x and y are (rows, d).
-//   stages: (d / size, size, size), as they are to be applied: transpose them for x R^T
-// float32, float64, or bfloat16 with float32 stages, in which it is computed then.
+// Computes rows [begin, end) of y = x R, where R is block-diagonal over the groups of the stage.
+//   x, y:   (rows, d)
+//   stages: (d / size, size, size), the matrices as they are applied: transposed for x R^T
+//   dtype:  of x and y. The stages have the same dtype, but float32 if it is bfloat16; the products
+//           are computed in the dtype of the stages.
 void rotate(const void* x, const void* stages, void* y, int64_t d, Stage stage, int64_t begin,
             int64_t end, DType dtype);
-// The same with one set of stages for each row: stages are (n_adapters, d / size, size, size), and
-// row i takes those of index[i], or is copied where that is -1. Any other index gives NaN.
+// Computes the same with an adapter for each row: row i is multiplied by the matrices of adapter
+// index[i]. It is copied if index[i] is -1, and filled with NaN if it is any other number outside
+// of [0, n_adapters), since the index is not checked before the kernel runs.
+//   stages: (n_adapters, d / size, size, size)
+//   index:  (rows,)
 void rotate_indexed(const void* x, const void* stages, const int32_t* index, void* y,
                     int64_t n_adapters, int64_t d, Stage stage, int64_t begin, int64_t end,
                     DType dtype);
-// Groups [begin, end) of the gradients of `rotate`: x_grad = grad stages, unless it is null, and the Gram x^T
-// grad (grad^T x if `transpose`) over all rows, in the dtype of the stages.
+// Computes the gradients of `rotate` for groups [begin, end), over all rows.
+//   grad, x:     (rows, d), the gradient of y, and x
+//   stages:      the matrices that grad is multiplied by; unused if x_grad is null
+//   x_grad:      (rows, d), output: grad times the stages; null if it is not wanted
+//   stages_grad: (d / size, size, size), output in the dtype of the stages: x^T grad of each group,
+//                or grad^T x if `transpose`
 void rotate_backward(const void* grad, const void* x, const void* stages, void* x_grad,
                      void* stages_grad, int64_t rows, int64_t d, Stage stage, bool transpose,
                      int64_t begin, int64_t end, DType dtype);
 
-// y = scale * (x R W^T) + bias as one matrix product, float32, for a stage with stride 1.
-// Tokens are handled in panels of linear_panel() rows, and those in blocks of kLinearRows; a block
-// times some of the outputs is a unit of work. Any split of panels or units gives the same bits.
+// The next functions compute y = scale * (x R W^T) + bias as one matrix product, in float32, for a
+// stage with stride 1. Rows of x are packed in panels of linear_panel() rows. Panels are multiplied
+// in blocks of kLinearRows rows. One block times a few outputs is a unit of work.
 constexpr int64_t kLinearRows = 512;
-constexpr int64_t kLinearOutputs = 192;  // of which a packed block of the weight has a multiple
+// Rows that are packed at a time, so few that the packed rows stay in the last-level cache, more or
+// less; a multiple of kLinearRows.
+constexpr int64_t kLinearPackedRows = 1024;
+// Limit: a packed block of W has this many outputs, and the size of the stage has to divide it, so
+// that a unit of work has whole groups.
+constexpr int64_t kLinearOutputs = 192;
+// Number of rows in a panel; depends on the instruction set.
 int64_t linear_panel();
-// Whether a stage of this size has a kernel.
+// True if the kernels take a stage of this size, because it divides kLinearOutputs.
 bool linear_takes(int64_t size);
+// Number of units of work in a product of `rows` rows with `outputs` outputs, if each unit is to
+// have whole groups of `size` outputs.
 int64_t linear_units(int64_t rows, int64_t outputs, int64_t size);
 
-// Panels [begin, end) of x R, as `linear` reads them.
-//   x: (rows, d);  stages: (d / size, size, size);  packed: d times the rows of all panels
+// Rotates rows and packs them for `linear`: panels [begin, end) of x R.
+//   x:      (rows, d)
+//   stages: (d / size, size, size)
+//   packed: (panels, d, linear_panel()), output; the last panel is padded with zeros
 void linear_pack(const float* x, const float* stages, float* packed, int64_t rows, int64_t d,
                  int64_t size, int64_t begin, int64_t end);
-// Units [begin, end) of linear_units(rows, n, 1).
-//   weight: (n, d);  scale, bias: (n,) or null;  y: (rows, n);  z: x R W^T, (rows, n), or null
+// Multiplies the packed rows by W: units [begin, end) of linear_units(rows, n, 1).
+//   weight:      (n, d)
+//   scale, bias: (n,); null for 1 and for 0
+//   y:           (rows, n), output
+//   z:           (rows, n), output: x R W^T, which the gradient of the scale needs; null if it is
+//                not wanted
 void linear(const float* packed, const float* weight, const float* scale, const float* bias,
             float* y, float* z, int64_t rows, int64_t d, int64_t n, int64_t begin, int64_t end);
 
-// Panels [begin, end) of grad * scale and, for each of them, the sums over its rows.
-//   grad: (rows, n);  z: the same or null;  scale: (n,) or null
-//   scale_sums, bias_sums: (panels, n), sums of grad * z and of grad
+// Packs panels [begin, end) of grad * scale for `linear_backward` and sums their rows.
+//   grad:       (rows, n), the gradient of y
+//   z:          (rows, n) from `linear`; null if there is no gradient of the scale
+//   scale:      (n,); null for 1
+//   packed:     (panels, n, linear_panel()), output; the last panel is padded with zeros
+//   scale_sums: (panels, n), output: sums of grad * z over the rows of a panel; 0 if z is null
+//   bias_sums:  (panels, n), output: sums of grad
 void linear_backward_pack(const float* grad, const float* z, const float* scale, float* packed,
                           float* scale_sums, float* bias_sums, int64_t rows, int64_t n,
                           int64_t begin, int64_t end);
-// Units [begin, end) of linear_units(rows, d, size) of the gradients of x and of the stages.
-//   stages: R^T, (d / size, size, size);  grams: (blocks of rows, d / size, size, size)
+// Computes the gradients of x and of the stages: units [begin, end) of linear_units(rows, d, size).
+//   weight: (n, d);  x: (rows, d)
+//   stages: (d / size, size, size), the matrices of R^T
+//   x_grad: (rows, d), output
+//   grams:  (blocks of kLinearRows rows, d / size, size, size), output: for each block of rows and
+//           each group x^T g, g being the gradient of x R. Their sum over the blocks of rows is the
+//           gradient of the matrices of R.
 void linear_backward(const float* packed, const float* weight, const float* x, const float* stages,
                      float* x_grad, float* grams, int64_t rows, int64_t d, int64_t n, int64_t size,
                      int64_t begin, int64_t end);
 
-// Rows [begin, end) of y = scale * x + shift, x: (rows, n). Types as below.
+// Computes rows [begin, end) of y = scale * x + shift.
+//   x, y:         (rows, n) in `dtype`
+//   scale, shift: (n,) in `dtype`, but float32 if it is bfloat16
 void scale(const void* x, const void* scale, const void* shift, void* y, int64_t n, int64_t begin,
            int64_t end, DType dtype);
 
-// Columns [begin, end) of the gradients of y = scale * (x - center) + bias, from grad (rows, n):
-//   x_grad = grad * scale, and the column sums scale_grad of grad * (x - center), bias_grad of grad
-// float32, float64, or bfloat16 with float32 scale, center and sums.
+// Computes columns [begin, end) of the gradients of y = scale * (x - center) + bias.
+//   grad, x:       (rows, n) in `dtype`
+//   scale, center: (n,) in `dtype`, but float32 if it is bfloat16
+//   x_grad:        (rows, n), output: grad * scale
+//   scale_grad:    (n,), output: sums of grad * (x - center) over the rows, in the dtype of scale
+//   bias_grad:     (n,), output: sums of grad, in the dtype of scale
 void scale_backward(const void* grad, const void* x, const void* scale, const void* center,
                     void* x_grad, void* scale_grad, void* bias_grad, int64_t rows, int64_t n,
                     int64_t begin, int64_t end, DType dtype);

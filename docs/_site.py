@@ -86,9 +86,9 @@ def _not_placed(api: str) -> list[str]:
     placed = set(re.findall(r"^::: \S+\.(\w+)$", api, re.MULTILINE))
     found = []
     for line in tree.body:
-        # "from .cayley import cayley", but not "from . import _paths"
-        if isinstance(line, ast.ImportFrom) and line.level == 1 and line.module != "_version":
-            names = [alias.name for alias in line.names if line.module]
+        # "from .ops.cayley import cayley", but not "from ._runtime import paths"
+        if isinstance(line, ast.ImportFrom) and not line.module.startswith("_"):
+            names = [alias.name for alias in line.names]
             found += [f"boft_ops.{line.module}.{n}" for n in names if n not in placed]
     return found
 

@@ -17,7 +17,7 @@ os.environ.pop("PYTEST_XDIST_WORKER", None)
 os.environ["BOFT_OPS_AUTOTUNE"] = "0"  # built-in defaults, whatever was measured on this machine
 
 from boft_ops._runtime import backend as backends
-from boft_ops._runtime import native, tuned
+from boft_ops._runtime import tuned
 
 # In CI the same examples every time; elsewhere new ones, which may find what nobody thought of.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -76,4 +76,3 @@ def tuned_cache(tmp_path, monkeypatch):
     tuned.forget()
     yield tmp_path / "cache" / "tuned"
     tuned.forget()
-    native.set_tunables(native.DEFAULTS)

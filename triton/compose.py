@@ -1,27 +1,29 @@
 """Triton kernels that compose butterfly factors into dense stages, and their gradient.
 
-A factor joins groups of s features in pairs into groups of 2s. Its work falls into *units*: unit
-u = 2k + h is the half h of block k, which meets the inner group h of the pair only:
+A factor joins groups of s features in pairs into groups of 2s. Its work falls into *units*. Unit
+u = 2k + h is the half h of block k; it meets only the inner group h of the pair:
 
     outer[e, t] = sum_q block[e, h r + q] inner[c r + q, t],    e < b, q < r = b/2, t < s,
 
 where c is the chunk of the block, row e lies in chunk c of half e div r of the outer group, and
 column t in its half h. So no structural zero is multiplied, and permutations are arithmetic on
-offsets. Units are independent: one launch per factor, or all of them in one program that owns
-whole groups (rotation.py). No tl.dot: b/2 may be 1, and float32 stays float32.
+offsets. Units are independent: one launch per factor (here), or all in one program that owns whole
+groups (rotation.py). tl.dot is not used: b/2 may be 1, and float32 products are to be exact.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
 from .config import config_for
-from .launch import Launch, cdiv, remembered
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 
 
 @triton.jit
 def _offsets(unit, first, b: tl.constexpr, s: tl.constexpr):
-    """Where the operands of each unit begin: in the factor, the inner and the outer groups."""
+    """Offsets at which the operands of each unit begin: in factor, inner and outer groups."""
     r: tl.constexpr = b // 2
     chunks: tl.constexpr = s // r
     block = unit // 2
@@ -38,7 +40,7 @@ def _offsets(unit, first, b: tl.constexpr, s: tl.constexpr):
 
 @triton.jit
 def _indices(unit, n_units, b: tl.constexpr, s: tl.constexpr, B: tl.constexpr, T: tl.constexpr):
-    """Rows e and columns t of the units' [U, B, T] tile, and which of them exist."""
+    """Rows e and columns t of the units' [U, B, T] tile, and a mask of each."""
     e = tl.arange(0, B)[None, :, None]
     t = tl.arange(0, T)[None, None, :]
     exists = (unit < n_units)[:, None, None]
@@ -58,7 +60,20 @@ def join(
     B: tl.constexpr,
     T: tl.constexpr,
 ):
-    """The outer groups' part that belongs to these units, unit being [U]."""
+    """Compute the part of the outer groups that belongs to some units.
+
+    Args:
+        factor_ptr: (n_blocks, b, b) blocks of the factor; float32 or float64.
+        inner_ptr: (n_blocks b / s, s, s) inner groups; dtype of the factor.
+        outer_ptr: (n_blocks b / 2s, 2s, 2s) result; dtype of the factor.
+        unit: [U] numbers of the units.
+        n_units: units that exist, 2 n_blocks.
+        first: index of the stage's first factor in the butterfly; 2**first groups interleave.
+        b: block size.
+        s: features of an inner group.
+        B: b, padded to a power of two.
+        T: s, padded likewise: B (s / b).
+    """
     r: tl.constexpr = b // 2
     e, t, rows, columns = _indices(unit, n_units, b, s, B, T)
     block, inner, outer = _offsets(unit[:, None, None], first, b, s)
@@ -90,9 +105,27 @@ def unjoin(
     B: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Gradient of ``join``: that of the outer groups is the sum of ``splits`` partial ones.
+    """Gradient of ``join``.
 
-    They are added in their order as they are loaded, so that the sum is the same in every run.
+    The gradient of the outer groups comes as ``splits`` partial sums. They are added in a fixed
+    order, so that the result is the same in every run.
+
+    Args:
+        factor_ptr: (n_blocks, b, b) blocks of the factor; float32 or float64.
+        inner_ptr: (n_blocks b / s, s, s) inner groups; dtype of the factor.
+        grad_ptr: (n_blocks b / 2s, 2s, 2s) first partial gradient of the outer groups; dtype of
+            the factor.
+        factor_grad_ptr: gradient of the factor, like it.
+        inner_grad_ptr: gradient of the inner groups, like them.
+        unit: [U] numbers of the units.
+        n_units: units that exist, 2 n_blocks.
+        first: as for ``join``.
+        splits: number of partial gradients.
+        split_stride: elements from one partial gradient to the next.
+        b: block size.
+        s: features of an inner group.
+        B: b, padded to a power of two.
+        T: s, padded likewise: B (s / b).
     """
     r: tl.constexpr = b // 2
     e, t, rows, columns = _indices(unit, n_units, b, s, B, T)
@@ -127,6 +160,20 @@ def compose_kernel(
     T: tl.constexpr,
     U: tl.constexpr,
 ):
+    """Compose one more factor with the product of those before it, U units per program.
+
+    Args:
+        factor_ptr: (n_blocks, b, b) blocks of the factor; float32 or float64.
+        inner_ptr: (n_blocks b / s, s, s) product so far; dtype of the factor.
+        outer_ptr: (n_blocks b / 2s, 2s, 2s) result; dtype of the factor.
+        n_units: 2 n_blocks.
+        first: as for ``join``.
+        b: block size.
+        s: features of an inner group.
+        B: b, padded to a power of two.
+        T: s, padded likewise: B (s / b).
+        U: units per program.
+    """
     unit = tl.program_id(0).to(tl.int64) * U + tl.arange(0, U)
     join(factor_ptr, inner_ptr, outer_ptr, unit, n_units, first, b, s, B, T)
 
@@ -148,66 +195,96 @@ def compose_backward_kernel(
     T: tl.constexpr,
     U: tl.constexpr,
 ):
+    """Gradient of ``compose_kernel``, U units per program.
+
+    Args:
+        factor_ptr: (n_blocks, b, b) blocks of the factor; float32 or float64.
+        inner_ptr: (n_blocks b / s, s, s) product of the factors before it; dtype of the factor.
+        grad_ptr: (splits, n_blocks b / 2s, 2s, 2s) partial gradients of the result, which are
+            summed; dtype of the factor.
+        factor_grad_ptr: gradient of the factor, like it.
+        inner_grad_ptr: gradient of the product before it, like that.
+        n_units: 2 n_blocks.
+        first: as for ``join``.
+        splits: number of partial gradients.
+        split_stride: elements of one partial gradient.
+        b: block size.
+        s: features of an inner group.
+        B: b, padded to a power of two.
+        T: s, padded likewise: B (s / b).
+        U: units per program.
+    """
     unit = tl.program_id(0).to(tl.int64) * U + tl.arange(0, U)
     unjoin(
-        factor_ptr,
-        inner_ptr,
-        grad_ptr,
-        factor_grad_ptr,
-        inner_grad_ptr,
-        unit,
-        n_units,
-        first,
-        splits,
-        split_stride,
-        b,
-        s,
-        B,
-        T,
-    )
+        factor_ptr, inner_ptr, grad_ptr, factor_grad_ptr, inner_grad_ptr,
+        unit, n_units, first, splits, split_stride, b, s, B, T,
+    )  # fmt: skip
 
 
-def compose(factors: torch.Tensor, first: int) -> torch.Tensor:
-    """(n, K, b, b) -> (K b / size, size, size), size = b << (n - 1); checked by the caller."""
+def compose(factors: torch.Tensor, first: int, *, tile: MeasuredTile = ()) -> torch.Tensor:
+    """Launch ``compose_kernel`` for each factor but the first. The caller checks the arguments.
+
+    Args:
+        factors: (n, K, b, b), float32 or float64.
+        first: as for ``join``.
+        tile: measured fields of ``ComposeConfig``.
+
+    Returns:
+        Stage (K b / size, size, size), size = b << (n - 1).
+    """
     factors = factors.contiguous()
-    return factors[0].clone() if len(factors) == 1 else _partial(factors, first)[-1]
+    return factors[0].clone() if len(factors) == 1 else _products(factors, first, tile)[-1]
 
 
-def compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
-    """Factors and (splits, K b / size, size, size) -> (n, K, b, b); checked by the caller.
+def compose_backward(
+    factors: torch.Tensor, grad: torch.Tensor, first: int, *, tile: MeasuredTile = ()
+) -> torch.Tensor:
+    """Launch ``compose_backward_kernel`` for each factor but the first, in reverse order.
 
-    The gradient of the stage is the sum of ``grad`` over its first dimension.
+    The products of the factors are computed again. The caller checks the arguments.
+
+    Args:
+        factors: (n, K, b, b), float32 or float64.
+        grad: (splits, K b / size, size, size) partial gradients of the stage, which are summed.
+        first: as for ``join``.
+        tile: measured fields of ``ComposeConfig``.
+
+    Returns:
+        Gradient of the factors, like them.
     """
     if len(factors) == 1:
         return grad.sum(0, keepdim=True)
     factors, grad = factors.contiguous(), grad.contiguous()
     factors_grad = torch.empty_like(factors)
-    groups = _partial(factors[:-1], first)
+    products = _products(factors[:-1], first, tile)
     for i in range(len(factors) - 1, 0, -1):
-        inner = groups[i - 1]
+        inner = products[i - 1]
         inner_grad = torch.empty_like(inner) if i > 1 else factors_grad[0]
         sizes = *factors.shape[1:3], inner.shape[-1]
-        launch = _launch_of(True, *sizes, first, len(grad), grad[0].numel())
+        launch = _launch_for(True, *sizes, first, len(grad), grad[0].numel(), tile=tile)
         launch(factors[i], inner, grad, factors_grad[i], inner_grad)
         grad = inner_grad[None]
     return factors_grad
 
 
-def _partial(factors: torch.Tensor, first: int) -> list[torch.Tensor]:
-    """The product of the first 1, 2, ... factors, each (K b / s, s, s)."""
-    groups = [factors[0]]
+def _products(factors: torch.Tensor, first: int, tile: MeasuredTile) -> list[torch.Tensor]:
+    """Products of the first 1, 2, ... factors, each (K b / s, s, s)."""
+    products = [factors[0]]
     for factor in factors[1:]:
-        n_groups, s, _ = groups[-1].shape
+        n_groups, s, _ = products[-1].shape
         outer = factors.new_empty(n_groups // 2, 2 * s, 2 * s)
-        _launch_of(False, *factors.shape[1:3], s, first)(factor, groups[-1], outer)
-        groups.append(outer)
-    return groups
+        launch = _launch_for(False, *factors.shape[1:3], s, first, tile=tile)
+        launch(factor, products[-1], outer)
+        products.append(outer)
+    return products
 
 
-@remembered
-def _launch_of(backward: bool, n_blocks: int, b: int, s: int, *scalars: int) -> Launch:
-    """One more factor to groups of s features, or its gradient."""
-    config = config_for("compose", b=b, s=s)
+@lru_cache(LAUNCHES)
+def _launch_for(
+    backward: bool, n_blocks: int, b: int, s: int, *scalars: int, tile: MeasuredTile
+) -> Launch:
+    """Launch that composes one more factor with groups of s features, or its gradient."""
+    config = config_for("compose", b=b, s=s)._replace(**dict(tile))
     constants = {"b": b, "s": s, "B": config.B, "T": config.T, "U": config.U}
     kernel = compose_backward_kernel if backward else compose_kernel
     grid, scalars = cdiv(2 * n_blocks, config.U), (2 * n_blocks, *scalars)

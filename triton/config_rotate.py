@@ -1,31 +1,32 @@
-"""Tiles of the rotate kernels: which for what, and the list of all of them. Imports no torch.
+"""Tiles of the rotate kernels; each kernel has its table beside it.
 
-Chosen so that nothing spills on sm_80, sm_90, sm_100 and gfx942; those of halves by times measured
-on an H200. float32 is multiplied exactly (no tf32), by ordinary multiply-adds that hold a tile's
-whole operands in registers; hence its small tiles. There a stage of 32 is already bound by
-arithmetic, and reading x again costs nothing.
+The tiles are such that nothing spills on sm_80, sm_90, sm_100 and gfx942. The tiles of float16 and
+bfloat16 were chosen by times measured on an H200. float32 is multiplied exactly (no tf32), by
+ordinary multiply-adds that hold the whole operands of a tile in registers; so its tiles are small.
+In float32 a stage of 32 is already bound by arithmetic, and reading x again costs nothing. Imports
+neither torch nor triton.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-from .config import Case
-
-MAX_SIZE = 256
-BAND = 16  # the least width of a dot of halves; smaller groups share a band
+MAX_SIZE = 256  # largest group
+BAND = 16  # least width of a dot product in half precision; smaller groups share a band
 
 
 class Tile(NamedTuple):
-    """What one program works on at a time.
+    """Part of the work that one program of a rotate kernel does at a time.
 
     Attributes:
-        bands: runs of whole groups in a batched dot; 1: one group, or a part of it, unbatched. At
-            least num_warps, as Triton 3.6 repeats the work of a smaller batch.
+        bands: bands in one batched dot product; a band is a run of whole groups. 1: one
+            unbatched product, of a group or a part of it. Other values are at least num_warps,
+            because Triton 3.6 repeats the work of a smaller batch.
         rows: rows of x.
-        columns: entries of a group in the result; of several groups, whole ones, if they fit.
-        inner: entries of a group that are summed over; as many as columns, where those are of
-            several groups.
+        columns: entries of a group in the result. A tile of several groups holds whole ones.
+        inner: entries of a group that are summed over. Equal to columns in a tile of several
+            groups.
+        num_warps: warps per program.
+        num_stages: stages of software pipelining.
     """
 
     bands: int
@@ -36,169 +37,74 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Per op and kind of dtype, in ascending order: the largest group, and its tile.
-TILES = {
-    ("rotate", "half"): (
-        (32, Tile(1, 64, 64, 64, num_warps=4, num_stages=3)),
-        (64, Tile(1, 128, 64, 64, num_warps=8, num_stages=3)),
-        (128, Tile(1, 64, 128, 128, num_warps=8, num_stages=3)),
-        (256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1)),
-    ),
-    ("rotate", "float32"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
-    ),
-    ("rotate", "float64"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
-    ),
-    # as rotate, but of halves, too, a group is summed over in parts: more addresses are alive here
-    ("rotate_indexed", "half"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 32, num_warps=4, num_stages=2)),
-    ),
-    ("rotate_indexed", "float32"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
-    ),
-    ("rotate_indexed", "float64"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
-    ),
-    # inner must hold a whole group: above these sizes x_grad and Gram are launches of their own
-    ("rotate_backward", "half"): (
-        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (128, Tile(1, 64, 64, 128, num_warps=8, num_stages=1)),
-    ),
-    ("rotate_backward", "float32"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
-        (64, Tile(1, 32, 32, 64, num_warps=8, num_stages=1)),
-    ),
-    ("rotate_backward", "float64"): (
-        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
-    ),
-    ("gram", "half"): (
-        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
-    ),
-    ("gram", "float32"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 16, 64, 32, num_warps=4, num_stages=2)),
-    ),
-    ("gram", "float64"): (
-        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
-    ),
-}
-# Halves whose chunks lie apart: small groups in bands, as the chunks of neighbouring groups lie
-# side by side.
-STRIDED = {
-    "rotate": (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
-    ),
-    "rotate_indexed": (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
-    ),
-    "rotate_backward": (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
-        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2)),
-    ),
-    "gram": (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
-    ),
-}
-KINDS = {"bfloat16": "half", "float16": "half", "float32": "float32", "float64": "float64"}
-TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+DTYPE_CLASSES = {"bfloat16": "half", "float16": "half", "float32": "float32", "float64": "float64"}
+Tiles = tuple[tuple[int, Tile], ...]
 
 
-def supports(size: int) -> bool:
-    """Whether the kernels take groups of this size; every dtype of KINDS, chunk and stride."""
-    return 1 <= size <= MAX_SIZE
+class TileTable(NamedTuple):
+    """Tiles of one kernel: the defaults, and which others it can run.
 
-
-@cache
-def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Tile | None:
-    """The tile of an op ("rotate", "rotate_indexed", "rotate_backward", "gram") for such groups.
-
-    None for a rotate_backward whose groups are too large for one kernel.
+    Attributes:
+        half, float32, float64: by the class of the dtype of the rows, (largest group size, tile) in
+            ascending order.
+        strided: the same for half precision with stride > 1, before ``half``. Small groups go in
+            bands, because the chunks of neighboring groups lie side by side.
+        whole: dtype classes in which one product has to see a whole group: for a residual product,
+            and where the same product gives the gradient of x.
     """
-    kind = KINDS[dtype]
-    tiles = TILES[op, kind]
-    if kind == "half" and stride > 1:
-        tiles = STRIDED[op] + tiles
-    tile = next((tile for most, tile in tiles if size <= most), None)
-    # neighbouring features that keep their alignment: below 4, every one needs its own address, and
-    # bands that load ahead hold twice as many
-    run = chunk if stride > 1 else BAND if BAND % size == 0 else size
-    if tile is not None and run % 4:
-        stages = 1 if tile.bands > 1 else tile.num_stages
-        tile = tile._replace(rows=max(16, tile.rows // 4), num_stages=stages)
-    return tile
 
+    half: Tiles
+    float32: Tiles
+    float64: Tiles
+    strided: Tiles
+    whole: tuple[str, ...]
 
-def reachable(op: str) -> Iterator[tuple[Tile, dict]]:
-    """Every tile that config_for can return for this op, with structures that it is for."""
-    for dtype, kind in KINDS.items():
-        sizes = {most for most, _ in TILES[op, kind]} | {BAND, 2 * BAND}
-        for most in sorted(sizes):
-            odd = 3 if most == BAND else most - 1
-            for size, chunk, stride in ((most, most, 1), (most, 4, 8), (most, 2, 8), (odd, odd, 1)):
-                structure = {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
-                yield config_for(op, **structure), structure
+    @property
+    def type(self) -> type[Tile]:
+        """The NamedTuple whose fields a measurement may set."""
+        return Tile
 
+    def default(self, structure: dict[str, int], dtype: str) -> Tile | None:
+        """Default tile of the kernel.
 
-def compile_cases() -> Iterator[Case]:
-    """A case per reachable tile and structure; strided ones are transposed.
+        Args:
+            structure: size, the features of a group, 1 to MAX_SIZE; chunk, the neighboring features
+                of a group; stride, the groups whose chunks alternate (1: a group is contiguous).
+            dtype: dtype of the rows, a key of DTYPE_CLASSES.
 
-    For every target the usual structures, in bfloat16 and float32; float16 differs from bfloat16 in
-    the names of its instructions.
-    """
-    for op in ("rotate", "rotate_indexed", "rotate_backward", "gram"):
-        for tile, structure in reachable(op):
-            if tile is not None:
-                yield _case(op, tile, structure)
+        Returns:
+            The tile, or None if the groups are too large for the kernel.
+        """
+        size, chunk, stride = structure["size"], structure["chunk"], structure["stride"]
+        dtype_class = DTYPE_CLASSES[dtype]
+        tiles = getattr(self, dtype_class)
+        if dtype_class == "half" and stride > 1:
+            tiles = self.strided + tiles
+        tile = next((tile for max_size, tile in tiles if size <= max_size), None)
+        # Neighboring features whose addresses keep their alignment. If 4 do not divide them, every
+        # feature needs an address of its own, and bands that load ahead hold twice as many.
+        run = chunk if stride > 1 else BAND if BAND % size == 0 else size
+        if tile is not None and run % 4:
+            num_stages = 1 if tile.bands > 1 else tile.num_stages
+            tile = tile._replace(rows=max(16, tile.rows // 4), num_stages=num_stages)
+        return tile
 
-
-def _case(op: str, tile: Tile, structure: dict) -> Case:
-    dtype = structure["dtype"]
-    rows = TRITON_NAMES[dtype]
-    sums = "fp64" if dtype == "float64" else "fp32"
-    group = {name.upper(): structure[name] for name in ("size", "chunk", "stride")}
-    group["TRANSPOSE"] = structure["stride"] > 1
-    constants = group | {"INTERPRETED": False} | constants_of(tile)
-    if op in ("rotate", "rotate_indexed"):
-        pointers = {"x_ptr": rows, "stage_ptr": sums, "y_ptr": rows}
-        if op == "rotate_indexed":
-            pointers["index_ptr"] = "i32"
-    else:
-        constants["X_GRAD"] = op == "rotate_backward"
-        pointers = {"x_ptr": rows, "grad_ptr": rows, "partials_ptr": sums}
-        if op == "rotate_backward":
-            pointers |= {"stage_ptr": sums, "x_grad_ptr": rows}
-        else:
-            constants |= {"stage_ptr": None, "x_grad_ptr": None}
-    kernel = {
-        "rotate": "rotate:rotate_kernel",
-        "rotate_indexed": "rotate_indexed:rotate_indexed_kernel",
-    }.get(op, "rotate:rotate_backward_kernel")
-    usual = structure["size"] & (structure["size"] - 1) == 0 and structure["chunk"] != 2
-    everywhere = usual and dtype in ("bfloat16", "float32")
-    return Case(kernel, constants, pointers, tile.num_warps, tile.num_stages, everywhere)
+    def is_legal(self, tile: Tile, structure: dict[str, int], dtype: str) -> bool:
+        """True if the kernel can run a tile on such groups and rows."""
+        size, dtype_class = structure["size"], DTYPE_CLASSES[dtype]
+        padded = max(BAND, 1 << (size - 1).bit_length())
+        if tile.num_warps > 16 or tile.rows < 16 or tile.rows > 256:
+            return False
+        if tile.bands > 1:  # Triton 3.6 repeats the work of a batch smaller than num_warps
+            return tile.columns == tile.inner == padded and tile.bands >= tile.num_warps
+        if tile.columns >= 2 * size:  # several groups share the tile
+            return dtype_class == "half" and size <= 32 and tile.columns == tile.inner <= 128
+        if size <= BAND or not BAND <= tile.columns <= padded or not BAND <= tile.inner <= padded:
+            return False
+        return tile.inner == padded if dtype_class in self.whole else True
 
 
 @cache
 def constants_of(tile: Tile) -> dict[str, int]:
-    """The kernels' constants that a tile sets; num_warps and num_stages are launch options."""
+    """Constexpr arguments that a tile sets; num_warps and num_stages are launch options."""
     return {name.upper(): getattr(tile, name) for name in ("bands", "rows", "columns", "inner")}

@@ -1,15 +1,23 @@
-"""The tiles of the scale and of its gradient: bound by memory, so one each serves everything."""
+"""Tiles of the scale and of its gradient. Memory bounds both, so one tile each serves everything.
 
-from collections.abc import Iterator
+Imports neither torch nor triton.
+"""
+
 from typing import NamedTuple
 
-from .config import Case
-
-PROGRAMS = 8 * 132  # of the gradient, wanted at least: eight for each multiprocessor of an H100
+# Programs that the gradient wants at least: eight for each multiprocessor of an H100.
+PROGRAMS = 8 * 132
 
 
 class ScaleConfig(NamedTuple):
-    """ROWS x COLUMNS numbers at a time."""
+    """Part of the rows that a program holds at a time.
+
+    Attributes:
+        ROWS: rows of x.
+        COLUMNS: features of x.
+        num_warps: warps per program.
+        num_stages: stages of software pipelining.
+    """
 
     ROWS: int
     COLUMNS: int
@@ -17,27 +25,25 @@ class ScaleConfig(NamedTuple):
     num_stages: int
 
 
-TILES = {
-    "scale": ScaleConfig(ROWS=8, COLUMNS=512, num_warps=4, num_stages=1),
-    "scale_backward": ScaleConfig(ROWS=4, COLUMNS=512, num_warps=4, num_stages=1),
-}
+class Tiles(NamedTuple):
+    """Configs of one kernel: its default, and the others that a measurement may choose."""
+
+    config: ScaleConfig
+
+    @property
+    def type(self) -> type[ScaleConfig]:
+        """The NamedTuple whose fields a measurement may set."""
+        return ScaleConfig
+
+    def default(self, structure: dict[str, int], dtype: str) -> ScaleConfig:
+        """Default config, whatever the structure and dtype."""
+        return self.config
+
+    def is_legal(self, config: ScaleConfig, structure: dict[str, int], dtype: str) -> bool:
+        """True if a warp's loads stay whole and its numbers are likely to stay in registers."""
+        numbers = config.ROWS * config.COLUMNS
+        return 32 * config.num_warps <= numbers <= 4096 * config.num_warps <= 1 << 16
 
 
-def config_for(op: str) -> ScaleConfig:
-    """The tile of "scale" or "scale_backward"."""
-    return TILES[op]
-
-
-def compile_cases() -> Iterator[Case]:
-    for rows, wide in (("bf16", "fp32"), ("fp16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
-        vectors = {
-            "scale": dict.fromkeys(("x_ptr", "y_ptr", "center_ptr", "bias_ptr"), rows)
-            | {"scale_ptr": wide},
-            "scale_backward": dict.fromkeys(("grad_ptr", "x_ptr", "center_ptr", "x_grad_ptr"), rows)
-            | dict.fromkeys(("scale_ptr", "sums_ptr"), wide),
-        }
-        for op, pointers in vectors.items():
-            config = TILES[op]
-            constants = {"INTERPRETED": False, "ROWS": config.ROWS, "COLUMNS": config.COLUMNS}
-            launch = config.num_warps, config.num_stages
-            yield Case(f"scale:{op}_kernel", constants, pointers, *launch, rows in ("bf16", "fp32"))
+FORWARD = Tiles(ScaleConfig(ROWS=8, COLUMNS=512, num_warps=4, num_stages=1))
+BACKWARD = Tiles(ScaleConfig(ROWS=4, COLUMNS=512, num_warps=4, num_stages=1))

@@ -1,55 +1,48 @@
-"""Launches of the Triton kernels, without a new look at arguments that are as they were.
+"""Launches of the Triton kernels with little host time.
 
-``kernel[grid](...)`` binds its arguments, specializes on them and looks for what it compiled, anew
-in every call: more host time than the smaller kernels take to run. Here that is done once for every
-kind of call; later ones go straight to the compiled kernel.
+``kernel[grid](...)`` binds its arguments, specializes on them and looks up the compiled kernel, in
+every call. That takes the host longer than a GPU needs for the smaller kernels. A ``Launch`` does
+it once for each signature of the tensors; later calls go straight to the compiled kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-# that are remembered, of each function that makes some: ever new sizes must not fill the memory
+# A measured tile, as the launchers take it: fields of the kernel's config that replace the
+# default's. Hashable, because it is a part of what launches are cached by.
+MeasuredTile = tuple[tuple[str, int], ...]
+
+# Cached launches per builder; bounds memory if the sizes keep changing.
 LAUNCHES = 1024
 
-_compiled: dict[tuple, tuple[Any, tuple]] = {}  # kind of call -> compiled kernel, its constants
-_remembering: list[Any] = []
-
-
-def remembered(build: Callable) -> Callable:
-    """Make a function that makes a Launch remember what it made, until ``forget`` is called."""
-    cached = lru_cache(LAUNCHES)(build)
-    _remembering.append(cached)
-    return cached
-
-
-def forget() -> None:
-    """For when other tiles are to be launched: ``config.measured`` says something else now."""
-    for cached in _remembering:
-        cached.cache_clear()
+_compiled: dict[tuple, tuple[Any, tuple]] = {}  # signature of a call -> compiled kernel, constants
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; Triton's own is a function for kernels, and slow outside of them."""
+    """a / b, rounded up. triton.cdiv is slow outside of kernels."""
     return -(-a // b)
 
 
 class Launch:
-    """A kernel with everything that it is launched with but its tensors; these it is called with.
+    """A kernel with its grid and all its arguments except the tensors, with which it is called.
 
-    It runs on the device of the first of them, on torch's current stream. Their shapes and strides
-    are those that the grid and the scalars were made for.
+    It runs on the device of the first tensor, on torch's current stream. The tensors must have the
+    shapes and strides that the grid and the scalars were computed for.
 
     Args:
-        grid: how many programs; nothing happens if there are none.
-        scalars: the kernel's arguments after the tensors: not negative. What Triton may compile for
-            a value of its own are ones and multiples of 16.
-        constants: its constexpr arguments, by name.
+        kernel: the ``triton.jit`` function. Its arguments are tensors, scalars, constants, in this
+            order.
+        grid: number of programs; 0 launches nothing.
+        scalars: arguments after the tensors, not negative. Triton may compile a kernel of its own
+            for scalars that are 1 or multiples of 16.
+        constants: constexpr arguments by name.
+        num_warps: warps per program.
+        num_stages: stages of software pipelining.
     """
 
     def __init__(
@@ -64,58 +57,62 @@ class Launch:
         self._kernel, self._grid = kernel, grid
         self._scalars, self._constants = scalars, constants
         self._options = {"num_warps": num_warps, "num_stages": num_stages}
-        self._runs: dict[tuple, tuple[Callable, tuple]] = {}  # kind of tensors -> what to call
+        # signature of the tensors -> compiled kernel with its grid, arguments after the tensors
+        self._runs: dict[tuple, tuple[Callable, tuple]] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if self._grid == 0:
             return
         device = tensors[0].get_device()
-        kind = (
+        signature = (
             device,
             *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
         )
-        found = self._runs.get(kind)
-        if found is None:
+        run = self._runs.get(signature)
+        if run is None:
             with nullcontext() if device < 0 else torch.cuda.device(device):
-                self._first(kind, tensors)
+                self._run_first(signature, tensors)
         elif device < 0:
-            found[0](*tensors, *found[1])
+            run[0](*tensors, *run[1])
         elif device == torch.cuda.current_device():
             stream = torch._C._cuda_getCurrentRawStream(device)
-            found[0](*tensors, *found[1], stream=stream)
+            run[0](*tensors, *run[1], stream=stream)
         else:
             with torch.cuda.device(device):
                 stream = torch._C._cuda_getCurrentRawStream(device)
-                found[0](*tensors, *found[1], stream=stream)
+                run[0](*tensors, *run[1], stream=stream)
 
-    def _first(self, kind: tuple, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        """Launch with such tensors for the first time; other sizes may share what is compiled."""
+    def _run_first(self, signature: tuple, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Run with the first tensors of this signature; launches of other sizes share kernels."""
         kernel, constants, grid = self._kernel, self._constants, (self._grid, 1, 1)
         arguments = *tensors, *self._scalars
-        kind_of_call = (
-            kernel.fn,  # a kernel itself hashes its source, under a lock
+        call_signature = (
+            kernel.fn,  # a Triton kernel hashes its source, under a lock
             *self._options.values(),
             *constants.values(),
             *[(i % 16 == 0, i == 1, i < 1 << 31) for i in self._scalars],
-            *kind,
-            # On AMD's GPUs the offsets in what is smaller are of 32 bits. Which tensors are larger
-            # follows from their shapes, and so needs no second look in one Launch.
+            *signature,
+            # On AMD's GPUs Triton uses offsets of 32 bits in tensors of less than 2 GiB. The size
+            # follows from the shape, so one Launch need not look at it again.
             *[None if t is None else t.untyped_storage().nbytes() < 1 << 31 for t in tensors],
         )
-        if kind_of_call in _compiled:
-            compiled, rest = _compiled[kind_of_call]
+        if call_signature in _compiled:
+            compiled, rest = _compiled[call_signature]
             compiled[grid](*arguments, *rest)
         else:
             compiled = kernel[grid](*arguments, **constants, **self._options)
             if not _is_compiled(compiled):
                 return
             rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            _compiled[kind_of_call] = compiled, rest
-        self._runs[kind] = compiled[grid], (*self._scalars, *rest)
+            _compiled[call_signature] = compiled, rest
+        self._runs[signature] = compiled[grid], (*self._scalars, *rest)
 
 
-def _is_compiled(result: Any) -> bool:
-    """Not in the interpreter, nor while kernels are only being compiled (AsyncCompileMode)."""
+def _is_compiled(kernel: Any) -> bool:
+    """True for a compiled kernel, which later calls may launch directly.
+
+    False in the interpreter, and while kernels are being compiled ahead (AsyncCompileMode).
+    """
     from triton.compiler import CompiledKernel
 
-    return isinstance(result, CompiledKernel)
+    return isinstance(kernel, CompiledKernel)

@@ -1,12 +1,39 @@
-"""Rows times the stage of the adapter that each of them names, in Triton."""
+"""Triton kernel that multiplies each row by the stage of its own adapter."""
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
+from .config_rotate import Tile, TileTable
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
-from .launch import Launch, cdiv, remembered
-from .rotate import PROGRAMS, _launch_of, _n_tiles, _tile
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .rotate import PROGRAMS, count_tiles, launch_with, tile_for
+
+# Half precision, too, sums over a group in parts here, unlike rotate: this kernel keeps more
+# addresses in registers.
+TILES = TileTable(
+    half=(
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 64, 32, num_warps=4, num_stages=2)),
+    ),
+    float32=(
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
+    ),
+    float64=(
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
+    ),
+    strided=(
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+    ),
+    whole=(),
+)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_adapters", "rows_per_program"])
@@ -16,9 +43,29 @@ def rotate_indexed_kernel(
     INTERPRETED: tl.constexpr,
     BANDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """y = x S, S that of each row's adapter; a tile takes one product for each adapter in it.
+    """y = x S, or x S^T, where S is the stage of the adapter that ``index`` names for the row.
 
-    The rows of the other adapters enter such a product as zeros. Of halves, y = x + x (S - I).
+    A tile of rows takes one product for each adapter in it; the rows of other adapters enter that
+    product as zeros. In half precision y = x + x (S - I), as in ``rotate_kernel``.
+
+    Args:
+        x_ptr: (n_rows, d); any float dtype.
+        stage_ptr: (n_adapters, d/SIZE, SIZE, SIZE) matrices of the groups; float32 or float64.
+        index_ptr: (n_rows,) int32. -1 copies the row; other values out of range make it NaN.
+        y_ptr: (n_rows, d) result; dtype of x.
+        n_rows: rows of x.
+        n_adapters: number of adapters.
+        d: features of x.
+        rows_per_program: a multiple of ROWS.
+        SIZE: features of a group.
+        CHUNK: neighboring features of a group.
+        STRIDE: groups whose chunks alternate; 1 if a group is contiguous.
+        TRANSPOSE: True for x S^T.
+        INTERPRETED: True in Triton's interpreter.
+        BANDS: bands per program (config_rotate.Tile).
+        ROWS: rows per step.
+        COLUMNS: entries of a group in the result.
+        INNER: entries of a group summed over per step.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     RESIDUAL: tl.constexpr = dtype.primitive_bitwidth < 32
@@ -39,7 +86,7 @@ def rotate_indexed_kernel(
             y = tl.where(rows_axis(index == -1, BANDS), y, 0.0)
         valid = (index >= -1) & (index < n_adapters)
         y = tl.where(rows_axis(valid, BANDS), y, float("nan"))
-        # the adapters of this tile in ascending order; what is out of range has no stage
+        # The adapters of this tile, in ascending order. An index out of range has no stage.
         adapter = tl.min(tl.where(index >= 0, index, n_adapters))
         while adapter < n_adapters:
             mine = rows_axis(index == adapter, BANDS)
@@ -64,25 +111,40 @@ def rotate_indexed(
     chunk: int,
     stride: int,
     transpose: bool,
+    *,
+    tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """x (N, d), stages (A, d/size, size, size), index (N,) int32; checked by the caller."""
+    """Launch ``rotate_indexed_kernel``. The caller checks the arguments.
+
+    Args:
+        x: (N, d).
+        stages: (A, d/size, size, size), the stage of each adapter.
+        index: (N,) int32, the adapter of each row; -1 for none.
+        chunk: neighboring features of a group.
+        stride: groups whose chunks alternate.
+        transpose: True to multiply by the transposed matrices.
+        tile: measured fields of ``Tile``.
+
+    Returns:
+        Rotated rows, like x.
+    """
     x, stages, index = x.contiguous(), stages.contiguous(), index.contiguous()
     y = torch.empty_like(x)
     structure = stages.shape[-1], chunk, stride, transpose
-    launch = _indexed_launch(x.get_device(), x.dtype, *x.shape, len(stages), *structure)
+    launch = _indexed_launch(x.dtype, *x.shape, len(stages), *structure, tile)
     launch(x, stages, index, y)
     return y
 
 
-@remembered
+@lru_cache(LAUNCHES)
 def _indexed_launch(
-    device: int, dtype: torch.dtype, n: int, d: int, n_adapters: int,
-    size: int, chunk: int, stride: int, transpose: bool,
+    dtype: torch.dtype, n: int, d: int, n_adapters: int,
+    size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile,
 ) -> Launch:  # fmt: skip
-    tile = _tile("rotate_indexed", device, dtype, n, d, size, chunk, stride)
-    n_tiles = _n_tiles(tile, d, size, tile.columns)
+    tile = tile_for(TILES, dtype, size, chunk, stride, measured)
+    n_tiles = count_tiles(tile, d, size, tile.columns)
     row_tiles = cdiv(n, tile.rows)
     rows = tile.rows * max(1, min(8, n_tiles * row_tiles // PROGRAMS))
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    scalars = n, n_adapters, d, rows
-    return _launch_of(rotate_indexed_kernel, n_tiles * cdiv(n, rows), scalars, structure, tile)
+    grid, scalars = n_tiles * cdiv(n, rows), (n, n_adapters, d, rows)
+    return launch_with(tile, rotate_indexed_kernel, grid, scalars, structure)

@@ -1,13 +1,15 @@
-"""Skew parameters -> blocks and the dense stage in one launch, and its gradient in another.
+"""Triton kernels from skew parameters to blocks and the dense stage, and their gradient.
 
-A butterfly of m factors mixes groups of S = b << (m - 1) features, and S <= 64 keeps a group in one
-program: it computes the Cayley transform of the group's blocks, then joins them factor by factor
-(compose.py).
+A butterfly of m factors mixes groups of S = b << (m - 1) features. S <= 64 keeps a group in one
+program, which computes the Cayley transform of the group's blocks and then joins them factor by
+factor (compose.py). So each direction is one launch, without atomics.
 
-What one step writes the next reads back from global memory. A program owns whole groups, in all
-factors, so all of it was written by its own threads, and a barrier makes the writes of a program's
-threads visible to all of them, in global memory as in shared. No launch in between, no atomics.
+A step reads from global memory what the step before it wrote. That is safe: a program owns whole
+groups in all factors, so its own threads wrote all of it, and a barrier makes the writes of a
+program's threads visible to all of them, in global memory as in shared.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,16 +17,23 @@ import triton.language as tl
 
 from .cayley import block_size, cayley_backward_tile, cayley_tile
 from .compose import join, unjoin
-from .config import config_for, tuned
-from .launch import Launch, cdiv, remembered
+from .config import config_for
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 
 
 @triton.jit
 def _level(ptr, level: tl.constexpr, n_blocks, first, b: tl.constexpr):
-    """A program's part of level ``level`` in a scratch of several.
+    """Pointer to a program's part of one level in the scratch memory.
 
-    A level is the groups of s = b << level features, (K b / s, s, s); levels 1, 2, ... lie one
-    after another.
+    Level l holds the groups of s = b << l features, (K b / s, s, s). Levels 1, 2, ... lie one after
+    another.
+
+    Args:
+        ptr: begin of level 1.
+        level: l.
+        n_blocks: K, blocks of a factor.
+        first: first block of the program, in each factor.
+        b: block size.
     """
     return ptr + n_blocks * (b * b * ((1 << level) - 2)) + first * (b * b << level)
 
@@ -32,7 +41,7 @@ def _level(ptr, level: tl.constexpr, n_blocks, first, b: tl.constexpr):
 @triton.jit(do_not_specialize=["n_blocks"])
 def rotation_kernel(
     skew_ptr,
-    drop_ptr,
+    drop_mask_ptr,
     blocks_ptr,
     scratch_ptr,
     stage_ptr,
@@ -43,6 +52,25 @@ def rotation_kernel(
     G: tl.constexpr,
     C: tl.constexpr,
 ):
+    """Cayley transform of all blocks and the stage they compose, G groups per program.
+
+    S = b << (m - 1), K = n_blocks. "Compute dtype" is float64 if the skew is, else float32.
+
+    Args:
+        skew_ptr: (m, K, b(b-1)/2) strict upper triangles, row-major; any float dtype.
+        drop_mask_ptr: (m, K) bool, or None.
+        blocks_ptr: (m, K, b, b) result; compute dtype.
+        scratch_ptr: memory for the products that are not the stage, levels 1 to m - 2 (``_level``);
+            compute dtype.
+        stage_ptr: (K b / S, S, S) result; compute dtype. Not written if m = 1, where the blocks are
+            the stage.
+        n_blocks: blocks of each factor, K.
+        m: number of factors.
+        b: block size.
+        B: b, padded to a power of two.
+        G: groups per program.
+        C: blocks that the Cayley transform takes at a time.
+    """
     packed: tl.constexpr = b * (b - 1) // 2
     P: tl.constexpr = G << (m - 1)  # blocks of each factor per program
     n_blocks = tl.cast(n_blocks, tl.int64)
@@ -53,7 +81,7 @@ def rotation_kernel(
         block = i // (P // C) * n_blocks + first + skip
         cayley_tile(
             skew_ptr + block * packed,
-            None if drop_ptr is None else drop_ptr + block,
+            None if drop_mask_ptr is None else drop_mask_ptr + block,
             blocks_ptr + block * (b * b),
             present - skip,
             b,
@@ -88,7 +116,7 @@ def rotation_kernel(
 @triton.jit(do_not_specialize=["n_blocks", "splits"])
 def rotation_backward_kernel(
     blocks_ptr,
-    drop_ptr,
+    drop_mask_ptr,
     grad_ptr,
     scratch_ptr,
     skew_grad_ptr,
@@ -101,12 +129,31 @@ def rotation_backward_kernel(
     G: tl.constexpr,
     C: tl.constexpr,
 ):
+    """Gradient of ``rotation_kernel`` with respect to the skew, G groups per program.
+
+    S = b << (m - 1), K = n_blocks. All tensors but the mask are float32 or all are float64.
+
+    Args:
+        blocks_ptr: (m, K, b, b) blocks, as the forward made them.
+        drop_mask_ptr: (m, K) bool, or None.
+        grad_ptr: (splits, K b / S, S, S) partial gradients of the stage, which are summed.
+        scratch_ptr: memory for the products of factors 0..l (levels 1 to m - 2), their gradients
+            and the gradients of the blocks, in this order. Not used if m = 1.
+        skew_grad_ptr: (m, K, b(b-1)/2) result.
+        n_blocks: blocks of each factor, K.
+        splits: number of partial gradients.
+        split_stride: elements of one partial gradient.
+        m: number of factors.
+        b: block size.
+        B: b, padded to a power of two.
+        G: groups per program.
+        C: blocks that the Cayley transform takes at a time.
+    """
     packed: tl.constexpr = b * (b - 1) // 2
     P: tl.constexpr = G << (m - 1)  # blocks of each factor per program
     n_blocks = tl.cast(n_blocks, tl.int64)
     first = tl.program_id(0).to(tl.int64) * P
     present = tl.minimum(n_blocks - first, P).to(tl.int32)
-    # scratch: the products of factors 0..level, their gradients, the gradients of the blocks
     grads_ptr = scratch_ptr + n_blocks * (b * b * ((1 << (m - 1)) - 2))
     blocks_grad_ptr = grads_ptr + n_blocks * (b * b * ((1 << (m - 1)) - 2))
 
@@ -157,14 +204,14 @@ def rotation_backward_kernel(
         tl.debug_barrier()  # the next outer gradients, in the end those of the blocks, are written
         outer_grad_ptr = inner_grad_ptr
 
-    # One factor is its own stage, and nothing is written yet.
+    # With one factor, the gradient of the stage is that of the blocks.
     partial_ptr = grad_ptr if m == 1 else blocks_grad_ptr
     for i in range(m * (P // C)):
         skip = i % (P // C) * C
         block = i // (P // C) * n_blocks + first + skip
         cayley_backward_tile(
             blocks_ptr + block * (b * b),
-            None if drop_ptr is None else drop_ptr + block,
+            None if drop_mask_ptr is None else drop_mask_ptr + block,
             partial_ptr + block * (b * b),
             skew_grad_ptr + block * packed,
             present - skip,
@@ -176,10 +223,18 @@ def rotation_backward_kernel(
         )
 
 
-def rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Skew (m, K, b(b-1)/2) and mask (m, K) or None -> blocks (m, K, b, b), stage (K b / S, S, S).
+def rotation(
+    skew: torch.Tensor, drop_mask: torch.Tensor | None, *, tile: MeasuredTile = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch ``rotation_kernel``. The caller checks the arguments.
 
-    Both in float32, or float64 if skew is; S = b << (m - 1) <= 64; checked by the caller.
+    Args:
+        skew: (m, K, b(b-1)/2), S = b << (m - 1) <= 64.
+        drop_mask: (m, K) bool, or None.
+        tile: measured fields of ``RotationConfig``.
+
+    Returns:
+        Blocks (m, K, b, b) and stage (K b / S, S, S), both in float64 if the skew is, else float32.
     """
     m, n_blocks, packed = skew.shape
     b = block_size(packed)
@@ -187,46 +242,54 @@ def rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tenso
     dtype = torch.promote_types(skew.dtype, torch.float32)
     blocks = skew.new_empty(m, n_blocks, b, b, dtype=dtype)
     stage = blocks.new_empty(n_blocks * b // size, size, size)
-    scratch = blocks.new_empty(_levels(m, n_blocks, b))
-    drop = None if drop is None else drop.contiguous()
-    launch = _launch_of("stage_from_skew", skew.get_device(), skew.dtype, m, n_blocks, b)
-    launch(skew.contiguous(), drop, blocks, scratch, stage)
+    scratch = blocks.new_empty(_scratch_numel(m, n_blocks, b))
+    drop_mask = None if drop_mask is None else drop_mask.contiguous()
+    launch = _launch_for("stage_from_skew", m, n_blocks, b, tile=tile)
+    launch(skew.contiguous(), drop_mask, blocks, scratch, stage)
     return blocks, blocks[0].clone() if m == 1 else stage  # an op's outputs may not share memory
 
 
 def rotation_backward(
-    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+    blocks: torch.Tensor,
+    drop_mask: torch.Tensor | None,
+    grad: torch.Tensor,
+    *,
+    tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Blocks, mask, (splits, K b / S, S, S) -> (m, K, b(b-1)/2), S <= 64; checked by the caller.
+    """Launch ``rotation_backward_kernel``. The caller checks the arguments.
 
-    The gradient of the stage is the sum of ``grad`` over its first dimension. A dropped block has
-    none.
+    Args:
+        blocks: (m, K, b, b), as the forward made them; S = b << (m - 1) <= 64.
+        drop_mask: (m, K) bool, or None. A dropped block has no gradient.
+        grad: (splits, K b / S, S, S) partial gradients of the stage, which are summed.
+        tile: measured fields of ``RotationConfig``.
+
+    Returns:
+        Gradient of the skew, (m, K, b(b-1)/2), in the dtype of the blocks.
     """
     m, n_blocks, b, _ = blocks.shape
     blocks, grad = blocks.contiguous(), grad.contiguous()
     skew_grad = blocks.new_empty(m, n_blocks, b * (b - 1) // 2)
-    n_scratch = 0 if m == 1 else 2 * _levels(m, n_blocks, b) + blocks.numel()
+    n_scratch = 0 if m == 1 else 2 * _scratch_numel(m, n_blocks, b) + blocks.numel()
     scratch = blocks.new_empty(n_scratch)
-    drop = None if drop is None else drop.contiguous()
+    drop_mask = None if drop_mask is None else drop_mask.contiguous()
     sums = grad.shape[0], n_blocks * b * (b << (m - 1))
-    launch = _launch_of(
-        "stage_from_skew_backward", blocks.get_device(), blocks.dtype, m, n_blocks, b, *sums
-    )
-    launch(blocks, drop, grad, scratch, skew_grad)
+    launch = _launch_for("stage_from_skew_backward", m, n_blocks, b, *sums, tile=tile)
+    launch(blocks, drop_mask, grad, scratch, skew_grad)
     return skew_grad
 
 
-def _levels(m: int, n_blocks: int, b: int) -> int:
-    """Numbers in the products that are neither the first factor nor the stage (``_level``)."""
+def _scratch_numel(m: int, n_blocks: int, b: int) -> int:
+    """Elements of the products that are neither the first factor nor the stage (``_level``)."""
     return n_blocks * b * b * max(0, (1 << (m - 1)) - 2)
 
 
-@remembered
-def _launch_of(
-    op: str, device: int, dtype: torch.dtype, m: int, n_blocks: int, b: int, *scalars: int
+@lru_cache(LAUNCHES)
+def _launch_for(
+    op: str, m: int, n_blocks: int, b: int, *scalars: int, tile: MeasuredTile
 ) -> Launch:
     kernel = rotation_kernel if op == "stage_from_skew" else rotation_backward_kernel
-    config = tuned(config_for(op, m=m, b=b), op, device, dtype, (m, b), (n_blocks,))
+    config = config_for(op, m=m, b=b)._replace(**dict(tile))
     constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
     grid = cdiv(n_blocks, config.G << (m - 1))
     return Launch(kernel, grid, (n_blocks, *scalars), constants, config.num_warps)

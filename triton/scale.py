@@ -1,19 +1,24 @@
-"""y = scale * (x - center) + bias in Triton, and its gradients, in one pass over the rows."""
+"""Triton kernels of y = scale * (x - center) + bias and its gradients, one pass over the rows."""
+
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .config import tuned
-from .config_scale import PROGRAMS, ScaleConfig, config_for
+from .config_scale import BACKWARD, FORWARD, PROGRAMS, ScaleConfig
 from .groups import round_to
-from .launch import Launch, cdiv, remembered
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 from .rotate import INTERPRETED
 
 
 @triton.jit
 def _columns(ptr, column, inside, dtype: tl.constexpr):
-    """Some entries of a vector; a half goes through float32, as the interpreter wants it."""
+    """Load entries of a vector as dtype.
+
+    Half precision goes through float32, because the interpreter cannot convert it directly.
+    """
     value = tl.load(ptr + column, mask=inside, other=0.0)
     return value if value.dtype == tl.float64 else value.to(tl.float32).to(dtype)
 
@@ -23,7 +28,23 @@ def scale_kernel(
     x_ptr, scale_ptr, center_ptr, bias_ptr, y_ptr, n_rows, n,
     INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Without a bias there is no center. The shift is exactly 0 where scale is 1 and both agree."""
+    """y = scale * (x - center) + bias, ROWS x COLUMNS numbers per program.
+
+    The shift bias - scale * center is computed first, so it is exactly 0 where scale is 1 and bias
+    equals center.
+
+    Args:
+        x_ptr: (n_rows, n); any float dtype.
+        scale_ptr: (n,); any float dtype.
+        center_ptr: (n,); any float dtype. None if bias_ptr is.
+        bias_ptr: (n,); any float dtype. None for scale * x.
+        y_ptr: (n_rows, n) result; dtype of x.
+        n_rows: rows of x.
+        n: features of x.
+        INTERPRETED: True in Triton's interpreter (``round_to``).
+        ROWS: rows per program.
+        COLUMNS: features per program.
+    """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = (n + COLUMNS - 1) // COLUMNS
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
@@ -45,7 +66,25 @@ def scale_backward_kernel(
     grad_ptr, x_ptr, scale_ptr, center_ptr, x_grad_ptr, sums_ptr, n_rows, n, rows_per_program,
     INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of x_grad, and their sums over a split of the rows: grad (x - center), grad."""
+    """x_grad = scale * grad, and partial gradients of scale and bias, in COLUMNS features.
+
+    A program takes the rows of one split: it writes their x_grad, and their sums of
+    grad * (x - center), the gradient of the scale, and of grad, that of the bias.
+
+    Args:
+        grad_ptr: (n_rows, n) gradient of y; any float dtype.
+        x_ptr: (n_rows, n); any float dtype.
+        scale_ptr: (n,); any float dtype.
+        center_ptr: (n,); any float dtype. None counts as 0.
+        x_grad_ptr: (n_rows, n) result; dtype of x.
+        sums_ptr: (splits, 2, n) results; float32, or float64 if x is.
+        n_rows: rows of x.
+        n: features of x.
+        rows_per_program: rows of a split, a multiple of ROWS.
+        INTERPRETED: True in Triton's interpreter (``round_to``).
+        ROWS: rows per step.
+        COLUMNS: features per program.
+    """
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     blocks = (n + COLUMNS - 1) // COLUMNS
     split = (tl.program_id(0) // blocks).to(tl.int64)
@@ -54,7 +93,8 @@ def scale_backward_kernel(
     scale = _columns(scale_ptr, column, inside, dtype)
     if center_ptr is not None:
         center = _columns(center_ptr, column, inside, dtype)
-    # summed over the rows of a tile at the very end: before, no thread needs another's numbers
+    # Summed over the rows of the tile at the very end: until then each thread needs only its own
+    # numbers.
     scale_sum = tl.zeros([ROWS, COLUMNS], dtype)
     bias_sum = tl.zeros([ROWS, COLUMNS], dtype)
     first = split * rows_per_program
@@ -81,55 +121,83 @@ def scale(
     scale: torch.Tensor,
     center: torch.Tensor | None,
     bias: torch.Tensor | None,
+    *,
+    tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """scale * (x - center) + bias for x (N, n), vectors (n,); checked by the caller."""
+    """Launch ``scale_kernel``. The caller checks the arguments.
+
+    Args:
+        x: (N, n).
+        scale: (n,).
+        center: (n,), or None. Not used without a bias.
+        bias: (n,), or None for scale * x.
+        tile: measured fields of ``ScaleConfig``.
+
+    Returns:
+        scale * (x - center) + bias, like x.
+    """
     x, scale = x.contiguous(), scale.contiguous()
     if bias is None:
         center = None
     else:
         center, bias = center.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
-    _scale_launch(x.get_device(), x.dtype, *x.shape)(x, scale, center, bias, y)
+    _scale_launch(*x.shape, tile)(x, scale, center, bias, y)
     return y
 
 
-@remembered
-def _scale_launch(device: int, dtype: torch.dtype, n_rows: int, n: int) -> Launch:
-    config = tuned(config_for("scale"), "scale", device, dtype, (), (n_rows, n))
+@lru_cache(LAUNCHES)
+def _scale_launch(n_rows: int, n: int, tile: MeasuredTile) -> Launch:
+    config = FORWARD.config._replace(**dict(tile))
     grid = cdiv(n, config.COLUMNS) * cdiv(n_rows, config.ROWS)
-    return _launch_of(scale_kernel, grid, (n_rows, n), config)
+    return _launch_with(config, scale_kernel, grid, (n_rows, n))
 
 
 def scale_backward(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    center: torch.Tensor | None,
+    *,
+    tile: MeasuredTile = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x (N, n), scale and bias (n,) from grad (N, n); checked by the caller."""
+    """Launch ``scale_backward_kernel``. The caller checks the arguments.
+
+    Args:
+        grad: (N, n) gradient of y.
+        x: (N, n).
+        scale: (n,).
+        center: (n,), or None for 0.
+        tile: measured fields of ``ScaleConfig``.
+
+    Returns:
+        Gradients of x, like x, and of scale and bias, like scale.
+    """
     grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
     center = None if center is None else center.contiguous()
     x_grad = torch.empty_like(x)
     if x.numel() == 0:
         return x_grad, torch.zeros_like(scale), torch.zeros_like(scale)
-    splits, launch = _backward_launch(x.get_device(), x.dtype, *x.shape)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    sums = x.new_empty(splits, 2, x.shape[1], dtype=wide)
+    splits, launch = _backward_launch(*x.shape, tile)
+    sum_dtype = torch.promote_types(x.dtype, torch.float32)
+    sums = x.new_empty(splits, 2, x.shape[1], dtype=sum_dtype)
     launch(grad, x, scale, center, x_grad, sums)
     scale_grad, bias_grad = sums.sum(0)
-    if scale.dtype != wide:
+    if scale.dtype != sum_dtype:
         scale_grad, bias_grad = scale_grad.to(scale.dtype), bias_grad.to(scale.dtype)
     return x_grad, scale_grad, bias_grad
 
 
-@remembered
-def _backward_launch(device: int, dtype: torch.dtype, n_rows: int, n: int) -> tuple[int, Launch]:
-    """Partial sums that the launch writes, and the launch."""
-    op = "scale_backward"
-    config = tuned(config_for(op), op, device, dtype, (), (n_rows, n))
+@lru_cache(LAUNCHES)
+def _backward_launch(n_rows: int, n: int, tile: MeasuredTile) -> tuple[int, Launch]:
+    """Number of splits of the rows, each with partial sums, and the launch."""
+    config = BACKWARD.config._replace(**dict(tile))
     blocks = cdiv(n, config.COLUMNS)
     splits = max(1, min(cdiv(PROGRAMS, blocks), cdiv(n_rows, config.ROWS)))
     rows = cdiv(cdiv(n_rows, splits), config.ROWS) * config.ROWS
-    return splits, _launch_of(scale_backward_kernel, blocks * splits, (n_rows, n, rows), config)
+    return splits, _launch_with(config, scale_backward_kernel, blocks * splits, (n_rows, n, rows))
 
 
-def _launch_of(kernel, grid: int, scalars: tuple, config: ScaleConfig) -> Launch:
+def _launch_with(config: ScaleConfig, kernel: Any, grid: int, scalars: tuple[int, ...]) -> Launch:
     constants = {"INTERPRETED": INTERPRETED, "ROWS": config.ROWS, "COLUMNS": config.COLUMNS}
     return Launch(kernel, grid, scalars, constants, config.num_warps, config.num_stages)

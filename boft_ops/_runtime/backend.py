@@ -1,9 +1,12 @@
-"""Which implementation serves an op.
+"""Operators, and the choice of the backend that runs a call.
 
-Every op has a *reference* in plain torch (any device, also the fallback) and may have kernels:
-``cpu`` (csrc/cpu), ``cuda`` (csrc/cuda) and ``triton`` (triton/). An ``Op`` picks one by the device
-of its first tensor and is called from the forward and backward of an autograd.Function; the same op
-is registered with torch.library, so that compiled graphs hold it as one node with a fake.
+An operator has a *reference* in plain torch, for any device, and may have kernels: ``cpu``
+(csrc/cpu), ``cuda`` (csrc/cuda) and ``triton`` (triton/). It is called from the forward and the
+backward of an autograd.Function. It is also registered with torch.library, so that a compiled graph
+holds it as one node with a fake.
+
+Which backend runs a call, and with which tile, is one ``Choice``: a forced backend, else the
+measured one, else the default of the device. ``Op.choose`` makes it, once a call.
 """
 
 from __future__ import annotations
@@ -14,155 +17,227 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
 from . import autocast, native, tuned
 from .device import devices_of
 from .namespace import NS, PACKAGE
+from .tuned import Choice, ShapeClass, Tunable
+from .workload import Workload
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-# The order of preference on each device type; the reference serves wherever nothing else does.
+# The order of preference on each type of device; the reference runs wherever nothing else can.
 # On an H200 Triton's kernels of the rows were faster at every size than those in CUDA C++, as these
 # were then; BOFT_OPS_BACKEND=cuda chooses the latter (docs/cuda.md).
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+REFERENCE = Choice("reference")
 
 _forced = os.environ.get("BOFT_OPS_BACKEND") or None
 _ops: dict[str, Op] = {}
 
 
+class Kernel(NamedTuple):
+    """One backend's implementation of an operator.
+
+    Attributes:
+        supports: the arguments of a call -> True if the kernel takes them; None: it takes all.
+        launcher: for Triton, ``"module:function"`` under triton_kernels, or a function that returns
+            the launcher. The other backends have their kernels in the native library, under the
+            operator's name.
+        tiles: for Triton, ``"module:name"`` of the kernel's tiles: their ``type``, a NamedTuple
+            whose fields a measurement may set, ``default(structure, dtype)`` and
+            ``is_legal(tile, structure, dtype)``. None: a measurement may set nothing.
+    """
+
+    supports: Callable[..., bool] | None = None
+    launcher: str | Callable[[], Callable] | None = None
+    tiles: str | None = None
+
+
 class Op:
-    """One operator: its schema, its plain-torch reference, and the kernels that were found for it.
+    """An operator: everything that is known of it, and the call.
 
     Args:
-        schema: torch.library schema, e.g. ``"cayley(Tensor skew) -> Tensor"``.
-        reference: plain-torch implementation of that schema, differentiable by autograd.
-        fake: shapes and dtypes only (FakeTensor rule).
-        triton: ``"module:function"`` under ``triton_kernels``, if there is such a kernel, or what
-            makes that function of other ops' launchers.
-        supports: per backend, a predicate on the op's arguments (any, if there is none).
+        schema: torch.library schema, such as ``"cayley(Tensor skew) -> Tensor"``.
+        reference: plain torch, differentiable by autograd.
+        fake: shapes and dtypes alone (FakeTensor rule).
+        samples: (Workload) -> the arguments of calls that a layer of that shape makes. Tests and
+            the tuner run them.
+        kernels: implementations by backend. A kernel of the native library that is not listed here
+            is not used.
+        shape_class: the class of a call, if its backend and tile are worth measuring.
+        measured_as: the operator whose measurement decides for this one, instead of its own: a
+            backward that has to run where its forward ran. ``shape_class`` is then the class of the
+            forward's call.
+        comparable: result -> tensors that do not depend on how a backend splits its sums.
     """
 
     def __init__(
         self,
         schema: str,
+        *,
         reference: Callable,
         fake: Callable,
-        triton: str | Callable[[], Callable] | None = None,
-        supports: dict[str, Callable[..., bool]] | None = None,
+        samples: Callable[[Workload], Iterator[tuple]],
+        kernels: dict[str, Kernel] | None = None,
+        shape_class: ShapeClass | None = None,
+        measured_as: Op | None = None,
+        comparable: Callable[[Any], Any] = lambda result: result,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.schema = schema
         self.reference = reference
-        self._triton = triton
-        self._supports = supports or {}
+        self.samples = samples
+        self.comparable = comparable
+        self.kernels = kernels or {}
         self._library = _define(self.name, schema, reference, fake)
         self.raw = getattr(getattr(torch.ops, NS), self.name).default
-        if (triton is not None and has_triton()) or self.name in native.kernels("cuda"):
-            _register(self._library, self.name, self._cuda)
-        self.missing = {b: why for b in BACKENDS if (why := self._why_missing(b))}
-        self.serving = {
-            device: next((b for b in order if b not in self.missing), "reference")
+        if {"triton", "cuda"} & self.kernels.keys():
+            _register(self._library, self.name, self._on_cuda)
+        # backend -> the reason why it cannot run this operator
+        self.unavailable = {b: why for b in BACKENDS if (why := self._why_unavailable(b))}
+        # device type -> the choice where nothing was measured
+        self.defaults = {
+            device: Choice(next((b for b in order if b not in self.unavailable), "reference"))
             for device, order in PREFERENCE.items()
         }
+        self.tunable = None
+        if measured_as is not None:
+            self.tunable = measured_as.tunable._replace(shape_class=shape_class)
+        elif shape_class is not None:
+            self.tunable = tuned.register(Tunable(self.name, shape_class, self._accept))
         _ops[self.name] = self
 
-    def kernel_backend(self, *args) -> str | None:
-        """Return the backend whose kernel would run this call, None if the reference would.
+    # --- The choice -------------------------------------------------------------------------------
 
-        Callers use it to decide between this op and an equivalent sequence of other ops.
+    def supports(self, backend: str, args: tuple) -> bool:
+        """True if the kernel of an available backend takes these arguments."""
+        supports = self.kernels[backend].supports if backend in self.kernels else None
+        return supports is None or supports(*args)
+
+    def choose(self, args: tuple, eager: bool = True) -> Choice:
+        """The backend and tile for a call; the reference where no kernel can run it.
+
+        Args:
+            args: the arguments of the call.
+            eager: False while a graph is made.
+
+        Raises:
+            ValueError, RuntimeError: a backend is forced that does not exist, or that cannot run
+                this call.
         """
-        backend = _forced or self._chosen(args, eager=not torch.compiler.is_compiling())
-        if backend == "reference" or backend in self.missing:
-            return None
-        return backend if self.takes(backend, args) else None
+        if _forced:
+            self._check_forced(args)
+        return self._choose(args, eager)
 
-    def takes(self, backend: str, args: tuple) -> bool:
-        """Whether the kernel of a backend that has one is made for this call."""
-        return backend not in self._supports or self._supports[backend](*args)
+    def kernel_backend(self, *args) -> str | None:
+        """The backend whose kernel would run this call, None if the reference would.
+
+        A caller that can do the same by several other operators asks this first.
+        """
+        backend = self._choose(args, not torch.compiler.is_compiling()).backend
+        return None if backend == "reference" else backend
+
+    def _choose(self, args: tuple, eager: bool) -> Choice:
+        x = args[0]
+        choice = None if self.tunable is None else tuned.measured(self.tunable, x, args, eager)
+        if _forced:
+            if choice is None or choice.backend != _forced:
+                choice = Choice(_forced)
+        elif choice is None or choice.backend in self.unavailable:
+            device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
+            choice = self.defaults.get(device, REFERENCE)
+        if choice.backend in self.unavailable or not self.supports(choice.backend, args):
+            return REFERENCE
+        return choice
+
+    # --- The call ---------------------------------------------------------------------------------
 
     def __call__(self, *args):
         x = args[0]
         eager = not torch.compiler.is_compiling()
         if eager and (
             torch.is_grad_enabled()  # a gradient of gradients: kernels are not differentiable,
-            or torch._C._are_functorch_transforms_active()  # nor do they know of vmap
+            or torch._C._are_functorch_transforms_active()  # nor can they be vmapped
         ):
             if _forced:
-                self._checked(_forced, args)
-            backend = "reference"
+                self._check_forced(args)
+            choice = REFERENCE
         else:
-            backend = self._checked(_forced, args) if _forced else self._chosen(args, eager=eager)
-            if not self.takes(backend, args):
-                backend = "reference"
-        if backend == "reference":
-            # its matmuls define the op, never to be downcast
+            choice = self.choose(args, eager)
+        if choice.backend == "reference":
+            # The matrix products of a reference define the operator: autocast must not round them.
             with autocast.disabled(x.device.type):
                 return self.reference(*args)
-        if backend == "triton" and x.is_cpu:
-            return self.launcher()(*args)  # the interpreter; the raw op has the C++ kernel there
-        if eager and x.is_cuda and _is_plain(x):
-            return self._run(backend, args)  # the raw op would come back to Python for that
+        if choice.backend == "triton" and x.is_cpu:
+            return self._run(choice, args)  # the interpreter; the raw op has the C++ kernel there
+        if eager and x.is_cuda and bypasses_dispatch(x):
+            return self._run(choice, args)  # the raw op would come back to Python for that
         return self.raw(*args)
 
-    def _chosen(self, args: tuple, measure: bool = True, eager: bool = True) -> str:
-        """What was measured to be best for such a call, or what serves the device by default.
-
-        ``measure``: whether BOFT_OPS_AUTOTUNE=1 may measure it now. ``eager``: not in a graph that
-        is being made.
-        """
-        measured = tuned.backend(self, args, measure, eager)
-        if measured and measured not in self.missing:
-            return measured
-        x = args[0]  # the type of its device takes longer to find out
-        device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
-        return self.serving.get(device, "reference")
-
-    def _cuda(self, *args):
-        """What the raw op runs on CUDA tensors: one of two sets of kernels, or the reference."""
-        backend = _forced or self._chosen(args, measure=False)  # maybe inside a compiled graph
-        there = backend in ("triton", "cuda") and backend not in self.missing
-        if not there or not self.takes(backend, args):
+    def _on_cuda(self, *args):
+        """The raw op on CUDA tensors, maybe as a node of a compiled graph."""
+        choice = self._choose(args, eager=True)
+        if choice.backend not in ("triton", "cuda"):
             return self.reference(*args)
-        return self._run(backend, args)
+        return self._run(choice, args)
 
-    def _run(self, backend: str, args: tuple):
-        return self.launcher()(*args) if backend == "triton" else self._native()(*args)
+    def _run(self, choice: Choice, args: tuple):
+        if choice.backend == "triton":
+            launcher = self.launcher()
+            return launcher(*args, tile=choice.config) if choice.config else launcher(*args)
+        return self.native()(*args)
 
-    def _native(self) -> Callable:
-        """The CUDA kernel of the native library, which registers them in a namespace beside."""
-        return _native_kernel(self.name, self.schema)
+    def launch(self, *args):
+        """Launch the Triton kernel in its measured tile, for a call that it supports."""
+        choice = None
+        if self.tunable is not None:
+            choice = tuned.measured(self.tunable, args[0], args)
+        if choice is None or choice.backend != "triton":
+            return self.launcher()(*args)
+        return self.launcher()(*args, tile=choice.config)
 
     def launcher(self) -> Callable:
         """The function that launches the Triton kernel; imports triton on first use."""
-        return _launcher(self._triton)
+        return _launcher(self.kernels["triton"].launcher)
 
-    def _checked(self, backend: str, args: tuple) -> str:
-        """The forced backend, or the reason why it cannot serve this call."""
+    def native(self) -> Callable:
+        """The CUDA kernel of the native library, which registers it in a namespace of its own."""
+        return _native_kernel(self.name, self.schema)
+
+    # --- Reasons ----------------------------------------------------------------------------------
+
+    def _check_forced(self, args: tuple) -> None:
+        """Raise the reason why the forced backend cannot run this call, if there is one."""
+        backend = _forced
         if backend not in BACKENDS:
             raise ValueError(f"BOFT_OPS_BACKEND: expected one of {BACKENDS}, got {backend!r}")
-        if backend in self.missing:
-            raise RuntimeError(f"BOFT_OPS_BACKEND={backend}: {self.name}: {self.missing[backend]}")
+        if backend in self.unavailable:
+            why = self.unavailable[backend]
+            raise RuntimeError(f"BOFT_OPS_BACKEND={backend}: {self.name}: {why}")
         device, devices = args[0].device.type, devices_of(backend)
         if backend != "reference" and device not in devices:
             raise RuntimeError(
                 f"BOFT_OPS_BACKEND={backend}: expected tensors on {' or '.join(devices)}, "
                 f"got {device}"
             )
-        if not self.takes(backend, args):
+        if not self.supports(backend, args):
             shapes = [f"{a.dtype} {tuple(a.shape)}" for a in args if isinstance(a, torch.Tensor)]
             raise RuntimeError(
                 f"BOFT_OPS_BACKEND={backend}: {self.name}: its kernel does not take {shapes}"
             )
-        return backend
 
-    def _why_missing(self, backend: str) -> str | None:
+    def _why_unavailable(self, backend: str) -> str | None:
         if backend == "reference":
             return None
         if backend == "triton":
-            if self._triton is None:
+            if "triton" not in self.kernels:
                 return "no Triton kernel of this op"
             return None if has_triton() else "triton is not installed"
+        if backend not in self.kernels:
+            return f"no {backend} kernel of this op"
         if native.library is None:
             return f"native library {native.status}"
         if not native.kernels(backend):
@@ -171,18 +246,42 @@ class Op:
             return f"no {backend} kernel of this op in the native library"
         return None
 
+    def _accept(self, device: str, structure: dict[str, int], choice: Choice) -> None:
+        """Raise ValueError for a measured choice that this operator cannot follow."""
+        backend, config = choice.backend, dict(choice.config)
+        if backend != "reference" and device not in devices_of(backend):
+            raise ValueError(f"no backend of {device}: {backend!r}")
+        tiles = self.tiles() if backend == "triton" and config else None
+        fields = () if tiles is None else tiles.type._fields
+        if unknown := config.keys() - set(fields):
+            raise ValueError(f"{self.name}: its tiles have no {', '.join(sorted(unknown))}")
+        if any(n < 1 or n & (n - 1) for name, n in config.items() if name != "num_stages"):
+            raise ValueError(f"not a tile, of powers of two: {config}")
+
+    def tiles(self) -> Any:
+        """The tiles of the Triton kernel (``Kernel.tiles``), or None."""
+        name = self.kernels["triton"].tiles if "triton" in self.kernels else None
+        return None if name is None else triton_object(name)
+
+
+def ops() -> dict[str, Op]:
+    """Every operator by its name."""
+    return dict(_ops)
+
 
 def forced() -> str | None:
-    """The backend that every op is to run on, if one was named."""
+    """The backend that every operator has to run on, if one was named."""
     return _forced
 
 
 @contextmanager
 def force(backend: str | None) -> Iterator[None]:
-    """Within the block every op runs on ``backend``, or raises why it cannot (None: no force).
+    """Within the block every operator runs on ``backend``, or raises why it cannot.
 
-    The programmatic form of the environment variable BOFT_OPS_BACKEND: for the whole process, and
-    read when an op is called, so a backward pass belongs inside the block too. Gradients of
+    None forces nothing.
+
+    The programmatic form of the environment variable BOFT_OPS_BACKEND. It holds for the process and
+    is read when an operator is called: a backward pass belongs inside the block too. Gradients of
     gradients and torch.func transforms run the reference all the same.
     """
     global _forced
@@ -196,17 +295,17 @@ def force(backend: str | None) -> Iterator[None]:
 
 
 def report() -> list[dict]:
-    """One row per op and device: what serves it, and why each other backend does not."""
+    """One row per operator and device: the backend that runs it, and why each other does not."""
     rows = []
     for op in _ops.values():
         for device, order in PREFERENCE.items():
             if _forced is None:
-                serving = op.serving[device]
-                others = {b: op.missing.get(b, "not preferred") for b in order if b != serving}
-            elif _forced not in op.missing and _forced in ("reference", *order):
+                serving = op.defaults[device].backend
+                others = {b: op.unavailable.get(b, "not preferred") for b in order if b != serving}
+            elif _forced not in op.unavailable and _forced in ("reference", *order):
                 serving, others = _forced, {}
             else:
-                why = op.missing.get(_forced, f"not a backend of {device}")
+                why = op.unavailable.get(_forced, f"not a backend of {device}")
                 serving, others = "nothing", {_forced: f"BOFT_OPS_BACKEND={_forced}: {why}"}
             rows.append({"op": op.name, "device": device, "serving": serving, "others": others})
     return rows
@@ -214,12 +313,27 @@ def report() -> list[dict]:
 
 @cache
 def has_triton() -> bool:
-    """The real triton, not a namespace package made of some folder of that name on sys.path."""
+    """True for the real triton, not for a namespace package made of a folder of that name."""
     try:
         spec = importlib.util.find_spec("triton")
     except (ImportError, ValueError):
         return False
     return spec is not None and spec.origin is not None
+
+
+def bypasses_dispatch(tensor: torch.Tensor) -> bool:
+    """True if nothing but the kernel sees a call with this tensor: no subclass, no mode."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+    )
+
+
+def triton_object(name: str) -> Any:
+    """The object ``"module:name"`` under triton_kernels."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"{PACKAGE}.triton_kernels.{module}"), attribute)
 
 
 @cache
@@ -228,25 +342,9 @@ def _native_kernel(name: str, schema: str) -> Callable:
     return getattr(getattr(torch.ops, native.CUDA_NS), name).default
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether nothing but the kernel itself is interested in a call: no subclass, no mode."""
-    return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-    )
-
-
 @cache
 def _launcher(target: str | Callable[[], Callable]) -> Callable:
-    if callable(target):
-        return target()
-    module, _, function = target.partition(":")
-    importlib.import_module(f"{PACKAGE}.triton_kernels.config").measured = tuned.tile
-    forget = importlib.import_module(f"{PACKAGE}.triton_kernels.launch").forget
-    if forget not in tuned.on_change:
-        tuned.on_change.append(forget)
-    return getattr(importlib.import_module(f"{PACKAGE}.triton_kernels.{module}"), function)
+    return target() if callable(target) else triton_object(target)
 
 
 def _define(
@@ -256,9 +354,9 @@ def _define(
     fake: Callable | None = None,
     namespace: str = NS,
 ) -> torch.library.Library:
-    """Define the op under this copy's namespace, once per process.
+    """Define the operator under this copy's namespace, once per process.
 
-    The library is kept on torch's own object: torch drops the operators of one that is freed, and a
+    The library is kept on torch's own object: torch drops the operators of a freed one, and a
     second import of the same copy must find them, not define them again.
     """
     holder = getattr(torch.ops, namespace)
@@ -267,7 +365,7 @@ def _define(
         library = libraries[name] = torch.library.Library(namespace, "FRAGMENT")
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         if reference is not None:
-            # every device; a kernel registered for a device key wins over it
+            # for every device; a kernel registered for a device key wins over it
             library.impl(name, reference, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return libraries[name]

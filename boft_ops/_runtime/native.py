@@ -28,31 +28,11 @@ isa: str | None = None  # the instruction set that its CPU kernels run on
 ISAS = ("baseline", "avx2", "avx512")  # of csrc/cpu/isa.cpp
 _lib: ctypes.CDLL | None = None
 _kernels: dict[str, frozenset[str]] = {}
-# How the CPU kernels cut work; csrc/boft_kernels.h says what the numbers are.
-DEFAULTS = {"grain": 65536, "linear_outputs": 192, "linear_rows": 1024}
 
 
 def kernels(device: str) -> frozenset[str]:
     """The operators that the loaded library has a kernel of, on "cpu" or on "cuda"."""
     return _kernels.get(device, frozenset())
-
-
-def tunable(name: str) -> int:
-    """A number of ``DEFAULTS``, as it is now."""
-    return DEFAULTS[name] if _lib is None else _lib.boft_ops_get(name.encode())
-
-
-def set_tunables(values: dict[str, int]) -> None:
-    """Set some of ``DEFAULTS`` for the process; without a library nobody reads them.
-
-    Raises:
-        ValueError: there is no such number, or it may not have this value. Then none is set.
-    """
-    before = {name: tunable(name) for name in DEFAULTS}
-    for name, value in values.items():
-        if name not in DEFAULTS or (_lib and _lib.boft_ops_set(name.encode(), value) != 0):
-            set_tunables(before)
-            raise ValueError(f"{name}: no such number of the kernels, or {value} is out of range")
 
 
 def load() -> bool:
@@ -195,8 +175,6 @@ def _open(
     lib.boft_ops_isa.restype = ctypes.c_char_p
     lib.boft_ops_kernels.restype = ctypes.c_char_p
     lib.boft_ops_kernels.argtypes = [ctypes.c_char_p]
-    lib.boft_ops_get.argtypes, lib.boft_ops_get.restype = [ctypes.c_char_p], ctypes.c_int64
-    lib.boft_ops_set.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     lib.boft_ops_register.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_int]
     found = lib.boft_ops_isa().decode()  # the one asked for, or the best of this machine
     if wanted_isa not in (None, found):

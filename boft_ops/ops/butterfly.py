@@ -8,8 +8,8 @@ import torch
 
 from .._runtime import autocast, checks
 from .compose import compose
+from .planner import plan_for
 from .rotate import rotate
-from .stages import plan_for
 
 
 def butterfly_matmul(

@@ -5,10 +5,16 @@ R = (I + Q)(I - Q)^-1 with Q skew-symmetric is orthogonal with det +1, and the i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 
-from .._runtime import checks, linalg
-from .._runtime.backend import Op
+from .._runtime import checks, limits, linalg
+from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import compute_dtype
+from .._runtime.tuned import ShapeClass
+from .._runtime.workload import Workload
 from .dropout import drop_blocks
 
 
@@ -50,15 +56,11 @@ def cayley_reference(skew: torch.Tensor, drop: torch.Tensor | None = None) -> to
 def cayley_backward_reference(
     blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
-    r = blocks.to(_accumulate_dtype(blocks))
+    r = blocks.to(compute_dtype(blocks))
     eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
     half = (eye + r).mT
     skew_grad = pack(0.5 * (half @ grad.to(r.dtype) @ half)).to(blocks.dtype)
     return skew_grad if drop is None else skew_grad.masked_fill(drop[..., None], 0)
-
-
-def _accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _horner(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -70,13 +72,13 @@ def _horner(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _neumann5(skew: torch.Tensor) -> torch.Tensor:
-    q = unpack(skew.to(_accumulate_dtype(skew)))
+    q = unpack(skew.to(compute_dtype(skew)))
     eye, p1, _, _ = _horner(q)
     return (eye + q @ p1).to(skew.dtype)
 
 
 def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    q = unpack(skew.to(_accumulate_dtype(skew)))
+    q = unpack(skew.to(compute_dtype(skew)))
     _, p1, p2, p3 = _horner(q)
     grad = grad.to(q.dtype)
     total = grad @ p1.mT  # Horner's scheme differentiated from the outside in
@@ -94,45 +96,92 @@ def fake_cayley(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.T
 def fake_cayley_backward(
     blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
-    return blocks.new_empty(*blocks.shape[:-2], _packed(blocks.shape[-1]))
+    return blocks.new_empty(*blocks.shape[:-2], packed_size(blocks.shape[-1]))
 
 
 def _fake_neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(skew, memory_format=torch.contiguous_format)
 
 
-def _packed(block_size: int) -> int:
+def packed_size(block_size: int) -> int:
+    """The numbers of one packed block, b(b-1)/2."""
     return block_size * (block_size - 1) // 2
+
+
+def _sample_skew(w: Workload) -> Iterator[tuple]:
+    yield w.skew(), None
+    yield w.skew(), w.drop_mask()
+
+
+def _sample_blocks(w: Workload) -> Iterator[tuple]:
+    with torch.no_grad():
+        blocks = cayley_reference(w.skew())
+    grad = w.tensor(*blocks.shape, dtype=w.compute_dtype)
+    yield blocks, None, grad
+    yield blocks, w.drop_mask(), grad
+
+
+def _class_of_blocks(blocks: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
+    return (blocks.shape[-1],), (math.prod(blocks.shape[:-2]),)
+
+
+def _class_of_skew(skew: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
+    b = checks.block_size_from_packed("skew", skew.shape[-1])
+    return (b,), (math.prod(skew.shape[:-1]),)
+
+
+def _cpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+    # the elimination beats LAPACK up to blocks of 128 rows
+    return skew.dtype != torch.float16 and skew.shape[-1] <= packed_size(128)
+
+
+def _cpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+    return blocks.dtype != torch.float16 and blocks.shape[-1] <= 32  # BLAS wins on larger blocks
+
+
+def _gpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+    return blocks.shape[-1] <= limits.MAX_BLOCK
+
+
+def _gpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+    return skew.shape[-1] <= packed_size(limits.MAX_BLOCK)
 
 
 cayley_forward = Op(
     "cayley(Tensor skew, Tensor? drop) -> Tensor",
-    cayley_reference,
-    fake_cayley,
-    triton="cayley:cayley",
-    supports={
-        "cpu": lambda skew, _: skew.dtype != torch.float16 and skew.shape[-1] <= _packed(128),
-        "cuda": lambda skew, _: skew.shape[-1] <= _packed(64),
-        "triton": lambda skew, _: skew.shape[-1] <= _packed(64),
+    reference=cayley_reference,
+    fake=fake_cayley,
+    samples=_sample_skew,
+    kernels={
+        "cpu": Kernel(_cpu_takes_skew),
+        "cuda": Kernel(_gpu_takes_skew),
+        "triton": Kernel(_gpu_takes_skew, "cayley:cayley", "config:CAYLEY"),
     },
+    shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_skew),
 )
 cayley_backward = Op(
     "cayley_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
-    cayley_backward_reference,
-    fake_cayley_backward,
-    triton="cayley:cayley_backward",
-    supports={
-        # BLAS wins on larger blocks
-        "cpu": lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 32,
-        "cuda": lambda blocks, *_: blocks.shape[-1] <= 64,
-        "triton": lambda blocks, *_: blocks.shape[-1] <= 64,
+    reference=cayley_backward_reference,
+    fake=fake_cayley_backward,
+    samples=_sample_blocks,
+    kernels={
+        "cpu": Kernel(_cpu_takes_blocks),
+        "cuda": Kernel(_gpu_takes_blocks),
+        "triton": Kernel(_gpu_takes_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
     },
+    shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_blocks),
 )
-neumann5_forward = Op("cayley_neumann5(Tensor skew) -> Tensor", _neumann5, fake_cayley)
+neumann5_forward = Op(
+    "cayley_neumann5(Tensor skew) -> Tensor",
+    reference=_neumann5,
+    fake=fake_cayley,
+    samples=lambda w: iter([(w.skew(),)]),
+)
 neumann5_backward = Op(
     "cayley_neumann5_backward(Tensor skew, Tensor grad) -> Tensor",
-    _neumann5_backward,
-    _fake_neumann5_backward,
+    reference=_neumann5_backward,
+    fake=_fake_neumann5_backward,
+    samples=lambda w: ((w.skew(), grad) for *_, grad in _sample_blocks(w)),
 )
 
 

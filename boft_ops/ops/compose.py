@@ -7,10 +7,17 @@ chunks l, l + L, l + 2L, ... of a run. Everything below is views and small batch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from .._runtime.backend import Op
-from .stages import Stage
+from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import compute_dtype
+from .._runtime.limits import MAX_BLOCK, MAX_STAGE
+from .._runtime.tuned import ShapeClass
+from .._runtime.workload import Workload
+from .cayley import cayley_reference
+from .stages import Stage, plan
 
 
 def _pair(factor: torch.Tensor, stride: int, chunks: int) -> torch.Tensor:
@@ -112,28 +119,65 @@ def _native_takes(factors: torch.Tensor, grad_or_first: torch.Tensor | int, *_: 
 def _cuda_takes(factors: torch.Tensor, *_: object) -> bool:
     n, _, b, _ = factors.shape
     wide = factors.dtype in (torch.float32, torch.float64)
-    return wide and b << (n - 1) <= 256 and (n == 1 or b % 2 == 0)
+    return wide and b << (n - 1) <= MAX_STAGE and (n == 1 or b % 2 == 0)
 
 
 def _triton_takes(factors: torch.Tensor, *_: object) -> bool:
     n, _, b, _ = factors.shape
-    return n == 1 or (b % 2 == 0 and b <= 64 and b << (n - 1) <= 256)
+    return n == 1 or (b % 2 == 0 and b <= MAX_BLOCK and b << (n - 1) <= MAX_STAGE)
 
 
+def _sample_factors(w: Workload) -> Iterator[tuple[torch.Tensor, Stage]]:
+    """The factors (last - first, K, b, b) of each stage that is composed, and the stage."""
+    if w.n_factors == 1:
+        return
+    with torch.no_grad():
+        blocks = cayley_reference(w.skew())
+    for stage in plan(w.n_factors, w.block_size, w.device.type):
+        yield blocks[stage.first : stage.last], stage
+
+
+def _samples(w: Workload) -> Iterator[tuple]:
+    for factors, stage in _sample_factors(w):
+        yield factors, stage.first
+
+
+def _backward_samples(w: Workload) -> Iterator[tuple]:
+    for factors, stage in _sample_factors(w):
+        splits = stage.splits(torch.empty(1, w.d, device=w.device))
+        shape = splits, w.d // stage.size, stage.size, stage.size
+        yield factors, w.tensor(*shape, dtype=w.compute_dtype), stage.first
+
+
+def _class_of(factors: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
+    return (factors.shape[0], factors.shape[-1]), (factors.shape[1],)
+
+
+_CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 compose_forward = Op(
     "compose(Tensor factors, int first) -> Tensor",
-    compose_reference,
-    fake_compose,
-    triton="compose:compose",
-    supports={"cpu": _native_takes, "cuda": _cuda_takes, "triton": _triton_takes},
+    reference=compose_reference,
+    fake=fake_compose,
+    samples=_samples,
+    kernels={
+        "cpu": Kernel(_native_takes),
+        "cuda": Kernel(_cuda_takes),
+        "triton": Kernel(_triton_takes, "compose:compose"),
+    },
+    shape_class=_CLASS,
 )
 compose_backward = Op(
     # grad (splits, d/size, size, size): partial sums, added up here
     "compose_backward(Tensor factors, Tensor grad, int first) -> Tensor",
-    compose_backward_reference,
-    fake_compose_backward,
-    triton="compose:compose_backward",
-    supports={"cpu": _native_takes, "cuda": _cuda_takes, "triton": _triton_takes},
+    reference=compose_backward_reference,
+    fake=fake_compose_backward,
+    samples=_backward_samples,
+    kernels={
+        "cpu": Kernel(_native_takes),
+        "cuda": Kernel(_cuda_takes),
+        "triton": Kernel(_triton_takes, "compose:compose_backward"),
+    },
+    shape_class=_CLASS,
 )
 
 
@@ -175,8 +219,7 @@ def compose(
 
     Computed in the widest of the blocks' dtype, ``dtype`` and float32.
     """
-    wide = torch.promote_types(torch.promote_types(blocks.dtype, dtype), torch.float32)
-    blocks = blocks.to(wide).contiguous()
+    blocks = blocks.to(torch.promote_types(compute_dtype(blocks), dtype)).contiguous()
     if blocks.shape[0] == 1:
         return (blocks[0],)  # one factor is its own stage
     return Compose.apply(blocks, stages)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from .._runtime import checks
 
@@ -53,30 +52,6 @@ def multiplicative_dropout(
     m, n_blocks = blocks.shape[:2]
     drop = draw_mask(m, n_blocks, p_component, p_block, blocks.device, generator)
     return drop_blocks(blocks, drop)
-
-
-class MultiplicativeDropout(nn.Module):
-    """``multiplicative_dropout`` as a module: active in training, the identity in evaluation."""
-
-    def __init__(self, p_component: float = 0.0, p_block: float = 0.0) -> None:
-        super().__init__()
-        checks.probability("p_component", p_component)
-        checks.probability("p_block", p_block)
-        self.p_component, self.p_block = p_component, p_block
-
-    def forward(self, blocks: torch.Tensor) -> torch.Tensor:
-        return multiplicative_dropout(
-            blocks, self.p_component, self.p_block, training=self.training
-        )
-
-    def draw(self, skew: torch.Tensor) -> torch.Tensor | None:
-        """The mask (m, K) of the blocks of ``skew`` that a forward pass is to drop, if any."""
-        if not self.training or not self.p_component or not self.p_block:
-            return None
-        return draw_mask(*skew.shape[:2], self.p_component, self.p_block, skew.device, None)
-
-    def extra_repr(self) -> str:
-        return f"p_component={self.p_component}, p_block={self.p_block}"
 
 
 def drop_blocks(blocks: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:

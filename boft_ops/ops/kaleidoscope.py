@@ -11,8 +11,9 @@ import torch
 from .._runtime import autocast, checks
 from .butterfly import butterfly_matmul, check_blocks
 from .compose import compose
+from .planner import plan_for
 from .rotate import rotate
-from .stages import Stage, plan_for
+from .stages import Stage
 
 
 def kaleidoscope_matmul(

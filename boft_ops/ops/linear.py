@@ -17,9 +17,12 @@ import torch
 from .._runtime import autocast, backend, checks, tuned
 from .composed_linear import composed_linear
 from .dropout import draw_mask
+from .planner import WEIGHT_SIDE_ROWS, layer_plan
+from .rotate import rotate_backward, rotate_rows
 from .rotated_linear import MIN_ROWS, RotatedLinear, compute_dtype, rotated_linear_forward
 from .rotation import DenseRotation, Rotation, SkewRotation
-from .stages import WEIGHT_SIDE_ROWS, Stage, layer_plan
+from .scale import scale_backward, scale_forward
+from .stages import Stage
 
 Strategy = Literal["fused", "batched", "separate", "rotate_weight"]
 Plan = tuple[tuple[Stage, ...], Strategy]
@@ -28,7 +31,7 @@ Plan = tuple[tuple[Stage, ...], Strategy]
 # --- Strategies -----------------------------------------------------------------------------------
 
 _plans: dict[tuple, Plan] = {}  # call signature -> plan
-tuned.on_change.append(_plans.clear)
+_generation = 0  # of the measurements that the plans rest on
 
 
 def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
@@ -38,12 +41,16 @@ def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -
     thresholds, so the signature of a call holds the two answers and not the number of rows: batches
     of ever new sizes find their plan. Where measurements decide, the number counts as well.
     """
+    global _generation
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) is not torch.Tensor
     ):
         return _decide(x, weight, rotation)
+    if _generation != tuned.generation:
+        _plans.clear()
+        _generation = tuned.generation
     inputs, outputs = x.shape[-1], weight.shape[0]
     rows = x.shape[0] if x.dim() == 2 else x.numel() // inputs
     parameter, kind = rotation[:2]  # skew and method, or matrix and orthogonal
@@ -61,10 +68,10 @@ def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -
     plan = _plans.get(signature) or _plans.get((signature, rows))
     if plan is None:
         plan = _decide(x, weight, rotation)
-        if not tuned.measures_on_first_use():  # else the next call may measure something
-            if len(_plans) >= tuned.MEMO:  # bounds the memory that measured sizes take
-                _plans.clear()
-            _plans[(signature, rows) if tuned.is_measured(x.device) else signature] = plan
+        if len(_plans) >= tuned.MEMO:  # bounds the memory that measured sizes take
+            _plans.clear()
+        measured = len(tuned.table(tuned.device_number(x))) > 0
+        _plans[(signature, rows) if measured else signature] = plan
     return plan
 
 
@@ -97,16 +104,14 @@ def _parts_agree(
 
     A measurement of the whole op counts for more than those of its parts.
     """
-    whole = x, weight, stage, None, None, False, False
-    if backend.forced() or tuned.backend(rotated_linear_forward, whole, False):
+    whole = x, weight, stage
+    if backend.forced() or tuned.measured(rotated_linear_forward.tunable, x, whole):
         return True
     size = stage.shape[-1]
     rotation, scale = ((size, size, 1), x.shape), ((), (x.shape[0], weight.shape[0]))
-    classes = {"rotate": rotation, "rotate_backward": rotation}
-    classes |= {"scale": scale, "scale_backward": scale}
-    measured = [tuned.lookup(op, x.device, x.dtype, *class_) for op, class_ in classes.items()]
-    if tuned.measures_on_first_use() and None in measured:  # only a call of its own measures a part
-        return False
+    classes = {rotate_rows: rotation, rotate_backward: rotation}
+    classes |= {scale_forward: scale, scale_backward: scale}
+    measured = [tuned.lookup(op.tunable, x.device, x.dtype, *c) for op, c in classes.items()]
     return all(choice is None or choice.backend == backend_name for choice in measured)
 
 

@@ -8,12 +8,16 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from .._runtime.backend import Op
-from .stages import Stage
+from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import compute_dtype
+from .._runtime.limits import MAX_STAGE
+from .._runtime.tuned import ShapeClass
+from .._runtime.workload import Workload
+from .stages import Stage, plan
 
 
 def _groups(x: torch.Tensor, size: int, chunk: int, stride: int) -> torch.Tensor:
@@ -34,7 +38,7 @@ def _ungroup(groups: torch.Tensor, chunk: int, stride: int) -> torch.Tensor:
     return runs.permute(2, 0, 3, 1, 4).reshape(n, n_groups * size)
 
 
-def _rotate(
+def rotate_reference(
     x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, transpose: bool
 ) -> torch.Tensor:
     size = stage.shape[-1]
@@ -54,12 +58,12 @@ def _gram(
     left = _groups(x, size, chunk, stride)
     right = _groups(grad, size, chunk, stride)
     product = torch.bmm(left.mT, right)[None]
-    product = product.to(torch.promote_types(x.dtype, torch.float32))
+    product = product.to(compute_dtype(x))
     # the whole sum in the first part: kernels divide it, one part for each share of the rows
     return torch.cat([product, product.new_zeros(splits - 1, *product.shape[1:])])
 
 
-def _rotate_backward(
+def rotate_backward_reference(
     grad: torch.Tensor,
     x: torch.Tensor,
     stage: torch.Tensor,
@@ -70,10 +74,10 @@ def _rotate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     pair = (grad, x) if transpose else (x, grad)
     gram = _gram(*pair, stage.shape[-1], chunk, stride, splits)
-    return _rotate(grad, stage, chunk, stride, not transpose), gram
+    return rotate_reference(grad, stage, chunk, stride, not transpose), gram
 
 
-def _fake_rotate(
+def fake_rotate(
     x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, transpose: bool
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -82,8 +86,7 @@ def _fake_rotate(
 def _fake_gram(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=dtype)
+    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=compute_dtype(x))
 
 
 def _fake_rotate_backward(
@@ -99,60 +102,133 @@ def _fake_rotate_backward(
     return x_grad, _fake_gram(x, grad, stage.shape[-1], chunk, stride, splits)
 
 
-MAX_TRITON_SIZE = 256  # of a group, for CUDA C++ too; the plan makes no larger ones on a GPU
+MAX_CPU_SIZE = 128  # features of a group, up to which the CPU kernels beat a BLAS
 
 
-def _native_takes(x: torch.Tensor, size: int, splits: int = 1) -> bool:
-    """Up to the size from which BLAS wins."""
-    return x.dtype != torch.float16 and size <= 128 and splits == 1
+def _cpu_takes_group(x: torch.Tensor, size: int) -> bool:
+    return x.dtype != torch.float16 and size <= MAX_CPU_SIZE
 
 
-def _cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor) -> bool:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return stage.dtype == wide and stage.shape[-1] <= MAX_TRITON_SIZE
+def cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+    """True if the kernels in CUDA C++ multiply rows by a stage (..., size, size) of this dtype."""
+    return stage.dtype == compute_dtype(x) and stage.shape[-1] <= MAX_STAGE
 
 
-def _native_takes_stage(x: torch.Tensor, stage: torch.Tensor, splits: int = 1) -> bool:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return stage.dtype == wide and _native_takes(x, stage.shape[-1], splits)
+def cpu_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+    """True if the CPU kernels multiply rows by a stage (..., size, size) of this dtype."""
+    return stage.dtype == compute_dtype(x) and _cpu_takes_group(x, stage.shape[-1])
 
 
+def triton_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+    """True if the Triton kernels multiply rows by a stage (..., size, size)."""
+    return stage.shape[-1] <= MAX_STAGE
+
+
+def _sample_stages(w: Workload) -> Iterator[tuple[Stage, torch.Tensor]]:
+    for stage in plan(w.n_factors, w.block_size, w.device.type):
+        yield stage, w.matrices(w.d // stage.size, stage.size)
+
+
+def _samples(w: Workload) -> Iterator[tuple]:
+    for stage, matrix in _sample_stages(w):
+        yield w.x(), matrix, stage.chunk, stage.stride, False
+
+
+def _stage_grad_samples(w: Workload) -> Iterator[tuple]:
+    for stage, _ in _sample_stages(w):
+        x, grad = w.x(), w.grad_x()
+        yield x, grad, stage.size, stage.chunk, stage.stride, stage.splits(x)
+
+
+def _backward_samples(w: Workload) -> Iterator[tuple]:
+    for stage, matrix in _sample_stages(w):
+        x, grad = w.x(), w.grad_x()
+        yield grad, x, matrix, stage.chunk, stage.stride, False, stage.splits(x)
+
+
+def class_of_rows(size: int, chunk: int, stride: int, x: torch.Tensor) -> tuple[tuple, tuple]:
+    """The shape class (``ROWS``) of a pass over rows x with groups of ``size`` features."""
+    return (size, chunk, stride), tuple(x.shape)
+
+
+def _class_of(x, stage, chunk, stride, transpose) -> tuple[tuple, tuple]:
+    return class_of_rows(stage.shape[-1], chunk, stride, x)
+
+
+def _stage_grad_class_of(x, grad, size, chunk, stride, splits) -> tuple[tuple, tuple]:
+    return class_of_rows(size, chunk, stride, x)
+
+
+def _backward_class_of(grad, x, stage, chunk, stride, transpose, splits) -> tuple[tuple, tuple]:
+    return class_of_rows(stage.shape[-1], chunk, stride, x)
+
+
+def _cpu_takes_stage_grad(x, grad, size, chunk, stride, splits) -> bool:
+    return _cpu_takes_group(x, size) and splits == 1
+
+
+def _gpu_takes_stage_grad(x, grad, size, *_: int) -> bool:
+    return size <= MAX_STAGE
+
+
+def _cpu_takes_backward(grad, x, stage, chunk, stride, transpose, splits) -> bool:
+    return cpu_takes_stage(x, stage) and splits == 1
+
+
+def _cuda_takes_backward(grad, x, stage, *_: int) -> bool:
+    return cuda_takes_stage(x, stage)
+
+
+def _triton_takes_backward(grad, x, stage, *_: int) -> bool:
+    return triton_takes_stage(x, stage)
+
+
+ROWS = ShapeClass(("size", "chunk", "stride"), ("rows", "features"), _class_of)
 rotate_rows = Op(
     "rotate(Tensor x, Tensor stage, int chunk, int stride, bool transpose) -> Tensor",
-    _rotate,
-    _fake_rotate,
-    triton="rotate:rotate",
-    supports={
-        "cpu": lambda x, stage, *_: _native_takes_stage(x, stage),
-        "cuda": lambda x, stage, *_: _cuda_takes_stage(x, stage),
-        "triton": lambda x, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
+    reference=rotate_reference,
+    fake=fake_rotate,
+    samples=_samples,
+    kernels={
+        "cpu": Kernel(cpu_takes_stage),
+        "cuda": Kernel(cuda_takes_stage),
+        "triton": Kernel(triton_takes_stage, "rotate:rotate", "rotate:TILES"),
     },
+    shape_class=ROWS,
 )
 # Gradients of a stage come as partial sums (splits, d/size, size, size), in at least float32.
 gram = Op(
     "gram(Tensor x, Tensor grad, int size, int chunk, int stride, int splits) -> Tensor",
-    _gram,
-    _fake_gram,
-    triton="rotate:gram",
-    supports={
-        "cpu": lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits),
-        "cuda": lambda x, grad, size, *_: size <= MAX_TRITON_SIZE,
-        "triton": lambda x, grad, size, *_: size <= MAX_TRITON_SIZE,
+    reference=_gram,
+    fake=_fake_gram,
+    samples=_stage_grad_samples,
+    kernels={
+        "cpu": Kernel(_cpu_takes_stage_grad),
+        "cuda": Kernel(_gpu_takes_stage_grad),
+        "triton": Kernel(
+            _gpu_takes_stage_grad, "rotate_backward:gram", "rotate_backward:STAGE_GRAD_TILES"
+        ),
     },
+    shape_class=ROWS._replace(of=_stage_grad_class_of),
+    comparable=lambda partials: partials.sum(0),
 )
 rotate_backward = Op(
     "rotate_backward(Tensor grad, Tensor x, Tensor stage, int chunk, int stride, bool transpose,"
     " int splits) -> (Tensor, Tensor)",
-    _rotate_backward,
-    _fake_rotate_backward,
-    triton="rotate:rotate_backward",
-    supports={
-        "cpu": lambda grad, x, stage, chunk, stride, transpose, splits: _native_takes_stage(
-            x, stage, splits
+    reference=rotate_backward_reference,
+    fake=_fake_rotate_backward,
+    samples=_backward_samples,
+    kernels={
+        "cpu": Kernel(_cpu_takes_backward),
+        "cuda": Kernel(_cuda_takes_backward),
+        "triton": Kernel(
+            _triton_takes_backward,
+            "rotate_backward:rotate_backward",
+            "rotate_backward:BACKWARD_TILES",
         ),
-        "cuda": lambda grad, x, stage, *_: _cuda_takes_stage(x, stage),
-        "triton": lambda grad, x, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
     },
+    shape_class=ROWS._replace(of=_backward_class_of),
+    comparable=lambda result: (result[0], result[1].sum(0)),
 )
 
 
@@ -160,7 +236,7 @@ def apply_stages(
     x: torch.Tensor, matrices: Sequence[torch.Tensor], plan: tuple[Stage, ...], transpose: bool
 ) -> torch.Tensor:
     """x (N, d) through all the stages, outside of autograd."""
-    for i in _order(plan, transpose):
+    for i in order_of(plan, transpose):
         x = rotate_rows(x, matrices[i], plan[i].chunk, plan[i].stride, transpose)
     return x
 
@@ -177,7 +253,7 @@ def apply_stages_backward(
 
     The input of each stage is computed again from x: nothing else of its size needs to be kept.
     """
-    order = _order(plan, transpose)
+    order = order_of(plan, transpose)
     partials: list[torch.Tensor | None] = [None] * len(plan)
     if x is None:
         return apply_stages(grad, matrices, plan, not transpose) if need_x else None, partials
@@ -225,7 +301,7 @@ class Rotate(torch.autograd.Function):
         return x_grad, None, None, *grads
 
 
-def _order(plan: tuple[Stage, ...], transpose: bool) -> list[int]:
+def order_of(plan: tuple[Stage, ...], transpose: bool) -> list[int]:
     """R = C_{m-1} ... C_0 on row vectors: x meets the largest stride first, R^T the smallest."""
     order = list(range(len(plan)))
     return order if transpose else order[::-1]

@@ -7,24 +7,30 @@ adapter for each row. It is one launch for each stage, whatever the number of ad
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 import torch
 
 from .._runtime import autocast, checks
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
+from .._runtime.workload import Workload
 from .compose import compose
+from .planner import plan_for
 from .rotate import (
-    MAX_TRITON_SIZE,
-    _cuda_takes_stage,
-    _fake_rotate,
-    _native_takes_stage,
-    _order,
-    _rotate,
+    ROWS,
+    class_of_rows,
+    cpu_takes_stage,
+    cuda_takes_stage,
+    fake_rotate,
     gram,
+    order_of,
+    rotate_reference,
+    triton_takes_stage,
 )
-from .stages import Stage, plan_for
+from .stages import Stage, plan
 
 IDENTITY = -1  # the index of rows that are left as they are
+SAMPLE_ADAPTERS = 8
 
 
 def _rotate_indexed(
@@ -37,7 +43,7 @@ def _rotate_indexed(
 ) -> torch.Tensor:
     y = torch.where((index == IDENTITY)[:, None], x, float("nan"))
     for adapter, stage in enumerate(stages):
-        rotated = _rotate(x, stage, chunk, stride, transpose)
+        rotated = rotate_reference(x, stage, chunk, stride, transpose)
         y = torch.where((index == adapter)[:, None], rotated, y)
     return y
 
@@ -50,21 +56,37 @@ def _fake_rotate_indexed(
     stride: int,
     transpose: bool,
 ) -> torch.Tensor:
-    return _fake_rotate(x, stages, chunk, stride, transpose)
+    return fake_rotate(x, stages, chunk, stride, transpose)
+
+
+def _samples(w: Workload) -> Iterator[tuple]:
+    """Rows of SAMPLE_ADAPTERS adapters, those of one adapter side by side."""
+    index = torch.arange(w.rows, device=w.device) * SAMPLE_ADAPTERS // max(1, w.rows)
+    for stage in plan(w.n_factors, w.block_size, w.device.type):
+        matrices = w.matrices(SAMPLE_ADAPTERS * w.d // stage.size, stage.size)
+        matrices = matrices.unflatten(0, (SAMPLE_ADAPTERS, -1))
+        yield w.x(), matrices, index.to(torch.int32), stage.chunk, stage.stride, False
+
+
+def _class_of(x, stages, index, chunk, stride, transpose) -> tuple[tuple, tuple]:
+    return class_of_rows(stages.shape[-1], chunk, stride, x)
 
 
 rotate_indexed_rows = Op(
     # x (N, d), stages (A, d/size, size, size), index (N,) int32 in [-1, A); other indices give NaN
     "rotate_indexed(Tensor x, Tensor stages, Tensor index, int chunk, int stride, bool transpose)"
     " -> Tensor",
-    _rotate_indexed,
-    _fake_rotate_indexed,
-    triton="rotate_indexed:rotate_indexed",
-    supports={
-        "cpu": lambda x, stages, *_: _native_takes_stage(x, stages),
-        "cuda": lambda x, stages, *_: _cuda_takes_stage(x, stages),
-        "triton": lambda x, stages, *_: stages.shape[-1] <= MAX_TRITON_SIZE,
+    reference=_rotate_indexed,
+    fake=_fake_rotate_indexed,
+    samples=_samples,
+    kernels={
+        "cpu": Kernel(cpu_takes_stage),
+        "cuda": Kernel(cuda_takes_stage),
+        "triton": Kernel(
+            triton_takes_stage, "rotate_indexed:rotate_indexed", "rotate_indexed:TILES"
+        ),
     },
+    shape_class=ROWS._replace(of=_class_of),
 )
 
 
@@ -86,7 +108,7 @@ class RotateIndexed(torch.autograd.Function):
     def backward(ctx, grad):
         x, index, *matrices = ctx.saved_tensors
         plan, transpose, grad = ctx.plan, ctx.transpose, grad.contiguous()
-        order = _order(plan, transpose)
+        order = order_of(plan, transpose)
         grads: list[torch.Tensor | None] = [None] * len(plan)
         if x is not None:  # the input of each stage, once more
             inputs = _through_stages(x, index, transpose, plan, matrices)
@@ -105,7 +127,7 @@ class RotateIndexed(torch.autograd.Function):
 def _through_stages(x, index, transpose, plan, matrices) -> list[torch.Tensor]:
     """x, and what it is after each stage."""
     states = [x]
-    for i in _order(plan, transpose):
+    for i in order_of(plan, transpose):
         layout = plan[i].chunk, plan[i].stride, transpose
         states.append(rotate_indexed_rows(states[-1], matrices[i], index, *layout))
     return states

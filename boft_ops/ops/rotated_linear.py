@@ -7,16 +7,18 @@ make them one by one than a GPU takes to run them, at any but the largest sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from .._runtime import autocast, native
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
+from .._runtime.limits import FUSED_MULTIPLE, MAX_STAGE
+from .._runtime.tuned import ShapeClass
+from .._runtime.workload import Workload
 from .composed_linear import composed_linear
 from .rotate import (
-    MAX_TRITON_SIZE,
     apply_stages,
     apply_stages_backward,
     gram,
@@ -26,7 +28,7 @@ from .rotate import (
 from .rotation import DenseRotation, SkewRotation
 from .scale import Scale, scale_backward, scale_forward
 from .stage_from_skew import stages_from_skew, stages_from_skew_backward
-from .stages import Stage
+from .stages import Stage, plan
 
 MIN_ROWS = 64  # with fewer rows a BLAS reads the weight faster than the fused C++ kernel
 MAX_CUDA_SIZE = 64  # features of a group; Triton's rotate is faster for larger ones
@@ -84,9 +86,9 @@ rotated_linear_reference, rotated_linear_backward_reference = batch(
 
 
 def _triton_launches() -> tuple[Callable, Callable]:
-    """Return the op and its backward made of the launches of Triton's kernels."""
+    """Return the op and its backward made of launches of Triton's kernels in measured tiles."""
     return batch(
-        *(op.launcher() for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
+        *(op.launch for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
     )
 
 
@@ -109,7 +111,7 @@ def _cpu_supports(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) ->
     """Float32 with enough rows, on a CPU with the vector instructions that its BLAS uses too."""
     return (
         x.dtype == weight.dtype == stage.dtype == torch.float32
-        and 192 % stage.shape[-1] == 0
+        and FUSED_MULTIPLE % stage.shape[-1] == 0
         and x.shape[0] >= MIN_ROWS
         and native.isa in ("avx2", "avx512")
     )
@@ -120,6 +122,26 @@ def _cuda_supports(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -
     return half and stage.dtype == torch.float32 and stage.shape[-1] <= MAX_CUDA_SIZE
 
 
+def _samples(w: Workload) -> Iterator[tuple]:
+    size = plan(w.n_factors, w.block_size, w.device.type)[0].size
+    weight = w.tensor(w.n, w.d, std=w.d**-0.5)
+    scale = 1 + w.tensor(w.n, std=0.1, dtype=w.compute_dtype)
+    bias, in_z = w.tensor(w.n, salt=1), w.device.type != "cpu"
+    yield w.x(), weight, w.matrices(w.d // size, size), scale, bias, in_z, True
+
+
+def _backward_samples(w: Workload) -> Iterator[tuple]:
+    stage = plan(w.n_factors, w.block_size, w.device.type)[0]
+    for x, weight, matrix, scale, bias, in_z, _ in _samples(w):
+        grad, z = (w.tensor(w.rows, w.n, salt=salt) for salt in (1, 2))
+        yield grad, x, weight, matrix, scale, bias if in_z else None, z, stage.splits(x), True
+
+
+_CLASS = ShapeClass(
+    ("size",),
+    ("rows", "inputs", "outputs"),
+    lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
+)
 # y = scale * x R W^T + bias, for one stage of stride 1.
 #   x (rows, d); weight (n, d); stage (d/size, size, size); scale, bias (n,)
 #   bias_in_z: add the bias inside the matrix product, as torch's linear does; the scale then leaves
@@ -129,18 +151,26 @@ def _cuda_supports(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -
 rotated_linear_forward = Op(
     "rotated_linear(Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? bias,"
     " bool bias_in_z, bool save) -> (Tensor, Tensor)",
-    rotated_linear_reference,
-    _fake,
-    triton=lambda: _triton_launches()[0],
-    supports={
-        "cpu": lambda x, weight, stage, scale, bias, bias_in_z, *_: (
-            (bias is None or not bias_in_z) and _cpu_supports(x, weight, stage)
+    reference=rotated_linear_reference,
+    fake=_fake,
+    samples=_samples,
+    kernels={
+        "cpu": Kernel(
+            lambda x, weight, stage, scale, bias, bias_in_z, save: (
+                (bias is None or not bias_in_z) and _cpu_supports(x, weight, stage)
+            )
         ),
-        "cuda": lambda x, weight, stage, scale, bias, bias_in_z, *_: (
-            (bias is None or bias_in_z) and _cuda_supports(x, weight, stage)
+        "cuda": Kernel(
+            lambda x, weight, stage, scale, bias, bias_in_z, save: (
+                (bias is None or bias_in_z) and _cuda_supports(x, weight, stage)
+            )
         ),
-        "triton": lambda x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
+        "triton": Kernel(
+            lambda x, weight, stage, *_: stage.shape[-1] <= MAX_STAGE,
+            lambda: _triton_launches()[0],
+        ),
     },
+    shape_class=_CLASS,
 )
 # The gradients of x, stage, scale and bias.
 #   center: the bias if z holds it, else None
@@ -152,18 +182,28 @@ rotated_linear_forward = Op(
 rotated_linear_backward = Op(
     "rotated_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor stage, Tensor? scale,"
     " Tensor? center, Tensor? z, int splits, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-    rotated_linear_backward_reference,
-    _fake_backward,
-    triton=lambda: _triton_launches()[1],
-    supports={
-        "cpu": lambda grad, x, weight, stage, scale, center, z, splits, need_bias: (
-            center is None and splits == 1 and _cpu_supports(x, weight, stage)
+    reference=rotated_linear_backward_reference,
+    fake=_fake_backward,
+    samples=_backward_samples,
+    kernels={
+        "cpu": Kernel(
+            lambda grad, x, weight, stage, scale, center, z, splits, need_bias: (
+                center is None and splits == 1 and _cpu_supports(x, weight, stage)
+            )
         ),
-        "cuda": lambda grad, x, weight, stage, scale, center, z, splits, need_bias: (
-            (z is not None or not need_bias) and _cuda_supports(x, weight, stage)
+        "cuda": Kernel(
+            lambda grad, x, weight, stage, scale, center, z, splits, need_bias: (
+                (z is not None or not need_bias) and _cuda_supports(x, weight, stage)
+            )
         ),
-        "triton": lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_TRITON_SIZE,
+        "triton": Kernel(
+            lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_STAGE,
+            lambda: _triton_launches()[1],
+        ),
     },
+    shape_class=_CLASS._replace(of=lambda grad, *args: _CLASS.of(*args)),
+    measured_as=rotated_linear_forward,
+    comparable=lambda result: (result[0], result[1].sum(0), *result[2:]),
 )
 
 
@@ -305,7 +345,7 @@ def _backward_scale(
 class RotatedLinear(torch.autograd.Function):
     """y = scale * (x R W^T) + bias with a frozen W: every gradient in closed form.
 
-    R comes as skew and drop_mask or as matrix; what it does not come as is None. ``plan`` is the
+    R comes as skew and drop_mask or as matrix; what it does not come as is None. ``decided`` is the
     method of the skew (None for a matrix), the stages and the strategy, see linear.py.
     Returns rows (N, n), whatever the shape of x: a Function that returned a view of them would
     forbid changing its output in place.
@@ -313,8 +353,8 @@ class RotatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, scale, bias, skew, drop_mask, matrix, plan):
-        method, stages, strategy = ctx.plan = plan
+    def forward(ctx, x, weight, scale, bias, skew, drop_mask, matrix, decided):
+        method, stages, strategy = ctx.decided = decided
         if skew is None:
             dtype = compute_dtype(x, matrix)
             blocks, matrices = None, [matrix if matrix.dtype == dtype else matrix.to(dtype)]
@@ -335,7 +375,7 @@ class RotatedLinear(torch.autograd.Function):
             return _differentiable_backward(ctx, grad)
         need_x, _, need_scale, need_bias, need_skew, _, need_matrix, _ = ctx.needs_input_grad
         need_rotation = need_skew or need_matrix
-        method, stages, strategy = ctx.plan
+        method, stages, strategy = ctx.decided
         if strategy == "fused":
             backward = _backward_fused
         elif strategy == "rotate_weight":
@@ -385,7 +425,9 @@ def _differentiable_backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | No
     inputs = x, weight, scale, bias, skew, drop_mask, matrix = ctx.saved_tensors[:7]
     needs = ctx.needs_input_grad[: len(inputs)]
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-    rotation = DenseRotation(matrix) if skew is None else SkewRotation(skew, ctx.plan[0], drop_mask)
+    rotation = (
+        DenseRotation(matrix) if skew is None else SkewRotation(skew, ctx.decided[0], drop_mask)
+    )
     with torch.enable_grad(), autocast.disabled(grad.device.type):
         y = composed_linear(x, weight, rotation, scale, bias, "in", 0).reshape(grad.shape)
         grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))

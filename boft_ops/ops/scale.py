@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import compute_dtype
+from .._runtime.tuned import ShapeClass
+from .._runtime.workload import Workload
 
 
-def _scale(
+def scale_reference(
     x: torch.Tensor,
     scale: torch.Tensor,
     center: torch.Tensor | None,
@@ -31,10 +36,10 @@ def _fake_scale(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _scale_backward(
+def scale_backward_reference(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = compute_dtype(x)
     # x - center before the sum: sum(grad x) - center sum(grad) would cancel where center is large
     centered = x.to(wide) if center is None else x.to(wide) - center.to(wide)
     scale_grad = torch.sum(grad.to(wide) * centered, 0).to(scale.dtype)
@@ -55,34 +60,76 @@ def _fake_scale_backward(
     return x_grad, torch.empty_like(scale), torch.empty_like(scale)
 
 
-def _wide(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
-    """Whether these are of the dtype that x is computed in."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return all(v is None or v.dtype == wide for v in vectors)
+def _in_compute_dtype(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
+    """True if the vectors have the dtype that x is computed in."""
+    return all(v is None or v.dtype == compute_dtype(x) for v in vectors)
 
 
+def _samples(w: Workload) -> Iterator[tuple]:
+    x, scale, center = _sample_vectors(w)
+    yield x, scale, center, center
+    yield x, scale, None, None
+
+
+def _backward_samples(w: Workload) -> Iterator[tuple]:
+    x, scale, center = _sample_vectors(w)
+    grad = w.tensor(w.rows, w.n, salt=1)
+    yield grad, x, scale, center
+    yield grad, x, scale, None
+
+
+def _sample_vectors(w: Workload) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scale, center = (w.tensor(w.n, salt=salt, dtype=w.compute_dtype) for salt in (0, 1))
+    return w.tensor(w.rows, w.n), scale, center
+
+
+def _class_of(x: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
+    return (), tuple(x.shape)
+
+
+def _cpu_takes(x, scale, center, bias) -> bool:
+    return x.dtype != torch.float16
+
+
+def _cuda_takes(x, scale, center, bias) -> bool:
+    return _in_compute_dtype(x, scale)
+
+
+def _cuda_takes_backward(grad, x, scale, center) -> bool:
+    return _in_compute_dtype(x, scale, center)
+
+
+def _cpu_takes_backward(grad, x, scale, center) -> bool:
+    return x.dtype != torch.float16 and _in_compute_dtype(x, scale, center)
+
+
+_CLASS = ShapeClass((), ("rows", "features"), _class_of)
 scale_forward = Op(
     # center and bias come together or not at all
     "scale(Tensor x, Tensor scale, Tensor? center, Tensor? bias) -> Tensor",
-    _scale,
-    _fake_scale,
-    triton="scale:scale",
-    supports={
-        "cpu": lambda x, scale, *_: x.dtype != torch.float16,
-        "cuda": lambda x, scale, *_: _wide(x, scale),
+    reference=scale_reference,
+    fake=_fake_scale,
+    samples=_samples,
+    kernels={
+        "cpu": Kernel(_cpu_takes),
+        "cuda": Kernel(_cuda_takes),
+        "triton": Kernel(None, "scale:scale", "config_scale:FORWARD"),
     },
+    shape_class=_CLASS,
 )
 scale_backward = Op(
     # without a center it is 0; the sums of grad, the gradient of the bias, are as wide as scale
     "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor? center)"
     " -> (Tensor, Tensor, Tensor)",
-    _scale_backward,
-    _fake_scale_backward,
-    triton="scale:scale_backward",
-    supports={
-        "cpu": lambda x, _, *vectors: x.dtype != torch.float16 and _wide(x, *vectors),
-        "cuda": lambda x, _, *vectors: _wide(x, *vectors),
+    reference=scale_backward_reference,
+    fake=_fake_scale_backward,
+    samples=_backward_samples,
+    kernels={
+        "cpu": Kernel(_cpu_takes_backward),
+        "cuda": Kernel(_cuda_takes_backward),
+        "triton": Kernel(None, "scale:scale_backward", "config_scale:BACKWARD"),
     },
+    shape_class=_CLASS,
 )
 
 
@@ -97,7 +144,9 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def forward(x, scale, center, bias):
         if torch.compiler.is_compiling():
-            return _scale(x, scale, center, bias)  # which Inductor fuses with what is around it
+            return scale_reference(
+                x, scale, center, bias
+            )  # which Inductor fuses with what is around it
         return scale_forward(x, scale, center, bias)
 
     @staticmethod

@@ -7,12 +7,15 @@ passes over little tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .._runtime import checks
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
+from .._runtime.limits import MAX_ROTATION
+from .._runtime.tuned import ShapeClass
+from .._runtime.workload import Workload
 from .cayley import (
     cayley_backward,
     cayley_backward_reference,
@@ -31,9 +34,7 @@ from .compose import (
     fake_compose,
 )
 from .dropout import drop_blocks
-from .stages import Stage
-
-MAX_SIZE = 64  # features of a group of the one stage that the op composes
+from .stages import Stage, plan
 
 
 def _reference(
@@ -60,14 +61,16 @@ def _at_least_float32(skew: torch.Tensor) -> torch.dtype:
 
 def _triton_supports(skew: torch.Tensor, _: object) -> bool:
     b = checks.block_size_from_packed("skew", skew.shape[-1])
-    return b << (len(skew) - 1) <= MAX_SIZE
+    return b << (len(skew) - 1) <= MAX_ROTATION
 
 
 def _cuda_supports(
     tensor: torch.Tensor, drop_mask: torch.Tensor | None, *grad: torch.Tensor
 ) -> bool:
     wide = tensor.dtype in (torch.float32, torch.float64)
-    return wide and (grad[0].shape[-1] <= MAX_SIZE if grad else _triton_supports(tensor, drop_mask))
+    return wide and (
+        grad[0].shape[-1] <= MAX_ROTATION if grad else _triton_supports(tensor, drop_mask)
+    )
 
 
 def _cpu_supports(
@@ -76,25 +79,64 @@ def _cpu_supports(
     return tensor.dtype in (torch.float32, torch.float64) and (len(grad) == 0 or len(grad[0]) == 1)
 
 
+def _is_sampled(w: Workload) -> bool:
+    return w.n_factors > 1 and is_one_small_stage(
+        plan(w.n_factors, w.block_size, w.device.type), "exact"
+    )
+
+
+def _samples(w: Workload) -> Iterator[tuple]:
+    if _is_sampled(w):
+        yield w.skew(), None
+        yield w.skew(), w.drop_mask()
+
+
+def _backward_samples(w: Workload) -> Iterator[tuple]:
+    for skew, drop_mask in _samples(w):
+        with torch.no_grad():
+            blocks, stage = _reference(skew, drop_mask)
+        (one,) = plan(w.n_factors, w.block_size, w.device.type)
+        splits = one.splits(torch.empty(1, w.d, device=w.device))
+        yield blocks, drop_mask, w.tensor(splits, *stage.shape, dtype=w.compute_dtype)
+
+
+def _class_of(skew: torch.Tensor, _: object) -> tuple[tuple, tuple]:
+    b = checks.block_size_from_packed("skew", skew.shape[-1])
+    return (skew.shape[0], b), (skew.shape[1],)
+
+
+_CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 stage_from_skew_forward = Op(
     # drop: boolean (m, K) -> blocks (m, K, b, b), stage (d/size, size, size)
     "stage_from_skew(Tensor skew, Tensor? drop) -> (Tensor, Tensor)",
-    _reference,
-    _fake,
-    triton="rotation:rotation",
-    supports={"cpu": _cpu_supports, "cuda": _cuda_supports, "triton": _triton_supports},
+    reference=_reference,
+    fake=_fake,
+    samples=_samples,
+    kernels={
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(_triton_supports, "rotation:rotation", "config:ROTATION"),
+    },
+    shape_class=_CLASS,
 )
 stage_from_skew_backward = Op(
     # grad (splits, d/size, size, size): partial sums of the stage's gradient
     "stage_from_skew_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
-    _backward_reference,
-    fake_cayley_backward,
-    triton="rotation:rotation_backward",
-    supports={
-        "cpu": _cpu_supports,
-        "cuda": _cuda_supports,
-        "triton": lambda blocks, drop, grad: grad.shape[-1] <= MAX_SIZE,
+    reference=_backward_reference,
+    fake=fake_cayley_backward,
+    samples=_backward_samples,
+    kernels={
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(
+            lambda blocks, drop, grad: grad.shape[-1] <= MAX_ROTATION,
+            "rotation:rotation_backward",
+            "config:ROTATION_BACKWARD",
+        ),
     },
+    shape_class=_CLASS._replace(
+        of=lambda blocks, *_: ((blocks.shape[0], blocks.shape[-1]), (blocks.shape[1],))
+    ),
 )
 
 
@@ -119,7 +161,7 @@ class StageFromSkew(torch.autograd.Function):
 
 def is_one_small_stage(stages: tuple[Stage, ...], method: str) -> bool:
     """Return True if the op ``stage_from_skew`` makes the matrices of these stages."""
-    return method == "exact" and len(stages) == 1 and stages[0].size <= MAX_SIZE
+    return method == "exact" and len(stages) == 1 and stages[0].size <= MAX_ROTATION
 
 
 def stages_from_skew(

@@ -13,15 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import tuned
-
 # What reading and writing x once costs, in multiply-adds per feature. On two CPU cores 8 bytes at
 # 10 GB/s against 2 flops at 100 GFLOP/s: some 40 to 80. On an H100, by its data sheet, 4 bytes at
 # 3.35 TB/s against 2 flops at some 600 TFLOP/s: about 350.
 PASS_COST = {"cpu": 64, "cuda": 350}
-
-IN_PRODUCT = 64  # up to which groups may be rotated by csrc/cpu/linear.cpp
-WEIGHT_SIDE_ROWS = 8  # for each output, from which W is rotated instead of x: see default_plan
 
 GPU_PROGRAMS = 4 * 132  # wanted for one pass over x: four for each multiprocessor of an H100
 PARTIAL_BYTES = 16 << 20  # that the partial sums of one stage may take
@@ -56,45 +51,6 @@ class Stage(NamedTuple):
         programs = -(-groups * self.size // 64) if self.size <= 16 else groups * -(-self.size // 64)
         most = PARTIAL_BYTES // (4 * groups * self.size**2)
         return max(1, min(-(-GPU_PROGRAMS // programs), most))
-
-
-def plan_for(x: torch.Tensor, n_factors: int, block_size: int) -> tuple[Stage, ...]:
-    """``plan`` for rows x (..., d), with the number of stages that was measured to be best."""
-    return layer_plan(x, n_factors, block_size, None)[0]
-
-
-def layer_plan(
-    x: torch.Tensor, n_factors: int, block_size: int, outputs: int | None
-) -> tuple[tuple[Stage, ...], bool]:
-    """``plan_for`` a layer's x, and whether its weight (outputs, d) is rotated in the place of x.
-
-    ``outputs``: None where no weight can be.
-    """
-    n_stages, weight_side = tuned.plan(x, n_factors, block_size, outputs)
-    device = x.device.type
-    stages = plan(n_factors, block_size, device, n_stages)
-    if n_stages is None and outputs is not None and not torch.compiler.is_compiling():
-        weight_side = _rotates_weight(stages, device, x.numel() // x.shape[-1], outputs)
-    return stages, bool(weight_side) and len(stages) == 1
-
-
-def default_plan(
-    n_factors: int, block_size: int, device: str, rows: int, outputs: int
-) -> tuple[tuple[Stage, ...], bool]:
-    """``layer_plan`` of what was not measured, outside of compiled graphs.
-
-    By the bytes of docs/tuning.md, W is rotated where that halves what the rotation of x moves in a
-    training step, 5 rows d numbers: 4 outputs d + 2 rows d, so from 8 rows an output on. Not of
-    groups that a CPU rotates inside its matrix product, where 6 to 11 % were gained at most; and
-    not on a GPU, where none of it was measured.
-    """
-    stages = plan(n_factors, block_size, device)
-    return stages, _rotates_weight(stages, device, rows, outputs)
-
-
-def _rotates_weight(stages: tuple[Stage, ...], device: str, rows: int, outputs: int) -> bool:
-    large = len(stages) == 1 and stages[0].size > IN_PRODUCT
-    return large and device == "cpu" and rows >= WEIGHT_SIDE_ROWS * outputs
 
 
 def plan(

@@ -1,5 +1,4 @@
-"""Measures which backend, tile, number of stages and blocking is fastest here (docs/tuning.md).
+"""Measures which backend, tile and plan is fastest on this machine (docs/tuning.md).
 
-``python -m boft_ops.tune``. Nothing of it is imported by the package itself, unless
-BOFT_OPS_AUTOTUNE=1 asks for it.
+``python -m boft_ops.tune``. The package itself imports nothing of it.
 """

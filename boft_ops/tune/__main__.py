@@ -1,7 +1,7 @@
-"""Measure which backends, tiles, stages and blocking are fastest on this machine, and keep them.
+"""Measure which backends, tiles and plans are fastest on this machine, and keep them.
 
---shapes takes names (llama-2-7b, llama-3-8b, deberta-v3-base, dinov2-large, sd-1.5), DxNxROWS, and
-files with a JSON list of [d, n, rows]. --explain prints the model's opinion of a layer.
+--shapes takes names (llama-2-7b, llama-3-8b, deberta-v3-base, dinov2-large, sd-1.5) and DxNxROWS.
+--explain prints the model's opinion of a layer.
 """
 
 from __future__ import annotations
@@ -18,68 +18,42 @@ from pathlib import Path
 import torch
 
 from .._runtime import backend as backends
-from .._runtime import checks, paths, tuned_file
-from .._runtime.device import devices_of, name_of
+from .._runtime import checks, paths, tuned, tuned_file
+from .._runtime.device import name_of
 from .._runtime.namespace import PACKAGE
-from .._runtime.shape_class import CLASSES
-from .._runtime.tuned import forget
-from .._runtime.tuned_table import Choice
 from . import explain
-from .machine import measured
-from .makers import problems
 from .measure import Timer
-from .problems import Problem
-from .search import DeviceError, compare, tune
-from .shapes import NAMED, shapes_of
+from .search import tune
+from .workloads import MODELS, problems, shapes_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-INTERRUPTED, LOST = 130, 3  # exit codes
+INTERRUPTED = 130  # exit code
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, or exit with one line that says what is wrong, before any work."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {PACKAGE}.tune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--ops",
-        nargs="+",
-        choices=sorted(CLASSES),
-        metavar="OP",
-        help="of these alone: %(choices)s",
-    )
-    add("--shapes", default="deberta-v3-base", help=f"comma-separated: {', '.join(NAMED)}, ...")
-    add(
-        "--butterfly",
-        type=_butterflies,
-        default="2x8,4x8",
-        help="n_factors x block_size, comma-separated (2x8,4x8)",
-    )
-    add("--device", type=_device, default="cpu", help="cpu (default) or cuda")
+    add("--ops", nargs="+", choices=sorted(tuned.tunables), metavar="OP",
+        help="only these decisions: %(choices)s")  # fmt: skip
+    add("--shapes", default="deberta-v3-base", help=f"comma-separated: {', '.join(MODELS)}, ...")
+    add("--butterfly", type=_butterflies, default="2x8,4x8",
+        help="n_factors x block_size, comma-separated (2x8,4x8)")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda")
     add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
     add("--rows", type=_positive, help="for named shapes (512 on a CPU, 8192 on a GPU)")
     add("--seconds", type=_seconds, help="stop in good time before so many have passed")
-    add(
-        "--backends",
-        nargs="+",
-        choices=backends.BACKENDS,
-        metavar="B",
-        help="of these backends alone: %(choices)s",
-    )
     add("--again", action="store_true", help="measure also what the file has")
     add("--out", type=Path, help="write here, not into the cache")
-    add("--verify", action="store_true", help="time what the file says against the defaults")
-    add(
-        "--explain",
-        nargs=3,
-        type=_positive,
-        metavar=("d", "n", "N"),
-        help="measure nothing: the model",
-    )
+    add("--explain", nargs=3, type=_positive, metavar=("d", "n", "N"),
+        help="measure nothing: the model")  # fmt: skip
     options = parser.parse_args(argv)
-    gpu = options.device.type == "cuda"
+    gpu = options.device == "cuda"
+    options.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
     options.rows = options.rows or (8192 if gpu else 512)
     try:
@@ -98,27 +72,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _butterflies(text: str) -> list[tuple[int, int]]:
     try:
-        found = [tuple(map(_positive, part.split("x"))) for part in text.split(",")]
+        pairs = [tuple(map(_positive, part.split("x"))) for part in text.split(",")]
     except argparse.ArgumentTypeError:
-        found = []
-    if not found or any(len(pair) != 2 for pair in found):
+        pairs = []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f"expected e.g. 2x8,4x8, got {text!r}")
-    return found
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:  # names no device
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
-    if device.type == "cpu":
-        return device
-    device, count = torch.device("cuda", device.index or 0), torch.cuda.device_count()
-    if count and device.index >= count:
-        raise argparse.ArgumentTypeError(f"expected one of {count} GPUs, got {text!r}")
-    return device
+    return pairs
 
 
 def _positive(text: str) -> int:
@@ -139,18 +98,10 @@ def _seconds(text: str) -> float:
 
 def _check_work(options: argparse.Namespace) -> None:
     """Raise ValueError where nothing of what was asked for can be measured."""
-    place, forced = options.device.type, backends.forced()
-    if place == "cuda" and not torch.cuda.is_available():
+    if options.device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
-    if forced:
+    if (forced := backends.forced()) is not None:
         raise ValueError(f"BOFT_OPS_BACKEND: expected none, as all are to be tried, got {forced!r}")
-    ops = [op for name, op in backends._ops.items() if name in (options.ops or CLASSES)]
-    for backend in options.backends or ():
-        if backend != "reference" and place not in devices_of(backend):
-            raise ValueError(f"--backends: expected backends of {place}, got {backend!r}")
-        why = [op.missing.get(backend) for op in ops]
-        if why and all(why):
-            raise ValueError(f"--backends {backend}: {why[0]}")
     if not any(checks.is_valid(s.d, b, m) for s in options.shapes for m, b in options.butterfly):
         raise ValueError(f"--butterfly: none of {options.butterfly} fits any of --shapes")
 
@@ -172,82 +123,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         for m, b in options.butterfly:
             explain.show(rows, d, n, m, b, options.dtype, options.device)
         return 0
-    return _tune_all(options, options.out)
+    return _tune_all(options)
 
 
-def _tune_all(options: argparse.Namespace, path: Path) -> int:
-    start = time.perf_counter()
-    device = options.device
-    print(f"{name_of(device)}: measuring its rates", flush=True)
-    machine = measured(device, options.dtype)
-    rates = {"bytes": machine.bytes, "flops": machine.flops}
-    tuned_file.update(path, device, [], rates)
-    found = problems(options.shapes, options.butterfly, options.dtype, device, machine, options.ops)
-    known = {tuned_file.key_of(row) for row in tuned_file.read(path, device)["choices"]}
-    todo = [problem for problem in found if options.again or problem.key not in known]
-    if len(todo) < len(found):
-        print(f"{len(found) - len(todo)} of {len(found)} are in {path} already")
-    timer, done, longest = Timer(device, machine), 0, 0.0
-    if options.verify:
-        rows = {tuned_file.key_of(row): row for row in tuned_file.read(path, device)["choices"]}
-        kept = [problem for problem in found if problem.key in rows]
-        return int(sum(_verify(problem, rows[problem.key], timer) for problem in kept) > 0)
+def _tune_all(options: argparse.Namespace) -> int:
+    start, device, path = time.perf_counter(), options.device, options.out
+    every = problems(options.shapes, options.butterfly, options.dtype, device, options.ops)
+    try:
+        rows = tuned_file.read(path, device, tuned.check_row)
+    except ValueError as error:
+        print(f"{path} is measured anew: {error}")
+        rows = []
+    known = {tuned_file.key_of(row) for row in rows}
+    todo = [p for p in every if options.again or tuned_file.key_of(p.row(p.default)) not in known]
+    print(f"{name_of(device)}: {len(todo)} of {len(every)} to measure, into {path}", flush=True)
+    timer, done, longest = Timer(device), 0, 0.0
     with _progress(len(todo)) as advance:
         for problem in todo:
             began = time.perf_counter()
-            left = options.seconds and options.seconds - (began - start) - longest
-            if left is not None and left < 0:
+            if options.seconds and options.seconds - (began - start) < longest:
                 break
             try:
-                row = tune(problem, machine, timer, options.backends)
+                row = tune(problem, timer)
             except KeyboardInterrupt:
                 print(f"interrupted; the same command goes on from {path}", file=sys.stderr)
                 return INTERRUPTED
-            except DeviceError as error:
-                print(f"{error}\nthe device is lost; run the same command again", file=sys.stderr)
-                tuned_file.update(path, device, [_lost(problem, error)])
-                return LOST
-            tuned_file.update(path, device, [row])
+            tuned_file.update(path, device, [row], tuned.check_row)
             done, longest = done + 1, max(longest, time.perf_counter() - began)
             advance(_line(problem, row))
-    forget()
+    tuned.forget()
     left = f", {len(todo) - done} left for the next time" if done < len(todo) else ""
     print(f"{done} measured in {time.perf_counter() - start:.0f} s{left}: {path}")
     return 0
 
 
-def _verify(problem: Problem, row: dict, timer: Timer) -> bool:
-    """Print the times of a choice in parts of the default's; whether it is slower beyond noise."""
-    low, middle, high = compare(problem, Choice((), row["backend"], row["config"]), timer)
-    verdict = "SLOWER" if low > 1.0 else "faster" if high < 1.0 else "the same"
-    print(f"{problem}: {middle:.3f} [{low:.3f}, {high:.3f}] of the default: {verdict}", flush=True)
-    return low > 1.0
-
-
-def _lost(problem: Problem, error: Exception) -> dict:
-    """The row of a problem that is not to be tried again: its default serves."""
-    return {
-        "op": problem.op,
-        "dtype": problem.dtype,
-        "structure": problem.structure,
-        "sizes": problem.sizes,
-        "backend": "",
-        "config": {},
-        "failed": [{"why": str(error)[:300]}],
-    }
-
-
-def _line(problem: Problem, row: dict) -> str:
+def _line(problem: object, row: dict) -> str:
     chosen = " ".join([row["backend"], *(f"{k}={v}" for k, v in row["config"].items())])
     gain = row["default_us"] / row["us"]
-    of_floor = f", {row['floor_us'] / row['us']:.0%} of the floor" if row["floor_us"] else ""
     tail = f" ({len(row['failed'])} of {row['tried']} failed)" if row["failed"] else ""
-    return f"{problem}: {row['us']:.1f} us{of_floor}, {gain:.2f}x the default: {chosen}{tail}"
+    return f"{problem}: {row['us']:.1f} us, {gain:.2f}x the default: {chosen}{tail}"
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with the time left where rich is installed and somebody looks, else lines alone."""
+    """A bar with the time left where rich is installed, else lines alone."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     except ImportError:

@@ -1,7 +1,10 @@
-// Cayley transform of batched small skew-symmetric blocks, vectorised ACROSS blocks: a tile holds
-// element (i, j) of kTile blocks side by side, so that b = 2, 4, 8 fill the vector lanes as well as
-// b = 64 does. Computed in double throughout: the blocks are tiny beside the activations, and one
-// rounding at the end makes R orthogonal to float32's last bit for |Q| up to 1e12.
+// Cayley transform R = (I + Q)(I - Q)^-1 of many small skew-symmetric blocks, and its gradient.
+//
+// The kernels are vectorized across blocks: a tile holds element (i, j) of kTile blocks side by
+// side, so that blocks of b = 2, 4, 8 fill the vector lanes as well as those of b = 64. Since
+// I + Q = 2 I - (I - Q), R is 2 (I - Q)^-1 - I: one inverse, no further product. All is computed in
+// double: the blocks are tiny beside the activations, and the one rounding at the end makes R
+// orthogonal to the last bit of float32 for |Q| up to 1e12.
 #include <type_traits>
 #include <vector>
 
@@ -12,14 +15,15 @@
 namespace boft::cpu {
 namespace {
 
+// Rounds a double to the element type, once.
 template <class T>
 BOFT_INLINE T round_to(double value) {
   return T(value);
 }
 template <>
 BOFT_INLINE bf16 round_to<bf16>(double value) {
-  // Rounding twice (double to float to bf16) is right unless the first step makes a tie: round the
-  // first step to odd, which no later rounding can mistake for a tie.
+  // Two roundings, from double to float and from float to bf16, give the right result unless the
+  // first one makes a tie. The first one therefore rounds to an odd last bit, which is never a tie.
   float rounded = float(value);
   uint32_t bits;
   std::memcpy(&bits, &rounded, sizeof bits);
@@ -31,7 +35,8 @@ BOFT_INLINE bf16 round_to<bf16>(double value) {
   return round_to_bf16(rounded);
 }
 
-// tile[p * kTile + v] = number p of block v, for blocks of `length` numbers; zeros beyond `count`.
+// Loads `count` <= kTile blocks of `length` numbers each, in double: number p of block v comes to
+// tile[p * kTile + v]. Blocks beyond `count` are zeros.
 template <class T>
 BOFT_INLINE void load(const T* from, int64_t length, int64_t count, double* tile) {
   int64_t p = 0;
@@ -47,6 +52,7 @@ BOFT_INLINE void load(const T* from, int64_t length, int64_t count, double* tile
       tile[p * kTile + v] = v < count ? double(widen(from[v * length + p])) : 0.0;
 }
 
+// Stores a tile as blocks of `length` numbers: the opposite of load().
 template <class T>
 BOFT_INLINE void store(const double* tile, int64_t length, int64_t count, T* to) {
   int64_t p = 0;
@@ -61,11 +67,14 @@ BOFT_INLINE void store(const double* tile, int64_t length, int64_t count, T* to)
     for (int64_t v = 0; v < count; ++v) to[v * length + p] = round_to<T>(tile[p * kTile + v]);
 }
 
-// Element (i, j) of the kTile blocks of a tile. Matrices are padded to whole P x P pieces, P = 4,
-// whose products stay in registers.
+// One element (i, j) of all blocks of a tile: a vector of kTile doubles. A matrix of Lanes is
+// padded to whole pieces of P x P, with P = 4 (2 for b = 2), because the product of two pieces
+// stays in registers.
 typedef double Lanes __attribute__((vector_size(kTile * sizeof(double)), may_alias));
 
-// c (+/-)= a b for a P x P piece of c; element (i, k) of a lies at a[i * a_row + k * a_column].
+// Computes c = a b, or c -= a b, for a P x P piece of c. The inner dimension has `depth` elements.
+// Element (i, k) of a lies at a[i * a_row + k * a_column], and b likewise, so either can be a
+// transpose; rows of c lie c_row apart.
 enum class Into { Set, Subtract };
 template <int P, Into into>
 BOFT_INLINE void product(const Lanes* a, int64_t a_row, int64_t a_column, const Lanes* b,
@@ -82,8 +91,9 @@ BOFT_INLINE void product(const Lanes* a, int64_t a_row, int64_t a_column, const 
     }
 }
 
-// In-place Gauss-Jordan inverse of one piece, without pivoting. The symmetric part of A = I - Q is
-// I, and stays at least I in every Schur complement, so that no pivot is ever below 1.
+// Inverts one P x P piece in place by Gauss-Jordan elimination; its rows lie `row` apart. No
+// pivoting is needed: the symmetric part of A = I - Q is I, and that of every Schur complement is
+// at least I, so no pivot is ever below 1.
 template <int P>
 BOFT_INLINE void invert_piece(Lanes* a, int64_t row) {
   Lanes x[P][P];
@@ -103,13 +113,16 @@ BOFT_INLINE void invert_piece(Lanes* a, int64_t row) {
     for (int j = 0; j < P; ++j) a[i * row + j] = x[i][j];
 }
 
-// The same with pieces for numbers; `spare` has room for P rows.
+// Inverts a size x size matrix in place, size a multiple of P, by the same elimination with pieces
+// in the place of numbers. Step k inverts the pivot piece, multiplies row k by the inverse,
+// subtracts multiples of that row from all others, and puts column k of the inverse into column k.
+// `spare` holds one P x P piece, since a piece cannot be read and overwritten in one product.
 template <int P>
 BOFT_INLINE void invert(Lanes* a, int64_t size, Lanes* spare) {
   for (int64_t k = 0; k < size; k += P) {
     Lanes* pivot = a + k * size + k;
     invert_piece<P>(pivot, size);
-    for (int64_t j = 0; j < size; j += P) {  // row k: pivot^-1 a[k][j]
+    for (int64_t j = 0; j < size; j += P) {  // row k becomes pivot^-1 a[k][j]
       if (j == k) continue;
       product<P, Into::Set>(pivot, size, 1, a + k * size + j, size, 1, P, spare, P);
       for (int i = 0; i < P; ++i)
@@ -132,9 +145,11 @@ BOFT_INLINE void invert(Lanes* a, int64_t size, Lanes* spare) {
   }
 }
 
+// Block size rounded up to whole pieces.
 constexpr int64_t padded(int64_t b, int64_t piece) { return (b + piece - 1) / piece * piece; }
 
-// `drop` says which blocks of the tile are to be the identity, if it is not null.
+// Transforms one tile of `count` blocks. `drop` is that of the tile, or null; `a` is scratch memory
+// for the matrix, a spare piece and the packed triangle. A dropped block has Q = 0, hence R = I.
 template <int P, class T>
 BOFT_INLINE void forward_tile(const T* skew, const bool* drop, T* blocks, int64_t count, int64_t b,
                               Lanes* a) {
@@ -153,13 +168,13 @@ BOFT_INLINE void forward_tile(const T* skew, const bool* drop, T* blocks, int64_
     }
   }
   invert<P>(a, size, spare);
-  for (int64_t i = 0; i < b; ++i)  // side by side, without the padding
+  for (int64_t i = 0; i < b; ++i)  // R = 2 (I - Q)^-1 - I, moved together without the padding
     for (int64_t j = 0; j < b; ++j)
       a[i * b + j] = 2.0 * a[i * size + j] - (i == j ? 1.0 : 0.0);
   store(reinterpret_cast<double*>(a), b * b, count, blocks);
 }
 
-// Rows of b numbers, side by side, to rows of `size`, with zeros behind and below.
+// Spreads a b x b matrix without gaps to size x size, in place, with zeros in the padding.
 BOFT_INLINE void pad(Lanes* a, int64_t b, int64_t size) {
   if (b == size) return;
   for (int64_t i = size - 1; i >= 0; --i)
@@ -167,6 +182,7 @@ BOFT_INLINE void pad(Lanes* a, int64_t b, int64_t size) {
       a[i * size + j] = i < b && j < b ? a[i * b + j] : Lanes{};
 }
 
+// Computes the gradient for one tile of `count` blocks. `r` is scratch memory for three matrices.
 template <int P, class T>
 BOFT_INLINE void backward_tile(const T* blocks, const bool* drop, const T* grad, T* skew_grad,
                                int64_t count, int64_t b, Lanes* r) {
@@ -176,7 +192,7 @@ BOFT_INLINE void backward_tile(const T* blocks, const bool* drop, const T* grad,
   load(grad, b * b, count, reinterpret_cast<double*>(g));
   pad(r, b, size), pad(g, b, size);
   for (int64_t i = 0; i < b; ++i) r[i * size + i] += 1.0;
-  // h = (I + R)^T: t = h G, then u = t h in the place of G
+  // With H = (I + R)^T: t = H G, then u = t H, which replaces G. The padding stays zero.
   for (int64_t i = 0; i < size; i += P)
     for (int64_t j = 0; j < size; j += P)
       product<P, Into::Set>(r + i, 1, size, g + j, size, 1, size, t + i * size + j, size);
@@ -195,9 +211,10 @@ BOFT_INLINE void backward_tile(const T* blocks, const bool* drop, const T* grad,
   store(reinterpret_cast<double*>(t), packed, count, skew_grad);
 }
 
-// All tiles of a range. B is the block size, or 0 for one that is known at run time only.
+// Piece size P for blocks of b; 0 stands for a block size that is known at run time only.
 constexpr int piece_of(int64_t b) { return b == 2 ? 2 : 4; }
 
+// Transforms tiles [begin, end). B is the block size if it is known at compile time, else 0.
 template <int64_t B, class T>
 BOFT_INLINE void forward_tiles(const T* skew, const bool* drop, T* blocks, int64_t n, int64_t b_,
                                int64_t begin, int64_t end, Lanes* scratch) {
@@ -246,7 +263,7 @@ BOFT_INLINE void backward_tiles(const T* blocks, const bool* drop, const T* grad
   BOFT_DTYPE(SUFFIX, TARGET, bf16)
 BOFT_ISAS(BOFT_DTYPES)
 
-// Memory for so many Lanes, aligned to them.
+// Memory for `count` Lanes, aligned to their size.
 struct Scratch {
   std::vector<double> memory;
   Lanes* lanes;

@@ -1,6 +1,9 @@
-// What the CPU kernels share: one source per kernel, compiled for several instruction sets and
-// chosen at run time. Helpers are forced inline, since only what ends up inside a function with the
-// TARGET attribute is compiled for its instruction set.
+// Helpers of all CPU kernels: instruction sets, number types, vectors.
+//
+// One source serves several instruction sets: a kernel is a template over the bytes of a vector,
+// and BOFT_ISAS instantiates it once for each set, in a function with the TARGET attribute.
+// BOFT_RUN picks the instance at run time. Helpers are forced inline, because the compiler uses an
+// instruction set for code inside of such a function only.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +11,8 @@
 
 #define BOFT_INLINE inline __attribute__((always_inline))
 
-// BOFT_ISAS(DEFINE) writes DEFINE(suffix, bytes per vector, TARGET) once per instruction set, and
-// BOFT_RUN(name, ...) calls the name_<suffix> that this machine runs fastest.
+// BOFT_ISAS(DEFINE) expands to DEFINE(suffix, bytes of a vector, TARGET) for each instruction set.
+// BOFT_RUN(name, ...) calls name_<suffix> for the instruction set of isa_level().
 #if defined(__x86_64__) && defined(__GNUC__)
 #define BOFT_ISAS(DEFINE)                                      \
   DEFINE(baseline, 16, )                                       \
@@ -30,14 +33,17 @@ namespace boft::cpu {
 
 enum class Isa : int { Baseline, Avx2, Avx512 };
 
-// The best instruction set of this machine; BOFT_OPS_CPU_ISA (docs/env.md) may ask for a lesser.
+// Best instruction set of this machine, or the lesser one that BOFT_OPS_CPU_ISA (docs/env.md)
+// names.
 Isa isa_level();
 const char* isa_name(Isa level);
 
+// A bfloat16 number: the upper 16 bits of a float32.
 struct bf16 {
   uint16_t bits;
 };
 
+// Converts an element to the type that it is computed in, exactly.
 BOFT_INLINE float widen(bf16 value) {
   const uint32_t bits = uint32_t(value.bits) << 16;
   float result;
@@ -47,7 +53,8 @@ BOFT_INLINE float widen(bf16 value) {
 BOFT_INLINE float widen(float value) { return value; }
 BOFT_INLINE double widen(double value) { return value; }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN: the quiet bit 0x40 is set, since its other bits
+// may be cut off.
 BOFT_INLINE bf16 round_to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -55,7 +62,7 @@ BOFT_INLINE bf16 round_to_bf16(float value) {
   return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40 : rounded)};
 }
 
-// What a kernel computes in: float32 for bfloat16.
+// Type that elements of T are computed in: float32 for bfloat16, else T.
 template <class T>
 struct ComputeOf {
   using type = T;
@@ -67,6 +74,7 @@ struct ComputeOf<bf16> {
 template <class T>
 using Compute = typename ComputeOf<T>::type;
 
+// Rounds a computed number to the element type.
 template <class T>
 BOFT_INLINE T narrow(Compute<T> value) {
   return value;
@@ -76,16 +84,17 @@ BOFT_INLINE bf16 narrow<bf16>(float value) {
   return round_to_bf16(value);
 }
 
-// Vectors of BYTES bytes: as wide as the instruction set has them. A wider type would compile too,
-// but splits into more registers than there are.
+// Vectors of BYTES bytes, the width of the instruction set's registers. GCC takes a wider vector
+// too, but splits it over several registers, of which there are not enough then.
 template <class T, int BYTES>
 struct Vector {
   static constexpr int64_t lanes = BYTES / int64_t(sizeof(T));
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));  // in memory
-  typedef T value __attribute__((vector_size(BYTES)));                                 // on its own
+  // `type` is a vector in memory, aligned like a T only; `value` is one in a register.
+  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+  typedef T value __attribute__((vector_size(BYTES)));
 };
 
-// The widest vector, of at most `bytes` bytes, that `size` numbers of T fill.
+// Bytes of a vector that `size` numbers of T fill; at most `bytes`.
 template <class T>
 constexpr int fitting(int bytes, int64_t size) {
   return size * int64_t(sizeof(T)) < bytes ? int(size * int64_t(sizeof(T))) : bytes;

@@ -1,7 +1,10 @@
-// Butterfly factors -> dense stage matrices, group by group. A group of n factors is its own small
-// butterfly of `size` features. It grows by doubling: the product of the first j factors is dense
-// on subgroups of `width` neighbouring local features, and factor j joins them in pairs, so that no
-// structural zero is ever multiplied.
+// Product of n butterfly factors as the dense matrices of a stage, group by group, and its
+// gradient.
+//
+// Each group is a small butterfly of its own over `size` features, which are numbered locally here.
+// The product of factors 0 .. j-1 is block-diagonal, with dense blocks on subgroups of `width`
+// neighboring local features. Factor j joins these subgroups in pairs, so the width doubles with
+// each factor. Only the dense blocks are multiplied, never a structural zero.
 #include <vector>
 
 #include "boft_kernels.h"
@@ -10,32 +13,35 @@
 namespace boft::cpu {
 namespace {
 
+// Sizes as in boft::cpu::compose; `size` is that of the stage.
 struct Shape {
   int64_t n, n_blocks, b, stride, size;
 
-  // Global index of local block (a, c) of factor j in group g.
+  // Index, among the blocks of all factors, of block c of pair a of factor j in group g.
   int64_t block(int64_t g, int64_t j, int64_t a, int64_t c) const {
     const int64_t h = g / stride, l = g % stride;
     return j * n_blocks + (((h << (n - j - 1)) + a) * (stride << j)) + c * stride + l;
   }
 };
 
-// What factor j does in one pair of subgroups: block (a, c) mixes chunk c of both. Half h of it
-// meets the columns of subgroup h alone, where its rows of the product so far are not zero.
+// Pair a of subgroups that factor j joins. Block (a, c) of the factor mixes chunk c of both
+// subgroups: columns of half h of the block are multiplied by rows of the product so far that
+// belong to subgroup h, and these are not zero in the columns of subgroup h only.
 struct Join {
-  int64_t chunk, width, size, first;  // first feature of the pair
+  int64_t chunk, width, size, first;  // `first` is the first local feature of the pair
 
   Join(const Shape& s, int64_t j, int64_t a)
       : chunk(s.b / 2), width(chunk << j), size(s.size), first(a * 2 * width) {}
-  // Row of element e of block c, and the first column of subgroup h.
+  // Local feature of element e of block c: a row of the product.
   int64_t row(int64_t c, int64_t e) const {
     return first + (e < chunk ? 0 : width) + c * chunk + e % chunk;
   }
+  // First column of subgroup h.
   int64_t column(int64_t h) const { return first + h * width; }
 };
 
-// to[t] (+)= sum over k of factors[k * step] * from[k * stride + t] for t < width, in the widest
-// vectors that fit.
+// Computes to[t] = sum over k < count of factors[k * step] * from[k * stride + t] for t < width, or
+// adds that to to[t] if `add`. Columns that fill no vector are left to the next narrower ones.
 template <int BYTES, class T>
 BOFT_INLINE void combine(const T* factors, int64_t step, const T* from, int64_t stride,
                          int64_t count, T* to, int64_t width, bool add) {
@@ -60,6 +66,7 @@ BOFT_INLINE void combine(const T* factors, int64_t step, const T* from, int64_t 
   }
 }
 
+// Dot product of `width` numbers, in vectors no wider than that.
 template <int BYTES, class T>
 BOFT_INLINE T dot(const T* p, const T* q, int64_t width) {
   using V = typename Vector<T, BYTES>::type;
@@ -76,7 +83,7 @@ BOFT_INLINE T dot(const T* p, const T* q, int64_t width) {
   return sum;
 }
 
-// The product of factor 0 alone: its blocks along the diagonal.
+// Writes factor 0 of group g to `out` (size, size): its blocks along the diagonal, else zeros.
 template <class T>
 BOFT_INLINE void start(const T* factors, const Shape& s, int64_t g, T* out) {
   std::memset(out, 0, size_t(s.size * s.size) * sizeof(T));
@@ -87,7 +94,7 @@ BOFT_INLINE void start(const T* factors, const Shape& s, int64_t g, T* out) {
   }
 }
 
-// out = C_j in
+// Computes out = C_j in, both (size, size), where `in` is the product of the factors before j.
 template <int BYTES, class T>
 BOFT_INLINE void join(const T* factors, const Shape& s, int64_t g, int64_t j, const T* in, T* out) {
   if (s.size > s.b << j) std::memset(out, 0, size_t(s.size * s.size) * sizeof(T));
@@ -105,7 +112,9 @@ BOFT_INLINE void join(const T* factors, const Shape& s, int64_t g, int64_t j, co
   }
 }
 
-// From the gradient of C_j `in`: that of the blocks of C_j, and of `in` within its subgroups.
+// Computes the gradients of the product C_j in, from `grad`, that of the product:
+// factors_grad, those of the blocks of C_j, which are dot products of rows of `grad` and `in`; and
+// in_grad = C_j^T grad, within the dense blocks of `in` only.
 template <int BYTES, class T>
 BOFT_INLINE void join_backward(const T* factors, const Shape& s, int64_t g, int64_t j, const T* in,
                                const T* grad, T* factors_grad, T* in_grad) {
@@ -119,7 +128,7 @@ BOFT_INLINE void join_backward(const T* factors, const Shape& s, int64_t g, int6
           for (int64_t e = 0; e < s.b; ++e)
             factors_grad[at + e * s.b + f] = dot<BYTES>(
                 grad + pair.row(c, e) * s.size + pair.column(h), in + row, pair.width);
-          // the rows of a block are two runs of neighbours
+          // The rows that a block mixes are two runs of neighbors.
           for (int64_t run = 0; run < 2; ++run)
             combine<BYTES>(factors + at + run * pair.chunk * s.b + f, s.b,
                            grad + pair.row(c, run * pair.chunk) * s.size + pair.column(h), s.size,
@@ -129,12 +138,13 @@ BOFT_INLINE void join_backward(const T* factors, const Shape& s, int64_t g, int6
   }
 }
 
+// Composes groups [begin, end). `scratch` holds one matrix.
 template <int BYTES, class T>
 BOFT_INLINE void forward(const T* factors, T* stages, const Shape& s, int64_t begin, int64_t end,
                          T* scratch) {
   const int64_t area = s.size * s.size;
   for (int64_t g = begin; g < end; ++g) {
-    // the last product lands in `stages`, those before it change places
+    // The products go to `stages` and `scratch` in turn, so that the last one is in `stages`.
     T* at = (s.n - 1) % 2 ? scratch : stages + g * area;
     start(factors, s, g, at);
     for (int64_t j = 1; j < s.n; ++j) {
@@ -145,6 +155,9 @@ BOFT_INLINE void forward(const T* factors, T* stages, const Shape& s, int64_t be
   }
 }
 
+// Computes the gradients for groups [begin, end). The products of the first j factors, j < n, are
+// computed once more here, since the forward pass saves none. `scratch` holds n + 1 matrices: the
+// n - 1 products, and two gradients in turn.
 template <int BYTES, class T>
 BOFT_INLINE void backward(const T* factors, const T* grad, T* factors_grad, const Shape& s,
                           int64_t begin, int64_t end, T* scratch) {

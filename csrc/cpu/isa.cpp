@@ -1,3 +1,4 @@
+// Choice of the instruction set, once for the process.
 #include <cstdlib>
 #include <initializer_list>
 
@@ -7,6 +8,7 @@
 namespace boft::cpu {
 namespace {
 
+// Best instruction set that this machine has.
 Isa best() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
@@ -18,6 +20,7 @@ Isa best() {
   return Isa::Baseline;
 }
 
+// The one that BOFT_OPS_CPU_ISA names, if this machine has a better one, else the best.
 Isa chosen() {
   const Isa found = best();
   const char* wanted = std::getenv("BOFT_OPS_CPU_ISA");

@@ -1,8 +1,14 @@
-// The rotated linear layer as one matrix product: the rotation is applied while the operand is
-// packed, scale and bias while the result is stored, and the backward pass rotates its result and
-// takes the Gram while that is in cache (docs/linear.md). What remains is a product like any BLAS':
-// C (outputs x tokens) is made in tiles of kRows x 2 vectors held in registers, from A = the weight
-// and B = the activations, both packed in the order in which they are read.
+// The rotated linear layer y = scale * (x R W^T) + bias as one matrix product (docs/linear.md).
+//
+// A fast product has to pack its operands and to store its result in any case, so the rest of the
+// layer is done on the way: x is rotated while it is packed, scale and bias are applied while y is
+// stored. The backward pass rotates x_grad and computes the gradient of R while its result is in
+// cache.
+//
+// What remains is a product as in a BLAS: C = A B with A the weight (outputs x depth), B the rows
+// of x, here called tokens (depth x tokens), and C (outputs x tokens). A tile of C stays in
+// registers while the sum over the depth runs. A and B are packed in the order in which that loop
+// reads them: B in panels (depth, S::tokens), A in strips (depth, S::outputs).
 #include <vector>
 
 #include "boft_kernels.h"
@@ -13,18 +19,24 @@
 namespace boft::cpu {
 namespace {
 
-constexpr int64_t kDepth = 256;    // of the sum that one pass over a tile adds up
-constexpr int64_t kFeatures = 64; // features that are packed at a time, at least
+constexpr int64_t kDepth = 256;    // terms of the sum that one pass over a tile of C adds up
+constexpr int64_t kFeatures = 64;  // least number of features that are packed at a time
 
+// Size of a tile of C in registers.
 template <int BYTES>
 struct Shape {
   static constexpr int64_t lanes = BYTES / 4;
-  static constexpr int64_t tokens = 2 * lanes;  // of a tile, and of a packed panel
-  // with the tile of C, two vectors of B and one of A fill the registers (32 of them, or 16)
+  static constexpr int64_t tokens = 2 * lanes;  // also the tokens of a packed panel
+  // The tile of C takes 2 * outputs registers, B two and A one, of 32 (AVX-512) or 16 in all.
   static constexpr int64_t outputs = BYTES == 64 ? 12 : 6 < lanes ? 6 : lanes;
 };
 
-// C[i][t] (+)= sum over k of a[k][i] b[k][t]
+// Computes a tile of C: c[i][t] = sum over k < depth of a[k][i] * b[k][t], or adds that if `add`.
+// Every step loads two vectors of b and multiplies them by S::outputs numbers of a; 2 * S::outputs
+// independent sums hide the latency of the multiply-adds. b is prefetched 16 steps ahead.
+//   a: (depth, S::outputs), one strip of the packed weight
+//   b: (depth, S::tokens), a part of one packed panel
+//   c: (S::outputs, S::tokens)
 template <int BYTES>
 BOFT_INLINE void product(const float* a, const float* b, float* c, int64_t depth, bool add) {
   using V = typename Vector<float, BYTES>::type;
@@ -44,11 +56,11 @@ BOFT_INLINE void product(const float* a, const float* b, float* c, int64_t depth
   for (int64_t i = 0; i < S::outputs; ++i)
     for (int64_t v = 0; v < 2; ++v) {
       V& out = *reinterpret_cast<V*>(c + i * S::tokens + v * S::lanes);
-      out = add ? out + sums[i][v] : sums[i][v];  // summed apart: rounding grows slower
+      out = add ? out + sums[i][v] : sums[i][v];  // passes summed apart: less rounding
     }
 }
 
-// Rows times one stage matrix, and their Gram, with the common sizes known when compiling.
+// Calls CALL(SIZE) for the common sizes of a stage, so that they are known at compile time.
 #define BOFT_SIZES(CALL) \
   switch (size) {        \
     case 4: CALL(4)      \
@@ -57,6 +69,7 @@ BOFT_INLINE void product(const float* a, const float* b, float* c, int64_t depth
     case 32: CALL(32)    \
     default: break;      \
   }
+// Computes out = in * matrix (tile.h) for any size of the stage.
 template <int BYTES>
 BOFT_INLINE void rotate_tile(const float* in, int64_t in_stride, const float* matrix, float* out,
                              int64_t out_stride, int64_t rows, int64_t size) {
@@ -66,6 +79,7 @@ BOFT_INLINE void rotate_tile(const float* in, int64_t in_stride, const float* ma
 #undef BOFT_CALL
   multiply<BYTES>(in, in_stride, matrix, out, out_stride, rows, size);
 }
+// Adds left^T right to `out` (tile.h) for any size of the stage.
 template <int BYTES>
 BOFT_INLINE void gram(const float* left, int64_t left_stride, const float* right,
                       int64_t right_stride, float* out, int64_t rows, int64_t size) {
@@ -78,7 +92,7 @@ BOFT_INLINE void gram(const float* left, int64_t left_stride, const float* right
 }
 #undef BOFT_SIZES
 
-// The rows of `in`, `columns` wide, as columns of a panel.
+// Packs S::tokens rows of `in`, (S::tokens, columns) without gaps, as a panel (columns, S::tokens).
 template <int BYTES>
 BOFT_INLINE void pack_panel(const float* in, int64_t columns, float* panel) {
   using S = Shape<BYTES>;
@@ -91,6 +105,8 @@ BOFT_INLINE void pack_panel(const float* in, int64_t columns, float* panel) {
     for (int64_t t = 0; t < S::tokens; ++t) panel[c * S::tokens + t] = in[t * columns + c];
 }
 
+// Packs panels [begin, end) of x R; arguments as in linear_pack. A few groups at a time are rotated
+// into `buffer`, which stays in the first-level cache, and transposed from there.
 template <int BYTES>
 BOFT_INLINE void pack_forward(const float* x, const float* stages, float* packed, int64_t rows,
                               int64_t d, int64_t size, int64_t begin, int64_t end, float* buffer) {
@@ -109,7 +125,8 @@ BOFT_INLINE void pack_forward(const float* x, const float* stages, float* packed
   }
 }
 
-// Also the sums over a panel's rows of grad * z and of grad.
+// Packs panels [begin, end) of grad * scale and, as the rows are read anyway, sums grad * z and
+// grad over the rows of each panel; arguments as in linear_backward_pack.
 template <int BYTES>
 BOFT_INLINE void pack_backward(const float* grad, const float* z, const float* scale, float* packed,
                                float* scale_sums, float* bias_sums, int64_t rows, int64_t n,
@@ -141,7 +158,10 @@ BOFT_INLINE void pack_backward(const float* grad, const float* z, const float* s
   }
 }
 
-// What differs between the two products: how the weight is read, what is done with the result.
+// Forward and Backward are the two products of run(). They differ in the way in which a strip of
+// the weight is packed, and in the use of the result. run() calls start() before the first result
+// of a block of tokens, and finish() for each panel: tile[t * stride + c] is the result for token
+// top + t and output j + c, with t < count and c < width.
 struct Forward {
   const float *weight, *scale, *bias;
   float *y, *z;
@@ -150,7 +170,7 @@ struct Forward {
   int64_t depth() const { return d; }
   int64_t outputs() const { return n; }
 
-  // a[k][i] = weight[j + i][first + k]
+  // Packs a strip: a[k][i] = weight[j + i][first + k], zeros beyond the last output.
   template <int BYTES>
   BOFT_INLINE void pack_weight(int64_t j, int64_t first, int64_t depth, float* a) const {
     using S = Shape<BYTES>;
@@ -194,13 +214,13 @@ struct Backward {
   int64_t depth() const { return n; }
   int64_t outputs() const { return d; }
 
-  // a[k][i] = weight[first + k][j + i]
+  // Packs a strip of W^T: a[k][i] = weight[first + k][j + i], zeros beyond the last output.
   template <int BYTES>
   BOFT_INLINE void pack_weight(int64_t j, int64_t first, int64_t depth, float* a) const {
     using S = Shape<BYTES>;
     using V = typename Vector<float, BYTES>::type;
     const float* from = weight + first * d + j;
-    if (j + S::lanes <= d)  // what is written beyond the outputs is written again
+    if (j + S::lanes <= d)  // step k writes a whole vector; step k + 1 overwrites its excess
       for (int64_t k = 0; k < depth; ++k)
         *reinterpret_cast<V*>(a + k * S::outputs) = *reinterpret_cast<const V*>(from + k * d);
     else
@@ -225,8 +245,13 @@ struct Backward {
   }
 };
 
-// Units [begin, end): `unit` outputs each, of one block of kLinearRows tokens after the other, with
-// up to at_once outputs of the weight packed at a time.
+// Computes units [begin, end) of a product. A unit is one block of kLinearRows tokens times `unit`
+// outputs, which are whole tiles and whole groups; units of one block follow each other.
+// Neighboring units are joined up to at_once outputs, for which a part of the weight, kDepth deep,
+// is packed once and multiplied by all panels of the block. Only when the sum over the depth is
+// complete, tiles are transposed to rows of tokens and given to op.finish().
+//   packed:  panels of B, from linear_pack or linear_backward_pack
+//   scratch: memory from scratch(): strips of A, tiles of C for a block, rows of one panel
 template <int BYTES, class Op>
 BOFT_INLINE void run(const Op& op, const float* packed, int64_t unit, int64_t begin, int64_t end,
                      int64_t at_once, float* scratch) {
@@ -268,8 +293,9 @@ BOFT_INLINE void run(const Op& op, const float* packed, int64_t unit, int64_t be
   }
 }
 
-// The tile of C and a row of the weight's tiles stay in the second-level cache of a core: kept by
-// each thread, as a fresh allocation of this size costs more than what it is for.
+// Scratch memory of a thread for run(), aligned to 64 bytes; it fits the second-level cache of a
+// core. Each thread keeps its own, because to allocate this much for every call costs more than to
+// use it.
 float* scratch(int64_t at_once) {
   constexpr int64_t widest = 16;
   thread_local std::vector<float> memory;
@@ -304,7 +330,7 @@ float* scratch(int64_t at_once) {
   int64_t outputs_##SUFFIX() { return Shape<BYTES>::outputs; }
 BOFT_ISAS(BOFT_LINEAR)
 
-// The least number of outputs that is made of whole tiles and whole groups of a stage.
+// Least number of outputs that is a multiple of a tile of C and of the size of a stage.
 int64_t unit_of(int64_t size) {
   const int64_t tile = BOFT_RUN(outputs);
   int64_t unit = tile;
@@ -332,7 +358,7 @@ void linear_pack(const float* x, const float* stages, float* packed, int64_t row
 void linear(const float* packed, const float* weight, const float* scale, const float* bias,
             float* y, float* z, int64_t rows, int64_t d, int64_t n, int64_t begin, int64_t end) {
   const Forward op{weight, scale, bias, y, z, rows, d, n};
-  const int64_t at_once = tunables().linear_outputs;
+  constexpr int64_t at_once = kLinearOutputs;
   BOFT_RUN(forward, op, packed, unit_of(1), begin, end, at_once, scratch(at_once));
 }
 
@@ -348,7 +374,7 @@ void linear_backward(const float* packed, const float* weight, const float* x, c
                      float* x_grad, float* grams, int64_t rows, int64_t d, int64_t n, int64_t size,
                      int64_t begin, int64_t end) {
   const Backward op{weight, x, stages, x_grad, grams, rows, d, n, size};
-  const int64_t at_once = tunables().linear_outputs;
+  constexpr int64_t at_once = kLinearOutputs;
   BOFT_RUN(backward, op, packed, unit_of(size), begin, end, at_once, scratch(at_once));
 }
 

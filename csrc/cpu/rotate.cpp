@@ -1,5 +1,5 @@
-// Rows times block-diagonal stages, and the Gram x^T g of the backward pass. A few rows at a time
-// go through all groups, so that x streams through memory once while the matrices stay in cache.
+// Rows times the block-diagonal matrix of a stage, and the gradients. A few rows at a time go
+// through all groups, so that x is read from memory once while the matrices stay in cache.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -11,30 +11,31 @@
 namespace boft::cpu {
 namespace {
 
-constexpr int64_t kGramRows = 16;  // rows that a Gram block is kept in registers for
-constexpr int64_t kGramSum = 256;  // rows summed apart, so that rounding grows slower
-constexpr int64_t kGramBytes = 16384;
+constexpr int64_t kGramRows = 16;  // rows summed while a part of x^T g stays in registers
+constexpr int64_t kGramSum = 256;  // rows summed apart, so that rounding errors grow slower
+constexpr int64_t kGramBytes = 16384;  // bytes of sums at a time: they stay in the L1 cache
 
-// Offset of the first chunk of group g in a row; the others follow `stride` chunks apart.
+// First feature of group g; its chunks follow `stride` chunks apart.
 BOFT_INLINE int64_t group_at(const Stage& s, int64_t g) {
   return (g / s.stride * (s.size / s.chunk) * s.stride + g % s.stride) * s.chunk;
 }
 
-// Rows of one group as the kernels compute with them: features side by side, in the compute type.
+// Rows of one group as tile.h takes them: features side by side, in the compute type; rows `stride`
+// numbers apart.
 template <class C>
 struct Tile {
   C* data;
   int64_t stride;
 };
 
-// In place where the features are neighbours of that type already, else in `buffer`.
+// True if rows of x are such a tile already: neighboring features in the compute type.
 template <class T, class C = Compute<T>>
 constexpr bool in_place(const Stage& s) {
   return sizeof(T) == sizeof(C) && s.stride == 1;
 }
 
-// One way or the other between rows and a buffer. CHUNK is the stage's chunk if it is known when
-// compiling, so that it moves as a vector, else 0.
+// Copies `rows` rows of group g from x (rows, d) to buffer (rows, s.size). CHUNK is the stage's
+// chunk if it is known at compile time, so that it moves as one vector, else 0.
 template <int64_t CHUNK, class T, class C>
 BOFT_INLINE void gather_chunks(const T* x, int64_t d, Stage s, int64_t g, int64_t rows, C* buffer) {
   if (CHUNK) s.chunk = CHUNK;
@@ -45,6 +46,7 @@ BOFT_INLINE void gather_chunks(const T* x, int64_t d, Stage s, int64_t g, int64_
         buffer[i * s.size + c * s.chunk + e] = widen(from[i * d + c * s.stride * s.chunk + e]);
 }
 
+// Copies a buffer back to rows of group g: the opposite of gather_chunks().
 template <int64_t CHUNK, class T, class C>
 BOFT_INLINE void scatter_chunks(T* y, int64_t d, Stage s, int64_t g, int64_t rows,
                                 const C* buffer) {
@@ -64,6 +66,7 @@ BOFT_INLINE void scatter_chunks(T* y, int64_t d, Stage s, int64_t g, int64_t row
     default: FUNCTION<0>(__VA_ARGS__);                \
   }
 
+// Rows of group g of x as a tile: in place if possible, else copied to `buffer`.
 template <class T, class C = Compute<T>>
 BOFT_INLINE Tile<const C> gather(const T* x, int64_t d, const Stage& s, int64_t g, int64_t rows,
                                  C* buffer) {
@@ -72,7 +75,8 @@ BOFT_INLINE Tile<const C> gather(const T* x, int64_t d, const Stage& s, int64_t 
   return {buffer, s.size};
 }
 
-// Where to write the results of a group; scatter() brings them home if that is `buffer`.
+// Tile for results of group g of y: in y itself if possible, else `buffer`, from which scatter()
+// copies them to y.
 template <class T, class C = Compute<T>>
 BOFT_INLINE Tile<C> target(T* y, int64_t d, const Stage& s, int64_t g, C* buffer) {
   if (in_place<T>(s)) return {reinterpret_cast<C*>(y) + g * s.size, d};
@@ -86,7 +90,8 @@ BOFT_INLINE void scatter(T* y, int64_t d, const Stage& s, int64_t g, int64_t row
   BOFT_CHUNKS(scatter_chunks, y, d, s, g, rows, buffer)
 }
 
-// SIZE is that of the stage if it is known when compiling, else 0.
+// Rotates rows [begin, end). SIZE is the size of the stage if it is known at compile time, else 0;
+// `buffer` holds two tiles of kRows rows.
 template <int BYTES, int64_t SIZE, class T, class C = Compute<T>>
 BOFT_INLINE void rotate_all(const T* x, const C* stages, T* y, int64_t d, Stage s, int64_t begin,
                             int64_t end, C* buffer) {
@@ -103,14 +108,16 @@ BOFT_INLINE void rotate_all(const T* x, const C* stages, T* y, int64_t d, Stage 
   }
 }
 
-// Groups whose sums stay in the first-level cache.
+// Number of groups whose sums stay in the first-level cache.
 template <class C>
 constexpr int64_t groups_at_once(int64_t size) {
   const int64_t fitting = kGramBytes / (size * size * int64_t(sizeof(C)));
   return fitting < 1 ? 1 : fitting;
 }
 
-// The Gram of groups [begin, end) and, if there is an x_grad, grad times the matrices as well.
+// Computes stages_grad for groups [begin, end) and, unless x_grad is null, x_grad = grad times the
+// matrices; arguments as in rotate_backward. kGramSum rows of a few groups are summed in `sums` and
+// then added to stages_grad. `buffer` holds three tiles of kGramRows rows, and `sums`.
 template <int BYTES, int64_t SIZE, class T, class C = Compute<T>>
 BOFT_INLINE void backward_all(const T* grad, const T* x, const C* stages, T* x_grad, C* stages_grad,
                               int64_t rows, int64_t d, Stage s, bool transpose, int64_t begin,
@@ -222,7 +229,8 @@ void poison_rows(void* y, int64_t d, int64_t begin, int64_t end) {
 template <class T>
 void indexed_as(const void* x, const void* stages, const int32_t* index, void* y,
                 int64_t n_adapters, int64_t d, const Stage& s, int64_t begin, int64_t end) {
-  // rows that follow each other often are of one request: a run of them shares its matrices
+  // Neighboring rows often belong to one request, so a run of rows of one adapter is rotated at
+  // once.
   for (int64_t n = begin, last; n < end; n = last) {
     const int64_t adapter = index[n];
     for (last = n + 1; last < end && index[last] == adapter;) ++last;

@@ -1,4 +1,5 @@
-// y = scale * (x - center) + bias, and its gradients, in one pass over the rows.
+// y = scale * x + shift, and the gradients of y = scale * (x - center) + bias, each in one pass
+// over the rows.
 #include <type_traits>
 
 #include "boft_kernels.h"
@@ -7,17 +8,21 @@
 namespace boft::cpu {
 namespace {
 
-constexpr int64_t kColumns = 512;  // whose sums stay in the first-level cache
-constexpr int64_t kRows = 64;      // summed in C, then added in double: rounding does not grow
+constexpr int64_t kColumns = 512;  // columns at a time: their sums stay in the first-level cache
+constexpr int64_t kRows = 64;      // rows summed in C before the sums are added up in double, so
+                                   // that rounding errors do not grow with the number of rows
 
+// Rows [begin, end) of y. __restrict lets the compiler use vectors.
 template <class T, class C = Compute<T>>
 BOFT_INLINE void forward(const T* __restrict x, const C* __restrict scale,
                          const C* __restrict shift, T* __restrict y, int64_t n, int64_t begin,
                          int64_t end) {
   for (int64_t i = begin; i < end; ++i)
-    for (int64_t j = 0; j < n; ++j) y[i * n + j] = narrow<T>(widen(x[i * n + j]) * scale[j] + shift[j]);
+    for (int64_t j = 0; j < n; ++j)
+      y[i * n + j] = narrow<T>(widen(x[i * n + j]) * scale[j] + shift[j]);
 }
 
+// Columns [begin, end) of the gradients, over all rows.
 template <class T, class C = Compute<T>>
 BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
                           const C* __restrict scale, const C* __restrict center,
@@ -65,7 +70,7 @@ BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
   BOFT_DTYPE(SUFFIX, TARGET, bf16)
 BOFT_ISAS(BOFT_DTYPES)
 
-// Calls f with a null pointer of a dtype's type.
+// Calls f with a null pointer to the element type that `dtype` stands for.
 template <class F>
 void with_type(DType dtype, F f) {
   switch (dtype) {

@@ -1,14 +1,23 @@
-// Small tiles of rows times one stage matrix, and their Gram: what both the rotation and the fused
-// linear layer are made of. Rows lie `stride` numbers apart; features are side by side.
+// Products of a few rows with one stage matrix: rows times the matrix, and left^T right summed over
+// the rows ("Gram"), which is the gradient of the matrix. cpu/rotate.cpp and cpu/linear.cpp are
+// built from them. All work on the `size` features of one group.
+//
+// A result is held in vector registers while its sum runs, because loads and stores of partial sums
+// would cost more than the multiply-adds. Template parameters fix how many registers that takes:
+// BYTES is the width of a vector, ROWS the number of rows of the result.
+//
+// Arguments: row i of a tile begins at in + i * in_stride (in numbers); its features are neighbors.
+// A matrix is (size, size), row-major, without gaps. T is the type that is computed in.
 #pragma once
 
 #include "common.h"
 
 namespace boft::cpu {
 
-constexpr int64_t kRows = 8;  // rows whose results are held in registers
+constexpr int64_t kRows = 8;  // rows of a result that are held in registers at a time
 
-// out[i] = in[i] matrix for i < ROWS: LANES columns of it, VECTORS vectors wide.
+// Computes out[i] = in[i] * matrix for i < ROWS, for VECTORS vectors of neighboring columns:
+// `matrix` and `out` point to the first of them. The sums take ROWS * VECTORS registers.
 template <int BYTES, int64_t ROWS, int64_t VECTORS, class T>
 BOFT_INLINE void multiply_columns(const T* in, int64_t in_stride, const T* matrix, T* out,
                                   int64_t out_stride, int64_t size) {
@@ -29,13 +38,14 @@ BOFT_INLINE void multiply_columns(const T* in, int64_t in_stride, const T* matri
       *reinterpret_cast<V*>(out + i * out_stride + v * lanes) = sums[i][v];
 }
 
-// out[i] = in[i] matrix for i < ROWS; all `size` columns, in vectors and then one by one.
+// Computes out[i] = in[i] * matrix for i < ROWS, for all `size` columns: as many as possible in
+// vectors, the rest one by one.
 template <int BYTES, int64_t ROWS, class T>
 BOFT_INLINE void multiply_rows(const T* in, int64_t in_stride, const T* matrix, T* out,
                                int64_t out_stride, int64_t size) {
   constexpr int64_t lanes = Vector<T, BYTES>::lanes;
   int64_t j = 0;
-  if (BYTES >= 64)  // there are registers for it
+  if (BYTES >= 64)  // AVX-512 has 32 registers: enough for two vectors of each row
     for (; j + 2 * lanes <= size; j += 2 * lanes)
       multiply_columns<BYTES, ROWS, 2>(in, in_stride, matrix + j, out + j, out_stride, size);
   for (; j + lanes <= size; j += lanes)
@@ -48,6 +58,7 @@ BOFT_INLINE void multiply_rows(const T* in, int64_t in_stride, const T* matrix, 
     }
 }
 
+// Computes out[i] = in[i] * matrix for i < rows, kRows of them at a time. `out` may not be `in`.
 template <int BYTES, class T>
 BOFT_INLINE void multiply(const T* in, int64_t in_stride, const T* matrix, T* out,
                           int64_t out_stride, int64_t rows, int64_t size) {
@@ -60,7 +71,8 @@ BOFT_INLINE void multiply(const T* in, int64_t in_stride, const T* matrix, T* ou
                             out_stride, size);
 }
 
-// out[k][j] += sum over rows of left[n][k] right[n][j], ROWS x lanes of out in registers.
+// Adds sum over n < rows of left[n][k] * right[n][j] to out[k][j], for ROWS features k of `left`
+// and one vector of features j of `right`. ROWS registers hold the sums.
 template <int BYTES, int64_t ROWS, class T>
 BOFT_INLINE void gram_rows(const T* left, int64_t left_stride, const T* right,
                            int64_t right_stride, T* out, int64_t rows, int64_t size) {
@@ -74,6 +86,8 @@ BOFT_INLINE void gram_rows(const T* left, int64_t left_stride, const T* right,
   for (int64_t i = 0; i < ROWS; ++i) *reinterpret_cast<V*>(out + i * size) = sums[i];
 }
 
+// Adds left^T right, summed over `rows` rows, to out (size, size). SIZE is `size` if it is known at
+// compile time, else 0. Feature k of `left` becomes row k of the result.
 template <int BYTES, int64_t SIZE, class T>
 BOFT_INLINE void gram_tile(const T* left, int64_t left_stride, const T* right,
                            int64_t right_stride, T* out, int64_t rows, int64_t size) {

@@ -1,8 +1,9 @@
-// Transposing a square of floats, as wide as a vector, in registers.
+// Transposition in registers of a square of floats as wide as a vector.
 #pragma once
 
 #include "common.h"
 
+// Picks elements of vectors A and B by number; GCC takes the numbers as a vector of type MASK.
 #if defined(__clang__)
 #define BOFT_SHUFFLE(A, B, MASK, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
 #else
@@ -15,7 +16,8 @@ typedef int32_t Mask4 __attribute__((vector_size(16)));
 typedef int32_t Mask8 __attribute__((vector_size(32)));
 typedef int32_t Mask16 __attribute__((vector_size(64)));
 
-// The lower and the upper half of a and b, element by element in turn.
+// Interleaves a and b: `a` becomes a0 b0 a1 b1 ... from their lower halves, `b` the same from their
+// upper halves.
 template <int BYTES, class V = typename Vector<float, BYTES>::value>
 BOFT_INLINE void interleave(V& a, V& b) {
   const V x = a, y = b;
@@ -31,8 +33,10 @@ BOFT_INLINE void interleave(V& a, V& b) {
   }
 }
 
-// out[j][i] = in[i][j] for j < lanes and i < ROWS; rows of `out` are written `lanes` wide, zeros
-// behind the ROWS numbers, so rows that overlap are to be written in increasing order.
+// Writes out[j][i] = in[i][j] for j < lanes and i < ROWS <= lanes; strides are in numbers. A row of
+// `out` is written as a whole vector, with zeros behind its ROWS numbers. If out_stride is less
+// than a vector, each row overwrites the zeros of the row before it, so `out` needs room behind its
+// last row.
 template <int BYTES, int64_t ROWS>
 BOFT_INLINE void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   using V = typename Vector<float, BYTES>::value;
@@ -42,8 +46,9 @@ BOFT_INLINE void transpose(const float* in, int64_t in_stride, float* out, int64
   V rows[lanes];
   for (int64_t i = 0; i < lanes; ++i)
     rows[i] = i < ROWS ? *reinterpret_cast<const Memory*>(in + i * in_stride) : V{};
-  // Interleaving row i with row i + lanes/2 moves one bit of the row's number to the column's end:
-  // after log2(lanes) rounds they have changed places.
+  // To interleave row i with row i + lanes/2 moves the highest bit of an element's row number to
+  // the low end of its column number, and the highest bit of that to the low end of the row number.
+  // After log2(lanes) rounds the two numbers have been exchanged.
   for (int64_t step = 1; step < lanes; step *= 2) {
     V next[lanes];
     for (int64_t i = 0; i < lanes / 2; ++i) {

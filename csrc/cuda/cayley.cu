@@ -1,3 +1,4 @@
+// Launches of cayley.cuh: one thread a block for b = 2, 4, 8, a team of threads for any other b.
 #include "cuda/cayley.cuh"
 
 namespace boft::cuda {
@@ -12,14 +13,16 @@ const char* error_string(int error) {
 
 namespace {
 
+// True if all addresses are multiples of 16 bytes.
 bool whole_vectors(const void* a, const void* b, const void* c) {
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   return (address(a) | address(b) | address(c)) % 16 == 0;
 }
 
+// Blocks of threads for one thread a block.
 int64_t small_grid(int64_t n_blocks) { return (n_blocks + kSmallThreads - 1) / kSmallThreads; }
 
-// Block sizes that a thread takes on its own.
+// Block sizes for which one thread transforms a block on its own.
 #define BOFT_SMALL_BLOCKS(X) X(2) X(4) X(8)
 
 }  // namespace

@@ -1,3 +1,4 @@
+// Launches of compose.cuh.
 #include "cuda/compose.cuh"
 
 namespace boft::cuda {

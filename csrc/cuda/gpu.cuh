@@ -1,4 +1,4 @@
-// What the kernels share: number types, shared memory, and launches.
+// Helpers of all CUDA kernels: number types, shared memory, launches.
 #pragma once
 
 #include "boft_cuda.h"
@@ -18,13 +18,15 @@ namespace boft::cuda {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
+// True for the 16-bit types, "halves" below.
 template <class T>
 constexpr bool is_half = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
 
-// What a type is computed in.
+// Type that elements of T are computed in: float32 for halves, else T.
 template <class T>
 using Wide = std::conditional_t<is_half<T>, float, T>;
 
+// Converts an element to the type that it is computed in, exactly.
 template <class T>
 __device__ __forceinline__ Wide<T> widen(T value) {
   if constexpr (std::is_same_v<T, bf16>) return __bfloat162float(value);
@@ -32,6 +34,7 @@ __device__ __forceinline__ Wide<T> widen(T value) {
   else return value;
 }
 
+// Rounds a computed number to the element type.
 template <class T, class W>
 __device__ __forceinline__ T narrow(W value) {
   if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(float(value));
@@ -39,8 +42,8 @@ __device__ __forceinline__ T narrow(W value) {
   else return T(value);
 }
 
-// A number to divide many others by, as there is no instruction for it: they are multiplied by its
-// inverse instead, rounded up. Exact for what is divided from 0 to 2^31 - 1.
+// Divisor that is known at launch: n / d and n % d multiply by its inverse, rounded up, and shift,
+// since a GPU has no instruction for integer division. Exact for n from 0 to 2^31 - 1.
 struct Divisor {
   uint32_t inverse;
   int shift, value;
@@ -56,7 +59,7 @@ struct Divisor {
   __device__ friend int operator%(int n, const Divisor& d) { return n - n / d * d.value; }
 };
 
-// The block's own memory, of the size that it was launched with.
+// Dynamic shared memory of a block of threads, of the size that it was launched with.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #ifdef BOFT_EMULATED
   return emulation::block().shared;
@@ -66,14 +69,18 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 }
 
+// Launches kernel(arguments...) with `blocks` blocks of `threads` threads, each with `shared` bytes
+// of shared memory. Returns 0 or a CUDA error. Nothing is launched for 0 blocks.
 #ifdef BOFT_EMULATED
 template <class... P, class... A>
-int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, Queue, A... arguments) {
+int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, Queue,
+           A... arguments) {
   if (blocks > 0) emulation::launch(blocks, threads, shared, [=] { kernel(arguments...); });
   return 0;
 }
 #else
-// This library's runtime is linked statically and has its own idea of the current device.
+// Makes a device current for a scope. The CUDA runtime is linked statically into this library and
+// keeps a current device of its own, which torch does not set.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -96,7 +103,7 @@ int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, Que
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const OnDevice scope(queue.device);
   if (scope.error != cudaSuccess) return scope.error;
-  if (shared > 48 * 1024) {  // more has to be asked for
+  if (shared > 48 * 1024) {  // CUDA grants more to those kernels only that ask for it
     const auto error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
@@ -109,12 +116,13 @@ int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, Que
 
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
+// Type as a value, to be passed to a generic lambda.
 template <class T>
 struct Type {
   using type = T;
 };
 
-// Call f(Type<T>{}) with the T that a dtype stands for.
+// Calls f(Type<T>{}) with the element type T that `dtype` stands for.
 template <class F>
 int with_type(DType dtype, F f) {
   switch (dtype) {
@@ -125,6 +133,7 @@ int with_type(DType dtype, F f) {
   }
   return kInvalidValue;
 }
+// Does the same for dtypes that may be float32 or float64 only.
 template <class F>
 int with_wide_type(DType dtype, F f) {
   switch (dtype) {

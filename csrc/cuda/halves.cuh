@@ -1,24 +1,26 @@
-// Halves times a stage of groups of at most 64 features: from memory into registers and back.
+// Rows of halves times a stage with groups of at most 64 features, and both gradients. Rows go from
+// global memory into registers and back, with no exchange between lanes.
 //
-// A *piece* is Width columns, 32 or 64, that a stage mixes with each other alone: the features of a few
-// neighbouring groups, in vectors of 8. Lane (g, t) of a warp reads vectors t and t + 4 of rows g and
-// g + 8. Nothing has to move between lanes then: if the inner positions and the columns of a product
-// are numbered so that word w of the vectors of lane t is inner pair t of a matrix instruction, and
-// column pair t of another, the registers that were read are operands as they are, and results lie where
-// they are to be written. The stage's matrix is arranged that way once for a block, and stays in
-// registers. (For the Gram, which sums over rows, rows come into shared memory.)
+// A *piece* is a set of Width = 32 or 64 columns that the stage mixes only with each other: the
+// features of a few neighboring groups, in vectors of 8 (16 bytes). With g = lane / 4 and
+// t = lane % 4, lane (g, t) reads vectors t and t + 4 of rows g and g + 8. mma() wants other
+// columns in that lane, but a sum does not depend on how its terms are numbered: word w of a lane's
+// vectors is declared to be inner pair t of one matrix instruction and column pair t of another.
+// Registers are operands as they were read, and results lie where they are written. Only the
+// stage's matrix has to be arranged in that order, once for a block of threads; it stays in
+// registers. (The gradient of the stage sums over rows, which therefore go through shared memory.)
 #pragma once
 
 #include "rotate.cuh"
 
 namespace boft::cuda {
 
-constexpr int kThreads = 128;  // of a block
-constexpr int kLine = 64;      // that it has: lines of 128 bytes, where features are neighbours
-constexpr int kGramRows = 64;  // that it has at a time in shared memory
+constexpr int kThreads = 128;  // threads of a block of threads
+constexpr int kLine = 64;      // its columns: a line of 128 bytes if they are neighbors
+constexpr int kGramRows = 64;  // rows that it has in shared memory at a time
 
-// Blocks that a multiprocessor is to have room for. From compute capability 10.0 on, the same takes more
-// registers.
+// Blocks of threads that a multiprocessor should have room for. From compute capability 10.0 on,
+// the same kernel takes more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <int Width>
 constexpr int kResident = Width == 32 ? 3 : 2;
@@ -27,22 +29,23 @@ template <int Width>
 constexpr int kResident = Width == 32 ? 5 : 3;
 #endif
 
-// How many warps share a piece, each with rows of its own.
+// Number of warps that share a piece, each with rows of its own.
 template <int Width>
 constexpr int kTeam = Width / 16;
 
-// Pieces of a stage.
+// Division of a row of d features into pieces.
 struct Pieces {
-  int size, chunk, stride;  // as in boft::Stage; chunks that are neighbours count as one
-  int groups;               // in a piece
-  int run;                  // features that are neighbours in a piece: groups * chunk
-  int period;               // groups before the next one has a feature behind the last of theirs
+  int size, chunk, stride;  // as in boft::Stage, but with stride 1 a group is one chunk
+  int groups;               // groups in a piece
+  int run;                  // features of a piece that are neighbors: groups * chunk
+  int period;               // neighboring groups whose features interleave; all, with stride 1
   int across, count;        // pieces in a period, and in a row
   int all;                  // groups in a row
-  unsigned reciprocal;      // of the size: n / size = n * reciprocal >> 18 for n < 4096
+  unsigned reciprocal;      // inverse of size: n / size = n * reciprocal >> 18 for n < 4096
 };
 
-// count = 0 if these kernels do not take the stage in pieces of `width` columns.
+// Division into pieces of at most `width` columns; its count is 0 if the stage does not fit,
+// because a group is larger or its chunks do not make up whole vectors.
 inline Pieces pieces_of(const boft::Stage& stage, int64_t d, int width) {
   Pieces p{};
   p.size = int(stage.size), p.stride = int(stage.stride);
@@ -60,17 +63,18 @@ inline Pieces pieces_of(const boft::Stage& stage, int64_t d, int width) {
   return p;
 }
 
-// Where a piece is in a row.
+// Position of a piece in a row, and of this lane's vectors in it.
 template <int Width>
-struct Where {
-  int group, groups;              // the first one, and those that exist
-  bool there[Width / 32];         // whether this lane's vectors exist,
-  unsigned features[Width / 32];  // and their first features
+struct PieceOrigin {
+  int group, groups;              // first group, and number of groups that exist
+  bool exists[Width / 32];        // true if the lane's vector exists
+  unsigned features[Width / 32];  // first feature of the vector
 };
 
+// Position of piece number `piece` of a row; it has no groups if there is no such piece.
 template <int Width>
-__device__ __forceinline__ Where<Width> where(const Pieces& p, int piece) {
-  Where<Width> w{};
+__device__ __forceinline__ PieceOrigin<Width> origin_of(const Pieces& p, int piece) {
+  PieceOrigin<Width> w{};
   const int first = piece % p.across * p.groups, rest = p.period - first;
   const int before = piece / p.across * p.period;
   w.groups = piece >= p.count ? 0 : rest < p.groups ? rest : p.groups;
@@ -78,46 +82,54 @@ __device__ __forceinline__ Where<Width> where(const Pieces& p, int piece) {
 #pragma unroll
   for (int i = 0; i < Width / 32; ++i) {
     const int at = (int(threadIdx.x) % 4 + 4 * i) * 8, chunk = at / p.run, along = at % p.run;
-    w.there[i] = chunk < p.size / p.chunk && along < w.groups * p.chunk;
-    w.features[i] = unsigned(before * p.size + first * p.chunk + chunk * p.stride * p.chunk + along);
+    w.exists[i] = chunk < p.size / p.chunk && along < w.groups * p.chunk;
+    w.features[i] =
+        unsigned(before * p.size + first * p.chunk + chunk * p.stride * p.chunk + along);
   }
   return w;
 }
 
-// The position of feature r % size of group r / size in a piece: vectors are one behind the other.
+// Position in a piece of feature r % size of group r / size.
 __device__ __forceinline__ int position_of(const Pieces& p, int r) {
   const int group = r / p.size, i = r % p.size;
   return i / p.chunk * p.run + group * p.chunk + i % p.chunk;
 }
 
-// The other way round: kLine * group + feature, or -1.
+// Feature at a position of a piece: kLine * group + feature in the group, or -1 if there is none.
 __device__ __forceinline__ int element_at(const Pieces& p, int position, int groups) {
   const int chunk = position / p.run, along = position % p.run, group = along / p.chunk;
-  const bool there = chunk < p.size / p.chunk && group < groups;
-  return there ? kLine * group + chunk * p.chunk + along % p.chunk : -1;
+  const bool exists = chunk < p.size / p.chunk && group < groups;
+  return exists ? kLine * group + chunk * p.chunk + along % p.chunk : -1;
 }
 
-// The right operands of all the products of a piece, for one lane: words 2 (s * Width / 8 + q) and the
-// next one are those of inner step s and column tile q.
+// Number of registers of a lane for the right operands of all products of a piece. Words
+// 2 (s * Width / 8 + q) and the next one are b0 and b1 of mma() for inner step s and column tile q.
 template <int Width>
 constexpr int kWords = Width / 16 * (Width / 8) * 2;
+// Words of a lane in shared memory, with padding: vectors of 4 words stay aligned, and those of 8
+// lanes lie in different banks.
 template <int Width>
-constexpr int kWordPitch = kWords<Width> + 4;  // of a lane in shared memory; vectors of 4 stay aligned,
-                                               // and those of 8 lanes lie in different banks
-// Shared memory to arrange one piece's in, in words: two numbers for each element come first.
+constexpr int kWordPitch = kWords<Width> + 4;
+// Words of shared memory to arrange the matrix of one piece: offsets of its rows and columns, then
+// the words of 32 lanes.
 template <int Width>
 constexpr int kArrange = Width + 32 * kWordPitch<Width>;
 
-// Arranges the stage's matrix, minus the identity: y = x + x (R - I), as rounding R itself to 8 or 11
-// bits would swamp a small rotation. All of the block's warps come here.
+// Arranges the stage's matrices for a piece as the `words` of each lane. The identity is
+// subtracted, and y = x + x (R - I) is computed, since R itself rounded to 8 or 11 bits would lose
+// a small rotation. An entry's offset in shared memory is a sum of one number for its row and one
+// for its column, which are computed first. All warps of a block of threads have to call, because
+// of the barriers.
+//   matrices: (d / size, size, size);  group, groups: those of the piece
+//   shared:   kArrange<Width> words for each piece of the block of threads
 template <class T, int Width>
 __device__ __forceinline__ void arrange(uint32_t (&words)[kWords<Width>], uint32_t* shared,
-                                        const float* matrices, const Pieces& p, int group, int groups,
-                                        bool transpose) {
+                                        const float* matrices, const Pieces& p, int group,
+                                        int groups, bool transpose) {
   constexpr int kMembers = 32 * kTeam<Width>, kAtOnce = Width / 8;
   const int thread = int(threadIdx.x) % kMembers, lane = int(threadIdx.x) % 32;
   uint32_t* own = shared + int(threadIdx.x) / kMembers * kArrange<Width>;
-  uint16_t* parts = reinterpret_cast<uint16_t*>(own);  // of an entry's place: of its row, its column
+  uint16_t* parts = reinterpret_cast<uint16_t*>(own);  // offsets of row i and column i, in turn
   uint32_t* to = own + Width;
   for (int i = thread; i < 32 * kWordPitch<Width>; i += kMembers) to[i] = 0;
   if (thread < groups * p.size) {
@@ -153,12 +165,13 @@ __device__ __forceinline__ void arrange(uint32_t (&words)[kWords<Width>], uint32
   }
 }
 
-// A lane's part of 16 rows of a piece: its vectors of rows g (0) and g + 8 (1).
+// A lane's part of 16 rows of a piece: at[0] are its vectors of row g, at[1] those of row g + 8.
 template <int Width>
 struct Rows {
   uint32_t at[2][Width / 8];
 };
 
+// Sets a vector of row g (high = 0) or g + 8 (high = 1); get() returns it.
 template <int Width>
 __device__ __forceinline__ void put(Rows<Width>& rows, int high, int vector, uint4 v) {
   uint32_t* to = rows.at[high] + 4 * vector;
@@ -170,13 +183,13 @@ __device__ __forceinline__ uint4 get(const Rows<Width>& rows, int high, int vect
   return {from[0], from[1], from[2], from[3]};
 }
 
-// rows (1 + M), M the arranged matrix.
+// Computes rows (I + M), where `words` is the arranged matrix M.
 template <class T, int Width>
 __device__ __forceinline__ Rows<Width> rotated(const Rows<Width>& rows,
                                                const uint32_t (&words)[kWords<Width>]) {
   Rows<Width> out;
 #pragma unroll
-  for (int first = 0; first < Width / 8; first += 4) {  // at a time, or registers would not suffice
+  for (int first = 0; first < Width / 8; first += 4) {  // 4 tiles: no registers for more sums
     float sums[4][4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
@@ -202,7 +215,9 @@ __device__ __forceinline__ Rows<Width> rotated(const Rows<Width>& rows,
   return out;
 }
 
-// y = x S, or x S^T. Warps go their own ways; 4 KB of each are on their way at a time.
+// Computes y = x S, or x S^T if `transpose`. Warps do not wait for each other after the matrix is
+// arranged; each has 4 KB of loads under way at a time.
+//   x, y: (n_rows, d);  matrices: (d / size, size, size)
 template <class T, int Width>
 __global__ void __launch_bounds__(kThreads, kResident<Width>)
     rotate_halves_kernel(const T* x, const float* matrices, T* y, Pieces p, int n_rows, int64_t d,
@@ -212,13 +227,13 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
   const int tiles = (p.count + kAcross - 1) / kAcross;
   const int64_t first = int64_t(int(blockIdx.x) / tiles) * rows_per_block;
   const int rows_here = int(n_rows - first < rows_per_block ? n_rows - first : rows_per_block);
-  const auto mine =
-      where<Width>(p, int(blockIdx.x) % tiles * kAcross + warp / kTeam<Width>);
+  const auto origin =
+      origin_of<Width>(p, int(blockIdx.x) % tiles * kAcross + warp / kTeam<Width>);
   const int skip = warp % kTeam<Width> * (16 * kTiles), step = kTeam<Width> * (16 * kTiles);
-  int left = rows_here - skip - g;  // rows from this lane's first one on
-  unsigned at[kEach];  // of this lane's vectors from the block's first feature on
+  int left = rows_here - skip - g;  // rows left, counted from this lane's first one
+  unsigned at[kEach];  // offsets of this lane's vectors from the block's first row
 #pragma unroll
-  for (int v = 0; v < kEach; ++v) at[v] = (skip + g) * unsigned(d) + mine.features[v];
+  for (int v = 0; v < kEach; ++v) at[v] = (skip + g) * unsigned(d) + origin.features[v];
   int64_t start = first * d;
   Rows<Width> rows[kTiles];
   const auto load = [&] {
@@ -227,22 +242,22 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
 #pragma unroll
       for (int v = 0; v < kEach; ++v) {
         uint4 vector{};
-        if (mine.there[v] && 8 * i < left)
+        if (origin.exists[v] && 8 * i < left)
           vector = *reinterpret_cast<const uint4*>(x + start + 8 * i * d + at[v]);
         put(rows[i / 2], i % 2, v, vector);
       }
   };
   load();  // while the stage is arranged
   uint32_t words[kWords<Width>];
-  arrange<T, Width>(words, reinterpret_cast<uint32_t*>(shared_memory()), matrices, p, mine.group,
-                    mine.groups, transpose);
-  while (left + g > 0) {  // the same for all lanes of a warp
+  arrange<T, Width>(words, reinterpret_cast<uint32_t*>(shared_memory()), matrices, p, origin.group,
+                    origin.groups, transpose);
+  while (left + g > 0) {  // true for all lanes of a warp or for none
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
       if (i % 2 == 0) rows[i / 2] = rotated<T, Width>(rows[i / 2], words);
 #pragma unroll
       for (int v = 0; v < kEach; ++v)
-        if (mine.there[v] && 8 * i < left)
+        if (origin.exists[v] && 8 * i < left)
           *reinterpret_cast<uint4*>(y + start + 8 * i * d + at[v]) = get(rows[i / 2], i % 2, v);
     }
     start += step * d;
@@ -251,35 +266,37 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
   }
 }
 
-// The Gram of x and grad over one split of the rows, and with XGrad x_grad, as gram_kernel: warps have
-// 16 positions of x each and all of grad's in the same piece. Rows are in two buffers, one of which
-// fills while the other is multiplied: one barrier for 64 rows.
+// Computes the same as gram_kernel: x^T grad of every group over one split of the rows, and with
+// XGrad also x_grad. A warp has 16 positions of x and all positions of grad in the same piece. Rows
+// are in two buffers, one of which is filled while the other is multiplied, so that 64 rows take
+// one barrier.
 template <class T, int Width, bool XGrad>
 __global__ void __launch_bounds__(kThreads, kResident<Width>)
     gram_halves_kernel(const T* x, const T* grad, const float* matrices, T* x_grad, float* partials,
                        Pieces p, int n_rows, int64_t d, int rows_per_block, bool transpose) {
   constexpr int kAcross = kLine / Width, kEach = Width / 32;
-  constexpr int kTiles = kGramRows / 16 / kTeam<Width>;  // of 16 rows that a warp loads and rotates
+  constexpr int kTiles = kGramRows / 16 / kTeam<Width>;  // tiles of 16 rows of a warp
   constexpr int kPitch = kLine + kPad<T>, kBuffer = kGramRows * kPitch;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int team = warp / kTeam<Width>, member = warp % kTeam<Width>;
   const int tiles = (p.count + kAcross - 1) / kAcross;
   const int64_t first = int64_t(int(blockIdx.x) / tiles) * rows_per_block;
   const int rows_here = int(n_rows - first < rows_per_block ? n_rows - first : rows_per_block);
-  const auto mine = where<Width>(p, int(blockIdx.x) % tiles * kAcross + team);
-  T* buffers = reinterpret_cast<T*>(shared_memory());  // of x and of grad, twice
+  const auto origin = origin_of<Width>(p, int(blockIdx.x) % tiles * kAcross + team);
+  T* buffers = reinterpret_cast<T*>(shared_memory());  // two, of x and of grad each
   const int own_row = member * 16 * kTiles + g;
   const int own = own_row * kPitch + team * Width + 8 * t;
-  unsigned at[kEach];  // as above
+  unsigned at[kEach];  // as in rotate_halves_kernel
 #pragma unroll
-  for (int v = 0; v < kEach; ++v) at[v] = own_row * unsigned(d) + mine.features[v];
+  for (int v = 0; v < kEach; ++v) at[v] = own_row * unsigned(d) + origin.features[v];
   int64_t start = first * d;
-  // to `turn`'s buffer, `ahead` rows on, where there are `left` from this lane's first one on
+  // Starts to load the rows `ahead` of `start` to the buffer of `turn`; `left` of them exist,
+  // counted from this lane's first one.
   const auto load = [&](int ahead, int left, int turn) {
     T* to = buffers + turn % 2 * 2 * kBuffer + own;
 #pragma unroll
     for (int v = 0; v < kEach; ++v) {
-      if (!mine.there[v]) continue;
+      if (!origin.exists[v]) continue;
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
         const int64_t from = start + (ahead + 8 * i) * d + at[v];
@@ -300,13 +317,14 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
   uint32_t* const shared = reinterpret_cast<uint32_t*>(buffers + 4 * kBuffer);
   uint32_t words[kWords<Width>];
   if constexpr (XGrad)
-    arrange<T, Width>(words, shared, matrices, p, mine.group, mine.groups, !transpose);
-  // for the end, in shared memory too: which feature of which group is at a position; the first group
-  int* const places =
+    arrange<T, Width>(words, shared, matrices, p, origin.group, origin.groups, !transpose);
+  // For the end, kept in shared memory: element_at() of each position of the piece, and its first
+  // group.
+  int* const elements =
       reinterpret_cast<int*>(shared) + XGrad * kAcross * kArrange<Width> + team * (Width + 1);
   const int thread = int(threadIdx.x) % (32 * kTeam<Width>);
-  if (thread < Width) places[thread] = element_at(p, thread, mine.groups);
-  if (thread == 0) places[Width] = mine.group;
+  if (thread < Width) elements[thread] = element_at(p, thread, origin.groups);
+  if (thread == 0) elements[Width] = origin.group;
   __syncthreads();
   float sums[Width / 8][4] = {};
   for (int turn = 0; left + own_row > 0; ++turn, left -= kGramRows) {
@@ -326,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
 #pragma unroll
           for (int v = 0; v < kEach; ++v)
             put(rows, high, v,
-                mine.there[v] ? *reinterpret_cast<const uint4*>(
+                origin.exists[v] ? *reinterpret_cast<const uint4*>(
                                     from + (16 * i + 8 * high) * kPitch + 32 * v)
                               : uint4{});
         rows = rotated<T, Width>(rows, words);
@@ -335,17 +353,17 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
 #pragma unroll
           for (int v = 0; v < kEach; ++v) {
             const int row = 16 * i + 8 * high;
-            if (mine.there[v] && row < left)
+            if (origin.exists[v] && row < left)
               *reinterpret_cast<uint4*>(x_grad + start + row * d + at[v]) = get(rows, high, v);
           }
       }
     }
     start += kGramRows * d;
   }
-  partials += (int64_t(int(blockIdx.x) / tiles) * p.all + places[Width]) * p.size * p.size;
+  partials += (int64_t(int(blockIdx.x) / tiles) * p.all + elements[Width]) * p.size * p.size;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int inner = places[member * 16 + g + 8 * i];
+    const int inner = elements[member * 16 + g + 8 * i];
     if (inner < 0) continue;
     const int group = inner / kLine, from = inner % kLine;
     float* const to = partials + group * p.size * p.size + from * (transpose ? 1 : p.size);
@@ -353,7 +371,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
     for (int n = 0; n < Width / 8; ++n)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const int outer = places[8 * n + 2 * t + k];
+        const int outer = elements[8 * n + 2 * t + k];
         if (outer / kLine == group && outer >= 0)
           to[outer % kLine * (transpose ? p.size : 1)] = sums[n][2 * i + k];
       }

@@ -1,4 +1,4 @@
-// The few instructions that CUDA C++ has no name for. Compute capability 8.0 has them all.
+// Instructions that CUDA C++ has no function for. Compute capability 8.0 has all of them.
 #pragma once
 
 #include "gpu.cuh"
@@ -9,9 +9,12 @@
 
 namespace boft::cuda {
 
-// c += a b, a 16 x 16 by rows, b 16 x 8 by columns, c 16 x 8. With g = lane / 4 and t = lane % 4, a lane
-// holds two neighbouring entries in each register: of a, rows g, g + 8 and columns 2t, then both rows
-// and columns 2t + 8; of b, column g and rows 2t, 2t + 8; of c, rows g, g + 8 and columns 2t.
+// Computes c += a b on the tensor cores, for a warp: a is 16 x 16, b 16 x 8, c 16 x 8. Each
+// register of a lane holds a pair of neighboring entries. With g = lane / 4 and t = lane % 4, lane
+// (g, t) holds:
+//   a:      columns 2t, 2t + 1 of rows g and g + 8, then columns 2t + 8, 2t + 9 of both rows
+//   b0, b1: rows 2t, 2t + 1 and rows 2t + 8, 2t + 9 of column g
+//   c:      columns 2t, 2t + 1 of row g, then of row g + 8
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                     uint32_t b1) {
@@ -28,7 +31,8 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two neighbouring halves, as the 32 bits that they are in memory, from and to float32.
+// Converts two neighboring halves, which are 32 bits in memory, to float32; pack() converts them
+// back.
 template <class T>
 __device__ __forceinline__ void unpack(uint32_t pair, float& low, float& high) {
   static_assert(is_half<T>);
@@ -52,8 +56,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return pair;
 }
 
-// Four 8 x 8 matrices of halves in shared memory, transposed: lane 8m + r names row r of matrix m, and
-// gets of each the entries of column g in rows 2t and 2t + 1.
+// Loads four 8 x 8 matrices of halves from shared memory, transposed, for a warp. Lane 8m + r
+// passes the address of row r of matrix m, a multiple of 16 bytes. With g = lane / 4 and
+// t = lane % 4, out[m] becomes the entries of column g of matrix m in rows 2t and 2t + 1.
 __device__ __forceinline__ void load_transposed(uint32_t (&out)[4], const void* row) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -62,33 +67,40 @@ __device__ __forceinline__ void load_transposed(uint32_t (&out)[4], const void* 
                : "memory");
 }
 
-// Starts a copy of 4, 8 or 16 bytes from global to shared memory; the addresses are multiples of it.
+// Starts a copy of 4, 8 or 16 bytes from global to shared memory; both addresses are multiples of
+// Bytes. close_copies() and await_copies() wait for it.
 template <int Bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  if constexpr (Bytes == 16)  // past the first-level cache: read once
+  if constexpr (Bytes == 16)  // bypasses the first-level cache, as rows are read only once
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(Bytes)
                  : "memory");
 }
-// Closes a group of copies, and waits for all groups of this thread but the last `Pending`.
-__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Makes a group of the copies that this thread has started since the last call.
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for all groups of this thread but the last `Pending`. Other threads see the copied bytes
+// after a barrier only.
 template <int Pending>
 __device__ __forceinline__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// 1 / x within an ulp or so, for normal numbers: a division would take twice as long, and a branch.
+// Computes 1 / x to about one unit in the last place, for normal numbers. A division would take
+// twice as long, and a branch. One cubic Newton step improves the approximation of the hardware.
 __device__ __forceinline__ double reciprocal(double x) {
-  double y;  // off by less than 2^-19 times itself
+  double y;  // relative error below 2^-19
   asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
   const double error = fma(-x, y, 1.0);
   return fma(y, fma(error, error, error), y);
 }
 
-// The same number, of which the compiler knows nothing: what depends on it stays where it is, and is
-// not computed before a loop, to be kept in registers.
+// Returns x, but hides its value from the compiler, so that expressions of it are computed where
+// they stand. Without that the compiler moves them out of a loop and keeps them in registers that
+// are needed.
 __device__ __forceinline__ int unknown(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,17 +1,20 @@
+// Launches of rotate.cuh and halves.cuh, and the choice between the two.
 #include "cuda/halves.cuh"
 
 namespace boft::cuda {
 namespace {
 
-// Calls f(pieces, std::integral_constant<int, Width>{}) if the kernels of halves.cuh take the stage and the
-// rows, else returns -1; `pointers`: all the addresses of rows, or'ed.
+// Calls f(pieces, std::integral_constant<int, Width>{}) if the kernels of halves.cuh take the stage
+// and the rows, else returns -1. `pointers` are the addresses of all tensors of rows, combined by
+// bitwise or.
 template <class T, class F>
 int with_pieces(const Stage& stage, int64_t rows, int64_t d, uintptr_t pointers, F f) {
   if constexpr (is_half<T>) {
-    // offsets from a block's first row on have 32 bits
+    // Rows are read in vectors of 16 bytes, and offsets from a block's first row have 32 bits.
     if (d % 8 != 0 || d >= 1 << 24 || rows > INT32_MAX - kGramRows || pointers % 16 != 0) return -1;
     const Pieces thin = pieces_of(stage, d, 32), wide = pieces_of(stage, d, 64);
-    // less than the 32 bytes that memory moves at least are a reason for more groups
+    // Wider pieces are better if they make runs longer that have less than the 32 bytes of a
+    // transaction.
     const bool short_runs = thin.run < 16 && wide.count > 0 && wide.run > thin.run;
     if (thin.count > 0 && !short_runs) return f(thin, std::integral_constant<int, 32>{});
     if (wide.count > 0) return f(wide, std::integral_constant<int, 64>{});
@@ -19,14 +22,16 @@ int with_pieces(const Stage& stage, int64_t rows, int64_t d, uintptr_t pointers,
   return -1;
 }
 
-// Their blocks across the features, and the shared memory to arrange a stage in.
+// Number of blocks of threads that make up a row.
 template <int Width>
 int64_t blocks_across(const Pieces& pieces) {
   return divide_up(pieces.count, kLine / Width);
 }
+// Bytes of shared memory in which arrange() works.
 template <int Width>
 constexpr size_t kArrangeBytes = sizeof(uint32_t) * (kLine / Width) * kArrange<Width>;
 
+// Launches rotate() for elements of type T.
 template <class T>
 int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d, Stage stage,
               bool transpose, Queue queue) {
@@ -49,6 +54,7 @@ int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d
   });
 }
 
+// Launches rotate_backward() for elements of type T, with x_grad if XGrad.
 template <class T, bool XGrad>
 int gram_as(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<T>* partials,
             int64_t rows, int64_t d, Stage stage, bool transpose, int64_t splits, Queue queue) {
@@ -104,7 +110,7 @@ int rotate_backward(const void* grad, const void* x, const void* stages, void* x
     };
     if (x_grad == nullptr) return gram(std::false_type{});
     if (stage.size <= kPositions<T>) return gram(std::true_type{});
-    // too large for one tile: two launches, each of which reads the rows
+    // A group is too large for one tile: two launches, each of which reads grad.
     const int error = rotate(grad, stages, x_grad, rows, d, stage, !transpose, dtype, queue);
     return error != 0 ? error : gram(std::false_type{});
   });

@@ -1,42 +1,48 @@
-// Rows times a stage, and both gradients, in one pass over the rows (rows.cuh: how they are laid out).
+// Rows times a stage, and both gradients, in one pass over the rows. These kernels take any stage;
+// halves.cuh has faster ones for groups of at most 64 halves.
 //
-// Halves are multiplied by matrix instructions and summed in float32; float32 and float64 by ordinary
-// multiply-adds in the same arrangement of lanes. A lane (g, t) = (lane / 4, lane % 4) of a warp has, of
-// every 16 x 8 piece of a result, rows g and g + 8 of columns 2t and 2t + 1.
+// A block of threads has one tile of features (rows.cuh) and many rows. It keeps the stage's
+// matrices in shared memory and streams the rows past them. Halves are multiplied by tensor cores
+// and summed in float32; float32 and float64 by ordinary multiply-adds, with the same entries in
+// each lane: with g = lane / 4 and t = lane % 4, a lane holds rows g, g + 8 and columns 2t, 2t + 1
+// of every 16 x 8 result.
 #pragma once
 
 #include "rows.cuh"
 
 namespace boft::cuda {
 
-constexpr int kRows = 16;  // that a warp multiplies at a time
+constexpr int kRows = 16;  // rows that a warp multiplies at a time
 
-// Warps of a block. float64 takes twice the room.
+// Warps of a block of threads. float64 takes twice the memory of float32.
 template <class T>
 constexpr int kWarps = std::is_same_v<T, double> ? 2 : 4;
-// Positions of a tile of x in a Gram: 16 for each warp. And wanted in any tile.
+// Positions of a tile of x in gram_kernel: 16 for each warp.
 template <class T>
 constexpr int kPositions = 16 * kWarps<T>;
 
-// What all the parts of a block know.
+// Arguments of a launch, the same for all blocks of threads.
 struct Job {
   int64_t n_rows, d, rows_per_block;
   Layout layout;
-  int parts;    // that the columns of a band are divided into
-  int buffers;  // of rows, 1 or 2: two let a warp load while it multiplies
+  int parts;    // parts of the columns of a band, each of which has blocks of threads of its own
+  int buffers;  // buffers of rows, 1 or 2; with two, a warp loads while it multiplies
   bool transpose;
 };
 
-// The stage's matrix for columns [from, from + Columns) of every band, as stage[band][column][inner],
-// in the type of the rows. Of halves minus the identity: y = x + x (R - I), as rounding R itself to
-// 8 or 11 bits would swamp a small rotation.
+// Loads the matrix of the stage for columns [from, from + Columns) of every band of a tile, as
+// stage[band][column][inner] in the dtype of the rows, transposed if `transpose`. For halves the
+// identity is subtracted, and y = x + x (R - I) is computed, since R itself rounded to 8 or 11 bits
+// would lose a small rotation. Positions without a feature, and pairs of different groups, become
+// zero.
+//   matrices: (d / size, size, size);  pitch: distance of the columns of `stage`
 template <class T, int Columns>
 __device__ void load_stage(T* stage, int pitch, const Wide<T>* matrices, const Layout& l,
-                           const Place& place, int from, bool transpose) {
+                           const Origin& origin, int from, bool transpose) {
   using W = Wide<T>;
   const int count = l.bands * Columns * l.padded;
   for (int index = int(threadIdx.x); index < count; index += int(blockDim.x)) {
-    // neighbouring threads read neighbouring entries of a row of the matrix
+    // Neighboring threads read neighboring entries of a row of the matrix.
     const int fast = index % (transpose ? l.padded : Columns);
     const int slow = index / (transpose ? l.padded : Columns);
     const int column = transpose ? slow % Columns : fast;
@@ -45,22 +51,25 @@ __device__ void load_stage(T* stage, int pitch, const Wide<T>* matrices, const L
     const int to = from + column;
     const int group = band * l.per_band + to / l.size;
     const bool inside = to < l.per_band * l.size && inner / l.size == to / l.size &&
-                        inner < l.per_band * l.size && group < place.groups;
+                        inner < l.per_band * l.size && group < origin.groups;
     W value = 0;
     if (inside) {
       const int row = (transpose ? to : inner) % l.size, at = (transpose ? inner : to) % l.size;
-      value = matrices[(place.group + group) * l.size * l.size + row * l.size + at];
+      value = matrices[(origin.group + group) * l.size * l.size + row * l.size + at];
       if (is_half<T> && inner == to) value -= W(1);
     }
     stage[(band * Columns + column) * pitch + inner] = narrow<T>(value);
   }
 }
 
+// Two neighboring halves as a register of mma().
 __device__ __forceinline__ uint32_t pair_at(const void* halves) {
   return *static_cast<const uint32_t*>(halves);
 }
 
-// sums += rows (16 x padded) times stage (padded x Columns).
+// Adds rows (16, padded) times stage (padded, Columns) to sums, for a warp. sums[n] has a lane's
+// entries of columns [8n, 8n + 8), in the order of c in mma(). `stage` is stored by columns, as
+// load_stage does.
 template <class T, int Columns>
 __device__ __forceinline__ void multiply(Wide<T> (&sums)[Columns / 8][4], const T* rows, int pitch,
                                          const T* stage, int stage_pitch, int padded) {
@@ -99,20 +108,21 @@ __device__ __forceinline__ void multiply(Wide<T> (&sums)[Columns / 8][4], const 
   }
 }
 
-struct Every {
+// Predicate that is true for every row.
+struct AllRows {
   __device__ bool operator()(int) const { return true; }
 };
 
-// Columns [from, from + Columns) of every band of a warp's 16 rows, in place, times the stage; of rows
-// for which `whether` says so.
-template <class T, int Columns, class Whether = Every>
-__device__ void rotate_in_place(T* rows, int pitch, const T* stage, int stage_pitch, const Layout& l,
-                                int from, Whether whether = {}) {
+// Multiplies a warp's 16 rows by the stage in place: columns [from, from + Columns) of every band,
+// of those rows for which select(row) is true.
+template <class T, int Columns, class Select = AllRows>
+__device__ void rotate_in_place(T* rows, int pitch, const T* stage, int stage_pitch,
+                                const Layout& l, int from, Select select = {}) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   for (int band = 0; band < l.bands; ++band) {
     T* left = rows + band * l.padded;
     T* out = left + from + g * pitch + 2 * t;
-    const int columns = l.padded - from;  // the last part may reach beyond the band
+    const int columns = l.padded - from;  // the last part may be narrower than Columns
     Wide<T> sums[Columns / 8][4] = {};
     if constexpr (is_half<T>) {
 #pragma unroll
@@ -128,17 +138,21 @@ __device__ void rotate_in_place(T* rows, int pitch, const T* stage, int stage_pi
     for (int n = 0; n < Columns / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (8 * n < columns && whether(g + i / 2 * 8))
+        if (8 * n < columns && select(g + i / 2 * 8))
           out[i / 2 * 8 * pitch + 8 * n + i % 2] = narrow<T>(sums[n][i]);
   }
 }
 
+// Fills shared memory with zeros, with all threads of a block.
 template <class T>
 __device__ void clear(T* memory, int64_t count) {
   for (int64_t i = int(threadIdx.x); i < count; i += int(blockDim.x)) memory[i] = narrow<T>(0.0f);
 }
 
-// y = x S, or x S^T. Warps go their own ways: each has tiles of 16 rows to itself.
+// Computes y = x S, or x S^T if job.transpose. Warps do not wait for each other after the stage is
+// loaded: each loads, multiplies and stores 16 rows at a time, in buffers of its own.
+//   x, y: (n_rows, d);  matrices: (d / size, size, size)
+//   Columns: columns of a part, so that `parts` blocks of threads share the columns of a band
 template <class T, int Columns>
 __global__ void __launch_bounds__(32 * kWarps<T>, 1)
     rotate_kernel(const T* x, const Wide<T>* matrices, T* y, Job job) {
@@ -149,12 +163,12 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
   const int64_t first = int64_t(blockIdx.x) / (l.tiles * job.parts) * job.rows_per_block;
   const int64_t last =
       first + job.rows_per_block < job.n_rows ? first + job.rows_per_block : job.n_rows;
-  const Place place = place_of(l, tile / job.parts, job.d);
+  const Origin origin = origin_of(l, tile / job.parts, job.d);
   const int from = tile % job.parts * Columns, width = l.bands * l.padded;
   const int pitch = width + kPad<T>, stage_pitch = l.padded + kPad<T>;
   T* stage = reinterpret_cast<T*>(shared_memory());
   T* buffers = stage + l.bands * Columns * stage_pitch;
-  load_stage<T, Columns>(stage, stage_pitch, matrices, l, place, from, job.transpose);
+  load_stage<T, Columns>(stage, stage_pitch, matrices, l, origin, from, job.transpose);
   clear(buffers, int64_t(job.buffers) * kWarps<T> * kRows * pitch);
   __syncthreads();
   buffers += warp * job.buffers * kRows * pitch;
@@ -163,7 +177,7 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
   int64_t row = first + warp * kRows;
   const auto load = [&](int64_t at, int turn) {
     if (at < last)
-      load_rows(buffers + turn % job.buffers * kRows * pitch, pitch, x, at, last, job.d, l, place,
+      load_rows(buffers + turn % job.buffers * kRows * pitch, pitch, x, at, last, job.d, l, origin,
                 0, width, kRows);
     close_copies();
   };
@@ -180,12 +194,13 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
     T* rows = buffers + turn % job.buffers * kRows * pitch;
     rotate_in_place<T, Columns>(rows, pitch, stage, stage_pitch, l, from);
     __syncwarp();
-    store_rows(rows, pitch, y, row, last, job.d, l, place, job.parts > 1 ? from : 0, until, kRows);
+    store_rows(rows, pitch, y, row, last, job.d, l, origin, job.parts > 1 ? from : 0, until, kRows);
     __syncwarp();  // before it is loaded again
   }
 }
 
-// sums += left^T right over `rows` rows: left 16 columns, right Columns.
+// Adds left^T right, summed over `rows` rows, to sums, for a warp: `left` has 16 columns, `right`
+// Columns; rows lie `pitch` apart. `rows` is a multiple of 16 for halves.
 template <class T, int Columns>
 __device__ __forceinline__ void multiply_transposed(Wide<T> (&sums)[Columns / 8][4], const T* left,
                                                     const T* right, int pitch, int rows) {
@@ -220,9 +235,12 @@ __device__ __forceinline__ void multiply_transposed(Wide<T> (&sums)[Columns / 8]
   }
 }
 
-// The Gram of x and grad over one split of the rows, a partial sum of the stage's gradient: warps have
-// 16 positions of x each. With XGrad also x_grad, the gradient through the stage: groups have to fit in
-// a tile then.
+// Computes x^T grad of every group over one split of the rows, a partial sum of the gradient of the
+// stage. Each warp loads 16 rows of a tile, and sums over the rows of all warps for 16 positions of
+// x and all columns of their band of grad. With XGrad it also computes x_grad, as the rows of grad
+// are at hand; groups have to fit in a tile then.
+//   x, grad, x_grad: (n_rows, d);  matrices: (d / size, size, size)
+//   partials: (splits, d / size, size, size)
 template <class T, int Columns, bool XGrad>
 __global__ void __launch_bounds__(32 * kWarps<T>, 1)
     gram_kernel(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<T>* partials,
@@ -233,7 +251,7 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int tiles = l.tiles * job.parts * job.parts;
   const int part = int(blockIdx.x) % tiles % (job.parts * job.parts);
-  const Place place = place_of(l, int(blockIdx.x) % tiles / (job.parts * job.parts), job.d);
+  const Origin origin = origin_of(l, int(blockIdx.x) % tiles / (job.parts * job.parts), job.d);
   const int64_t split = int64_t(blockIdx.x) / tiles;
   const int64_t first = split * job.rows_per_block;
   const int64_t last =
@@ -245,18 +263,17 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
   T* buffers = reinterpret_cast<T*>(shared_memory());
   T* stage = buffers + job.buffers * 2 * kAtOnce * kPitch;
   clear(buffers, int64_t(job.buffers) * 2 * kAtOnce * kPitch);
-  if (XGrad) load_stage<T, Columns>(stage, stage_pitch, matrices, l, place, 0, !job.transpose);
+  if (XGrad) load_stage<T, Columns>(stage, stage_pitch, matrices, l, origin, 0, !job.transpose);
   __syncthreads();
   const auto load = [&](int64_t at, int turn) {  // each warp its 16 rows
     T* to = buffers + turn % job.buffers * 2 * kAtOnce * kPitch + warp * kRows * kPitch;
     at += warp * kRows;
-    load_rows(to, kPitch, x, at, last, job.d, l, place, left_from, left_from + width, kRows);
-    load_rows(to + kAtOnce * kPitch, kPitch, grad, at, last, job.d, l, place, right_from,
+    load_rows(to, kPitch, x, at, last, job.d, l, origin, left_from, left_from + width, kRows);
+    load_rows(to + kAtOnce * kPitch, kPitch, grad, at, last, job.d, l, origin, right_from,
               right_from + width, kRows);
     close_copies();
   };
-  // a warp has 16 positions of x, and all of their band's of grad
-  const int band = warp * 16 / l.padded;
+  const int band = warp * 16 / l.padded;  // band of the warp's positions of x
   const bool busy = warp * 16 < width;
   Wide<T> sums[Columns / 8][4] = {};
   if (job.buffers == 2) load(first, 0);
@@ -280,7 +297,7 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
       T* own = right + warp * kRows * kPitch;
       rotate_in_place<T, Columns>(own, kPitch, stage, stage_pitch, l, 0);
       __syncwarp();
-      store_rows(own, kPitch, x_grad, row + warp * kRows, last, job.d, l, place, 0, width, kRows);
+      store_rows(own, kPitch, x_grad, row + warp * kRows, last, job.d, l, origin, 0, width, kRows);
       __syncwarp();  // before it is loaded again
     }
   }
@@ -293,25 +310,26 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
       const int inner = left_from + warp * 16 - band * l.padded + g + i / 2 * 8;
       const int to = right_from + 8 * n + 2 * t + i % 2;
       const int most = l.per_band * l.size, group = band * l.per_band + inner / l.size;
-      if (inner >= most || to >= most || inner / l.size != to / l.size || group >= place.groups)
+      if (inner >= most || to >= most || inner / l.size != to / l.size || group >= origin.groups)
         continue;
       const int row = (job.transpose ? to : inner) % l.size;
       const int at = (job.transpose ? inner : to) % l.size;
-      const int64_t matrix = split * (job.d / l.size) + place.group + group;
+      const int64_t matrix = split * (job.d / l.size) + origin.group + group;
       partials[(matrix * l.size + row) * l.size + at] = sums[n][i];
     }
 }
 
-// What the host knows of launches.
+// The rest runs on the host: sizes of launches.
 
-constexpr int64_t kBlocks = 1024;            // that keep a large GPU busy
-constexpr size_t kEnoughShared = 100 * 1024;  // two blocks of more would not fit a multiprocessor
+constexpr int64_t kBlocks = 1024;             // blocks of threads that keep a large GPU busy
+constexpr size_t kEnoughShared = 100 * 1024;  // with more, two would not fit a multiprocessor
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
-// Call f(std::integral_constant<int, Columns>{}) with the columns that a block multiplies at a time:
-// at most `most`, which is 32 for float64, or registers would not suffice.
+// Calls f(std::integral_constant<int, Columns>{}) with the columns that a block of threads
+// multiplies at a time: at most Most, which is 32 for float64, because the registers hold no more
+// sums.
 template <int Most, class F>
 int with_columns(int64_t size, F f) {
   if (size <= 16) return f(std::integral_constant<int, 16>{});
@@ -325,15 +343,16 @@ int with_columns(int64_t size, F f) {
 template <class T>
 constexpr int kMostColumns = is_half<T> ? 128 : kPositions<T>;
 
-// How many rows a block is to have, of `tiles` blocks across the features: a multiple of `step`. A block
-// reads size^2 of the stage for rows * size of x, and 16 size rows make that cheap.
+// Number of rows of a block of threads, a multiple of `step`, if `tiles` blocks make up a row. A
+// block reads size^2 numbers of the stage for rows * size numbers of x; 16 * size rows make that
+// cheap. There are fewer if multiprocessors would be idle else.
 inline int64_t rows_of(int64_t tiles, int64_t rows, int64_t size, int64_t step) {
   const int64_t most = std::max<int64_t>(256, 16 * size) / step;
   const int64_t turns = std::min(most, tiles * divide_up(rows, step) / kBlocks);
   return step * std::max<int64_t>(1, turns);
 }
 
-// The shared memory of a block that multiplies rows by a stage.
+// Bytes of shared memory of the kernels that multiply rows by a stage, for the stage and the rows.
 template <class T, int Columns>
 size_t shared_of(const Job& job) {
   const Layout& l = job.layout;
@@ -341,15 +360,18 @@ size_t shared_of(const Job& job) {
                             job.buffers * kWarps<T> * kRows * (l.bands * l.padded + kPad<T>));
 }
 
-// How such blocks divide x, and in `blocks` how many there are; `pointers`: all addresses of rows, or'ed.
+// Division of x among the blocks of threads of these kernels; sets *blocks to their number.
+// `pointers` are the addresses of all tensors of rows, combined by bitwise or.
 template <class T, int Columns>
-Job job_of(const Stage& stage, int64_t rows, int64_t d, bool transpose, uintptr_t pointers, int buffers,
-           int64_t* blocks) {
+Job job_of(const Stage& stage, int64_t rows, int64_t d, bool transpose, uintptr_t pointers,
+           int buffers, int64_t* blocks) {
   const int padded = int(divide_up(stage.size, kBand) * kBand);
   Job job{rows, d, 0, {}, int(divide_up(padded, Columns)), buffers, transpose};
-  // more bands where they lengthen runs of less than the 32 bytes that memory moves at least
+  // More bands make longer runs where those of one group have less than the 32 bytes of a
+  // transaction.
   const int64_t run = int64_t(sizeof(T)) * stage.chunk;
-  const int64_t bands = std::min(divide_up(32, run), divide_up(stage.stride, kBand / stage.size + 1));
+  const int64_t bands =
+      std::min(divide_up(32, run), divide_up(stage.stride, kBand / stage.size + 1));
   const int positions = stage.stride > 1 && job.parts == 1 ? int(bands) * padded : 0;
   job.layout = layout_of<T>(stage, d, std::max(64, positions), pointers);
   const auto too_much = [&] { return shared_of<T, Columns>(job) > kEnoughShared; };

@@ -1,3 +1,4 @@
+// Launch of rotate_indexed.cuh.
 #include "cuda/rotate_indexed.cuh"
 
 namespace boft::cuda {

@@ -1,3 +1,4 @@
+// Launches of rotation.cuh.
 #include "cuda/rotation.cuh"
 
 #include <algorithm>
@@ -5,13 +6,14 @@
 namespace boft::cuda {
 namespace {
 
-constexpr int64_t kLargestTeam = 32;  // in one kernel with compose, those of 64 would not fit registers
+// Largest block size of the fused kernels: with larger teams the registers would not suffice.
+constexpr int64_t kLargestTeam = 32;
 
 }  // namespace
 
 int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int64_t n,
              int64_t n_blocks, int64_t b, DType dtype, Queue queue) {
-  if (b > kLargestTeam) {  // one factor, then, of few blocks
+  if (b > kLargestTeam) {  // a stage of at most kMaxRotation rows is one factor then: two launches
     const int error = cayley(skew, drop, blocks, n * n_blocks, b, dtype, queue);
     return error != 0 ? error : compose(blocks, stages, n, n_blocks, b, 1, dtype, queue);
   }

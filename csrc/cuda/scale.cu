@@ -1,3 +1,4 @@
+// Launches of scale.cuh.
 #include "cuda/scale.cuh"
 
 #include <algorithm>
@@ -5,14 +6,15 @@
 namespace boft::cuda {
 namespace {
 
-constexpr int64_t kBlocks = 1024;  // that keep a large GPU busy
-constexpr int64_t kLeastRows = 32;  // of a range of rows whose gradients are summed
-constexpr int64_t kScaleRows = 8;    // that a block scales: all of them are loaded at once
+constexpr int64_t kBlocks = 1024;   // blocks of threads that keep a large GPU busy
+constexpr int64_t kLeastRows = 32;  // least rows of a split of the gradients
+constexpr int64_t kScaleRows = 8;   // rows that a block scales, all of them loaded at once
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
 
-// Calls f(std::integral_constant<int, Vector>{}) with the columns that move at a time.
+// Calls f(std::integral_constant<int, Vector>{}) with the number of columns of a thread. `pointers`
+// are the addresses of all tensors of rows, combined by bitwise or.
 template <class T, class F>
 int with_vector(int64_t n, uintptr_t pointers, F f) {
   constexpr int kVector = 16 / sizeof(T);
@@ -24,7 +26,8 @@ int with_vector(int64_t n, uintptr_t pointers, F f) {
 
 int64_t scale_splits(int64_t rows, int64_t n) {
   const int64_t across = std::max<int64_t>(1, divide_up(n, 8 * kScaleThreads));
-  return std::clamp<int64_t>(divide_up(rows, kLeastRows), 1, std::max<int64_t>(1, kBlocks / across));
+  const int64_t most = std::max<int64_t>(1, kBlocks / across);
+  return std::clamp<int64_t>(divide_up(rows, kLeastRows), 1, most);
 }
 
 int scale(const void* x, const void* scale, const void* center, const void* bias, void* y,

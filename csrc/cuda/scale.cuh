@@ -1,5 +1,10 @@
-// y = scale * (x - center) + bias for rows x, and its gradients, in one pass over the rows. The gradients
-// of the vectors come as partial sums of ranges of rows, which a second launch adds up in order.
+// y = scale * (x - center) + bias, and its gradients, each in one pass over the rows. The gradients
+// of the vectors are written as partial sums over ranges of rows, which a second launch adds up in
+// order.
+//
+// Arguments of the kernels: rows are (rows, n), vectors (n,) in the compute type. A thread has
+// Vector neighboring columns, a block of threads `rows_per_block` rows; `across` blocks make up a
+// row.
 #pragma once
 
 #include "gpu.cuh"
@@ -8,14 +13,15 @@ namespace boft::cuda {
 
 constexpr int kScaleThreads = 128;
 
-// Columns that a thread has: 16 bytes of them, where addresses allow it.
+// Columns of a thread, loaded at once: 16 bytes of them if addresses and n allow it, else one.
 template <class T, int Vector>
 struct alignas(Vector * sizeof(T)) Columns {
   static_assert(Vector * sizeof(T) <= 16);
   T at[Vector];
 };
 
-// Without a bias (null) there is no center. The shift is exactly 0 where scale is 1 and both agree.
+// Computes y. center and bias are both null or both given. It is computed as scale * x + shift with
+// shift = bias - scale * center, which is exactly 0 where scale is 1 and center equals bias.
 template <class T, int Vector>
 __global__ void __launch_bounds__(kScaleThreads, 1)
     scale_kernel(const T* x, const Wide<T>* scale, const Wide<T>* center, const Wide<T>* bias, T* y,
@@ -42,7 +48,8 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   }
 }
 
-// A center of null is 0.
+// Computes x_grad (rows, n) and partials (splits, 2, n): for each range of rows the sums of
+// grad * (x - center) and of grad. A center of null is 0.
 template <class T, int Vector>
 __global__ void __launch_bounds__(kScaleThreads, 1)
     scale_backward_kernel(const T* grad, const T* x, const Wide<T>* scale, const Wide<T>* center,
@@ -82,7 +89,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   }
 }
 
-// sums (2, n) of partials (splits, 2, n).
+// Adds up partials (splits, 2, n), in the order of the splits.
 template <class W>
 __global__ void __launch_bounds__(kScaleThreads, 1)
     sum_kernel(const W* partials, W* scale_grad, W* bias_grad, int64_t n, int64_t splits) {

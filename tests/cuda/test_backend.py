@@ -10,6 +10,7 @@ import torch
 from boft_ops import boft_linear
 from boft_ops._runtime import backend as backends
 from boft_ops._runtime import native, paths
+from boft_ops._runtime.tuned import Choice
 
 
 def gpu(test):
@@ -30,23 +31,25 @@ def gpu(test):
     ],
 )
 def test_what_the_raw_op_runs_on_cuda_tensors(monkeypatch, triton, forced, expected):
-    op, ran = backends._ops["cayley"], []
-    monkeypatch.setattr(op, "missing", {} if triton else {"triton": "not installed"})
-    monkeypatch.setattr(op, "serving", {"cpu": "triton" if triton else "cuda"})  # the tensors'
+    op, ran = backends.ops()["cayley"], []
+    monkeypatch.setattr(op, "unavailable", {} if triton else {"triton": "not installed"})
+    monkeypatch.setattr(
+        op, "defaults", {"cpu": Choice("triton" if triton else "cuda")}
+    )  # the tensors'
     monkeypatch.setattr(op, "reference", lambda *_: ran.append("reference"))
     monkeypatch.setattr(op, "launcher", lambda: lambda *_: ran.append("triton"))
-    monkeypatch.setattr(op, "_native", lambda: lambda *_: ran.append("cuda"))
+    monkeypatch.setattr(op, "native", lambda: lambda *_: ran.append("cuda"))
     with backends.force(forced):
-        op._cuda(torch.zeros(2, 28), None)
-        op._cuda(torch.zeros(2, 65 * 32), None)  # larger than any kernel takes
+        op._on_cuda(torch.zeros(2, 28), None)
+        op._on_cuda(torch.zeros(2, 65 * 32), None)  # larger than any kernel takes
     assert ran == [expected, "reference"]
 
 
 def test_the_ops_with_a_triton_kernel_are_those_with_a_cuda_kernel():
     text = (paths.csrc() / "binding_ops.h").read_text()
     listed = text[text.index("#define BOFT_CUDA_OPS") :]
-    triton = {name for name, op in backends._ops.items() if op._triton}
-    cuda = {name for name in backends._ops if f"OP({name})" in listed}
+    triton = {name for name, op in backends.ops().items() if "triton" in op.kernels}
+    cuda = {name for name in backends.ops() if f"OP({name})" in listed}
     assert cuda == triton
 
 
@@ -79,7 +82,7 @@ def test_streams_and_large_offsets():
     stage = torch.eye(16, device="cuda").repeat(4, 1, 1)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), backends.force("cuda"):
-        y = backends._ops["rotate"](x, stage, 8, 1, False)
+        y = backends.ops()["rotate"](x, stage, 8, 1, False)
     stream.synchronize()
     assert torch.equal(x, y)
     if torch.cuda.mem_get_info()[0] > 20 << 30:
@@ -87,7 +90,7 @@ def test_streams_and_large_offsets():
         x[-1] = 2
         stage = torch.eye(8, device="cuda").repeat(9, 1, 1)
         with backends.force("cuda"), torch.no_grad():
-            assert torch.equal(backends._ops["rotate"](x, stage, 4, 1, False), x)
+            assert torch.equal(backends.ops()["rotate"](x, stage, 4, 1, False), x)
 
 
 @gpu

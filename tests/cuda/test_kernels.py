@@ -32,7 +32,7 @@ class OnDevice:
     """The CUDA operators of the native library, for tensors that come from the CPU."""
 
     def __getattr__(self, name):
-        op = backend._ops[name]._native()
+        op = backend.ops()[name].native()
 
         def call(*arguments):
             moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]

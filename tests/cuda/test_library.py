@@ -42,7 +42,7 @@ import torch
 from boft_ops._runtime import backend, native
 print(*sorted(native.kernels("cuda")))
 for name in native.kernels("cuda"):
-    for op in (backend._ops[name].raw, backend._ops[name]._native()):
+    for op in (backend.ops()[name].raw, backend.ops()[name].native()):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name().partition(".")[0], "CUDA")
 """
     kernels = python("-c", code).split()

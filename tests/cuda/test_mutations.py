@@ -112,7 +112,7 @@ MUTATIONS = {
     ),
     "dropout without its mask": (
         "rotation.cuh",
-        "there && drop != nullptr && drop[block]",
+        "active && drop != nullptr && drop[block]",
         "false",
         "test_rotation and some",
     ),

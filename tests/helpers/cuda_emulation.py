@@ -88,7 +88,7 @@ def register(library: Path, namespace: str):
     from boft_ops._runtime import backend
 
     definitions = torch.library.Library(namespace, "DEF")
-    for op in backend._ops.values():
+    for op in backend.ops().values():
         definitions.define(op.schema)
     lib = ctypes.CDLL(str(library))
     message = ctypes.create_string_buffer(2048)

@@ -1,16 +1,18 @@
-"""Compiles every Triton kernel for GPUs that are not there, and tells what it takes of them.
+"""Compiles every Triton kernel for GPUs that this machine lacks, and reports its resources.
 
-``python tests/helpers/triton_resources.py --write`` rewrites tests/data/triton_resources.csv, with which
-tests/triton/test_compile.py compares; ``python tests/helpers/triton_resources.py sm_90`` prints what every
-target has, of one of them, and ``python tests/helpers/triton_resources.py sm_90 rest`` what only that has.
-Where the table is of the installed Triton, the same source makes the same kernel: then these two
-leave out what the table has of that source, but for a sample.
+``python tests/helpers/triton_resources.py --write`` compiles all cases for all targets and rewrites
+tests/data/triton_resources.csv. tests/triton/test_compile.py compares with that table.
+``python tests/helpers/triton_resources.py sm_90`` prints, as JSON, the cases that are compiled for
+every target, compiled for this one. With a second argument ``rest`` it prints the cases for this
+target alone. Both leave out most cases that the table proves: the installed Triton is the
+table's, so the same source makes the same kernel. A sample of these is compiled all the same.
 
-Kernels come from every triton/config*.py: its ``compile_cases()`` yields tuples as
-``boft_ops.triton_kernels.config.Case`` explains them.
+The cases come from ``triton_cases.py``.
 """
 
+import ast
 import csv
+import functools
 import hashlib
 import importlib
 import inspect
@@ -24,36 +26,34 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from triton_cases import compile_cases
+
 TABLE = Path(__file__).resolve().parents[1] / "data" / "triton_resources.csv"
-# mma: instructions of the matrix units; wide: global accesses of 16 bytes
+# mma: 1 if the matrix units are used; wide: 1 if global memory is accessed 16 bytes at a time
 COLUMNS = ("registers", "shared", "stack", "barriers", "mma", "wide")
-SAMPLE = 8  # one in so many is compiled again, to see that the table is true
+SAMPLE = 8  # one in so many proven cases is compiled all the same, to check the table
 MMA = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 WIDE = r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10,|global_(?:load|store)_dwordx4"
-# backend, architecture, threads per warp; the shared memory of a block, in bytes
+# (backend, architecture, threads per warp), shared memory of a block in bytes
 TARGETS = {
     "sm_80": (("cuda", 80, 32), 163 * 1024),
     "sm_90": (("cuda", 90, 32), 227 * 1024),
     "sm_100": (("cuda", 100, 32), 227 * 1024),
     "gfx942": (("hip", "gfx942", 64), 64 * 1024),
 }
-FULL = "sm_90"  # the target of the cases that are not for every one
+FULL = "sm_90"  # target of the cases that are not compiled everywhere
 
 
 def cases(target, rest=None):
-    """(label, case) of everything that is compiled for ``target``, from all config modules.
+    """Yield (label, case) of everything that is compiled for ``target``.
 
-    ``rest``: true for what is for this target alone, false for what is for every one.
+    Args:
+        rest: True for the cases of this target alone, False for those of every target, None for
+            both.
     """
-    from boft_ops._runtime import paths
-    from boft_ops.triton_kernels.config import Case
-
-    for path in sorted(paths.triton_kernels().glob("config*.py")):
-        module = importlib.import_module(f"boft_ops.triton_kernels.{path.stem}")
-        for row in module.compile_cases():
-            case = Case(*row)
-            if (case.everywhere or target == FULL) and rest in (None, not case.everywhere):
-                yield label(case), case
+    for case in compile_cases():
+        if (case.everywhere or target == FULL) and rest in (None, not case.everywhere):
+            yield label(case), case
 
 
 def label(case):
@@ -68,18 +68,57 @@ def kernel_of(case):
 
 
 def source_of(target, case, used):
-    """A digest of all that makes a row of the table, but for Triton itself, and of the row."""
+    """Digest of all that makes a row of the table, except Triton itself, and of the row.
+
+    Source text counts as its syntax tree, without docstrings: comments, docstrings and line numbers
+    make no other kernel. The tree is written out here, as ast.dump differs between Pythons.
+    """
     options = sorted(case.constants.items()), sorted(case.pointers.items())
     how = TARGETS[target][0], case.num_warps, case.num_stages
-    measured = *map(inspect.getsource, (compiled, _cubin)), MMA, WIDE
-    everything = kernel_of(case).cache_key, options, how, measured, [used[key] for key in COLUMNS]
+    measured = [tree_of(inspect.getsource(function)) for function in (compiled, _cubin)]
+    row = [used[key] for key in COLUMNS]
+    everything = code_of(kernel_of(case)), options, how, measured, MMA, WIDE, row
     return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
 
 
-def compiled(target, case):
-    """Registers, shared memory and stack in bytes, and the barriers that one kernel asks for.
+@functools.cache
+def code_of(kernel):
+    """Syntax trees of a Triton kernel and of the functions it calls, and its global constants."""
+    from triton.runtime.jit import JITFunction
 
-    The interpreter runs a program as one thread, so no test of numbers there can miss a barrier.
+    code = [tree_of(kernel.src), kernel.noinline]
+    nodes = [node for node in ast.walk(kernel.parse()) if isinstance(node, ast.Name)]
+    own = {*kernel.arg_names, *(node.id for node in nodes if isinstance(node.ctx, ast.Store))}
+    names = {node.id for node in nodes} - own
+    for name in sorted(names & kernel.fn.__globals__.keys()):
+        value = kernel.fn.__globals__[name]
+        if isinstance(value, JITFunction):
+            code.append((name, code_of(value)))
+        elif not inspect.ismodule(value):
+            code.append((name, repr(value)))
+    return code
+
+
+def tree_of(source):
+    """Syntax tree of one function as tuples, without docstring and positions."""
+    (function,) = ast.parse(source).body
+    if ast.get_docstring(function, clean=False) is not None:
+        del function.body[0]
+    return _tuples(function)
+
+
+def _tuples(node):
+    if isinstance(node, ast.AST):
+        fields = ((name, _tuples(value)) for name, value in ast.iter_fields(node))
+        return type(node).__name__, *(field for field in fields if field[1] not in (None, []))
+    return [_tuples(item) for item in node] if isinstance(node, list) else node
+
+
+def compiled(target, case):
+    """Resources of one compiled kernel, by the names in ``COLUMNS``; memory in bytes.
+
+    Barriers are counted because no test of numbers finds a missing one: the interpreter runs a
+    program as one thread.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -90,8 +129,9 @@ def compiled(target, case):
         arg: "constexpr" if arg in case.constants else "*" + case.pointers.get(arg, "")
         for arg in kernel.arg_names
     }
-    types = {arg: "i32" if kind == "*" else kind for arg, kind in types.items()}
-    # torch's tensors, and so their strides here, are multiples of 16 bytes; d and n of 16 features
+    types = {arg: "i32" if type_ == "*" else type_ for arg, type_ in types.items()}
+    # torch's tensors begin at multiples of 16 bytes, and so do their parts here (strides). d and n
+    # are taken to be multiples of 16 features.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(kernel.arg_names)
@@ -126,8 +166,8 @@ def _cubin(cubin):
         file.flush()
         command = [dump, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"registers": used["REG"], "stack": used["STACK"] + used["LOCAL"]}
 
 
 def _row(job):
@@ -139,30 +179,30 @@ def _row(job):
 
 
 def resources(jobs):
-    """Label -> resources of these (target, label, case), compiled on all cores."""
-    warnings.simplefilter("ignore")  # of Triton, about its own defaults
+    """Resources by label of these (target, label, case), compiled on all cores."""
+    warnings.simplefilter("ignore")  # Triton warns of its own defaults
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         return dict(pool.imap_unordered(_row, jobs, chunksize=4))
 
 
 def unproven(target, rest):
-    """The jobs of these cases that the table says nothing of, and a sample of the others."""
+    """Jobs of the cases that the table does not prove, and of a sample of the others."""
     import triton
 
     version, table = read_table()
-    jobs, known = [], 0
+    jobs, n_proven = [], 0
     for name, case in cases(target, rest):
         row = table.get((target, name))
         if version == triton.__version__ and row and row["source"] == source_of(target, case, row):
-            known += 1
-            if known % SAMPLE:
+            n_proven += 1
+            if n_proven % SAMPLE:
                 continue
         jobs.append((target, name, case))
     return jobs
 
 
 def read_table():
-    """The Triton version of the committed table, and (target, label) -> resources and source."""
+    """Triton version of the committed table, and its rows by (target, label)."""
     with TABLE.open(newline="") as file:
         version = file.readline().split()[-1]
         rows = list(csv.DictReader(file))
@@ -176,6 +216,7 @@ def read_table():
 
 
 def write_table():
+    """Compile all cases for all targets and write the table."""
     import triton
 
     with TABLE.open("w", newline="") as file:

@@ -26,7 +26,7 @@ STAGES = [(1, 2, 0), (2, 2, 0), (1, 6, 1), (2, 8, 0), (2, 6, 2), (3, 4, 1), (4, 
 def agree(name, *arguments, eps=None):
     """Kernel and reference of an op give the same, within rounding; a half's is of the output."""
     got = getattr(raw, name)(*arguments)
-    want = backend._ops[name].reference(*arguments)
+    want = backend.ops()[name].reference(*arguments)
     for g, w in zip(_tuple(got), _tuple(want), strict=True):
         assert g.dtype == w.dtype
         assert g.shape == w.shape
@@ -46,7 +46,7 @@ def wide(dtype):
 def stage_of(n, b, first, dtype, runs=2):
     n_blocks = runs << (n - 1 + first)
     factors = torch.randn(n, n_blocks, b, b, dtype=dtype)
-    return factors, backend._ops["compose"].reference(factors, first)
+    return factors, backend.ops()["compose"].reference(factors, first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,7 +172,7 @@ def check_linear(x, weight, stage, scale, bias, grad, z):
         forward = x, weight, stage, s, bias if save else None, False, save
         backward = grad, x, weight, stage, s, None, z if save else None, 1, True
         for name, args in (("rotated_linear", forward), ("rotated_linear_backward", backward)):
-            op, ours = backend._ops[name].reference, getattr(raw, name)
+            op, ours = backend.ops()[name].reference, getattr(raw, name)
             exact = op(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
             sizes = op(*[a.double().abs() if isinstance(a, torch.Tensor) else a for a in args])
             for got, want, truth, size in zip(ours(*args), op(*args), exact, sizes, strict=True):
@@ -262,7 +262,7 @@ def test_sums_over_many_rows_keep_their_precision(rows, mean):
         ),
     ):
         exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-        reference = backend._ops[name].reference
+        reference = backend.ops()[name].reference
         triples = zip(*map(_tuple, (getattr(raw, name)(*arguments), reference(*arguments),
                                     reference(*exact))), strict=True)  # fmt: skip
         for ours, theirs, truth in triples:

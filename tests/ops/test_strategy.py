@@ -7,8 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from boft_ops import boft_linear
 from boft_ops._runtime import backend as backends
 from boft_ops._runtime import tuned
-from boft_ops._runtime.tuned import pinned
-from boft_ops._runtime.tuned_table import Choice
+from boft_ops._runtime.tuned import Choice, pinned
 from boft_ops.ops import linear
 from boft_ops.ops.rotated_linear import rotated_linear_backward, rotated_linear_forward
 
@@ -19,9 +18,9 @@ if not backends.has_triton():
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for op in backends._ops.values():
-        backend = "triton" if op._triton else "reference"
-        monkeypatch.setitem(op.serving, "cpu", backend)
+    for op in backends.ops().values():
+        backend = "triton" if "triton" in op.kernels else "reference"
+        monkeypatch.setitem(op.defaults, "cpu", Choice(backend))
     tuned.forget()
     yield
     tuned.forget()
@@ -96,39 +95,32 @@ def test_a_decision_is_remembered_until_another_choice(launched, monkeypatch):
 
 @pytest.mark.parametrize("op", ["rotate", "rotate_backward", "scale", "scale_backward"])
 def test_a_part_that_was_measured_to_go_elsewhere_goes_there(launched, monkeypatch, op):
-    calls, right = [], backends._ops[op].reference
-    monkeypatch.setattr(backends._ops[op], "reference", lambda *a: calls.append(op) or right(*a))
+    calls, right = [], backends.ops()[op].reference
+    monkeypatch.setattr(backends.ops()[op], "reference", lambda *a: calls.append(op) or right(*a))
     step(**operands())
-    with pinned(**{op: Choice((), "triton", {})}):
+    with pinned(**{op: Choice("triton")}):
         step(**operands())
     assert (len(launched), calls) == (2, [])
-    with pinned(**{op: Choice((), "reference", {})}):
+    with pinned(**{op: Choice("reference")}):
         step(**operands())
     assert (len(launched), calls) == (2, [op])
     # what was measured of the whole counts for more
-    whole = Choice((), "triton", {})
-    with pinned(**{op: Choice((), "reference", {}), "rotated_linear": whole}):
+    whole = Choice("triton")
+    with pinned(**{op: Choice("reference"), "rotated_linear": whole}):
         step(**operands())
     assert (len(launched), calls) == (3, [op])
-
-
-def test_parts_are_measured_on_first_use(launched, monkeypatch):
-    monkeypatch.setattr(tuned, "_on_first_use", True)
-    asked = []
-    monkeypatch.setattr(tuned, "_measure_unknown", lambda op, *_: asked.append(op.name))
-    step(**operands())
-    assert launched == []
-    assert {"rotate", "rotate_backward", "scale", "scale_backward"} <= set(asked)
 
 
 def test_the_backward_goes_where_its_forward_goes():
     x, grad, weight = torch.randn(5, 32), torch.randn(5, 8), torch.randn(8, 32)
     stage = torch.randn(2, 16, 16)
     backward = grad, x, weight, stage, None, None, None, 1, False
-    assert tuned.backend(rotated_linear_backward, backward) is None
-    with pinned(rotated_linear=Choice((), "cuda", {})):
-        assert tuned.backend(rotated_linear_forward, (x, weight, stage)) == "cuda"
-        assert tuned.backend(rotated_linear_backward, backward) == "cuda"
+    assert tuned.measured(rotated_linear_backward.tunable, x, backward) is None
+    with pinned(rotated_linear=Choice("cuda")):
+        assert (
+            tuned.measured(rotated_linear_forward.tunable, x, (x, weight, stage)).backend == "cuda"
+        )
+        assert tuned.measured(rotated_linear_backward.tunable, x, backward).backend == "cuda"
 
 
 def test_products_are_seen_by_whoever_counts_them(launched):

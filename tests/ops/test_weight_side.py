@@ -8,18 +8,18 @@ from linear_operands import D_IN, D_OUT, N, call, operands
 
 from boft_ops import boft_linear, butterfly_groups, butterfly_matmul, cayley
 from boft_ops._runtime import tuned, tuned_file
-from boft_ops._runtime.tuned import pinned
-from boft_ops._runtime.tuned_table import Choice
+from boft_ops._runtime.tuned import Choice, pinned
 from boft_ops.ops import linear
 from boft_ops.ops import rotate as rotate_module
 from boft_ops.ops.linear import rotated_linear
+from boft_ops.ops.planner import layer_plan, plan_choice, plan_for, rotates_weight
 from boft_ops.ops.rotation import DenseRotation
-from boft_ops.ops.stages import default_plan, layer_plan, plan, plan_for
+from boft_ops.ops.stages import plan
 from boft_ops.tune import __main__ as command
 from boft_ops.tune import explain
 
 CPU = torch.device("cpu")
-WEIGHT, INPUT = (Choice((), "", {"stages": 1, "weight_side": side}) for side in (1, 0))
+WEIGHT, INPUT = plan_choice(1, True), plan_choice(1, False)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def row(weight_side, rows=64, outputs=16, stages=1, features=32):
 
 
 def keep(*rows):
-    tuned_file.update(tuned_file.user_file(CPU), CPU, rows)
+    tuned_file.update(tuned_file.user_file(CPU), CPU, rows, tuned.check_row)
     tuned.forget()
 
 
@@ -122,7 +122,7 @@ def test_what_is_not_orthogonal_stays_on_the_input_side(weight_side, rotated):
 
 @pytest.mark.parametrize("config", [{"stages": 3, "weight_side": 1}, {"stages": 2}])
 def test_several_stages_stay_on_the_input_side(rotated, config):
-    with pinned(plan=Choice((), "", config)):
+    with pinned(plan=Choice("", tuple(config.items()))):
         y = call(boft_linear, operands(m=3))
         assert rotated == [N] * config["stages"]
         with pinned(plan=WEIGHT):
@@ -257,7 +257,7 @@ def test_compiled_graphs_have_the_input_side(tuned_cache, rotated):
     ],
 )
 def test_default(m, b, rows, device, weight_side):
-    assert default_plan(m, b, device, rows, D_OUT) == (plan(m, b, device), weight_side)
+    assert rotates_weight(plan(m, b, device), device, rows, D_OUT) == weight_side
 
 
 def test_the_default_is_applied(rotated):
@@ -295,10 +295,9 @@ def test_the_command_tries_both_sides(tuned_cache, tmp_path, monkeypatch):
     tried = []
     right = command.tune
 
-    def tune(problem, machine, *rest):
-        with torch.no_grad():
-            tried.append([c.config for c in problem.candidates(problem.make(0), machine)])
-        return right(problem, machine, *rest)
+    def tune(problem, *rest):
+        tried.append([dict(choice.config) for choice in (problem.default, *problem.others)])
+        return right(problem, *rest)
 
     monkeypatch.setattr(command, "tune", tune)
     monkeypatch.setattr("boft_ops.tune.search.SECONDS", 0.01)
@@ -308,11 +307,7 @@ def test_the_command_tries_both_sides(tuned_cache, tmp_path, monkeypatch):
     )
     both = [{"stages": 1, "weight_side": side} for side in (0, 1)]
     assert [config for config in tried[0] if config["stages"] == 1] == both
-    assert tried[1] == both  # of a rotation that is given
-    content = tuned_file.read(out, CPU)["choices"]
-    assert [r["structure"] for r in content] == [
-        {"n_factors": 2, "block_size": 4},
-        {"n_factors": 1, "block_size": 8},
-    ]
-    assert all(r["failed"] == [] for r in content)
-    assert content[0]["sizes"] == {"rows": 600, "features": 64, "outputs": 48}
+    (kept,) = tuned_file.read(out, CPU, tuned.check_row)
+    assert kept["structure"] == {"n_factors": 2, "block_size": 4}
+    assert kept["failed"] == []
+    assert kept["sizes"] == {"rows": 600, "features": 64, "outputs": 48}

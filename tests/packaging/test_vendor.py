@@ -90,7 +90,7 @@ before = natives[0].library
 for name in [m for m in sys.modules if m == "boft_ops" or m.startswith("boft_ops.")]:
     del sys.modules[name]
 import boft_ops
-from boft_ops import _native
+from boft_ops._runtime import native as _native
 assert boft_ops is not copies[0] and _native.library == before, _native.status
 skew = torch.randn(2, 3)
 torch.testing.assert_close(boft_ops.cayley(skew), copies[1].cayley(skew))

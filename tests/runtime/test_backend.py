@@ -25,12 +25,12 @@ def test_the_native_library_is_loaded():
         pytest.skip("BOFT_OPS_SKIP_EXT=1")
     assert native.status.startswith("loaded"), native.status
     neumann = {"cayley_neumann5", "cayley_neumann5_backward"}  # in plain torch on every device
-    assert native.kernels("cpu") == backends._ops.keys() - neumann
+    assert native.kernels("cpu") == backends.ops().keys() - neumann
 
 
 def test_report_names_every_op_once_per_device():
     rows = backends.report()
-    assert len({(r["op"], r["device"]) for r in rows}) == len(rows) == 2 * len(backends._ops)
+    assert len({(r["op"], r["device"]) for r in rows}) == len(rows) == 2 * len(backends.ops())
     by_op = {(r["op"], r["device"]): r for r in rows}
     assert by_op["cayley", "cpu"]["serving"] == ("cpu" if native.kernels("cpu") else "reference")
     assert by_op["cayley_neumann5", "cpu"]["serving"] == "reference"
@@ -42,7 +42,7 @@ def test_report_names_every_op_once_per_device():
 
 def test_each_backend_is_the_one_that_runs(backend, monkeypatch, interpreted):
     ran = []
-    op = backends._ops["cayley"]
+    op = backends.ops()["cayley"]
     monkeypatch.setattr(op, "reference", lambda s, _: ran.append("reference") or s.new_zeros(1))
     monkeypatch.setattr(op, "raw", lambda s, _: ran.append("cpu") or s.new_zeros(1))
     monkeypatch.setattr(op, "launcher", lambda: lambda s, _: ran.append("triton") or s.new_zeros(1))
@@ -134,12 +134,12 @@ def test_results_do_not_depend_on_threads():
 
 def test_a_call_goes_past_the_dispatcher_only_where_nobody_looks():
     tensor = torch.zeros(2)
-    assert backends._is_plain(tensor)
-    assert backends._is_plain(torch.nn.Parameter(tensor))
-    assert not backends._is_plain(tensor.as_subclass(type("Sub", (torch.Tensor,), {})))
+    assert backends.bypasses_dispatch(tensor)
+    assert backends.bypasses_dispatch(torch.nn.Parameter(tensor))
+    assert not backends.bypasses_dispatch(tensor.as_subclass(type("Sub", (torch.Tensor,), {})))
     with FakeTensorMode() as mode:
-        assert not backends._is_plain(tensor)
-        assert not backends._is_plain(torch.zeros(2))
-    assert not backends._is_plain(mode.from_tensor(tensor))
+        assert not backends.bypasses_dispatch(tensor)
+        assert not backends.bypasses_dispatch(torch.zeros(2))
+    assert not backends.bypasses_dispatch(mode.from_tensor(tensor))
     with torch.overrides.BaseTorchFunctionMode():
-        assert not backends._is_plain(tensor)
+        assert not backends.bypasses_dispatch(tensor)

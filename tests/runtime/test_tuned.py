@@ -20,11 +20,13 @@ from boft_ops import (
     kaleidoscope_matmul,
 )
 from boft_ops._runtime import backend as backends
-from boft_ops._runtime import native, tuned, tuned_file
+from boft_ops._runtime import tuned, tuned_file
 from boft_ops._runtime.device import name_of
 from boft_ops.ops import rotate_indexed
+from boft_ops.ops.planner import plan_for
 from boft_ops.ops.rotate import rotate, rotate_rows
-from boft_ops.ops.stages import plan, plan_for
+from boft_ops.ops.rotated_linear import _triton_launches
+from boft_ops.ops.stages import plan
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,25 +48,22 @@ def plan_row(stages, rows=64, features=256, outputs=48):
     }
 
 
-def process_row(op, **config):
-    return {"op": op, "dtype": "", "structure": {}, "sizes": {}, "backend": "cpu", "config": config}
-
-
 def chosen(rows=64, features=64, size=16):
-    """What the table says of a rotation."""
+    """Backend that the table has for a rotation."""
     x, stage = torch.zeros(rows, features), torch.zeros(features // size, size, size)
-    return tuned.backend(rotate_rows, (x, stage, size, 1, False))
+    choice = tuned.measured(rotate_rows.tunable, x, (x, stage, size, 1, False))
+    return None if choice is None else choice.backend
 
 
 def keep(*rows, path=None):
-    tuned_file.update(path or tuned_file.user_file(CPU), CPU, rows)
+    tuned_file.update(path or tuned_file.user_file(CPU), CPU, rows, tuned.check_row)
     tuned.forget()
 
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
     path = tmp_path / "configs" / "this.json"
-    monkeypatch.setattr(tuned, "shipped_file", lambda device: path)
+    monkeypatch.setattr(tuned_file, "shipped_file", lambda device: path)
     return path
 
 
@@ -73,7 +72,8 @@ def shipped(tmp_path, monkeypatch):
 
 def test_nothing_measured_is_the_default(tuned_cache):
     assert chosen() is None
-    assert rotate_rows._chosen((torch.zeros(4, 4),)) == rotate_rows.serving["cpu"]
+    args = torch.zeros(4, 4), torch.zeros(1, 4, 4), 4, 1, False
+    assert rotate_rows.choose(args) == rotate_rows.defaults["cpu"]
 
 
 def test_the_user_comes_before_the_package(tuned_cache, shipped):
@@ -135,9 +135,10 @@ def test_forcing_a_backend_comes_before_all(tuned_cache, monkeypatch):
 
 def test_without_measurements_no_class_is_made(tuned_cache, monkeypatch):
     """The price of such a call: a look at the table of the device, which is empty."""
-    assert chosen() is None
-    monkeypatch.setattr(tuned, "CLASSES", None)
-    assert chosen() is None
+    tunable = rotate_rows.tunable
+    unread = tunable.shape_class._replace(of=None)
+    x = torch.zeros(4, 4)
+    assert tuned.measured(tunable._replace(shape_class=unread), x, (x,)) is None
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -156,9 +157,9 @@ def plan_of(**config):
 BAD = {
     "not JSON": lambda content: "{",
     "not an object": lambda content: "[]",
-    "format 99": lambda content: json.dumps(content | {"format": 99}),
-    "measured on": lambda content: json.dumps(content | {"device": "Another Device"}),
-    "measured with": lambda content: json.dumps(
+    "format": lambda content: json.dumps(content | {"format": 99}),
+    "device": lambda content: json.dumps(content | {"device": "Another Device"}),
+    "versions": lambda content: json.dumps(
         content | {"versions": content["versions"] | {"torch": "1.0"}}
     ),
     "no_such_op": row_instead(row("cpu") | {"op": "no_such_op"}),
@@ -166,22 +167,13 @@ BAD = {
     "not a choice: too large": row_instead(row("cpu", rows=1 << 63)),
     "tiles have no blocks": row_instead(row("triton", blocks=3)),
     "powers of two": row_instead(row("triton", num_warps=3)),
-    "no backend of cpu": row_instead(row("bogus")),
-    "'backend': 'cuda'": row_instead(row("cuda")),
-    "'stages': 5": plan_of(stages=5),
-    "'stages': 2, 'weight_side': 1": plan_of(stages=2, weight_side=1),
-    "'weight_side': 2": plan_of(stages=1, weight_side=2),
-    "'levels': 1": plan_of(stages=1, levels=1),
-    "not a plan without stages": plan_of(weight_side=1),
-    "KeyError('float32')": lambda content: json.dumps(
-        content | {"rates": {"bytes": 1e9, "flops": {}}}
-    ),
-    "rates of a machine": lambda content: json.dumps(
-        content | {"rates": {"bytes": "1", "flops": {"float32": 1}}}
-    ),
-    "not a table without rates": lambda content: json.dumps(
-        {k: content[k] for k in content if k != "rates"}
-    ),
+    "no backend of cpu: 'bogus'": row_instead(row("bogus")),
+    "no backend of cpu: 'cuda'": row_instead(row("cuda")),
+    "not a plan of 2 factors": plan_of(stages=5, weight_side=0),
+    "not a plan of 2 factors: W": plan_of(stages=2, weight_side=1),
+    "not a plan: side": plan_of(stages=1, weight_side=2),
+    "not a plan: levels": plan_of(stages=1, weight_side=0, levels=1),
+    "not a plan: no stages": plan_of(weight_side=1),
     "not nested so deep": lambda content: "[" * 100_000,
     "not a table": lambda content: json.dumps({k: content[k] for k in ("format",)}),
 }
@@ -189,7 +181,7 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 def test_what_is_not_to_be_believed_is_ignored_with_one_warning(tuned_cache, fault, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # of which a CPU's file may speak of Triton
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # a CPU's file may then have Triton's tiles
     keep(row("reference"))
     path = tuned_file.user_file(CPU)
     path.write_text(BAD[fault](json.loads(path.read_text())))
@@ -200,6 +192,7 @@ def test_what_is_not_to_be_believed_is_ignored_with_one_warning(tuned_cache, fau
     assert str(path) in str(found[0].message)
     if not fault.startswith("not"):
         assert fault in str(found[0].message)
+    assert "is ignored: " in str(found[0].message)
     tuned.forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -247,17 +240,18 @@ def test_importing_reads_nothing_and_the_first_call_does(tuned_cache):
 def test_rows_are_merged_by_class(tuned_cache):
     keep(row("reference"), row("cpu", rows=512))
     keep(row("cpu"))
-    content = tuned_file.read(tuned_file.user_file(CPU), CPU)
-    assert [(r["sizes"]["rows"], r["backend"]) for r in content["choices"]] == [
+    path = tuned_file.user_file(CPU)
+    rows = tuned_file.read(path, CPU, tuned.check_row)
+    assert [(r["sizes"]["rows"], r["backend"]) for r in rows] == [
         (64, "cpu"),
         (512, "cpu"),
     ]
-    assert content["device"] == name_of(CPU)
+    assert json.loads(path.read_text())["device"] == name_of(CPU)
 
 
 def _write_many(path, first, count):
     for i in range(first, first + count):
-        tuned_file.update(Path(path), CPU, [row("cpu", rows=i)])
+        tuned_file.update(Path(path), CPU, [row("cpu", rows=i)], tuned.check_row)
 
 
 def test_two_processes_lose_nothing_and_a_reader_sees_whole_files(tuned_cache):
@@ -271,11 +265,10 @@ def test_two_processes_lose_nothing_and_a_reader_sees_whole_files(tuned_cache):
         writer.start()
     seen = set()
     while any(writer.is_alive() for writer in writers):
-        content = tuned_file.read(path, CPU)  # raises for a half-written one
-        seen.add(0 if content is None else len(content["choices"]))
+        seen.add(len(tuned_file.read(path, CPU, tuned.check_row)))  # raises for a half-written one
     assert [writer.exitcode for writer in writers] == [0, 0]
-    found = [r["sizes"]["rows"] for r in tuned_file.read(path, CPU)["choices"]]
-    assert sorted(found) == list(range(1, 1 + 2 * count))
+    rows = [r["sizes"]["rows"] for r in tuned_file.read(path, CPU, tuned.check_row)]
+    assert sorted(rows) == list(range(1, 1 + 2 * count))
     assert len(seen) > 2
     assert {p.name for p in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
 
@@ -312,18 +305,20 @@ def test_a_backend_is_a_constant_of_one_graph_for_any_rows(tuned_cache):
 def test_a_gpu_runs_the_measured_set_of_kernels(tuned_cache, monkeypatch):
     """Of CUDA and Triton kernels that are both there; of a compiled graph, when it runs."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
-    monkeypatch.setattr(rotate_rows, "missing", {})
-    monkeypatch.setattr(rotate_rows, "serving", {"cpu": "cuda"})  # the tensors are a CPU's
-    monkeypatch.setattr(rotate_rows, "_native", lambda: lambda *_: "cuda")
+    monkeypatch.setattr(rotate_rows, "unavailable", {})
+    monkeypatch.setattr(
+        rotate_rows, "defaults", {"cpu": tuned.Choice("cuda")}
+    )  # the tensors are a CPU's
+    monkeypatch.setattr(rotate_rows, "native", lambda: lambda *_: "cuda")
     monkeypatch.setattr(rotate_rows, "launcher", lambda: lambda *_: "triton")
     args = torch.randn(64, 64), torch.randn(4, 16, 16), 16, 1, False
-    assert rotate_rows._cuda(*args) == "cuda"
+    assert rotate_rows._on_cuda(*args) == "cuda"
     keep(row("triton"))
-    assert rotate_rows._cuda(*args) == "triton"
+    assert rotate_rows._on_cuda(*args) == "triton"
     with backends.force("cuda"):
-        assert rotate_rows._cuda(*args) == "cuda"
+        assert rotate_rows._on_cuda(*args) == "cuda"
     keep(row("reference"))
-    torch.testing.assert_close(rotate_rows._cuda(*args), rotate_rows.reference(*args))
+    torch.testing.assert_close(rotate_rows._on_cuda(*args), rotate_rows.reference(*args))
 
 
 def test_a_plan_has_the_measured_number_of_stages(tuned_cache):
@@ -389,60 +384,71 @@ def test_a_tile_reaches_the_launch(tuned_cache, monkeypatch):
     if not backends.has_triton():
         pytest.skip("triton is not installed")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    from boft_ops.triton_kernels.config_rotate import config_for
-    from boft_ops.triton_kernels.rotate import _rotate_launch
-    from boft_ops.triton_kernels.rotate_indexed import _indexed_launch
+    from boft_ops.triton_kernels import rotate
+    from boft_ops.triton_kernels import rotate_indexed as indexed
 
-    rotate_rows.launcher()  # which connects the kernels with the measurements
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
     x, stage = torch.randn(64, 64), cayley(0.1 * torch.randn(4, 120))
-    call = x.get_device(), x.dtype, *x.shape
-    default = config_for("rotate", size=16, chunk=16, stride=1, dtype="float32")
-    before = _rotate_launch(*call, 16, 16, 1, False)
-    assert _rotate_launch(*call, 16, 16, 1, False) is before
-    assert before._constants["BANDS"] == default.bands
+    args, index = (x, stage, 16, 1, False), torch.zeros(64, dtype=torch.int32)
+    default = rotate.TILES.default({"size": 16, "chunk": 16, "stride": 1}, "float32")
+    used = []  # constants and launch options of every launch that is looked up
+
+    def note(module, name):
+        build = getattr(module, name)
+
+        def noted(*args):
+            launch = build(*args)
+            used.append(launch._constants | launch._options)
+            return launch if interpreted else lambda *_: None
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(rotate, "_rotate_launch")
+    note(indexed, "_indexed_launch")
+    rotate_rows.launch(*args)
+    assert (used[-1]["BANDS"], used[-1]["num_warps"]) == (default.bands, default.num_warps)
     keep(row("triton", rows=64, bands=2, num_warps=2) | {"structure": {"size": 16, "chunk": 16, "stride": 1}})  # fmt: skip  # noqa: E501
     keep(row("triton", num_warps=2) | {"op": "rotate_indexed"})
-    assert _indexed_launch(*call, 3, 16, 16, 1, False)._options["num_warps"] == 2
-    launch = _rotate_launch(*call, 16, 16, 1, False)
-    assert (launch._constants["BANDS"], launch._options["num_warps"]) == (2, 2)
-    assert launch._constants["ROWS"] == default.rows
+    rotate_indexed.rotate_indexed_rows.launch(x, stage[None], index, 16, 1, False)
+    assert used[-1]["num_warps"] == 2
+    with backends.force("triton"), torch.no_grad():
+        forced = rotate_rows(*args) if interpreted else rotate_rows._on_cuda(*args)
+    with torch.no_grad():
+        chosen = rotate_rows(*args) if interpreted else rotate_rows._on_cuda(*args)
+    assert len(used) == 4
+    for launch in used[-2:]:
+        assert (launch["BANDS"], launch["num_warps"]) == (2, 2)
+        assert launch["ROWS"] == default.rows
     if interpreted:
-        with torch.no_grad():
-            y = rotate_rows.launcher()(x, stage, 16, 1, False)
-        torch.testing.assert_close(y, rotate_rows.reference(x, stage, 16, 1, False))
+        for y in (forced, chosen):
+            torch.testing.assert_close(y, rotate_rows.reference(*args))
+    keep(row("cpu"))
+    rotate_rows.launch(*args)
+    assert used[-1]["BANDS"] == default.bands
 
 
-needs_native = pytest.mark.skipif(native.library is None, reason="no native library")
+def test_a_rotated_layer_launches_the_tiles_of_its_parts(tuned_cache, monkeypatch):
+    """rotated_linear has no tile of its own: it launches rotate and the products."""
+    if not backends.has_triton():
+        pytest.skip("triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
+    tiles = []
+
+    def rotate(x, *_, tile=()):
+        tiles.append(tile)
+        return x
+
+    monkeypatch.setattr(rotate_rows, "launcher", lambda: rotate)
+    keep(row("triton", num_warps=2))
+    forward, _ = _triton_launches()
+    forward(
+        torch.randn(64, 64), torch.randn(8, 64), torch.randn(4, 16, 16), None, None, True, False
+    )
+    assert tiles == [(("num_warps", 2),)]
 
 
-@needs_native
-def test_numbers_of_the_kernels_come_from_the_file(tuned_cache):
-    keep(process_row("grain", grain=1 << 20), process_row("blocking", linear_rows=512))
-    chosen()
-    assert native.tunable("grain") == 1 << 20
-    assert native.tunable("linear_rows") == 512
-    assert native.tunable("linear_outputs") == 192
-
-
-@needs_native
-def test_a_file_of_numbers_out_of_range_is_ignored(tuned_cache):
-    keep(row("reference"), process_row("grain", grain=1 << 20), process_row("blocking", grain=7))
-    with pytest.warns(RuntimeWarning, match=r"is ignored: grain: .* 7 is out of range"):
-        assert chosen() is None
-    assert native.tunable("grain") == native.DEFAULTS["grain"]
-
-
-@needs_native
-@pytest.mark.parametrize("values", [{"grain": 1}, {"linear_outputs": 100}, {"no_such": 1}])
-def test_numbers_out_of_range_raise(values):
-    with pytest.raises(ValueError, match="no such number of the kernels, or"):
-        native.set_tunables(values)
-
-
-@needs_native
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_results_have_the_same_bits_whatever_the_numbers_of_the_kernels(tuned_cache, threads):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_have_the_same_bits_for_any_number_of_threads(threads):
     leaves = [torch.randn(1200, 96), 0.1 * torch.randn(3, 12, 28), torch.randn(200)]
     weight, grad = torch.randn(200, 96), torch.randn(1200, 200)
 
@@ -454,38 +460,6 @@ def test_results_have_the_same_bits_whatever_the_numbers_of_the_kernels(tuned_ca
     before, n_threads = step(), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for values in (
-            {"grain": 1024, "linear_outputs": 576, "linear_rows": 512},
-            {"grain": 1 << 22, "linear_outputs": 384, "linear_rows": 4096},
-        ):
-            native.set_tunables(values)
-            assert all(map(torch.equal, step(), before)), values
+        assert all(map(torch.equal, step(), before))
     finally:
         torch.set_num_threads(n_threads)
-
-
-FIRST_USE = """
-import sys, torch, boft_ops
-from boft_ops.tune import search
-measured, right = [], search.tune
-search.tune = lambda problem, *rest: measured.append(problem.op) or right(problem, *rest)
-for _ in range(3):
-    boft_ops.cayley(torch.zeros(40, 28))
-torch.compile(boft_ops.cayley, backend="eager")(torch.zeros(7, 28))  # measures nothing
-print(",".join(measured))
-"""
-
-
-def test_first_use_measures_once_for_all_processes(tuned_cache):
-    """Two at a time: one measures, the other waits and takes what the first one found."""
-    env = {**os.environ, "BOFT_OPS_AUTOTUNE": "1", "PYTHONPATH": str(ROOT)}
-    runs = [
-        subprocess.Popen([sys.executable, "-c", FIRST_USE], env=env, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]  # fmt: skip
-    outputs = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert sorted(out.strip() for out, _ in outputs) == ["", "cayley"]
-    content = tuned_file.read(tuned_file.user_file(CPU), CPU)
-    assert [(r["op"], r["sizes"]) for r in content["choices"]] == [("cayley", {"blocks": 40})]

@@ -1,4 +1,4 @@
-"""Launches without a new look at arguments that are as they were, with a kernel that only notes."""
+"""Launches with little host time, of a kernel that only notes its calls."""
 
 import importlib
 
@@ -9,12 +9,11 @@ from boft_ops._runtime import backend
 
 if not backend.has_triton():
     pytest.skip("triton is not installed", allow_module_level=True)
-backend._launcher("rotate:rotate")
 launches = importlib.import_module("boft_ops.triton_kernels.launch")
 
 
 class Compiled:
-    """What ``kernel[grid](...)`` returns; launched as Triton's own is."""
+    """Result of ``kernel[grid](...)``, launched as Triton's own compiled kernel is."""
 
     def __init__(self, notes):
         self.notes = notes
@@ -43,7 +42,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(launches, "_compiled", {})
-    monkeypatch.setattr(launches, "_is_compiled", lambda result: isinstance(result, Compiled))
+    monkeypatch.setattr(launches, "_is_compiled", lambda kernel: isinstance(kernel, Compiled))
     return Kernel()
 
 
@@ -101,13 +100,13 @@ def test_what_triton_compiles_anew_for_is_bound_anew(kernel, other):
 
 
 def test_nothing_is_kept_of_what_was_not_compiled(kernel, monkeypatch):
-    """The interpreter's kernels, and those that are still being compiled."""
-    monkeypatch.setattr(launches, "_is_compiled", lambda result: False)
+    """Such are the interpreter's kernels, and those that are being compiled ahead."""
+    monkeypatch.setattr(launches, "_is_compiled", lambda kernel: False)
     assert [call(kernel, torch.zeros(64))[0] for _ in range(2)] == ["bound", "bound"]
 
 
 class OnCuda:
-    """What a launch asks of a tensor on a GPU."""
+    """Stand-in for a tensor on a GPU, with all that a launch asks of one."""
 
     dtype = torch.float32
 

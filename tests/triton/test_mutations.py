@@ -32,7 +32,7 @@ MUTATIONS = {
     ),
     "dropout without its mask": (
         "triton/rotation.py",
-        "None if drop_ptr is None else drop_ptr + block",
+        "None if drop_mask_ptr is None else drop_mask_ptr + block",
         "None",
         "triton/test_small.py::test_rotation_splits_masks_dtypes",
     ),

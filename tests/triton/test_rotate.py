@@ -1,9 +1,10 @@
-"""The Triton kernels of rotate, its backward and Gram against the reference, in float64 as truth.
+"""Triton kernels of rotate and its gradients against the references; float64 is the truth.
 
-On a GPU where there is one, else in Triton's interpreter, which takes milliseconds per program and
-most for the many small tiles of float32 and float64. So the grid is thinned: every structure meets
-every dtype, with one number of rows and one direction each; numbers of rows, splits and directions
-vary in full on two structures, one that packs groups into bands and one in two dimensions.
+They run on a GPU if there is one, else in Triton's interpreter. That takes milliseconds per program
+and most for the many small tiles of float32 and float64, so the grid is thinned. Every structure
+meets every dtype, with one number of rows and one direction each. Numbers of rows, splits and
+directions vary in full on two structures: one that packs groups into bands and one in two
+dimensions.
 """
 
 import pytest
@@ -17,9 +18,12 @@ if not backend.has_triton():
 
 import triton
 import triton.language as tl
+from triton_cases import TABLES, reachable_tiles
 
+from boft_ops.ops.rotate_indexed import rotate_indexed_rows
 from boft_ops.triton_kernels import config_rotate
 from boft_ops.triton_kernels import rotate as kernels
+from boft_ops.triton_kernels import rotate_backward as backward_kernels
 from boft_ops.triton_kernels.groups import positions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +56,7 @@ STRUCTURES = [
 
 
 def inputs(size, n_groups, rows, dtype):
-    """x, grad and a stage of orthogonal matrices that lie near the identity."""
+    """Random x and grad, and a stage of orthogonal matrices near the identity."""
     exact = dtype if dtype == torch.float64 else torch.float32
     x, grad = torch.randn(2, rows, size * n_groups, device=DEVICE, dtype=exact).to(dtype)
     skew = 0.3 * torch.randn(n_groups, size, size, device=DEVICE, dtype=torch.float64) / size**0.5
@@ -60,9 +64,9 @@ def inputs(size, n_groups, rows, dtype):
 
 
 def assert_as_good(got, reference, truth):
-    """At most twice the error of the same computation in torch, and a few roundings in float32.
+    """Allow twice the error of the same computation in torch, plus a few float32 roundings.
 
-    In float64, where the reference is the truth itself, 32 roundings of the largest element.
+    In float64 the reference is the truth itself, so 32 roundings of the largest element are added.
     """
     assert got.dtype == reference.dtype
     assert got.shape == truth.shape
@@ -78,26 +82,27 @@ def check(size, chunk, stride, n_groups, rows, transpose, dtype, splits):
 
     def gradients(x, grad, stage):
         pair = (grad, x) if transpose else (x, grad)
-        x_grad = rotate._rotate(grad, stage, *layout, not transpose)
-        return x_grad, rotate._gram(*pair, size, *layout, 1)[0]
+        x_grad = rotate.rotate_reference(grad, stage, *layout, not transpose)
+        return x_grad, rotate.gram.reference(*pair, size, *layout, 1)[0]
 
     truth = x.double(), grad.double(), stage.double()
-    y = rotate._rotate(truth[0], truth[2], *layout, transpose)
+    y = rotate.rotate_reference(truth[0], truth[2], *layout, transpose)
     assert_as_good(
         kernels.rotate(x, stage, *layout, transpose),
-        rotate._rotate(x, stage, *layout, transpose),
+        rotate.rotate_reference(x, stage, *layout, transpose),
         y,
     )
-    x_grad, partials = kernels.rotate_backward(grad, x, stage, *layout, transpose, splits)
+    x_grad, partials = backward_kernels.rotate_backward(grad, x, stage, *layout, transpose, splits)
     true_x_grad, true_gram = gradients(*truth)
     reference_x_grad, _ = gradients(x, grad, stage)
-    wide = torch.promote_types(dtype, torch.float32)  # never rounded to a half, as torch's is
-    _, reference_gram = gradients(x.to(wide), grad.to(wide), stage.to(wide))
+    # The kernel never rounds sums to half precision, as torch's product does.
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    _, reference_gram = gradients(*(tensor.to(sum_dtype) for tensor in (x, grad, stage)))
     assert_as_good(x_grad, reference_x_grad, true_x_grad)
     assert partials.shape == (splits, n_groups, size, size)
     assert_as_good(partials.sum(0), reference_gram, true_gram)
     pair = (grad, x) if transpose else (x, grad)
-    alone = kernels.gram(*pair, size, *layout, splits)
+    alone = backward_kernels.gram(*pair, size, *layout, splits)
     assert alone.shape == partials.shape
     assert_as_good(alone.sum(0), reference_gram, true_gram)
 
@@ -113,7 +118,7 @@ def test_every_structure(structure, dtype):
 @pytest.mark.parametrize("rows", [1, 2, 64, 67, 130])
 @pytest.mark.parametrize("structure", [(8, 4, 2, 6), (32, 32, 1, 2)], ids=["bands", "plain"])
 def test_every_number_of_rows(structure, rows, splits, transpose):
-    """Rows below, at and above a tile; splits that get no rows leave zeros."""
+    """Numbers of rows are below, at and above a tile. Splits without rows leave zeros."""
     check(*structure, rows, transpose, torch.bfloat16, splits)
 
 
@@ -121,9 +126,10 @@ def test_every_number_of_rows(structure, rows, splits, transpose):
 @pytest.mark.parametrize("size", [4, 32, 128])
 def test_programs_that_take_several_tiles_of_rows(size, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "_rotate_launch", kernels._rotate_launch.__wrapped__)  # no cache
     x, _, stage = inputs(size, 2, 150, dtype)
-    truth = rotate._rotate(x.double(), stage.double(), size // 2, 2, False)
-    reference = rotate._rotate(x, stage, size // 2, 2, False)
+    truth = rotate.rotate_reference(x.double(), stage.double(), size // 2, 2, False)
+    reference = rotate.rotate_reference(x, stage, size // 2, 2, False)
     assert_as_good(kernels.rotate(x, stage, size // 2, 2, False), reference, truth)
 
 
@@ -136,7 +142,7 @@ def list_positions(out_ptr, d, SIZE: tl.constexpr, BANDS: tl.constexpr):
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 7, 12, 15, 16])
 def test_no_position_belongs_to_two_bands(size):
-    """Both would store it: a race, which the interpreter, one program at a time, never shows."""
+    """Both would store it. The interpreter runs one program at a time and never shows that race."""
     d = 11 * size
     programs = triton.cdiv(d, 4 * (16 // size * size))
     out = torch.empty(programs * 4 * 16, dtype=torch.int32, device=DEVICE)
@@ -150,9 +156,9 @@ def test_no_position_belongs_to_two_bands(size):
 def test_empty(size, rows, n_groups, dtype):
     x, grad, stage = inputs(size, n_groups, rows, dtype)
     assert kernels.rotate(x, stage, size, 1, False).shape == x.shape
-    x_grad, partials = kernels.rotate_backward(grad, x, stage, size, 1, False, 3)
+    x_grad, partials = backward_kernels.rotate_backward(grad, x, stage, size, 1, False, 3)
     assert x_grad.shape == x.shape
-    for sums in (partials, kernels.gram(x, grad, size, size, 1, 3)):
+    for sums in (partials, backward_kernels.gram(x, grad, size, size, 1, 3)):
         assert sums.dtype == torch.promote_types(dtype, torch.float32)
         assert torch.equal(sums, sums.new_zeros(3, n_groups, size, size))
 
@@ -169,22 +175,22 @@ def test_tensors_that_are_not_contiguous(size):
     layout = size // 2, 2
     y = kernels.rotate(x, stage, *layout, False)
     assert torch.equal(kernels.rotate(odd[0], odd[2], *layout, False), y)
-    expected = kernels.rotate_backward(grad, x, stage, *layout, False, 2)
-    got = kernels.rotate_backward(odd[1], odd[0], odd[2], *layout, False, 2)
+    expected = backward_kernels.rotate_backward(grad, x, stage, *layout, False, 2)
+    got = backward_kernels.rotate_backward(odd[1], odd[0], odd[2], *layout, False, 2)
     assert all(map(torch.equal, got, expected))
-    assert torch.equal(kernels.gram(*odd[:2], size, *layout, 2), expected[1])
+    assert torch.equal(backward_kernels.gram(*odd[:2], size, *layout, 2), expected[1])
 
 
 @pytest.mark.parametrize("size", [4, 32, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stage_dtype", [torch.float32, torch.float64], ids=str)
 def test_a_small_change_is_not_rounded_away(size, dtype, stage_dtype):
-    """0.997 is 0.99609 in bfloat16, which lacks digits there; S - I has all of them."""
+    """0.997 rounds to 0.99609 in bfloat16, but S - I keeps its digits."""
     scale = 0.997
     x = torch.randn(64, size, device=DEVICE).to(dtype)
     stage = scale * torch.eye(size, device=DEVICE, dtype=stage_dtype)[None]
     pairs = [kernels.rotate(x, stage, size, 1, False)]
-    pairs.append(kernels.rotate_backward(x, x, stage, size, 1, False, 1)[0])
+    pairs.append(backward_kernels.rotate_backward(x, x, stage, size, 1, False, 1)[0])
     for y in pairs:
         ratio = (y.double() * x.double()).sum() / x.double().square().sum()
         assert abs(float(ratio) - scale) < 2e-4
@@ -192,13 +198,13 @@ def test_a_small_change_is_not_rounded_away(size, dtype, stage_dtype):
 
 @pytest.mark.parametrize("op", ["rotate", "rotate_indexed", "rotate_backward", "gram"])
 def test_every_structure_has_a_tile_that_fits(op):
-    found = set()
-    for dtype in config_rotate.KINDS:
+    tiles = set()
+    for dtype in config_rotate.DTYPE_CLASSES:
         for size in range(1, config_rotate.MAX_SIZE + 1):
             for chunk, stride in {(size, 1), (1, 2)} | {(c, 2) for c in (2, 4, 8) if size % c == 0}:
-                structure = {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
-                tile = config_rotate.config_for(op, **structure)
-                found.add(tile)
+                structure = {"size": size, "chunk": chunk, "stride": stride}
+                tile = TABLES[op].default(structure, dtype)
+                tiles.add(tile)
                 if tile is None:
                     assert op == "rotate_backward"
                     continue
@@ -206,13 +212,20 @@ def test_every_structure_has_a_tile_that_fits(op):
                 assert tile.bands == 1 or tile.columns == tile.inner >= size
                 several = max(tile.columns, tile.inner) >= 2 * size
                 assert tile.columns == tile.inner or not several
-                # a residual product and a fused backward hold a whole group
+                # A residual product and the fused backward hold a whole group.
                 whole = op == "rotate_backward" or (op == "rotate" and "16" in dtype)
                 assert tile.inner >= size or not whole
-    assert found - {None} == {tile for tile, _ in config_rotate.reachable(op)}
+    assert tiles - {None} == {tile for tile, _ in reachable_tiles(op)}
 
 
-def test_sizes_that_the_kernels_take():
-    assert config_rotate.supports(1)
-    assert config_rotate.supports(256)
-    assert not config_rotate.supports(257)
+def test_the_ops_ask_for_the_sizes_that_have_tiles():
+    for size in (1, config_rotate.MAX_SIZE, config_rotate.MAX_SIZE + 1):
+        x, stage, index = torch.zeros(2, size), torch.zeros(1, size, size), torch.zeros(2)
+        calls = {
+            rotate.rotate_rows: (x, stage, size, 1, False),
+            rotate.gram: (x, x, size, size, 1, 1),
+            rotate.rotate_backward: (x, x, stage, size, 1, False, 1),
+            rotate_indexed_rows: (x, stage[None], index, size, 1, False),
+        }
+        for op, args in calls.items():
+            assert op.supports("triton", args) == (size <= config_rotate.MAX_SIZE)

@@ -1,9 +1,9 @@
-"""The Triton kernels of the stages, in the interpreter, against the ops' references.
+"""Triton kernels that make the stages against the ops' references; float64 is the truth.
 
-The truth is the reference in float64. The interpreter takes seconds where a GPU takes microseconds,
-so each structure runs with one combination of what is independent of it (mask, splits, dtype), and
-every combination runs with one or two structures. Group counts are odd: where a program owns
-several groups, the last one is partly empty.
+They run on a GPU if there is one, else in Triton's interpreter, which takes seconds for a GPU's
+microseconds. So each structure runs with one combination of mask, splits and dtype, and every such
+combination runs with one or two structures. Group counts are odd, so that the last program is
+partly empty if programs own several groups.
 """
 
 import importlib
@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from boft_ops._runtime import backend
-from boft_ops.ops.cayley import cayley_backward_reference, cayley_reference
-from boft_ops.ops.compose import compose_backward_reference, compose_reference
+from boft_ops.ops.cayley import _exact, _exact_backward
+from boft_ops.ops.compose import _compose, _compose_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -39,22 +39,23 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def dropout(kind, *shape):
-    if kind == "none":
+def dropout(share, *shape):
+    """Random drop drop_mask that drops "some" blocks or "all"; None for "none"."""
+    if share == "none":
         return None
-    return torch.full(shape, kind == "all", device=DEVICE) | (
-        torch.rand(shape, device=DEVICE) < (0.4 if kind == "some" else 0)
+    return torch.full(shape, share == "all", device=DEVICE) | (
+        torch.rand(shape, device=DEVICE) < (0.4 if share == "some" else 0)
     )
 
 
 def check(got, reference, truth, scale=1.0):
-    """At most twice the error of the same-dtype reference, and a few roundings of the largest."""
+    """Allow twice the error of the same-dtype reference, plus a few roundings of the largest."""
     assert got.dtype == reference.dtype
     assert got.shape == reference.shape
     assert got.isfinite().all()
     error = (got.double() - truth).abs().max().item()
-    theirs = (reference.double() - truth).abs().max().item()
-    assert error <= 2 * theirs + ATOL[got.dtype] * max(scale, truth.abs().max().item())
+    allowed = (reference.double() - truth).abs().max().item()
+    assert error <= 2 * allowed + ATOL[got.dtype] * max(scale, truth.abs().max().item())
 
 
 @pytest.mark.parametrize("drop", ["none", "some", "all"])
@@ -64,33 +65,33 @@ def check(got, reference, truth, scale=1.0):
 )
 def test_cayley_with_dropout(b, dtype, drop):
     shape = (2, 9) if b < 64 else (1, 2)
-    mask = dropout(drop, *shape)
+    drop_mask = dropout(drop, *shape)
     skew = random(*shape, b * (b - 1) // 2, dtype=dtype)
-    blocks = kernels("cayley").cayley(skew, mask)
-    check(blocks, cayley_reference(skew, mask), cayley_reference(skew.double(), mask))
-    if mask is not None:
+    blocks = kernels("cayley").cayley(skew, drop_mask)
+    check(blocks, _exact(skew, drop_mask), _exact(skew.double(), drop_mask))
+    if drop_mask is not None:
         eye = torch.eye(b, dtype=dtype, device=DEVICE)
-        assert torch.equal(blocks[mask], eye.expand_as(blocks[mask]))
+        assert torch.equal(blocks[drop_mask], eye.expand_as(blocks[drop_mask]))
     grad = random(*blocks.shape, dtype=dtype)
-    skew_grad = kernels("cayley").cayley_backward(blocks, mask, grad)
-    truth = cayley_backward_reference(blocks.double(), mask, grad.double())
-    check(skew_grad, cayley_backward_reference(blocks, mask, grad), truth)
-    if mask is not None:
-        assert not skew_grad[mask].any()
+    skew_grad = kernels("cayley").cayley_backward(blocks, drop_mask, grad)
+    truth = _exact_backward(blocks.double(), drop_mask, grad.double())
+    check(skew_grad, _exact_backward(blocks, drop_mask, grad), truth)
+    if drop_mask is not None:
+        assert not skew_grad[drop_mask].any()
 
 
 def check_compose(m, b, first, splits, dtype, n_runs):
-    """``n_runs`` runs of 2^first groups, of factors that are not orthogonal."""
+    """Compose factors that are not orthogonal, in ``n_runs`` runs of 2^first groups."""
     size = b << (m - 1)
     n_blocks = n_runs << (m - 1 + first)
     factors = random(m, n_blocks, b, b, dtype=dtype)
-    truth = compose_reference(factors.double(), first)
+    truth = _compose(factors.double(), first)
     stage = kernels("compose").compose(factors, first)
-    check(stage, compose_reference(factors, first), truth)
+    check(stage, _compose(factors, first), truth)
     grad = random(splits, n_blocks * b // size, size, size, dtype=dtype)
-    truth = compose_backward_reference(factors.double(), grad.double(), first)
+    truth = _compose_backward(factors.double(), grad.double(), first)
     got = kernels("compose").compose_backward(factors, grad, first)
-    check(got, compose_backward_reference(factors, grad, first), truth)
+    check(got, _compose_backward(factors, grad, first), truth)
 
 
 @pytest.mark.parametrize(
@@ -112,25 +113,25 @@ def test_compose_strides_splits_dtypes(first, splits, dtype):
 def check_rotation(m, b, splits, drop, dtype, n_groups, scale=1.0):
     size = b << (m - 1)
     n_blocks = n_groups * size // b
-    mask = dropout(drop, m, n_blocks)
+    drop_mask = dropout(drop, m, n_blocks)
     skew = (random(m, n_blocks, b * (b - 1) // 2) * scale).to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    blocks, stage = kernels("rotation").rotation(skew, mask)
-    truth = cayley_reference(skew.double(), mask)
-    theirs = cayley_reference(skew.to(wide), mask)
-    check(blocks, theirs, truth)
-    check(stage, compose_reference(theirs, 0), compose_reference(truth, 0))
-    grad = random(splits, n_groups, size, size, dtype=wide)
-    skew_grad = kernels("rotation").rotation_backward(blocks, mask, grad)
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    blocks, stage = kernels("rotation").rotation(skew, drop_mask)
+    truth = _exact(skew.double(), drop_mask)
+    reference = _exact(skew.to(compute_dtype), drop_mask)
+    check(blocks, reference, truth)
+    check(stage, _compose(reference, 0), _compose(truth, 0))
+    grad = random(splits, n_groups, size, size, dtype=compute_dtype)
+    skew_grad = kernels("rotation").rotation_backward(blocks, drop_mask, grad)
 
     def backward(blocks, grad):
-        return cayley_backward_reference(blocks, mask, compose_backward_reference(blocks, grad, 0))
+        return _exact_backward(blocks, drop_mask, _compose_backward(blocks, grad, 0))
 
     check(skew_grad, backward(blocks, grad), backward(blocks.double(), grad.double()))
-    if mask is not None:
-        eye = torch.eye(b, dtype=wide, device=DEVICE)
-        assert torch.equal(blocks[mask], eye.expand_as(blocks[mask]))
-        assert not skew_grad[mask].any()
+    if drop_mask is not None:
+        eye = torch.eye(b, dtype=compute_dtype, device=DEVICE)
+        assert torch.equal(blocks[drop_mask], eye.expand_as(blocks[drop_mask]))
+        assert not skew_grad[drop_mask].any()
     return blocks, stage
 
 
