@@ -88,7 +88,7 @@ def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return pack(total + q.mT @ grad).to(skew.dtype)
 
 
-def _fake_forward(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+def fake_cayley(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
     b = checks.block_size_from_packed("skew", skew.shape[-1])
     return skew.new_empty(*skew.shape[:-1], b, b)
 
@@ -150,7 +150,7 @@ def _gpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
 cayley_forward = Op(
     "cayley(Tensor skew, Tensor? drop) -> Tensor",
     reference=cayley_reference,
-    fake=_fake_forward,
+    fake=fake_cayley,
     samples=_sample_skew,
     kernels={
         "cpu": Kernel(_cpu_takes_skew),
@@ -174,7 +174,7 @@ cayley_backward = Op(
 neumann5_forward = Op(
     "cayley_neumann5(Tensor skew) -> Tensor",
     reference=_neumann5,
-    fake=_fake_forward,
+    fake=fake_cayley,
     samples=lambda w: iter([(w.skew(),)]),
 )
 neumann5_backward = Op(
