@@ -132,12 +132,13 @@ class Op:
             self._check_forced(args)
         return self._choose(args, eager)
 
-    def has_kernel(self, *args) -> bool:
-        """True if a kernel, not the reference, would run this call.
+    def kernel_backend(self, *args) -> str | None:
+        """The backend whose kernel would run this call, None if the reference would.
 
         A caller that can do the same by several other operators asks this first.
         """
-        return self._choose(args, not torch.compiler.is_compiling()).backend != "reference"
+        backend = self._choose(args, not torch.compiler.is_compiling()).backend
+        return None if backend == "reference" else backend
 
     def _choose(self, args: tuple, eager: bool) -> Choice:
         x = args[0]

@@ -42,8 +42,8 @@ def pack(square: torch.Tensor) -> torch.Tensor:
 
 
 def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
-    # The blocks are tiny beside the activations, and float64 makes R accurate to float32 rounding
-    # for |Q| up to 1e12, where a float32 inverse is off by |Q| times as much. MPS has no float64.
+    # Blocks are tiny beside activations. In float64 R is accurate to float32 rounding even for a
+    # large |Q|, where a float32 inverse is off by |Q| times as much. MPS has no float64.
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -90,7 +90,7 @@ def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return pack(total + q.mT @ grad).to(skew.dtype)
 
 
-def _fake_forward(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+def fake_cayley(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
     b = checks.block_size_from_packed("skew", skew.shape[-1])
     return skew.new_empty(*skew.shape[:-1], b, b)
 
@@ -152,7 +152,7 @@ def _gpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
 cayley_forward = Op(
     "cayley(Tensor skew, Tensor? drop) -> Tensor",
     reference=cayley_reference,
-    fake=_fake_forward,
+    fake=fake_cayley,
     samples=_sample_skew,
     kernels={
         "cpu": Kernel(_cpu_takes_skew),
@@ -176,7 +176,7 @@ cayley_backward = Op(
 neumann5_forward = Op(
     "cayley_neumann5(Tensor skew) -> Tensor",
     reference=_neumann5,
-    fake=_fake_forward,
+    fake=fake_cayley,
     samples=lambda w: iter([(w.skew(),)]),
 )
 neumann5_backward = Op(
@@ -231,6 +231,8 @@ def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
     R = (I + Q)(I - Q)^-1, the paper's parametrisation (arXiv 2311.06243, section 3), where Q is
     skew-symmetric with ``skew`` as its strict upper triangle in the row-major order of
     ``torch.triu_indices(b, b, 1)``. Zeros give the identity, exactly.
+
+    Equivalent to ``torch.linalg.solve(eye - q, eye + q)`` for each Q, in float64.
 
     Args:
         skew: (..., b(b-1)/2) in float64, float32, bfloat16 or float16; b from 1 up.

@@ -101,13 +101,13 @@ def compose_backward_reference(
     return torch.stack(grads[::-1])
 
 
-def _fake_compose(factors: torch.Tensor, first: int) -> torch.Tensor:
+def fake_compose(factors: torch.Tensor, first: int) -> torch.Tensor:
     n, n_blocks, b, _ = factors.shape
     size = b << (n - 1)
     return factors.new_empty(n_blocks * b // size, size, size)
 
 
-def _fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
+def fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
     return torch.empty_like(factors, memory_format=torch.contiguous_format)
 
 
@@ -159,7 +159,7 @@ _CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 compose_forward = Op(
     "compose(Tensor factors, int first) -> Tensor",
     reference=compose_reference,
-    fake=_fake_compose,
+    fake=fake_compose,
     samples=_samples,
     kernels={
         "cpu": Kernel(_native_takes),
@@ -172,7 +172,7 @@ compose_backward = Op(
     # grad (splits, d/size, size, size): partial sums, added up here
     "compose_backward(Tensor factors, Tensor grad, int first) -> Tensor",
     reference=compose_backward_reference,
-    fake=_fake_compose_backward,
+    fake=fake_compose_backward,
     samples=_backward_samples,
     kernels={
         "cpu": Kernel(_native_takes),

@@ -25,6 +25,8 @@ def multiplicative_dropout(
     ``generator``), without a host sync, so seeding and activation checkpointing reproduce it. The
     gradient of a replaced block is zero.
 
+    Equivalent to ``torch.where(mask[..., None, None], torch.eye(b), blocks)`` for that mask (m, K).
+
     Args:
         blocks: (m, K, b, b), floating point.
         p_component: share of the factors to choose, in [0, 1].
@@ -55,7 +57,7 @@ def multiplicative_dropout(
 
 
 def drop_blocks(blocks: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
-    """Blocks (..., b, b) with the identity where the boolean (...) is true."""
+    """Blocks (..., b, b), with the identity where the drop mask (...) is true."""
     if drop is None:
         return blocks
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
@@ -70,7 +72,7 @@ def draw_mask(
     device: torch.device,
     generator: torch.Generator | None,
 ) -> torch.Tensor | None:
-    """Which blocks to drop, a boolean (m, n_blocks); None if that is none of them."""
+    """A random drop mask, boolean (m, n_blocks); None if no block is to be dropped."""
     n_components, n_dropped = count(p_component, m), count(p_block, n_blocks)
     if n_components == 0 or n_dropped == 0:
         return None
@@ -81,7 +83,7 @@ def draw_mask(
 
 
 def count(p: float, n: int) -> int:
-    """floor(p n), where p n is a whole number in decimal: 0.29 * 100 is 28.999999999999996."""
+    """floor(p n), also if p n is whole in decimal alone: 0.29 * 100 is 28.999999999999996."""
     return math.floor(p * n + 1e-9)
 
 

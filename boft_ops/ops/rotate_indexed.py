@@ -230,7 +230,7 @@ def index_of_rows(index: torch.Tensor, x: torch.Tensor, n_adapters: int) -> torc
                 f"index: expected numbers in [-1, {n_adapters - 1}], got {least} to {most}"
             )
     elif torch.iinfo(index.dtype).max > torch.iinfo(torch.int32).max:
-        # what int32 has not must not come back as another adapter's number
+        # a number beyond int32 must not come back as another adapter's
         rows = rows.to(torch.int64).clamp(IDENTITY - 1, n_adapters)
     return rows.reshape(-1).to(torch.int32)
 

@@ -144,9 +144,7 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def forward(x, scale, center, bias):
         if torch.compiler.is_compiling():
-            return scale_reference(
-                x, scale, center, bias
-            )  # which Inductor fuses with what is around it
+            return scale_reference(x, scale, center, bias)  # Inductor fuses it with its neighbors
         return scale_forward(x, scale, center, bias)
 
     @staticmethod

@@ -13,8 +13,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..._runtime import checks
+from ...ops.rotation import SkewRotation
 from .base import onloaded
-from .layers import Adapter, Rotated, RotatedInput, RotatedKernel
+from .layers import Rotated, RotatedInput, RotatedKernel
 from .parameters import boft_skew
 
 
@@ -26,7 +27,7 @@ class BoftRotated(Rotated):
 
     def _adapter(self, name):
         with onloaded(self.boft_R):
-            return Adapter(boft_skew(self.boft_R[name]), "exact")
+            return SkewRotation(boft_skew(self.boft_R[name]))
 
     def _drop(self, name, adapter):
         dropout = self.boft_dropout[name]
@@ -44,7 +45,7 @@ class BoftRotated(Rotated):
 
         Merging does not use it.
         """
-        return self._dense_rotation(adapter), self._scale(adapter)[:, None]
+        return self.dense_rotation(adapter), self._scale(adapter)[:, None]
 
     def update_layer(self, *args, **kwargs) -> None:
         """Add an adapter as PEFT does, with the m of the config and no dense permutation.

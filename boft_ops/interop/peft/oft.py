@@ -7,9 +7,9 @@ from peft.tuners.oft import layer as peft_oft
 from torch import nn
 
 from ..._runtime import autocast
-from ...ops.stage_from_skew import GIVEN_SERIES
+from ...ops.rotation import DenseRotation, SkewRotation
 from .base import is_unhooked
-from .layers import Adapter, Rotated, RotatedInput, RotatedKernel
+from .layers import Rotated, RotatedInput, RotatedKernel
 from .parameters import TERMS, oft_skew
 
 
@@ -22,7 +22,7 @@ class OftRotated(Rotated):
     def _adapter(self, name):
         module = self.oft_R[name]
         if not is_unhooked(module, peft_oft.OFTRotationModule):
-            return Adapter(blocks_by_call(module), GIVEN_SERIES)
+            return DenseRotation(blocks_by_call(module), orthogonal=not module.use_cayley_neumann)
         weight = module.weight
         if module.coft:
             with torch.no_grad():
@@ -33,8 +33,9 @@ class OftRotated(Rotated):
         neumann, terms = module.use_cayley_neumann, module.num_cayley_neumann_terms
         if neumann and terms != TERMS:
             blocks = module._cayley_batch(weight, module.block_size, True, terms)
-            return Adapter(blocks, GIVEN_SERIES)
-        return Adapter(oft_skew(weight, neumann=neumann), "neumann5" if neumann else "exact")
+            return DenseRotation(blocks, orthogonal=False)
+        method = "neumann5" if neumann else "exact"
+        return SkewRotation(oft_skew(weight, neumann=neumann), method)
 
     def _nearest_first(self, names):
         # x meets the first active adapter first, although PEFT merges as if x met the last first.
@@ -42,7 +43,7 @@ class OftRotated(Rotated):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The dense matrix R (d, d) of an adapter, for inspection; merging does not use it."""
-        return self._dense_rotation(adapter)
+        return self.dense_rotation(adapter)
 
 
 class OftLinear(OftRotated, RotatedInput, peft_oft.Linear):

@@ -114,7 +114,7 @@ def constructors(note: Callable[[str, str], None]) -> Iterator[None]:
         for module, layers in ((boft.model, boft.layer), (oft.model, oft.layer))
         for name in ("Linear", "Conv2d")
     ]
-    # Of two threads that undo each other's replacements, one would leave its own behind.
+    # Without it, one of two threads that undo each other's replacements would leave its own behind.
     with _lock:
         before = [getattr(module, name) for module, name, _ in names]
         try:
