@@ -125,6 +125,15 @@ def test_a_broken_adapter_is_not_merged(case, name):
     assert not layer.merged
 
 
+@pytest.mark.parametrize("case", ["boft", "oft"])
+def test_an_input_that_does_not_fit(case):
+    model, _, _ = made(case)
+    with pytest.raises(ValueError, match="x: expected a last dimension of 32"):
+        model(torch.zeros(3, 31))
+    with pytest.raises(ValueError, match="x: expected at least 1 dimension"):
+        model(torch.tensor(1.0))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_weight_and_bias_of_a_layer_are_those_of_its_base(case):
     """Code that multiplies with them ignores the adapter, in PEFT too."""

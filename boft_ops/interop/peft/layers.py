@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..._runtime import autocast
+from ..._runtime import autocast, checks
 from ...ops.butterfly import butterfly_matmul
 from ...ops.linear import rotated_linear
 from ...ops.merge import merge_weight, unmerge_weight, untracked
@@ -159,6 +159,7 @@ class RotatedInput(Rotated):
         base = self.base_layer
         with onloaded(base):
             if not args and not kwargs and is_unmodified(base, nn.Linear, x):
+                checks.linear_input(x, base.weight)
                 return rotated_linear(x, base.weight, nearest, scale=scale, bias=base.bias)
             y = base(butterfly_matmul(x, nearest.blocks()), *args, **kwargs)
             if scale is None:
