@@ -149,6 +149,8 @@ class Op:
         elif choice is None or choice.backend in self.unavailable:
             device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
             choice = self.defaults.get(device, REFERENCE)
+            if choice.backend == "reference" and device == "cpu" and "cpu" in self.kernels:
+                native.tell_absence()
         if choice.backend in self.unavailable or not self.supports(choice.backend, args):
             return REFERENCE
         return choice
