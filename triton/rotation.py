@@ -18,7 +18,7 @@ import triton.language as tl
 from .cayley import block_size, cayley_backward_tile, cayley_tile
 from .compose import join, unjoin
 from .config import config_for
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
 
 
 @triton.jit
@@ -239,7 +239,7 @@ def rotation(
     m, n_blocks, packed = skew.shape
     b = block_size(packed)
     size = b << (m - 1)
-    dtype = torch.promote_types(skew.dtype, torch.float32)
+    dtype = COMPUTE[skew.dtype]
     blocks = skew.new_empty(m, n_blocks, b, b, dtype=dtype)
     stage = blocks.new_empty(n_blocks * b // size, size, size)
     scratch = blocks.new_empty(_scratch_numel(m, n_blocks, b))

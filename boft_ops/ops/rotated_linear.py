@@ -14,18 +14,12 @@ import torch.nn.functional as F
 
 from .._runtime import autocast, native
 from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import COMPUTE, widest
 from .._runtime.limits import FUSED_MULTIPLE, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
-from .composed_linear import composed_linear
-from .rotate import (
-    apply_stages,
-    apply_stages_backward,
-    gram,
-    rotate_backward,
-    rotate_rows,
-)
-from .rotation import DenseRotation, SkewRotation
+from .composed_linear import differentiable_gradients
+from .rotate import apply_stages, apply_stages_backward, gram, rotate_backward, rotate_rows
 from .scale import Scale, scale_backward, scale_forward
 from .stage_from_skew import stages_from_skew, stages_from_skew_backward
 from .stages import Stage, plan
@@ -100,8 +94,7 @@ def _fake(x, weight, stage, scale, bias, bias_in_z, save):
 def _fake_backward(grad, x, weight, stage, scale, center, z, splits, need_bias):
     n = weight.shape[0]
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    stage_grad = stage.new_empty(splits, *stage.shape, dtype=wide)
+    stage_grad = stage.new_empty(splits, *stage.shape, dtype=COMPUTE[x.dtype])
     if z is not None:
         return x_grad, stage_grad, scale.new_empty(n), scale.new_empty(n)
     return x_grad, stage_grad, stage.new_empty(0), grad.new_empty(n if need_bias else 0)
@@ -210,23 +203,14 @@ rotated_linear_backward = Op(
 # --- The Function of a layer ----------------------------------------------------------------------
 
 
-# rows (N, d), weight (n, d), scale (n,) in at least float32, bias (n,), the matrix of each stage
-_Layer = tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    list[torch.Tensor],
-    tuple[Stage, ...],
-]
-_Needs = tuple[bool, bool, bool, bool]  # are the gradients of x, rotation, scale and bias wanted?
-# x_grad, partial sums of the gradient of each stage, scale_grad, bias_grad
-_Gradients = tuple[
-    torch.Tensor | None, list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None
-]
+# A layer is (rows (N, d), weight (n, d), scale (n,) in the compute dtype or None, bias (n,) or None,
+# the matrix of each stage, the stages). Needs are those of x, rotation, scale and bias. Gradients
+# are x_grad, the partial sums of each stage's gradient, scale_grad and bias_grad.
+_Needs = tuple[bool, bool, bool, bool]
+_Gradients = tuple[torch.Tensor | None, list, torch.Tensor | None, torch.Tensor | None]
 
 
-def _forward(layer: _Layer, strategy: str, save_z: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(layer: tuple, strategy: str, save_z: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y (N, n) and z, the output before the scale; z means something only if it is saved.
 
     The bias is added inside the product, as in torch's linear, so that y is exactly torch's where R
@@ -255,7 +239,7 @@ def _outer_stages(
 
 
 def _backward_fused(
-    layer: _Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     rows, weight, scale, _, matrices, stages = layer
     need_x, need_rotation, _, need_bias = needs
@@ -273,7 +257,7 @@ def _backward_fused(
 
 
 def _backward_batched(
-    layer: _Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     """The gradients where both x and the rotation need one: one call computes the two together."""
     rows, weight, scale, bias, matrices, stages = layer
@@ -288,7 +272,7 @@ def _backward_batched(
 
 
 def _backward_separate(
-    layer: _Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     rows, weight, scale, bias, matrices, stages = layer
     need_x, need_rotation, need_scale, need_bias = needs
@@ -303,7 +287,7 @@ def _backward_separate(
 
 
 def _backward_rotate_weight(
-    layer: _Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     """The gradients of y = x (W R^T)^T, with one stage.
 
@@ -356,12 +340,12 @@ class RotatedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias, skew, drop_mask, matrix, decided):
         method, stages, strategy = ctx.decided = decided
         if skew is None:
-            dtype = compute_dtype(x, matrix)
-            blocks, matrices = None, [matrix if matrix.dtype == dtype else matrix.to(dtype)]
+            blocks, matrices = None, [_as(matrix, widest(x.dtype, matrix.dtype))]
         else:
             blocks, matrices = stages_from_skew(skew, drop_mask, method, stages, x.dtype)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        layer = rows, weight, _wide(scale, x), bias, matrices, stages
+        wide_scale = None if scale is None else _as(scale, COMPUTE[x.dtype])
+        layer = rows, weight, wide_scale, bias, matrices, stages
         save_z = scale is not None and ctx.needs_input_grad[2]
         y, z = _forward(layer, strategy, save_z)
         inputs = x, weight, scale, bias, skew, drop_mask, matrix
@@ -372,7 +356,8 @@ class RotatedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale, bias, skew, drop_mask, matrix, z, blocks, *matrices = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grad)
+            inputs, needs = ctx.saved_tensors[:7], ctx.needs_input_grad
+            return differentiable_gradients(inputs, ctx.decided[0], grad, needs)
         need_x, _, need_scale, need_bias, need_skew, _, need_matrix, _ = ctx.needs_input_grad
         need_rotation = need_skew or need_matrix
         method, stages, strategy = ctx.decided
@@ -385,21 +370,22 @@ class RotatedLinear(torch.autograd.Function):
         else:
             backward = _backward_separate
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        layer = rows, weight, _wide(scale, x), bias, matrices, stages
+        wide_scale = None if scale is None else _as(scale, COMPUTE[x.dtype])
+        layer = rows, weight, wide_scale, bias, matrices, stages
         needs = need_x, need_rotation, need_scale, need_bias
         x_grad, partials, scale_grad, bias_grad = backward(layer, grad.contiguous(), z, needs)
         skew_grad = matrix_grad = None
         if need_skew:
             skew_grad = stages_from_skew_backward(skew, drop_mask, method, stages, blocks, partials)
         elif need_matrix:
-            matrix_grad = _as(partials[0].sum(0), matrix)
+            matrix_grad = _as(partials[0].sum(0), matrix.dtype)
         if need_x and x.dim() != 2:
             x_grad = x_grad.reshape(x.shape)
         return (
             x_grad if need_x else None,
             None,
-            _as(scale_grad, scale) if need_scale else None,
-            _as(bias_grad, bias) if need_bias else None,
+            _as(scale_grad, scale.dtype) if need_scale else None,
+            _as(bias_grad, bias.dtype) if need_bias else None,
             skew_grad,
             None,
             matrix_grad,
@@ -407,33 +393,6 @@ class RotatedLinear(torch.autograd.Function):
         )
 
 
-def _wide(scale: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """Return the scale in the dtype that the kernels compute in."""
-    if scale is None:
-        return None
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return scale if scale.dtype == dtype else scale.to(dtype)
-
-
-def _as(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return grad in the dtype of the parameter; comparing is faster than a .to() of nothing."""
-    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
-
-
-def _differentiable_backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients as functions of every input, for gradients of gradients."""
-    inputs = x, weight, scale, bias, skew, drop_mask, matrix = ctx.saved_tensors[:7]
-    needs = ctx.needs_input_grad[: len(inputs)]
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-    rotation = (
-        DenseRotation(matrix) if skew is None else SkewRotation(skew, ctx.decided[0], drop_mask)
-    )
-    with torch.enable_grad(), autocast.disabled(grad.device.type):
-        y = composed_linear(x, weight, rotation, scale, bias, "in", 0).reshape(grad.shape)
-        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return *(next(grads) if need else None for need in needs), None
-
-
-def compute_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.dtype:
-    """Return the widest of float32 and both dtypes."""
-    return torch.promote_types(torch.promote_types(parameter.dtype, x.dtype), torch.float32)
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a dtype; comparing is faster than a call of .to() that does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
