@@ -182,7 +182,7 @@ def check_rotate(cuda, size, chunk, stride, n_groups, rows, transpose, dtype, sp
     # the reference of halves sums in them
     check(gram.sum(0), sums[0].double().to(gram.dtype), exact_sums[0])
     pair = (grad, x) if transpose else (x, grad)
-    alone = cuda.gram(*pair, size, *layout, splits)
+    alone = cuda.rotate_stage_grad(*pair, size, *layout, splits)
     torch.testing.assert_close(alone, gram, rtol=1e-5, atol=1e-5 * rows)
     if splits == 1:
         bound = 8 * torch.finfo(gram.dtype).eps * rows**0.5 * exact_sums.abs().max()
@@ -394,8 +394,16 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
         ("rotate_indexed", (*INDEXED[:2], torch.zeros(3), 4, 1, False), "int32 for each row"),
         ("rotate_indexed", (*INDEXED[:2], INDEXED[2][1:], 4, 1, False), "int32 for each row"),
         ("rotate_indexed", (INDEXED[0], INDEXED[1][:, 1:], INDEXED[2], 4, 1, False), "adapters, d"),
-        ("gram", (torch.zeros(3, 8), torch.zeros(3, 8), 8, 4, 1, 0), "positive number, got 0"),
-        ("gram", (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1), "shape and dtype of x"),
+        (
+            "rotate_stage_grad",
+            (torch.zeros(3, 8), torch.zeros(3, 8), 8, 4, 1, 0),
+            "positive number, got 0",
+        ),
+        (
+            "rotate_stage_grad",
+            (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1),
+            "shape and dtype of x",
+        ),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), r"expected \(n,\)"),
         ("scale", (torch.zeros(3, 4), torch.zeros(4), None, torch.zeros(4)), "both or none"),
         ("scale", (torch.zeros(3, 4), torch.zeros(3), None, None), r"expected \(n,\)"),

@@ -16,7 +16,7 @@ TABLES = {
     "rotate": rotate.TILES,
     "rotate_indexed": rotate_indexed.TILES,
     "rotate_backward": rotate_backward.BACKWARD_TILES,
-    "gram": rotate_backward.STAGE_GRAD_TILES,
+    "rotate_stage_grad": rotate_backward.STAGE_GRAD_TILES,
 }
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 

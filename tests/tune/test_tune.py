@@ -185,7 +185,8 @@ from boft_ops._runtime.backend import ops
 from boft_ops.tune.candidates import tiles
 from boft_ops.triton_kernels.config_rotate import Tile
 for name, size, dtype in (("rotate", 16, "bfloat16"), ("rotate", 64, "bfloat16"),
-                          ("rotate_backward", 64, "bfloat16"), ("gram", 32, "float32")):
+                          ("rotate_backward", 64, "bfloat16"),
+                          ("rotate_stage_grad", 32, "float32")):
     structure = {"size": size, "chunk": size, "stride": 1}
     tile = Tile(**dict(tiles(ops()[name], structure, dtype)[0]))
     case = rotate_case(name, tile, structure | {"dtype": dtype})
@@ -428,16 +429,16 @@ def test_an_interrupted_run_goes_on(out, monkeypatch, capsys):
         return real(problem, *rest)
 
     monkeypatch.setattr(command, "tune", tune)
-    arguments = [*TINY, f"--out={out}", "--ops", "rotate", "gram", "scale_backward"]
+    arguments = [*TINY, f"--out={out}", "--ops", "rotate", "rotate_stage_grad", "scale_backward"]
     assert command.main(arguments) == 130
     assert [row["op"] for row in rows_of(out)] == asked[:1]
     assert command.main(arguments) == 0
-    assert asked == ["rotate", "gram", "gram", "scale_backward"]
+    assert asked == ["rotate", "rotate_stage_grad", "rotate_stage_grad", "scale_backward"]
     assert f"2 of 3 to measure, into {out}" in capsys.readouterr().out
     assert command.main([*arguments, "--again"]) == 0
-    assert asked[4:] == ["rotate", "gram", "scale_backward"]
-    assert command.main([*TINY, f"--out={out}", "--ops", "gram", "--again"]) == 0
-    assert {row["op"] for row in rows_of(out)} == {"rotate", "gram", "scale_backward"}
+    assert asked[4:] == ["rotate", "rotate_stage_grad", "scale_backward"]
+    assert command.main([*TINY, f"--out={out}", "--ops", "rotate_stage_grad", "--again"]) == 0
+    assert {row["op"] for row in rows_of(out)} == {"rotate", "rotate_stage_grad", "scale_backward"}
 
 
 def test_a_butterfly_takes_part_where_it_fits():
