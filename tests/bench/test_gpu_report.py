@@ -73,7 +73,7 @@ def test_what_a_failed_step_leaves_is_packed(tmp_path, monkeypatch):
         }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(540)
 def test_all_of_it_without_a_gpu(tmp_path):
     """Every step for real, on tiny shapes; the repository itself is left as it is."""
