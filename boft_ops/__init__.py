@@ -15,12 +15,13 @@ paths.hide_phantom_triton()
 from ._version import __version__  # noqa: E402
 from .nn.adapt import adapt, merge  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
+from .nn.dropout import MultiplicativeDropout  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
 from .ops.butterfly import butterfly_matmul  # noqa: E402
 from .ops.butterfly_groups import butterfly_groups  # noqa: E402
 from .ops.cayley import cayley  # noqa: E402
-from .ops.dropout import MultiplicativeDropout, multiplicative_dropout  # noqa: E402
+from .ops.dropout import multiplicative_dropout  # noqa: E402
 from .ops.kaleidoscope import kaleidoscope_matmul  # noqa: E402
 from .ops.linear import boft_linear  # noqa: E402
 from .ops.rotate_indexed import butterfly_matmul_indexed  # noqa: E402
@@ -44,3 +45,9 @@ __all__ = [
     "multiplicative_dropout",
     "save_adapter",
 ]
+
+# Pickles and messages name the public path of a class, in a vendored copy that of the copy.
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = __name__
+del _name

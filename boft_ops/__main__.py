@@ -1,4 +1,4 @@
-"""python -m boft_ops [info | build | vendor DEST]: what is installed, and what to do about it."""
+"""python -m boft_ops [info | build | vendor DEST]: show, build or copy this installation."""
 
 import argparse
 import importlib.metadata
@@ -16,7 +16,7 @@ from ._version import __version__
 
 
 def info() -> str:
-    """What this copy is, and which backend serves which operator here."""
+    """Describe this copy, and the backend of each operator on this machine."""
     facts = {
         "location": paths.HERE,
         "operators": f"torch.ops.{NS}",
@@ -42,7 +42,7 @@ def info() -> str:
 
 
 def _brief(why: str) -> str:
-    # The library's whole story stands above the table already.
+    # The full status of the library is printed above the table already.
     if native.library is not None and native.status in why:
         return "no kernels for it in the native library"
     return why.replace(native.status, native.status.partition(":")[0])
@@ -67,7 +67,11 @@ def _triton() -> str:
 
 
 def build(verbose: bool) -> str:
-    """Compile the library, unless this copy has one that fits."""
+    """Compile the native library, unless this copy has one that loads; return a message.
+
+    Raises:
+        BuildError: the compiler fails, or the new library does not load.
+    """
     if native.library is not None:
         return f"nothing to build: {native.library} is {native.status}"
     path = native.build(verbose)
@@ -77,10 +81,11 @@ def build(verbose: bool) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser(
-        "info", help="what is installed and which backend serves which op (default)"
+        "info", help="show what is installed and which backend serves which op (default)"
     )
     make = commands.add_parser("build", help="compile the native library of this copy into a cache")
     make.add_argument("-v", "--verbose", action="store_true", help="show the compiler's commands")
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("`python -m <its dotted name> build` compiles its native library")
         else:
             print(info(), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; spare it the complaint at exit, too
+    except BrokenPipeError:  # `| head` has closed the pipe: no second error at exit, either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, build_tools.BuildError) as error:

@@ -129,23 +129,40 @@ def config_for(op: str, **structure: int) -> Config:
     return _CHOICES[op](**structure)
 
 
-def default_tile(op: str, structure: dict[str, int], dtype: str) -> Config:
-    """Default config by the numbers of an op's shape class, whatever the dtype; for the tuner."""
-    if "n_factors" in structure:
-        return config_for(op, m=structure["n_factors"], b=structure["block_size"])
-    return config_for(op, b=structure["block_size"])
+class Tiles(NamedTuple):
+    """Configs of one kernel that a measurement may choose among.
 
-
-def is_legal(op: str, tile: Config, structure: dict[str, int], dtype: str) -> bool:
-    """True if a config fits the op, and is likely to stay in registers.
-
-    A thread holds two tiles. Those of the rotation are of float64; cayley was fastest with 32
-    numbers a thread on an H200, and more are tried.
+    Attributes:
+        op: as for ``config_for``.
+        type: the NamedTuple whose fields a measurement may set.
+        most: numbers of a tile that a thread may hold, likely without spilling.
     """
-    default = default_tile(op, structure, dtype)
-    if tile.B != default.B or tile.num_warps > 16:
-        return False
-    if isinstance(tile, RotationConfig):
-        fits = tile.G << (structure["n_factors"] - 1) >= tile.C
-        return fits and 32 * 32 * tile.num_warps >= tile.C * tile.B**2
-    return 128 * 32 * tile.num_warps >= tile.G * tile.B**2
+
+    op: str
+    type: type
+    most: int
+
+    def default(self, structure: dict[str, int], dtype: str) -> Config:
+        """Default config by the numbers of an op's shape class, whatever the dtype."""
+        if "n_factors" in structure:
+            return config_for(self.op, m=structure["n_factors"], b=structure["block_size"])
+        return config_for(self.op, b=structure["block_size"])
+
+    def is_legal(self, config: Config, structure: dict[str, int], dtype: str) -> bool:
+        """True if a config fits the structure, and is likely to stay in registers."""
+        if config.B != self.default(structure, dtype).B or config.num_warps > 16:
+            return False
+        blocks = config.G
+        if isinstance(config, RotationConfig):
+            blocks = config.C
+            if blocks > config.G << (structure["n_factors"] - 1):
+                return False
+        return blocks * config.B**2 <= self.most * 32 * config.num_warps
+
+
+# Two tiles of a transform are in registers, in float64 in the rotation kernels. On an H200 cayley
+# was fastest with 32 numbers a thread; more are tried.
+CAYLEY = Tiles("cayley", CayleyConfig, 128)
+CAYLEY_BACKWARD = Tiles("cayley_backward", CayleyConfig, 128)
+ROTATION = Tiles("rotation", RotationConfig, 32)
+ROTATION_BACKWARD = Tiles("rotation_backward", RotationConfig, 32)

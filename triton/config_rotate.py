@@ -1,4 +1,4 @@
-"""Tiles of the rotate kernels: the default for each group size, dtype and layout.
+"""Tiles of the rotate kernels; each kernel has its table beside it.
 
 The tiles are such that nothing spills on sm_80, sm_90, sm_100 and gfx942. The tiles of float16 and
 bfloat16 were chosen by times measured on an H200. float32 is multiplied exactly (no tf32), by
@@ -38,141 +38,70 @@ class Tile(NamedTuple):
 
 
 DTYPE_CLASSES = {"bfloat16": "half", "float16": "half", "float32": "float32", "float64": "float64"}
-# (op, dtype class) -> (largest group size, tile), in ascending order.
-TILES = {
-    ("rotate", "half"): (
-        (32, Tile(1, 64, 64, 64, num_warps=4, num_stages=3)),
-        (64, Tile(1, 128, 64, 64, num_warps=8, num_stages=3)),
-        (128, Tile(1, 64, 128, 128, num_warps=8, num_stages=3)),
-        (256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1)),
-    ),
-    ("rotate", "float32"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
-    ),
-    ("rotate", "float64"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
-    ),
-    # Half precision, too, sums over a group in parts here, unlike rotate: this kernel keeps more
-    # addresses in registers.
-    ("rotate_indexed", "half"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 32, num_warps=4, num_stages=2)),
-    ),
-    ("rotate_indexed", "float32"): (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
-    ),
-    ("rotate_indexed", "float64"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
-    ),
-    # inner must hold a whole group. Larger groups have no tile: the gradients of x and of the stage
-    # take a launch each.
-    ("rotate_backward", "half"): (
-        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (128, Tile(1, 64, 64, 128, num_warps=8, num_stages=1)),
-    ),
-    ("rotate_backward", "float32"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
-        (64, Tile(1, 32, 32, 64, num_warps=8, num_stages=1)),
-    ),
-    ("rotate_backward", "float64"): (
-        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
-    ),
-    ("gram", "half"): (
-        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
-    ),
-    ("gram", "float32"): (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 16, 64, 32, num_warps=4, num_stages=2)),
-    ),
-    ("gram", "float64"): (
-        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
-    ),
-}
-# Half precision with stride > 1, before TILES. Small groups go in bands, because the chunks of
-# neighboring groups lie side by side.
-STRIDED = {
-    "rotate": (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
-    ),
-    "rotate_indexed": (
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
-    ),
-    "rotate_backward": (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
-        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2)),
-    ),
-    "gram": (
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
-    ),
-}
+Tiles = tuple[tuple[int, Tile], ...]
 
 
-@cache
-def config_for(op: str, *, size: int, chunk: int, stride: int, dtype: str) -> Tile | None:
-    """Default tile of an op.
+class TileTable(NamedTuple):
+    """Tiles of one kernel: the defaults, and which others it can run.
 
-    Args:
-        op: "rotate", "rotate_indexed", "rotate_backward" or "gram".
-        size: features of a group, 1 to MAX_SIZE.
-        chunk: neighboring features of a group.
-        stride: groups whose chunks alternate; 1 if a group is contiguous.
-        dtype: dtype of the rows, a key of DTYPE_CLASSES.
-
-    Returns:
-        The tile. None for "rotate_backward" if the groups are too large for one kernel.
+    Attributes:
+        half, float32, float64: by the class of the dtype of the rows, (largest group size, tile) in
+            ascending order.
+        strided: the same for half precision with stride > 1, before ``half``. Small groups go in
+            bands, because the chunks of neighboring groups lie side by side.
+        whole: dtype classes in which one product has to see a whole group: for a residual product,
+            and where the same product gives the gradient of x.
     """
-    dtype_class = DTYPE_CLASSES[dtype]
-    tiles = TILES[op, dtype_class]
-    if dtype_class == "half" and stride > 1:
-        tiles = STRIDED[op] + tiles
-    tile = next((tile for max_size, tile in tiles if size <= max_size), None)
-    # Neighboring features whose addresses keep their alignment. If 4 do not divide them, every
-    # feature needs an address of its own, and bands that load ahead hold twice as many addresses.
-    run = chunk if stride > 1 else BAND if BAND % size == 0 else size
-    if tile is not None and run % 4:
-        num_stages = 1 if tile.bands > 1 else tile.num_stages
-        tile = tile._replace(rows=max(16, tile.rows // 4), num_stages=num_stages)
-    return tile
 
+    half: Tiles
+    float32: Tiles
+    float64: Tiles
+    strided: Tiles
+    whole: tuple[str, ...]
 
-def default_tile(op: str, structure: dict[str, int], dtype: str) -> Tile | None:
-    """Default tile by the numbers of an op's shape class, None as for ``config_for``; for the tuner."""
-    return config_for(op, **structure, dtype=dtype)
+    @property
+    def type(self) -> type[Tile]:
+        """The NamedTuple whose fields a measurement may set."""
+        return Tile
 
+    def default(self, structure: dict[str, int], dtype: str) -> Tile | None:
+        """Default tile of the kernel.
 
-def is_legal(op: str, tile: Tile, structure: dict[str, int], dtype: str) -> bool:
-    """True if the kernel of an op can run a tile on such groups and rows."""
-    size, half = structure["size"], DTYPE_CLASSES[dtype] == "half"
-    padded = max(BAND, 1 << (size - 1).bit_length())
-    if tile.num_warps > 16 or tile.rows < 16 or tile.rows > 256:
-        return False
-    if tile.bands > 1:  # Triton 3.6 repeats the work of a batch smaller than num_warps
-        return tile.columns == tile.inner == padded and tile.bands >= tile.num_warps
-    if tile.columns >= 2 * size:  # several groups share the tile
-        return half and size <= 32 and tile.columns == tile.inner <= 128
-    if size <= BAND or not BAND <= tile.columns <= padded or not BAND <= tile.inner <= padded:
-        return False
-    # One product must see the whole group: of halves, and to give the gradient of x as well.
-    whole = (half and op == "rotate") or op == "rotate_backward"
-    return tile.inner == padded if whole else True
+        Args:
+            structure: size, the features of a group, 1 to MAX_SIZE; chunk, the neighboring features
+                of a group; stride, the groups whose chunks alternate (1: a group is contiguous).
+            dtype: dtype of the rows, a key of DTYPE_CLASSES.
+
+        Returns:
+            The tile, or None if the groups are too large for the kernel.
+        """
+        size, chunk, stride = structure["size"], structure["chunk"], structure["stride"]
+        dtype_class = DTYPE_CLASSES[dtype]
+        tiles = getattr(self, dtype_class)
+        if dtype_class == "half" and stride > 1:
+            tiles = self.strided + tiles
+        tile = next((tile for max_size, tile in tiles if size <= max_size), None)
+        # Neighboring features whose addresses keep their alignment. If 4 do not divide them, every
+        # feature needs an address of its own, and bands that load ahead hold twice as many.
+        run = chunk if stride > 1 else BAND if BAND % size == 0 else size
+        if tile is not None and run % 4:
+            num_stages = 1 if tile.bands > 1 else tile.num_stages
+            tile = tile._replace(rows=max(16, tile.rows // 4), num_stages=num_stages)
+        return tile
+
+    def is_legal(self, tile: Tile, structure: dict[str, int], dtype: str) -> bool:
+        """True if the kernel can run a tile on such groups and rows."""
+        size, dtype_class = structure["size"], DTYPE_CLASSES[dtype]
+        padded = max(BAND, 1 << (size - 1).bit_length())
+        if tile.num_warps > 16 or tile.rows < 16 or tile.rows > 256:
+            return False
+        if tile.bands > 1:  # Triton 3.6 repeats the work of a batch smaller than num_warps
+            return tile.columns == tile.inner == padded and tile.bands >= tile.num_warps
+        if tile.columns >= 2 * size:  # several groups share the tile
+            return dtype_class == "half" and size <= 32 and tile.columns == tile.inner <= 128
+        if size <= BAND or not BAND <= tile.columns <= padded or not BAND <= tile.inner <= padded:
+            return False
+        return tile.inner == padded if dtype_class in self.whole else True
 
 
 @cache

@@ -25,23 +25,25 @@ class ScaleConfig(NamedTuple):
     num_stages: int
 
 
-TILES = {
-    "scale": ScaleConfig(ROWS=8, COLUMNS=512, num_warps=4, num_stages=1),
-    "scale_backward": ScaleConfig(ROWS=4, COLUMNS=512, num_warps=4, num_stages=1),
-}
+class Tiles(NamedTuple):
+    """Configs of one kernel: its default, and the others that a measurement may choose."""
+
+    config: ScaleConfig
+
+    @property
+    def type(self) -> type[ScaleConfig]:
+        """The NamedTuple whose fields a measurement may set."""
+        return ScaleConfig
+
+    def default(self, structure: dict[str, int], dtype: str) -> ScaleConfig:
+        """Default config, whatever the structure and dtype."""
+        return self.config
+
+    def is_legal(self, config: ScaleConfig, structure: dict[str, int], dtype: str) -> bool:
+        """True if a warp's loads stay whole and its numbers are likely to stay in registers."""
+        numbers = config.ROWS * config.COLUMNS
+        return 32 * config.num_warps <= numbers <= 4096 * config.num_warps <= 1 << 16
 
 
-def config_for(op: str) -> ScaleConfig:
-    """Default tile of "scale" or "scale_backward"."""
-    return TILES[op]
-
-
-def default_tile(op: str, structure: dict[str, int], dtype: str) -> ScaleConfig:
-    """Default config of an op, whatever the structure and dtype; for the tuner."""
-    return config_for(op)
-
-
-def is_legal(op: str, tile: ScaleConfig, structure: dict[str, int], dtype: str) -> bool:
-    """True if a warp's loads stay whole and its numbers are likely to stay in registers."""
-    numbers = tile.ROWS * tile.COLUMNS
-    return 32 * tile.num_warps <= numbers <= 128 * 32 * tile.num_warps and tile.num_warps <= 16
+FORWARD = Tiles(ScaleConfig(ROWS=8, COLUMNS=512, num_warps=4, num_stages=1))
+BACKWARD = Tiles(ScaleConfig(ROWS=4, COLUMNS=512, num_warps=4, num_stages=1))

@@ -1,6 +1,6 @@
 """Triton kernel that multiplies rows by a stage, and what the rotate kernels share.
 
-groups.py explains tiles, positions and groups; config_rotate.py has the tiles.
+groups.py explains tiles, positions and groups; config_rotate.py the table of tiles.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config_rotate import Tile, config_for, constants_of
+from .config_rotate import Tile, TileTable, constants_of
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
 from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 
@@ -21,6 +21,30 @@ from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Programs that keep a large GPU busy. With fewer, each takes fewer rows than it could.
 PROGRAMS = 1024
+
+
+TILES = TileTable(
+    half=(
+        (32, Tile(1, 64, 64, 64, num_warps=4, num_stages=3)),
+        (64, Tile(1, 128, 64, 64, num_warps=8, num_stages=3)),
+        (128, Tile(1, 64, 128, 128, num_warps=8, num_stages=3)),
+        (256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1)),
+    ),
+    float32=(
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
+    ),
+    float64=(
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
+    ),
+    strided=(
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+    ),
+    whole=("half",),
+)
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
@@ -133,7 +157,7 @@ def _rotate_launch(
     dtype: torch.dtype, n: int, d: int, size: int, chunk: int, stride: int, transpose: bool,
     measured: MeasuredTile,
 ) -> Launch:  # fmt: skip
-    tile = tile_for("rotate", dtype, size, chunk, stride, measured)
+    tile = tile_for(TILES, dtype, size, chunk, stride, measured)
     n_tiles = count_tiles(tile, d, size, tile.columns)
     row_tiles = cdiv(n, tile.rows)
     # A program reads size^2 numbers of the stage and rows * size of x, so 16 * size rows make the
@@ -151,11 +175,11 @@ def _wanted_programs(size: int) -> int:
 
 
 def tile_for(
-    op: str, dtype: torch.dtype, size: int, chunk: int, stride: int, measured: MeasuredTile
+    tiles: TileTable, dtype: torch.dtype, size: int, chunk: int, stride: int, measured: MeasuredTile
 ) -> Tile | None:
     """Default tile with its measured fields replaced; None if there is no default."""
-    name = str(dtype).removeprefix("torch.")
-    tile = config_for(op, size=size, chunk=chunk, stride=stride, dtype=name)
+    structure = {"size": size, "chunk": chunk, "stride": stride}
+    tile = tiles.default(structure, str(dtype).removeprefix("torch."))
     return None if tile is None else tile._replace(**dict(measured))
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config_rotate import Tile
+from .config_rotate import Tile, TileTable
 from .groups import (
     columns_axis,
     entry,
@@ -23,6 +23,52 @@ from .groups import (
 )
 from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 from .rotate import count_tiles, launch_with, rotate, tile_for
+
+# inner must hold a whole group. Larger groups have no tile: the gradients of x and of the stage
+# take a launch each.
+BACKWARD_TILES = TileTable(
+    half=(
+        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
+        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
+        (128, Tile(1, 64, 64, 128, num_warps=8, num_stages=1)),
+    ),
+    float32=(
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
+        (64, Tile(1, 32, 32, 64, num_warps=8, num_stages=1)),
+    ),
+    float64=(
+        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
+    ),
+    strided=(
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
+        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2)),
+    ),
+    whole=("half", "float32", "float64"),
+)
+STAGE_GRAD_TILES = TileTable(
+    half=(
+        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
+        (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
+    ),
+    float32=(
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 16, 64, 32, num_warps=4, num_stages=2)),
+    ),
+    float64=(
+        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
+        (256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
+    ),
+    strided=(
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
+    ),
+    whole=(),
+)
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
@@ -198,7 +244,7 @@ def _backward_launch(
     size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile,
 ) -> Launch | None:  # fmt: skip
     """Launch for both gradients, or None if such groups take two launches."""
-    tile = tile_for("rotate_backward", dtype, size, chunk, stride, measured)
+    tile = tile_for(BACKWARD_TILES, dtype, size, chunk, stride, measured)
     if tile is None:
         return None
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
@@ -210,7 +256,7 @@ def _gram_launch(
     dtype: torch.dtype, n: int, d: int, splits: int, size: int, chunk: int, stride: int,
     measured: MeasuredTile,
 ) -> Launch:  # fmt: skip
-    tile = tile_for("gram", dtype, size, chunk, stride, measured)
+    tile = tile_for(STAGE_GRAD_TILES, dtype, size, chunk, stride, measured)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": False}
     return _launch_in_splits(tile, n, d, splits, structure | {"X_GRAD": False})
 

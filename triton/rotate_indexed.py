@@ -6,9 +6,34 @@ import torch
 import triton
 import triton.language as tl
 
+from .config_rotate import Tile, TileTable
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
 from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 from .rotate import PROGRAMS, count_tiles, launch_with, tile_for
+
+# Half precision, too, sums over a group in parts here, unlike rotate: this kernel keeps more
+# addresses in registers.
+TILES = TileTable(
+    half=(
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 64, 32, num_warps=4, num_stages=2)),
+    ),
+    float32=(
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
+        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
+    ),
+    float64=(
+        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
+    ),
+    strided=(
+        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+    ),
+    whole=(),
+)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_adapters", "rows_per_program"])
@@ -116,7 +141,7 @@ def _indexed_launch(
     dtype: torch.dtype, n: int, d: int, n_adapters: int,
     size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile,
 ) -> Launch:  # fmt: skip
-    tile = tile_for("rotate_indexed", dtype, size, chunk, stride, measured)
+    tile = tile_for(TILES, dtype, size, chunk, stride, measured)
     n_tiles = count_tiles(tile, d, size, tile.columns)
     row_tiles = cdiv(n, tile.rows)
     rows = tile.rows * max(1, min(8, n_tiles * row_tiles // PROGRAMS))

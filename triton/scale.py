@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config_scale import PROGRAMS, ScaleConfig, config_for
+from .config_scale import BACKWARD, FORWARD, PROGRAMS, ScaleConfig
 from .groups import round_to
 from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
 from .rotate import INTERPRETED
@@ -148,7 +148,7 @@ def scale(
 
 @lru_cache(LAUNCHES)
 def _scale_launch(n_rows: int, n: int, tile: MeasuredTile) -> Launch:
-    config = config_for("scale")._replace(**dict(tile))
+    config = FORWARD.config._replace(**dict(tile))
     grid = cdiv(n, config.COLUMNS) * cdiv(n_rows, config.ROWS)
     return _launch_with(config, scale_kernel, grid, (n_rows, n))
 
@@ -191,7 +191,7 @@ def scale_backward(
 @lru_cache(LAUNCHES)
 def _backward_launch(n_rows: int, n: int, tile: MeasuredTile) -> tuple[int, Launch]:
     """Number of splits of the rows, each with partial sums, and the launch."""
-    config = config_for("scale_backward")._replace(**dict(tile))
+    config = BACKWARD.config._replace(**dict(tile))
     blocks = cdiv(n, config.COLUMNS)
     splits = max(1, min(cdiv(PROGRAMS, blocks), cdiv(n_rows, config.ROWS)))
     rows = cdiv(cdiv(n_rows, splits), config.ROWS) * config.ROWS

@@ -46,12 +46,14 @@ class Kernel(NamedTuple):
         launcher: for Triton, ``"module:function"`` under triton_kernels, or a function that returns
             the launcher. The other backends have their kernels in the native library, under the
             operator's name.
-        tile: for Triton, ``"module:Class"`` of the NamedTuple whose fields a measurement may set.
+        tiles: for Triton, ``"module:name"`` of the kernel's tiles: their ``type``, a NamedTuple
+            whose fields a measurement may set, ``default(structure, dtype)`` and
+            ``is_legal(tile, structure, dtype)``. None: a measurement may set nothing.
     """
 
     supports: Callable[..., bool] | None = None
     launcher: str | Callable[[], Callable] | None = None
-    tile: str | None = None
+    tiles: str | None = None
 
 
 class Op:
@@ -248,20 +250,17 @@ class Op:
         backend, config = choice.backend, dict(choice.config)
         if backend != "reference" and device not in devices_of(backend):
             raise ValueError(f"no backend of {device}: {backend!r}")
-        fields = self.tile_type()._fields if backend == "triton" and config else ()
+        tiles = self.tiles() if backend == "triton" and config else None
+        fields = () if tiles is None else tiles.type._fields
         if unknown := config.keys() - set(fields):
             raise ValueError(f"{self.name}: its tiles have no {', '.join(sorted(unknown))}")
         if any(n < 1 or n & (n - 1) for name, n in config.items() if name != "num_stages"):
             raise ValueError(f"not a tile, of powers of two: {config}")
 
-    def tile_type(self) -> type:
-        """The NamedTuple of the Triton kernel's tile; one without fields if it has none to set."""
-        name = self.kernels["triton"].tile if "triton" in self.kernels else None
-        return _NoTile if name is None else triton_object(name)
-
-
-class _NoTile(NamedTuple):
-    pass
+    def tiles(self) -> Any:
+        """The tiles of the Triton kernel (``Kernel.tiles``), or None."""
+        name = self.kernels["triton"].tiles if "triton" in self.kernels else None
+        return None if name is None else triton_object(name)
 
 
 def ops() -> dict[str, Op]:

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from . import dtypes, tuned_file
 from .namespace import PACKAGE
 
 NEAR = 4.0  # octaves, summed over the sizes, beyond which a measured class says nothing
-MEMO = 4096  # look-ups remembered for each tunable: ever new batch sizes must not fill the memory
+MEMO = 4096  # look-ups that a table remembers: ever new batch sizes must not fill the memory
 
 
 class ShapeClass(NamedTuple):
@@ -70,45 +71,26 @@ class _Table:
     """The choices of one device, with the look-ups made so far."""
 
     def __init__(self, rows: list[tuned_file.Row]) -> None:
-        self._classes: dict[str, dict[tuple, list[tuple[tuple[int, ...], Choice]]]] = {}
-        self._memo: dict[str, dict[tuple, Choice | None]] = {}
+        # (name, dtype, structure) -> the measured sizes, each with its choice
+        self._classes: dict[tuple, list[tuple[tuple[int, ...], Choice]]] = {}
         for row in rows:
-            key = row["dtype"], *row["structure"].values()
+            key = row["op"], row["dtype"], tuple(row["structure"].values())
             choice = Choice(row["backend"], tuple(row["config"].items()))
-            classes = self._classes.setdefault(row["op"], {})
-            classes.setdefault(key, []).append((tuple(row["sizes"].values()), choice))
-            self._memo[row["op"]] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._memo
-
-    def __len__(self) -> int:
-        return len(self._classes)
+            sizes = tuple(row["sizes"].values())
+            self._classes.setdefault(key, []).append((sizes, choice))
+        self.names = {row["op"] for row in rows}
+        self._nearest = lru_cache(MEMO)(self._find)
 
     def lookup(self, name: str, dtype: str, structure: tuple, sizes: tuple) -> Choice | None:
         """The choice of the nearest class, the larger one of two equally near, or None."""
-        memo, key = self._memo[name], (dtype, structure, sizes)
-        try:
-            return memo[key]
-        except KeyError:
-            pass
-        except TypeError:  # symbolic sizes cannot be hashed
-            key = None
-        known = tuple(size if type(size) is int else None for size in sizes)
-        exact = dtype, *map(operator.index, structure)
-        nearest = min(
-            self._classes[name].get(exact, ()),
-            key=lambda entry: (_distance(known, entry[0]), [-size for size in entry[0]]),
-            default=None,
-        )
-        choice = None
-        if nearest is not None and _distance(known, nearest[0]) <= NEAR:
-            choice = nearest[1]
-        if key is not None:
-            if len(memo) >= MEMO:
-                memo.clear()
-            memo[key] = choice
-        return choice
+        known = tuple(size if type(size) is int else None for size in sizes)  # or symbolic
+        return self._nearest(name, dtype, tuple(map(operator.index, structure)), known)
+
+    def _find(self, name: str, dtype: str, structure: tuple, sizes: tuple) -> Choice | None:
+        classes = self._classes.get((name, dtype, structure), ())
+        near = [(_distance(sizes, at), [-size for size in at], choice) for at, choice in classes]
+        distance, _, choice = min(near, default=(math.inf, None, None))
+        return choice if distance <= NEAR else None
 
 
 def _distance(sizes: tuple, measured: tuple) -> float:
@@ -234,7 +216,7 @@ def measured(tunable: Tunable, x: torch.Tensor, args: tuple, eager: bool = True)
     if _pinned is not None:
         return _pinned.get(tunable.name)
     choices = table(device_number(x))
-    if tunable.name not in choices:
+    if tunable.name not in choices.names:
         return None
     return choices.lookup(tunable.name, dtypes.name_of(x.dtype), *tunable.shape_class.of(*args))
 
@@ -245,13 +227,13 @@ def _in_graph(
     if _pinned is not None:
         return _pinned.get(name)
     choices = table_of(torch.device(device, index))
-    if name not in choices:
+    if name not in choices.names:
         return None
     sizes = (None,) * len(tunables[name].shape_class.sizes)
     return choices.lookup(name, dtype.removeprefix("torch."), structure, sizes)
 
 
-# What torch.compiler.assume_constant_result sets, which would import torch._dynamo here.
+# As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
 _in_graph._dynamo_marked_constant = True
 
 
@@ -262,6 +244,6 @@ def lookup(
     if _pinned is not None:
         return _pinned.get(tunable.name)
     choices = table_of(device)
-    if tunable.name not in choices:
+    if tunable.name not in choices.names:
         return None
     return choices.lookup(tunable.name, dtypes.name_of(dtype), structure, sizes)

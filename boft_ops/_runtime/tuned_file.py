@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import native, paths
+from . import files, native, paths
 from .device import name_of, slug, versions
 
 FORMAT = 2
@@ -91,21 +89,7 @@ def update(path: Path, device: torch.device, rows: Sequence[Row], check: Check) 
         # a line for each choice, so that the difference of two files can be read
         lines = ",\n".join(f"    {json.dumps(row)}" for row in merged.values())
         head = json.dumps(_head(device), indent=2).removesuffix("\n}")
-        _replace(path, f'{head},\n  "choices": [\n{lines}\n  ]\n}}\n')
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+        files.write_whole(path, f'{head},\n  "choices": [\n{lines}\n  ]\n}}\n'.encode())
 
 
 @contextmanager

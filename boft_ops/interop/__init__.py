@@ -1,1 +1,1 @@
-"""Other libraries' models and files. Each module imports its library when it is used."""
+"""Models and files of other libraries; each module imports its library when it is used."""

@@ -1,7 +1,7 @@
-"""Checkpoints of one library as those of another (docs/interop.md).
+"""Converts adapter checkpoints between libraries (docs/interop.md).
 
-Nothing but the adapter is needed, except where a format leaves something out that another one
-needs: then ``base``, the pretrained model, must say it.
+The adapter is all that is needed, unless its format leaves out something that the target format
+needs. Then ``base``, the pretrained model, supplies it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 from .formats import lycoris, native, peft_reader, peft_writer
-from .formats.adapter import Adapter, Base, Shapes, check, shapes_of
+from .formats.checkpoint import Base, Checkpoint, Shapes, check, shapes_of
 from .formats.files import read_tensors
 
 FORMATS = ("peft", "boft_ops", "lycoris")
-PREFIX = "lycoris"  # of LyCORIS' own names of layers; trainers have others, such as lora_unet
+PREFIX = "lycoris"  # LyCORIS' own prefix of layer names; trainers use others, such as lora_unet
 
 
 def convert(
@@ -24,32 +24,34 @@ def convert(
     *,
     base: Base | None = None,
     prefix: str = PREFIX,
-) -> Adapter:
+) -> Checkpoint:
     """Write an adapter checkpoint in another format.
 
-    The layers compute the same function up to rounding, or the conversion is refused: rotations of
-    inputs (PEFT) are none of outputs (LyCORIS), for example. What constrains PEFT's or LyCORIS'
-    training (``coft``, ``alpha``) is applied to the parameters, not kept.
+    The converted layers compute the same function up to rounding, or the conversion is refused.
+    For example, no rotation of inputs (PEFT) is a rotation of outputs (LyCORIS).
+    The constraints of PEFT's and LyCORIS' training (``coft``, ``alpha``) are applied to the
+    parameters and not kept.
 
     Args:
         source: a PEFT folder (BOFT or OFT), a file of ``save_adapter``, or a LyCORIS file (BOFT or
-            diag-oft). Weights in safetensors, or in a pickle that ``weights_only=True`` takes.
+            diag-oft). The weights are in safetensors, or in a pickle that
+            ``torch.load(weights_only=True)`` accepts.
         destination: a folder for PEFT, else a file. It must not exist; it appears whole or not at
             all.
         to: "peft", "boft_ops" or "lycoris".
-        base: the pretrained model, as a module, a safetensors file or a folder of them, of which
-            names and shapes alone are read. LyCORIS as a source needs it (its names have lost
-            their dots), and so do single conversions that say so.
-        prefix: what LyCORIS' names of layers begin with.
+        base: the pretrained model, as a module, a safetensors file or a folder of them; only names
+            and shapes are read. LyCORIS as a source needs it, because its names have lost their
+            dots. Other conversions that need it say so in their error.
+        prefix: the prefix of LyCORIS' names of layers.
 
     Returns:
-        What was written, see ``Adapter``.
+        The ``Checkpoint`` that was written.
 
     Raises:
-        FileNotFoundError: no source, no base, or no folder for the destination.
+        FileNotFoundError: there is no source, no base, or no folder for the destination.
         FileExistsError: the destination exists.
-        ValueError: the source is truncated, spoiled or of another kind, or the target format has
-            no such adapter; the message says which tensor or option, and why.
+        ValueError: the source is truncated, spoiled or of an unknown format, or the target format
+            has no such adapter; the message names the tensor or option, and the reason.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {FORMATS}, got {to!r}")
@@ -60,23 +62,29 @@ def convert(
         raise FileNotFoundError(
             f"destination: expected a path in a folder, got {str(destination)!r}"
         )
-    adapter = read_checkpoint(source, base=base, prefix=prefix)
+    checkpoint = read_checkpoint(source, base=base, prefix=prefix)
     if to == "peft":
-        peft_writer.write(adapter, destination, base)
+        peft_writer.write(checkpoint, destination, base)
     elif to == "lycoris":
-        lycoris.write(adapter, destination, prefix)
+        lycoris.write(checkpoint, destination, prefix)
     else:
-        native.write(adapter, destination)
-    return adapter
+        native.write(checkpoint, destination)
+    return checkpoint
 
 
 def read_checkpoint(
     source: str | os.PathLike, *, base: Base | None = None, prefix: str = PREFIX
-) -> Adapter:
-    """The adapter that a checkpoint holds, in this package's terms; arguments as for ``convert``.
+) -> Checkpoint:
+    """Read an adapter checkpoint into this package's convention.
+
+    Args:
+        source, base, prefix: as for ``convert``.
+
+    Returns:
+        The adapter: ``layers`` with ``skew``, ``scale`` and ``config``, and further tensors.
 
     Raises:
-        FileNotFoundError, ValueError: as ``convert``.
+        FileNotFoundError, ValueError: as for ``convert``.
     """
     path = Path(source)
     shapes = {} if base is None else shapes_of(base)
@@ -88,7 +96,8 @@ def read_checkpoint(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read(path: Path, shapes: Shapes, prefix: str) -> Adapter:
+def _read(path: Path, shapes: Shapes, prefix: str) -> Checkpoint:
+    """Read a checkpoint with the reader of its format."""
     if path.is_dir():
         return peft_reader.read(path, shapes)
     tensors, metadata = read_tensors(path)

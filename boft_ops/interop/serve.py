@@ -1,4 +1,4 @@
-"""Many adapters on one model, for serving: load them, and choose one for each request."""
+"""Serves many adapters on one model: loads them, and chooses one for each request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..nn.base import BOFTLayer
 from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
 from .convert import PREFIX, read_checkpoint
-from .formats.adapter import Base, LayerAdapter
+from .formats.checkpoint import Base, LayerState
 
 
 def load_adapters(
@@ -30,49 +30,53 @@ def load_adapters(
 ) -> nn.Module:
     """Put the adapters of several checkpoints on one pretrained model, which they share.
 
-    Every linear layer that one of them rotates becomes a ``MultiAdapterLinear`` with all of them;
-    an adapter that leaves a layer alone is the identity there. None is active.
+    Every linear layer that an adapter rotates becomes a ``MultiAdapterLinear`` that holds the
+    adapters. A layer that an adapter does not rotate is left to the base for that adapter.
+    No adapter is active after loading.
 
     Args:
-        model: the pretrained model, changed in place, or one that has adapters already.
-        checkpoints: by the adapters' names: files of ``save_adapter`` or PEFT folders.
+        model: the pretrained model, or one that already has adapters; changed in place, unchanged
+            if an error is raised.
+        checkpoints: files of ``save_adapter`` or PEFT folders, by the names of the adapters.
         base, prefix: as for ``convert``.
 
     Returns:
-        ``model``, frozen but for the adapters.
+        ``model``; its adapters are trainable, the rest is frozen.
 
     Raises:
-        FileNotFoundError, ValueError: a checkpoint cannot be read, rotates what is no linear layer
-            or its outputs, or holds more than rotations (trained heads, biases): they cannot be
-            chosen for each request; or a name is taken or impossible. The model is then as it was.
+        TypeError: ``model`` is not an nn.Module.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: a checkpoint cannot be read, rotates outputs or a layer that is not linear, or
+            holds more than rotations and scales (trained heads or biases, which cannot be chosen
+            for each request); or the name of an adapter is taken or not possible.
     """
     checks.module("model", model)
-    read = {
+    contents = {
         name: read_checkpoint(path, base=base, prefix=prefix) for name, path in checkpoints.items()
     }
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers: dict[nn.Module, MultiAdapterLinear] = {}  # what each module becomes, or is already
+    layers: dict[nn.Module, MultiAdapterLinear] = {}  # by the module that it is or replaces
     added: dict[tuple[MultiAdapterLinear, str], LinearAdapter] = {}
     adapted = [m for m in modules.values() if isinstance(m, (LinearAdapter, BOFTLayer))]
     trained = [p for m in adapted for p in (m.skew, m.scale) if p is not None and p.requires_grad]
     with unfrozen_on_error(model):
-        for name, checkpoint in read.items():
+        for name, checkpoint in contents.items():
             if checkpoint.others:
                 other = next(iter(checkpoint.others))
                 raise ValueError(f"{name}: expected rotations and scales alone, got {other!r}")
-            for place, rotation in checkpoint.layers.items():
-                module = modules.get(place)
-                _check_place(name, place, module, rotation)
-                check_parent(f"{name}: {place}", modules[place.rpartition(".")[0]])
+            for layer_name, state in checkpoint.layers.items():
+                module = modules.get(layer_name)
+                _check_layer(name, layer_name, module, state)
+                check_parent(f"{name}: {layer_name}", modules[layer_name.rpartition(".")[0]])
                 if module not in layers:
-                    known = isinstance(module, MultiAdapterLinear)
-                    layers[module] = module if known else MultiAdapterLinear(module)
-                adapter = _adapter(layers[module], name, place, rotation)
-                twin = added.setdefault((layers[module], name), adapter)
-                if twin is not adapter and not _are_equal(twin, adapter):
+                    is_wrapped = isinstance(module, MultiAdapterLinear)
+                    layers[module] = module if is_wrapped else MultiAdapterLinear(module)
+                adapter = _new_adapter(layers[module], name, layer_name, state)
+                first = added.setdefault((layers[module], name), adapter)
+                if first is not adapter and not _are_equal(first, adapter):
                     raise ValueError(
-                        f"{name}: {place}: expected one rotation of a layer that has several names "
-                        "in the model, got two"
+                        f"{name}: {layer_name}: expected one rotation of a layer that has several "
+                        "names in the model, got two"
                     )
         put_in(model, layers)
     for parameter in trained:
@@ -82,37 +86,40 @@ def load_adapters(
     return model
 
 
-def _check_place(name: str, place: str, module: nn.Module | None, layer: LayerAdapter) -> None:
-    if layer.side == "out":
-        raise ValueError(f"{name}: {place}: expected a rotation of inputs, got one of outputs")
-    if not place:
+def _check_layer(name: str, layer_name: str, module: nn.Module | None, state: LayerState) -> None:
+    """Raise ValueError unless ``state``, of the adapter ``name``, fits the module."""
+    if state.config.side == "out":
+        raise ValueError(f"{name}: {layer_name}: expected a rotation of inputs, got one of outputs")
+    if not layer_name:
         raise ValueError(f"{name}: expected rotated layers inside a model, got a bare one")
     if isinstance(module, (nn.Conv2d, BOFTLayer)) or not hasattr(module, "in_features"):
-        kind = "none of that name" if module is None else type(module).__name__
-        raise ValueError(f"{name}: {place}: expected a linear layer in the model, got {kind}")
-    if layer.features != module.in_features:
+        got = "none of that name" if module is None else type(module).__name__
+        raise ValueError(f"{name}: {layer_name}: expected a linear layer in the model, got {got}")
+    if state.features != module.in_features:
         raise ValueError(
-            f"{name}: {place}: expected a rotation of {module.in_features} features, got one of "
-            f"{layer.features}"
+            f"{name}: {layer_name}: expected a rotation of {module.in_features} features, got one "
+            f"of {state.features}"
         )
-    if layer.scale is not None and len(layer.scale) != module.out_features:
+    if state.scale is not None and len(state.scale) != module.out_features:
         raise ValueError(
-            f"{name}: {place}: expected a scale of {module.out_features}, got {len(layer.scale)}"
+            f"{name}: {layer_name}: expected a scale of {module.out_features}, got "
+            f"{len(state.scale)}"
         )
 
 
 @torch.no_grad()
-def _adapter(
-    target: MultiAdapterLinear, name: str, place: str, layer: LayerAdapter
+def _new_adapter(
+    layer: MultiAdapterLinear, name: str, layer_name: str, state: LayerState
 ) -> LinearAdapter:
+    """Make the adapter ``name`` of a layer with the values of ``state``."""
     try:
-        made = target.new_adapter(name, **layer.options())
+        adapter = layer.new_adapter(name, **state.config.options())
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {place}: {error}") from error
-    made.skew.copy_(layer.skew)
-    if layer.scale is not None:
-        made.scale.copy_(layer.scale)
-    return made
+        raise ValueError(f"{name}: {layer_name}: {error}") from error
+    adapter.skew.copy_(state.skew)
+    if state.scale is not None:
+        adapter.scale.copy_(state.scale)
+    return adapter
 
 
 def _are_equal(one: LinearAdapter, other: LinearAdapter) -> bool:
@@ -122,13 +129,13 @@ def _are_equal(one: LinearAdapter, other: LinearAdapter) -> bool:
     )
 
 
-# Who has chosen rows of a layer: a thread, and its task in asyncio. The layers themselves hold the
-# choice, as compiled graphs take it from there.
+# The owner of each layer's request_index: the thread, and its asyncio task, inside adapter_rows().
+# The index itself is an attribute of the layer, where compiled graphs read it.
 _owners: WeakKeyDictionary[MultiAdapterLinear, tuple[int, object]] = WeakKeyDictionary()
 _turn = threading.Condition()
 
 
-def _me() -> tuple[int, object]:
+def _current_owner() -> tuple[int, object]:
     try:
         return threading.get_ident(), asyncio.current_task()
     except RuntimeError:  # no event loop
@@ -137,44 +144,48 @@ def _me() -> tuple[int, object]:
 
 @contextmanager
 def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Within the block, each request of a batch goes through its own adapter, in every layer.
+    """Context manager: each request of a batch goes through its own adapter, in every layer.
 
-    Blocks may be nested, the inner one counts. A block of another thread waits for its turn with
-    these layers: the choice is theirs, and holds for every call of them, from wherever.
+    The choice is a state of the layers, and holds for all of their calls inside the block.
+    A block of another thread over the same layers therefore waits until this one is left.
+    Blocks may be nested; the inner one counts.
 
     Args:
-        model: with ``MultiAdapterLinear`` layers.
-        names: one for each entry of the first dimension of the layers' inputs; None is the
-            pretrained model.
+        model: a model with ``MultiAdapterLinear`` layers.
+        names: the name of an adapter for each entry of the first dimension of the layers' inputs;
+            None stands for the pretrained model.
 
     Raises:
-        ValueError: the model has no such layers, or none of them an adapter of that name.
-        RuntimeError: another asyncio task of this thread is in a block: it awaits something there.
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: the model has no such layers, or none of its layers has an adapter of a name.
+        RuntimeError: another asyncio task of this thread is inside a block, in which it awaits.
     """
     checks.module("model", model)
     layers = [m for m in model.modules() if isinstance(m, MultiAdapterLinear)]
     if not layers:
         raise ValueError("model: expected MultiAdapterLinear layers, got none")
     names = tuple(names)
-    known = {name for layer in layers for name in layer.names} | {None}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"names: expected some of {sorted(known - {None})}, got {unknown[0]!r}")
-    # as tensors: inputs of a compiled graph for any names
-    rows = [layer.index_of([n if n in layer.adapters else None for n in names]) for layer in layers]
-    me = _me()
+    existing = {name for layer in layers for name in layer.names}
+    if unknown := [name for name in names if name is not None and name not in existing]:
+        raise ValueError(f"names: expected some of {sorted(existing)}, got {unknown[0]!r}")
+    # Tensors are inputs of a compiled graph, so that one graph serves any names.
+    indices = [
+        layer.index_of([n if n in layer.adapters else None for n in names]) for layer in layers
+    ]
+    owner = _current_owner()
     with _turn:
-        while others := {_owners.get(layer, me) for layer in layers} - {me}:
-            if any(thread == me[0] for thread, _ in others):
+        while others := {_owners.get(layer, owner) for layer in layers} - {owner}:
+            if any(thread == owner[0] for thread, _ in others):
                 raise RuntimeError(
                     "adapter_rows: expected blocks without await, got one that another asyncio "
                     "task of this thread is still in"
                 )
             _turn.wait()
-        outer = [layer._rows for layer in layers]
+        outer = [layer.request_index for layer in layers]
         nested = [layer in _owners for layer in layers]
-        _owners.update(dict.fromkeys(layers, me))
+        _owners.update(dict.fromkeys(layers, owner))
     try:
-        _choose(layers, rows)
+        _choose(layers, indices)
         yield
     finally:
         _choose(layers, outer)
@@ -185,6 +196,6 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             _turn.notify_all()
 
 
-def _choose(layers: list[MultiAdapterLinear], rows: list[torch.Tensor | None]) -> None:
-    for layer, chosen in zip(layers, rows, strict=True):
-        layer._rows = chosen
+def _choose(layers: list[MultiAdapterLinear], indices: list[torch.Tensor | None]) -> None:
+    for layer, index in zip(layers, indices, strict=True):
+        layer.request_index = index

@@ -1,4 +1,4 @@
-"""Whole models: put BOFT layers in, and take them out again merged."""
+"""Whole models: ``adapt`` puts BOFT layers in, ``merge`` replaces them by merged layers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 from .._runtime import checks
 from .base import BOFTLayer
+from .base_modules import is_quantized
 from .layers import BOFTConv2d, BOFTLinear
 from .multi_adapter import MultiAdapterLinear
-from .quantized import is_quantised
 
-DEFAULT = "default"  # the adapter of a quantised layer
+DEFAULT = "default"  # name of the adapter that adapt() adds to a quantized layer
 
-# They read a child's weight without calling the child, so a rotation in it would be ignored.
+# These modules read the weight of a child without calling it, which would ignore a rotation.
 _BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -29,17 +29,17 @@ def adapt(
 ) -> nn.Module:
     """Replace the matching linear and convolution layers by BOFT layers and freeze the rest.
 
-    A quantised linear layer (torchao's, bitsandbytes', and modules with packed integers and
-    in_features and out_features, as GPTQ's and AWQ's) is kept and called, on rotated inputs, by a
-    ``MultiAdapterLinear`` in its place.
+    A quantized linear layer is kept: a ``MultiAdapterLinear`` takes its place and calls it on
+    rotated inputs. Quantized layers are those of torchao and bitsandbytes, and modules with packed
+    integers, in_features and out_features, as GPTQ and AWQ have them.
 
     Args:
-        model: changed in place. If an error is raised it is as it was.
-        target_modules: which layers, as in PEFT. A string is a regular expression that must match
-            the whole dotted name; a list holds whole names or last parts of names ("q_proj",
-            "attention.output.dense").
-        modules_to_save: as target_modules, the other modules that stay trainable, and that
-            ``save_adapter`` stores (a classification head, for example).
+        model: changed in place; unchanged if an error is raised.
+        target_modules: the layers to replace, named as in PEFT. A string is a regular expression
+            that must match the whole dotted name; a list holds whole names or last parts of names
+            ("q_proj", "attention.output.dense").
+        modules_to_save: other modules that stay trainable, such as a classification head, named as
+            in target_modules; ``save_adapter`` stores them.
         **options: keyword arguments of ``BOFTLinear`` and ``BOFTConv2d`` from block_size on, such
             as ``block_size=8, n_factors=2``.
 
@@ -47,26 +47,28 @@ def adapt(
         ``model``.
 
     Raises:
-        TypeError: a matching module is no nn.Linear, nn.Conv2d or quantised linear layer, or is a
-            subclass with a forward of its own, which a BOFT layer would lose.
-        ValueError: nothing matches, a layer's features do not fit the options (its name is in the
-            message), it has hooks or parametrizations, which a BOFT layer would lose, its parent
-            bypasses its forward, or its weight is that of a module to save (tied embeddings).
+        TypeError: a matching module is not an nn.Linear, nn.Conv2d or quantized linear layer, or
+            has a forward of its own, which a BOFT layer would lose.
+        ValueError: nothing matches; the features of a layer do not fit the options (the message
+            names the layer); a layer has hooks or parametrizations, which a BOFT layer would lose;
+            its parent may bypass its forward; or it shares its weight with a module to save (tied
+            embeddings).
     """
     checks.module("model", model)
     targets = _matching(model, target_modules, "target_modules")
     if not targets:
         raise ValueError("target_modules: expected at least one name, got none")
-    kept = _matching(model, modules_to_save, "modules_to_save") if modules_to_save else {}
+    saved = _matching(model, modules_to_save, "modules_to_save") if modules_to_save else {}
     replaced = set(targets.values())
-    for name, module in kept.items():
+    for name, module in saved.items():
         if not replaced.isdisjoint(module.modules()):
             raise ValueError(
                 f"modules_to_save: {name!r} is, or holds, a module that is also in target_modules"
             )
-    # trained there, it would move under the rotation, and without the gradient that it has here
+    # A shared parameter that is trained in one module would change the frozen weight of the other,
+    # without the gradient of the latter.
     owners = {p: name for name, module in targets.items() for p in module.parameters()}
-    for name, module in kept.items():
+    for name, module in saved.items():
         for parameter in module.parameters():
             if parameter in owners:
                 raise ValueError(
@@ -75,7 +77,7 @@ def adapt(
                 )
     with unfrozen_on_error(model):
         put_in(model, build_layers(model, dict.fromkeys(targets, options)))
-    for module in kept.values():
+    for module in saved.values():
         module.requires_grad_(True)
     return model
 
@@ -83,8 +85,18 @@ def adapt(
 def build_layers(
     model: nn.Module, options: dict[str, dict]
 ) -> dict[nn.Module, BOFTLayer | MultiAdapterLinear]:
-    """The BOFT layer for each named layer, with its own options; the model is not changed, but that
-    quantised layers are frozen."""
+    """Build the BOFT layers for layers of a model, without putting them in.
+
+    Args:
+        model: unchanged, except that its quantized target layers are frozen.
+        options: the keyword arguments of each BOFT layer, by the dotted name of the layer.
+
+    Returns:
+        The BOFT layer for each module to replace.
+
+    Raises:
+        TypeError, ValueError: as for ``adapt``.
+    """
     if any(isinstance(m, (BOFTLayer, MultiAdapterLinear)) for m in model.modules()):
         raise ValueError("model: expected one without BOFT layers, got an adapted one")
     children = {name: (parent, module) for parent, _, name, module in _children(model)}
@@ -93,15 +105,15 @@ def build_layers(
         if name not in children:
             raise ValueError(f"model: expected a module {name!r}, got none of that name")
         parent, module = children[name]
-        if module not in layers:  # it may be registered under several names
+        if module not in layers:  # a module may be registered under several names
             _check_replaceable(name, module)
             check_parent(f"target_modules: {name!r}", parent)
-            layers[module] = _wrap(name, module, layer_options)
+            layers[module] = _build(name, module, layer_options)
     return layers
 
 
 def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear]) -> None:
-    """Replace each module by its BOFT layer, wherever it is registered; freeze all the rest."""
+    """Freeze the model, then replace each module by its BOFT layer under all of its names."""
     model.requires_grad_(False)
     for parent, attribute, _, module in list(_children(model)):
         if module in layers:
@@ -110,7 +122,7 @@ def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLin
 
 @contextmanager
 def unfrozen_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block raises, parameters require gradients as they did before it."""
+    """Context manager: restore ``requires_grad`` of every parameter if the block raises."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
@@ -122,49 +134,52 @@ def unfrozen_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def merge(
-    model: nn.Module, requantise: Callable[[nn.Linear], nn.Module] | None = None
+    model: nn.Module, requantize: Callable[[nn.Linear], nn.Module] | None = None
 ) -> nn.Module:
     """Replace every BOFT layer by a plain nn.Linear or nn.Conv2d with the merged weight.
 
     Args:
-        model: changed in place; may itself be a BOFT layer, then the plain layer is returned.
-        requantise: what makes a quantised layer of a merged one, over quantised bases; see
-            ``MultiAdapterLinear.merged_layer``.
+        model: changed in place, or itself a BOFT layer; unchanged if an error is raised.
+        requantize: required if a base layer is quantized: a function from the merged ``nn.Linear``
+            to the layer to use, see ``MultiAdapterLinear.merged_layer``.
 
     Returns:
-        ``model``, or the plain layer. Merged weights are frozen; other parameters keep their
-        ``requires_grad``.
+        ``model``, or the plain layer if ``model`` is a BOFT layer. Merged weights are frozen; other
+        parameters keep their ``requires_grad``.
 
     Raises:
-        TypeError, ValueError: the model has no BOFT layer, or a quantised one and ``requantise`` is
-            None, or one over a base that computes more than a linear layer: the model is then as it
-            was.
+        TypeError: ``model`` is not an nn.Module, or a base layer computes more than a linear layer.
+        ValueError: the model has no BOFT layer, a base layer has hooks, or it is quantized and
+            ``requantize`` is None.
     """
     checks.module("model", model)
 
     def merged(layer: BOFTLayer | MultiAdapterLinear) -> nn.Module:
         if isinstance(layer, BOFTLayer):
             return layer.merged_layer()
-        return layer.merged_layer(requantise if is_quantised(layer.base) else None)
+        return layer.merged_layer(requantize if is_quantized(layer.base) else None)
 
-    kinds = BOFTLayer, MultiAdapterLinear
-    if isinstance(model, kinds):
+    boft_classes = BOFTLayer, MultiAdapterLinear
+    if isinstance(model, boft_classes):
         return merged(model)
-    layers = [(p, a, m) for p, a, _, m in _children(model) if isinstance(m, kinds)]
+    layers = [(p, a, m) for p, a, _, m in _children(model) if isinstance(m, boft_classes)]
     if not layers:
         raise ValueError("model: expected at least one BOFT layer, got none")
-    plain = {layer: merged(layer) for layer in dict.fromkeys(m for _, _, m in layers)}
+    merged_layers = {layer: merged(layer) for layer in dict.fromkeys(m for _, _, m in layers)}
     for parent, attribute, layer in layers:
-        setattr(parent, attribute, plain[layer])
+        setattr(parent, attribute, merged_layers[layer])
     return model
 
 
 def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> dict[str, nn.Module]:
-    """The modules, by dotted name, that a regular expression or any name of a list matches."""
+    """The modules that a regular expression or a list of names matches, by dotted name.
+
+    ``argument`` is the name of the public argument, for error messages.
+    """
     modules = {name: module for _, _, name, module in _children(model)}
     if isinstance(names, str):
         try:
-            hits = {names: [n for n in modules if re.fullmatch(names, n)]}
+            matches = {names: [n for n in modules if re.fullmatch(names, n)]}
         except re.error as error:
             raise ValueError(
                 f"{argument}: expected a regular expression, got {names!r}: {error}"
@@ -175,18 +190,18 @@ def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> di
         names = list(names)
         if any(not isinstance(n, str) or not n for n in names):
             raise TypeError(f"{argument}: expected a string or a list of names, got {names!r}")
-        hits = {n: [m for m in modules if m == n or m.endswith(f".{n}")] for n in names}
-    if unmatched := [name for name, hit in hits.items() if not hit]:
+        matches = {n: [m for m in modules if m == n or m.endswith(f".{n}")] for n in names}
+    if unmatched := [name for name, matched in matches.items() if not matched]:
         layers = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_layer(m)})
         raise ValueError(
             f"{argument}: expected names of modules of the model, got {unmatched} without a match; "
             f"the names of its linear and convolution layers end in {layers}"
         )
-    return {name: modules[name] for hit in hits.values() for name in hit}
+    return {name: modules[name] for matched in matches.values() for name in matched}
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """(parent, attribute, dotted name, module) of every child, under each of its names."""
+    """Yield (parent, attribute, dotted name, module) for every child under each of its names."""
     for prefix, parent in model.named_modules(remove_duplicate=False):
         for attribute, child in parent._modules.items():
             if child is not None:
@@ -194,19 +209,22 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or is_quantised(module)
+    return isinstance(module, (nn.Linear, nn.Conv2d)) or is_quantized(module)
 
 
 def _check_replaceable(name: str, module: nn.Module) -> None:
     if not _is_layer(module):
         raise TypeError(
-            "target_modules: expected nn.Linear, nn.Conv2d or a quantised linear layer, "
+            "target_modules: expected nn.Linear, nn.Conv2d or a quantized linear layer, "
             f"{name!r} is {type(module).__name__}"
         )
 
 
 def check_parent(layer: str, parent: nn.Module) -> None:
-    """Raise ValueError if the module that holds a layer may not call it."""
+    """Raise ValueError if ``parent`` may read the weight of its child without calling it.
+
+    ``layer`` describes the child in the message.
+    """
     if isinstance(parent, _BYPASSING_PARENTS):
         raise ValueError(
             f"{layer} lies in {type(parent).__name__}, which may read its weight "
@@ -215,9 +233,9 @@ def check_parent(layer: str, parent: nn.Module) -> None:
         )
 
 
-def _wrap(name: str, module: nn.Module, options: dict) -> BOFTLayer | MultiAdapterLinear:
+def _build(name: str, module: nn.Module, options: dict) -> BOFTLayer | MultiAdapterLinear:
     try:
-        if is_quantised(module):
+        if is_quantized(module):
             layer = MultiAdapterLinear(module)
             layer.add_adapter(DEFAULT, **options)
             return layer.train(module.training)

@@ -1,99 +1,108 @@
-"""Adapters on disk: one safetensors file with the trained tensors and the layers' options."""
+"""Adapter files: one safetensors file with the trained tensors and the options of the layers."""
 
 from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterable, Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .._runtime import checks
+from .._runtime import checks, files
 from .adapt import DEFAULT, build_layers, put_in, unfrozen_on_error
 from .base import BOFTLayer
+from .config import Options, RotationConfig
 from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
 
 FORMAT = "boft_ops"
 FORMAT_VERSION = 1
-LATER_OPTIONS = {"kaleidoscope"}  # written only where they are not the default
+
+AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DEFAULT) -> None:
-    """Write what was finetuned to one safetensors file.
+    """Write the finetuned parameters of a model to one safetensors file.
 
-    It holds, under their names in the pretrained model, the skew and scale of every BOFT layer,
+    The tensors bear their names in the pretrained model: skew and scale of every BOFT layer, and
     every other parameter that requires a gradient (``modules_to_save``, trained biases) with the
-    buffers of its module, and as metadata the format version and each layer's options. The file
-    appears whole or not at all.
+    buffers of its module. The metadata holds the format version and the options of each layer.
+    The file is replaced in one step, so that after a crash it is the old one or the new one.
 
     Args:
-        model: an adapted model; if layers are merged the adapter is the same.
-        path: file to write; an existing one is replaced.
-        adapter: which one of each ``MultiAdapterLinear``; those that have none of that name are
-            left out.
+        model: an adapted model; merged layers store the same adapter as unmerged ones.
+        path: file to write; an existing file is replaced and keeps its permissions.
+        adapter: name of the adapter to store of each ``MultiAdapterLinear``; layers without an
+            adapter of that name are left out.
 
     Raises:
-        ValueError: the model has no BOFT layer and no such adapter, or factors are switched off by
-            ``interpolate``.
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: the model has no BOFT layer and no such adapter, factors are switched off by
+            ``interpolate``, or ``path`` is a device, a FIFO or a folder.
+        OSError: the file cannot be written.
     """
     checks.module("model", model)
-    layers = _layers(model, adapter)
+    files.check_replaceable(Path(path))
+    layers = _adapted_layers(model, adapter)
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
     _check_whole(layers)
-    stored = _trained(model) | _own_tensors(layers)
-    config = {name: layer.options() for name, layer in layers.items()}
-    bases = {name: layer.base_kind() for name, layer in layers.items()}
-    write_adapter(Path(path), config, bases, stored)
+    stored = _trained(model) | _rotation_tensors(layers)
+    layer_options = {name: layer.options() for name, layer in layers.items()}
+    bases = {name: layer.describe_base() for name, layer in layers.items()}
+    write_adapter(Path(path), layer_options, bases, stored)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Load a file of ``save_adapter``. Everything is checked before the model is touched.
+    """Load a file of ``save_adapter`` into a model.
+
+    The file is checked completely before the model is changed.
 
     Args:
-        model: the pretrained model, which is adapted as the file says, or one that is adapted
-            alike.
+        model: the pretrained model, which is then adapted as the file says, or a model that is
+            adapted with the same options (those of dropout may differ).
         path: file to read.
 
     Returns:
-        ``model``, on its own device and with its own dtypes.
+        ``model``. Its tensors keep their devices and dtypes; the loaded parameters are trainable.
 
     Raises:
-        FileNotFoundError: no such file.
+        TypeError: ``model`` is not an nn.Module.
+        FileNotFoundError: there is no such file.
         ValueError: the file is truncated, not of this package, of a newer format version, or does
-            not fit the model; the message says which tensor or option.
+            not fit the model (the message names the tensor or option), or layers are merged.
     """
     checks.module("model", model)
-    config, tensors = _read(Path(path))
-    tensors = _unwrapped(tensors, config.keys())
-    layers = _layers(model)
+    layer_options, tensors = _read(Path(path))
+    tensors = _unwrapped(tensors, layer_options.keys())
+    layers = _adapted_layers(model)
     if layers:
-        _compare_options(path, config, layers)
+        _compare_options(path, layer_options, layers)
         if any(layer.merged for layer in layers.values()):
             raise ValueError(
                 "model: expected unmerged BOFT layers, got merged ones: unmerge() first"
             )
         _check_whole(layers)
-        own = _own_tensors(layers)
-        targets = _tensors(model, layers) | own
-        required = own.keys() | _trained(model).keys()
+        rotations = _rotation_tensors(layers)
+        targets = _loadable(model, layers) | rotations
+        required = rotations.keys() | _trained(model).keys()
         _check_tensors(path, tensors, targets, required)
     else:
         with unfrozen_on_error(model):
-            _check_levels(path, config, tensors)
+            _check_levels(path, layer_options, tensors)
             try:
-                new = build_layers(model, config)
+                new_layers = build_layers(model, layer_options)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: does not fit the model: {error}") from error
             modules = dict(model.named_modules(remove_duplicate=False))
-            own = _own_tensors({name: _adapted(new[modules[name]]) for name in config})
-            _check_tensors(path, tensors, _tensors(model, config) | own, own.keys())
-            put_in(model, new)
-        targets = _tensors(model, config) | own  # also of the layers that were put in
+            layers = {name: _adapted_layer(new_layers[modules[name]]) for name in layer_options}
+            rotations = _rotation_tensors(layers)
+            targets = _loadable(model, layers) | rotations
+            _check_tensors(path, tensors, targets, rotations.keys())
+            put_in(model, new_layers)
+        targets = _loadable(model, layers) | rotations  # including tensors of the new layers
     for module in model.modules():
         if isinstance(module, MultiAdapterLinear):
             module.forget()
@@ -107,58 +116,62 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def write_adapter(
     path: Path,
-    config: dict[str, dict],
+    layer_options: dict[str, Options],
     bases: dict[str, tuple[str, int]],
     tensors: dict[str, torch.Tensor],
 ) -> None:
-    """Write each layer's options, what it rotates (kind of layer and outputs), and the tensors."""
-    from safetensors.torch import save
+    """Write an adapter file.
 
+    Args:
+        path: file to write.
+        layer_options: the options of each layer, by its name.
+        bases: class name of torch's layer ("Linear", "Conv2d") and number of outputs, by name.
+        tensors: by their names in the pretrained model.
+
+    Raises:
+        ValueError: ``path`` is a device, a FIFO or a folder.
+    """
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        "layers": json.dumps(config, sort_keys=True),
+        "layers": json.dumps(layer_options, sort_keys=True),
         "bases": json.dumps(bases, sort_keys=True),
     }
-    # no views of each other, which a file does not hold; copied where there is memory for it
-    whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    whole = {name: tensor.contiguous() for name, tensor in whole.items()}
-    write_whole(path, save(whole, metadata))
+    files.write_whole(path, files.encode_safetensors(tensors, metadata))
 
 
-Adapted = BOFTLayer | LinearAdapter
+def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, AdaptedLayer]:
+    """The modules that hold skew and scale, by the names of the pretrained layers."""
+    layers = {name: _adapted_layer(module, adapter) for name, module in model.named_modules()}
+    return {name: layer for name, layer in layers.items() if layer is not None}
 
 
-def _layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, Adapted]:
-    """What holds skew and scale, by the names of the pretrained layers."""
-    found = {name: _adapted(module, adapter) for name, module in model.named_modules()}
-    return {name: layer for name, layer in found.items() if layer is not None}
-
-
-def _adapted(module: nn.Module, adapter: str = DEFAULT) -> Adapted | None:
+def _adapted_layer(module: nn.Module, adapter: str = DEFAULT) -> AdaptedLayer | None:
     if isinstance(module, MultiAdapterLinear):
         return dict(module.adapters).get(adapter)
     return module if isinstance(module, BOFTLayer) else None
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters, and the buffers beside them (running statistics), but for those of the
-    rotations."""
+    """The trained parameters without skews and scales, and the buffers of their modules.
+
+    Such buffers are running statistics, for example.
+    """
     adapters = [m for m in model.modules() if isinstance(m, (BOFTLayer, LinearAdapter))]
-    own = {id(p) for m in adapters for p in (m.skew, m.scale)}  # stored by the layers' names
+    rotation_ids = {id(p) for m in adapters for p in (m.skew, m.scale)}
     named = model.named_parameters()
-    stored = {name: p for name, p in named if p.requires_grad and id(p) not in own}
+    stored = {name: p for name, p in named if p.requires_grad and id(p) not in rotation_ids}
     wrapped = _wrapped(model)
     parents = {name.rpartition(".")[0] for name in stored} - {f"{name}.base" for name in wrapped}
-    state = model.state_dict().keys()  # without buffers that are not persistent
+    state = model.state_dict().keys()  # holds the persistent buffers only
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[0] in parents and name in state:
             stored[name] = buffer
     return _unwrapped(stored, wrapped)
 
 
-def _tensors(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Everything that a file may be for, but for the weights that are rotated."""
+def _loadable(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors of the model that a file may hold: all except the rotated weights."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     tensors = _unwrapped(tensors, _wrapped(model))
@@ -167,61 +180,56 @@ def _tensors(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]
 
 
 def _wrapped(model: nn.Module) -> set[str]:
+    """The names of the ``MultiAdapterLinear`` modules."""
     named = model.named_modules(remove_duplicate=False)
     return {name for name, module in named if isinstance(module, MultiAdapterLinear)}
 
 
 def _unwrapped(tensors: dict[str, torch.Tensor], wrapped: Set[str]) -> dict[str, torch.Tensor]:
-    """By their names in the pretrained model: without the ``base`` of layers that wrap theirs."""
+    """Rename tensors to their names in the pretrained model.
 
-    def plain(name: str) -> str:
+    A ``MultiAdapterLinear``, whose names are ``wrapped``, adds ``base`` to the names of its layer.
+    """
+
+    def pretrained_name(name: str) -> str:
         parts = name.split(".")
         for i, part in enumerate(parts):
             if part == "base" and ".".join(parts[:i]) in wrapped:
                 return ".".join(parts[:i] + parts[i + 1 :])
         return name
 
-    return {plain(name): tensor for name, tensor in tensors.items()}
+    return {pretrained_name(name): tensor for name, tensor in tensors.items()}
 
 
-def _own_tensors(layers: dict[str, Adapted]) -> dict[str, torch.Tensor]:
-    own = {}
+def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor]:
+    """The skews and scales of layers, by their names in a file."""
+    rotations = {}
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        own[f"{prefix}skew"] = layer.skew
+        rotations[f"{prefix}skew"] = layer.skew
         if layer.scale is not None:
-            own[f"{prefix}scale"] = layer.scale
-    return own
+            rotations[f"{prefix}scale"] = layer.scale
+    return rotations
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file with this content, which appears whole or not at all."""
-    path = path.resolve()  # a link stays one
-    temporary = path.with_name(f".boft_ops-{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[dict[str, dict], dict[str, torch.Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Options], dict[str, torch.Tensor]]:
     """The options of each layer, and the tensors."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a file, got {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = parse_metadata(path, file.metadata() or {})
-            names = file.keys()
-            return config, {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    with files.open_safetensors(path) as file:
+        layer_options = parse_metadata(path, file.metadata() or {})
+        names = file.keys()
+        return layer_options, {name: file.get_tensor(name) for name in names}
 
 
-def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
-    """The options of each layer, or ValueError."""
+def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Options]:
+    """Read the options of each layer from the metadata of an adapter file.
+
+    The names of the options are checked, not yet their values.
+
+    Raises:
+        ValueError: the file is not of this package, of a newer format version, or spoiled.
+    """
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path}: expected a {FORMAT} adapter, got a safetensors file of format "
@@ -231,18 +239,20 @@ def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
     if not version.isdigit() or int(version) > FORMAT_VERSION:
         raise ValueError(f"{path}: expected format version up to {FORMAT_VERSION}, got {version!r}")
     try:
-        config = json.loads(metadata.get("layers", ""))
+        layer_options = json.loads(metadata.get("layers", ""))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected the layers' options as JSON: {error}") from error
-    if not isinstance(config, dict) or not all(isinstance(v, dict) for v in config.values()):
-        raise ValueError(f"{path}: expected layers with their options, got {config!r}")
-    for name, options in config.items():
-        if odd := sorted((options.keys() ^ BOFTLayer.OPTIONS) - LATER_OPTIONS):
-            raise ValueError(f"{path}: {name}: unknown or missing options {odd}")
-    return config
+    is_dict = isinstance(layer_options, dict)
+    if not is_dict or not all(isinstance(v, dict) for v in layer_options.values()):
+        raise ValueError(f"{path}: expected layers with their options, got {layer_options!r}")
+    for name, options in layer_options.items():
+        if mismatch := RotationConfig.mismatch(options):
+            raise ValueError(f"{path}: {name}: unknown or missing options {mismatch}")
+    return layer_options
 
 
-def _check_whole(layers: dict[str, Adapted]) -> None:
+def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
+    """Raise ValueError if ``interpolate`` has switched off factors of a layer."""
     if switched := [name for name, layer in layers.items() if layer.n_identity]:
         raise ValueError(
             f"model: expected interpolate(0), as a file holds all factors; {switched[0]!r} has "
@@ -251,28 +261,32 @@ def _check_whole(layers: dict[str, Adapted]) -> None:
 
 
 def _check_levels(
-    path: str | os.PathLike, config: dict[str, dict], tensors: dict[str, torch.Tensor]
+    path: str | os.PathLike, layer_options: dict[str, Options], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Before layers are made of it: levels of a kaleidoscope are memory, and limited by nothing."""
-    for name, options in config.items():
+    """Raise ValueError unless the levels of kaleidoscopes fit the skews.
+
+    This is checked before layers are built: a forged number of levels would allocate any memory.
+    """
+    for name, options in layer_options.items():
         levels = options.get("kaleidoscope", 0)
         skew = tensors.get(f"{name}.skew" if name else "skew")
-        known = type(levels) is int and skew is not None and skew.dim() == 3
-        if levels and not (known and 2 * levels <= len(skew)):
+        is_valid = type(levels) is int and skew is not None and skew.dim() == 3
+        if levels and not (is_valid and 2 * levels <= len(skew)):
             raise ValueError(f"{path}: {name}: kaleidoscope: {levels!r} is not what its skew has")
 
 
 def _compare_options(
-    path: str | os.PathLike, config: dict[str, dict], layers: dict[str, Adapted]
+    path: str | os.PathLike, layer_options: dict[str, Options], layers: dict[str, AdaptedLayer]
 ) -> None:
-    if odd := sorted(config.keys() ^ layers.keys()):
-        raise ValueError(f"{path}: expected the model's BOFT layers, these differ: {odd[:4]}")
+    """Raise ValueError unless the model is adapted with the options of the file."""
+    if differing := sorted(layer_options.keys() ^ layers.keys()):
+        raise ValueError(f"{path}: expected the model's BOFT layers, these differ: {differing[:4]}")
     for name, layer in layers.items():
-        # dropout may change between trainings; everything else is part of what the tensors mean
-        mine = {k: v for k, v in layer.options().items() if not k.startswith("p_")}
-        saved = {k: v for k, v in config[name].items() if not k.startswith("p_")}
-        if saved != mine:
-            raise ValueError(f"{path}: {name}: expected the model's {mine}, got {saved}")
+        # Dropout may change between trainings; every other option gives the tensors their meaning.
+        expected = {k: v for k, v in layer.options().items() if not k.startswith("p_")}
+        saved = {k: v for k, v in layer_options[name].items() if not k.startswith("p_")}
+        if saved != expected:
+            raise ValueError(f"{path}: {name}: expected the model's {expected}, got {saved}")
 
 
 def _check_tensors(
@@ -281,19 +295,28 @@ def _check_tensors(
     targets: dict[str, torch.Tensor],
     required: set[str],
 ) -> None:
+    """Raise ValueError unless the tensors of a file fit the tensors of the model.
+
+    Args:
+        path: of the file, for messages.
+        tensors: of the file, by their names in the pretrained model.
+        targets: the tensors of the model that the file may hold.
+        required: names of the tensors that the file must hold.
+    """
     if missing := sorted(required - tensors.keys()):
         raise ValueError(f"{path}: expected a tensor {missing[0]!r}, got none")
-    names: dict[int, str] = {}  # of each target
+    names: dict[int, str] = {}  # first name in the file, by the id of the model's tensor
     for name, tensor in tensors.items():
         if name not in targets:
             raise ValueError(f"{path}: expected parameters of the model, got {name!r}")
-        same = names.setdefault(id(targets[name]), name)
-        if same != name and not torch.equal(tensor, tensors[same]):
-            raise ValueError(f"{path}: expected one tensor for {same!r} and {name!r}, got two")
+        first = names.setdefault(id(targets[name]), name)
+        if first != name and not torch.equal(tensor, tensors[first]):
+            raise ValueError(f"{path}: expected one tensor for {first!r} and {name!r}, got two")
         shape = tuple(targets[name].shape)
-        kind = targets[name].is_floating_point()
-        if tuple(tensor.shape) != shape or tensor.is_floating_point() != kind:
+        is_float = targets[name].is_floating_point()
+        if tuple(tensor.shape) != shape or tensor.is_floating_point() != is_float:
+            expected = "a floating-point" if is_float else "an integer"
             raise ValueError(
-                f"{path}: {name}: expected {'a floating-point' if kind else 'an integer'} tensor "
-                f"of shape {shape}, got {tensor.dtype} of {tuple(tensor.shape)}"
+                f"{path}: {name}: expected {expected} tensor of shape {shape}, got "
+                f"{tensor.dtype} of {tuple(tensor.shape)}"
             )

@@ -1,124 +1,87 @@
-"""What the layers share: a frozen weight, the parameters of its rotation, and merging."""
+"""The common part of the BOFT layers: a frozen weight, the trained rotation, and merging."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import wraps
 
 import torch
 from torch import nn
 
-from .._runtime import autocast, checks, linalg
+from .._runtime import checks
 from ..ops.cayley import cayley
-from ..ops.dropout import MultiplicativeDropout
 from ..ops.kaleidoscope import multiply
-from .plain import check_forward, check_untouched
+from ..ops.merge import merge_weight, unmerge_weight, untracked
+from .base_modules import check_forward, check_unmodified
+from .config import HasRotation, Options, RotationConfig
+from .dropout import MultiplicativeDropout
 
 
-def _exactly(method: Callable) -> Callable:
-    """Run a method without autograd and autocast: what it returns replaces or inspects weights."""
-
-    @wraps(method)
-    def wrapper(self, *args):
-        # not in inference mode either: a weight made there could not be trained around later
-        exact = torch.inference_mode(False), torch.no_grad()
-        with exact[0], exact[1], autocast.disabled(self.weight.device.type):
-            return method(self, *args)
-
-    return wrapper
-
-
-def adapter_options(adapter: object, dropout: object) -> dict[str, int | float | str | bool]:
-    """The options of a rotation and its scale, whatever holds them, and of their dropout."""
-    return {
-        "block_size": adapter.block_size,
-        "n_factors": adapter.n_factors,
-        "side": adapter.side,
-        "scale": adapter.scale is not None,
-        "p_component": dropout.p_component,
-        "p_block": dropout.p_block,
-        "method": adapter.method,
-    }
-
-
-class BOFTLayer(nn.Module):
-    """What BOFTLinear and BOFTConv2d share: the rotation of a frozen weight seen as (n, d).
+class BOFTLayer(HasRotation, nn.Module):
+    """Common base of BOFTLinear and BOFTConv2d: the rotation of a frozen weight, seen as (n, d).
 
     Attributes:
-        skew: trainable (m, K, b(b-1)/2), zeros at first; (2 l m, ...) with kaleidoscope = l.
-        scale: trainable (n,), ones at first, or None.
-        merged: whether ``weight`` holds the merged weight.
+        config: the ``RotationConfig``.
+        skew: trainable (m, K, b(b-1)/2), initialized to zeros; (2 l m, ...) with kaleidoscope = l.
+        scale: trainable (n,), initialized to ones, or None.
+        merged: True if ``weight`` holds the merged weight.
     """
 
-    _merged_with: tuple[torch.Tensor, torch.Tensor | None] | None = None  # skew, scale
-    BASE: type[nn.Module]  # torch's layer of which a subclass is the frozen, rotated form
-    OPTIONS = frozenset(
-        ("block_size", "n_factors", "side", "scale", "p_component", "p_block", "method")
-    )
+    # The skew and scale in a merged weight.
+    _merged_with: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    BASE: type[nn.Module]  # torch's class of the frozen layer
 
-    def _init_rotation(
-        self,
-        block_size: int,
-        n_factors: int,
-        side: str,
-        scale: bool,
-        p_component: float,
-        p_block: float,
-        method: str,
-        kaleidoscope: int = 0,
-    ) -> None:
-        """Freeze the base parameters and add the adapter's, once the base module is there."""
-        checks.choice("side", side, checks.SIDES)
-        checks.choice("method", method, checks.METHODS)
-        if not isinstance(scale, bool):
-            raise TypeError(f"scale: expected a bool, got {scale!r}")
+    def _init_rotation(self, config: RotationConfig) -> None:
+        """Freeze the parameters of the base layer, which exist, and add skew and scale."""
         checks.floating_dtype("dtype", self.weight.dtype)
-        n, d = self._matrix().shape
-        features = d if side == "in" else n
-        checks.butterfly_shape(features, block_size, n_factors)
-        checks.kaleidoscope("kaleidoscope", kaleidoscope, n_factors)
-        self.block_size, self.n_factors = block_size, n_factors
-        self.side, self.method, self.kaleidoscope = side, method, kaleidoscope
-        self.dropout = MultiplicativeDropout(p_component, p_block)
+        self.config = config
+        # kept, as sharding may leave a weight without elements
+        self._matrix_shape = tuple(self._matrix().shape)
+        config.check_features(self._features)
+        self.dropout = MultiplicativeDropout(config.p_component, config.p_block)
         self.merged, self.n_identity = False, 0
         self.requires_grad_(False)
-        packed = block_size * (block_size - 1) // 2
-        self._shapes = ((2 * kaleidoscope or 1) * n_factors, features // block_size, packed), n
-        self._init_adapter(scale, self.weight.device)
+        self._init_adapter(self.weight.device)
+
+    @property
+    def _features(self) -> int:
+        """The number of rotated features: d (side "in") or n (side "out")."""
+        n, d = self._matrix_shape
+        return d if self.config.side == "in" else n
 
     def reset_parameters(self) -> None:
-        """Initialise the base layer as torch does, and the adapter to the identity."""
+        """Initialize the base layer as torch does, and the rotation and scale to the identity."""
         super().reset_parameters()
         if "skew" in self._parameters:  # torch's constructors call this before there is one
             nn.init.zeros_(self.skew)
             if self.scale is not None:
                 nn.init.ones_(self.scale)
 
-    def _init_adapter(self, scale: bool, device: torch.device) -> None:
+    def _init_adapter(self, device: torch.device) -> None:
         # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
-        kind = {"device": device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
-        skew_shape, n = self._shapes
-        self.skew = nn.Parameter(torch.zeros(skew_shape, **kind))
-        self.register_parameter("scale", nn.Parameter(torch.ones(n, **kind)) if scale else None)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        skew = torch.zeros(self.config.skew_shape(self._features), device=device, dtype=dtype)
+        scale = torch.ones(self._matrix_shape[0], device=device, dtype=dtype)
+        self.skew = nn.Parameter(skew)
+        self.register_parameter("scale", nn.Parameter(scale) if self.config.scale else None)
 
     @classmethod
     def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> BOFTLayer:
+        """Build a layer that shares the storage of ``base``; ``arguments`` are torch's."""
         check_forward(base, cls.BASE)
         if isinstance(base.weight, nn.parameter.UninitializedParameter):
             raise ValueError(
-                f"expected an initialised layer, got {type(base).__name__} without a shape yet "
+                f"expected an initialized layer, got {type(base).__name__} without a shape yet "
                 "(run it once)"
             )
-        check_untouched(base)
+        check_unmodified(base)
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
         layer.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
         if base.bias is not None:
             layer.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
-        layer._init_adapter(layer.scale is not None, base.weight.device)
+        layer._init_adapter(base.weight.device)
         return layer.train(base.training)
 
     def _to_base(self, arguments: tuple) -> nn.Module:
+        """Build torch's layer with the merged weight; ``arguments`` are torch's."""
         layer = self.BASE(*arguments, device="meta", dtype=self.weight.dtype)
         layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
         layer.bias = self.bias
@@ -128,47 +91,37 @@ class BOFTLayer(nn.Module):
         """The weight as (n, d)."""
         return self.weight.flatten(1)
 
-    def options(self) -> dict[str, int | float | str | bool]:
-        """The keyword arguments of BOFTLinear or BOFTConv2d that make another layer like this."""
-        more = {"kaleidoscope": self.kaleidoscope} if self.kaleidoscope else {}
-        return adapter_options(self, self.dropout) | more
-
-    def base_kind(self) -> tuple[str, int]:
-        """What is rotated: torch's layer, and its outputs."""
-        return self.BASE.__name__, self._shapes[1]
+    def describe_base(self) -> tuple[str, int]:
+        """The class name of torch's layer that is rotated, and the number n of its outputs."""
+        return self.BASE.__name__, self._matrix_shape[0]
 
     def _active(self, skew: torch.Tensor) -> torch.Tensor:
         """``skew`` without the factors that ``interpolate`` made the identity."""
-        m = self.n_factors - self.n_identity
         if self.n_identity == 0:
             return skew  # a slice would cost a copy in backward
+        m = self.config.n_factors - self.n_identity
         return skew[:m] if m else torch.zeros_like(skew[:1])
 
-    def _blocks(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        skew = self._active(self.skew)
-        return cayley(skew if dtype is None else skew.to(dtype), method=self.method)
+    def _blocks(self, skew: torch.Tensor) -> torch.Tensor:
+        return cayley(self._active(skew), method=self.config.method)
 
-    def _rotate_matrix(
-        self, matrix: torch.Tensor, blocks: torch.Tensor, back: bool = False
-    ) -> torch.Tensor:
-        """W R^T (side "in") or R W (side "out"); ``back`` undoes it, for orthogonal blocks."""
-        if self.side == "in":
-            return multiply(matrix, blocks, self.kaleidoscope, transpose=not back)
-        return multiply(matrix.mT, blocks, self.kaleidoscope, transpose=not back).mT
+    @property
+    def _placement(self) -> Options:
+        """The arguments of ``ops.merge`` that say where in the weight the rotation acts."""
+        return {"side": self.config.side, "kaleidoscope": self.config.kaleidoscope}
 
     @property
     def n_effective_parameters(self) -> int:
-        """Trainable numbers: those of skew, + n for the scale, + n for a bias that is trained."""
+        """The number of trained values: those of skew, scale and a trained bias."""
         return sum(p.numel() for p in self.parameters(recurse=False) if p.requires_grad)
 
-    @_exactly
+    @untracked
     def rotation(self) -> torch.Tensor:
         """The dense rotation R, (features, features), for inspection; row vectors: y = x R."""
-        features = self._shapes[0][1] * self.block_size
-        eye = torch.eye(features, dtype=self.skew.dtype, device=self.skew.device)
-        return multiply(eye, self._blocks(), self.kaleidoscope)
+        eye = torch.eye(self._features, dtype=self.skew.dtype, device=self.skew.device)
+        return multiply(eye, self._blocks(self.skew), self.config.kaleidoscope)
 
-    @_exactly
+    @untracked
     def merged_weight(self) -> torch.Tensor:
         """diag(s) W R^T (side "in") or diag(s) R W, in the shape and dtype of ``weight``.
 
@@ -176,18 +129,17 @@ class BOFTLayer(nn.Module):
         """
         if self.merged:
             return self.weight.clone()
-        wide = torch.promote_types(self.skew.dtype, torch.float32)
-        blocks = self._blocks(wide)
-        rotated = self._rotate_matrix(self._matrix().to(wide), blocks)
-        if self.scale is not None:
-            rotated = rotated * self.scale[:, None].to(wide)
-        return rotated.to(self.weight.dtype).reshape(self.weight.shape)
+        blocks = self._blocks(_widened(self.skew))
+        return merge_weight(self.weight, blocks, self.scale, **self._placement)
 
-    @_exactly
+    @untracked
     def merge(self) -> BOFTLayer:
-        """Put the merged weight in the place of ``weight``: no rotation at inference.
+        """Replace ``weight`` by the merged weight, so that inference computes no rotation.
 
-        The tensor that ``weight`` was is left alone, as other modules may share it.
+        The former tensor of ``weight`` is not written to, as other modules may share it.
+
+        Returns:
+            The layer itself.
 
         Raises:
             RuntimeError: the layer is merged already.
@@ -204,11 +156,14 @@ class BOFTLayer(nn.Module):
         scale = None if self.scale is None else self.scale.detach().clone()
         self._merged_with = (self.skew.detach().clone(), scale) if self.merged else None
 
-    @_exactly
+    @untracked
     def unmerge(self) -> BOFTLayer:
         """Undo ``merge``, up to the rounding of the weight's dtype.
 
-        What is undone is the ``skew`` and ``scale`` that were merged, whatever they are by now.
+        The ``skew`` and ``scale`` that were merged are undone, even if they have changed since.
+
+        Returns:
+            The layer itself.
 
         Raises:
             RuntimeError: the layer is not merged.
@@ -216,27 +171,27 @@ class BOFTLayer(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
-        skew, scale = self._merged_with or (self.skew, self.scale)  # not there in old pickles
-        wide = torch.promote_types(skew.dtype, torch.float32)
-        matrix = self._matrix().to(wide)
-        if scale is not None:
-            if (scale == 0).any():
-                raise ValueError("scale: expected no zero in order to unmerge, got some")
-            matrix = matrix / scale[:, None].to(matrix)
-        blocks = cayley(self._active(skew).to(matrix), method=self.method)
-        if self.method != "exact":  # not orthogonal: the inverse is not the transpose
-            blocks = linalg.inverse(blocks).mT
-        matrix = self._rotate_matrix(matrix, blocks, back=True)
-        weight = matrix.to(self.weight.dtype).reshape(self.weight.shape).contiguous()
+        # the layer may have moved to another device since
+        skew, scale = (t if t is None else t.to(self.weight.device) for t in self._merged_with)
+        blocks, orthogonal = self._blocks(_widened(skew)), self.config.method == "exact"
+        weight = unmerge_weight(
+            self.weight, blocks, scale, orthogonal=orthogonal, **self._placement
+        )
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.merged, self._merged_with = False, None
         return self
 
     def interpolate(self, n: int) -> BOFTLayer:
-        """Make the n factors of the largest strides the identity (the paper's Fig. 10).
+        """Replace the n factors of the largest strides by the identity (the paper's Fig. 10).
 
-        From n = 0, the finetuned layer, to n = n_factors, the pretrained weight (still scaled).
-        ``skew`` is not changed: ``interpolate(0)`` brings everything back.
+        n = 0 is the finetuned layer, n = n_factors the pretrained weight, still scaled.
+        ``skew`` is not changed: ``interpolate(0)`` restores the finetuned layer.
+
+        Args:
+            n: number of factors, in [0, n_factors].
+
+        Returns:
+            The layer itself.
 
         Raises:
             ValueError: n is not in [0, n_factors].
@@ -260,8 +215,8 @@ class BOFTLayer(nn.Module):
             )
 
     def get_extra_state(self) -> torch.Tensor:
-        # a merged weight loaded as an unmerged one would be rotated twice, and unmerging has to
-        # undo exactly the factors that were merged
+        # A merged weight that is loaded as an unmerged one would be rotated twice, and unmerging
+        # has to undo exactly the factors that were merged.
         return torch.tensor([self.merged, self.n_identity], dtype=torch.int64)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -269,23 +224,23 @@ class BOFTLayer(nn.Module):
         self.merged = bool(merged)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # torch copies into the weight in place; where that changes whether it is merged, the
-        # storage may be shared with layers that it must not change for
-        state, whole = state_dict.get(f"{prefix}_extra_state"), f"{prefix}weight" in state_dict
+        # torch copies into the weight in place. If loading changes whether it is merged, other
+        # layers that share its storage must not change with it.
+        state, has_weight = state_dict.get(f"{prefix}_extra_state"), f"{prefix}weight" in state_dict
         if state is not None and bool(state[0]) != self.merged:
-            if not whole:
+            if not has_weight:
                 raise ValueError(
                     f"{prefix}_extra_state: expected merged={self.merged}, as the layer is, in a "
                     "state without its weight, got the other"
                 )
             self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if whole:
+        if has_weight:
             self._keep_merged()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._merged_with is not None:  # of the weight, whatever the parameters are by now
+        if self._merged_with is not None:  # the merged ones, even if the parameters have changed
             for name, tensor in zip(("skew", "scale"), self._merged_with, strict=True):
                 if tensor is not None:
                     destination[f"{prefix}{name}"] = tensor
@@ -293,3 +248,7 @@ class BOFTLayer(nn.Module):
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options().items() if value)
         return f"{super().extra_repr()}, {options}" + (", merged" if self.merged else "")
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

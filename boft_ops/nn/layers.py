@@ -1,4 +1,4 @@
-"""Thin modules over the functions: torch's own layers with a frozen weight and a rotation."""
+"""BOFTLinear, OFTLinear and BOFTConv2d: torch's layers with a frozen weight and a rotation."""
 
 from __future__ import annotations
 
@@ -7,32 +7,45 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.linear import rotated_linear
+from ..ops.merge import rotate_weight
 from .base import BOFTLayer
+from .config import RotationConfig
 
 
 class BOFTLinear(BOFTLayer, nn.Linear):
     """A frozen ``nn.Linear`` multiplied by a trainable orthogonal butterfly matrix R.
 
-    y = s * (x R W^T) + bias (side "in") or s * ((x W^T) R^T) + bias (side "out"), as
-    ``boft_linear``; arXiv 2311.06243, sections 3 and 4. It starts as the frozen layer, bit for bit.
+    It computes y = s * (x R W^T) + bias (side "in") or y = s * ((x W^T) R^T) + bias (side "out"),
+    see ``boft_linear`` and arXiv 2311.06243, sections 3 and 4.
+    A new layer equals the frozen one bit for bit.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
         block_size: b; must divide the rotated features, and be even if n_factors > 1.
         n_factors: m butterfly factors; the number of blocks must be a multiple of 2**(m-1).
         side: rotate the inputs ("in", the default) or the outputs ("out").
-        scale: train a factor for each output as well.
+        scale: True (the default) also trains a factor for each output.
         p_component, p_block: multiplicative dropout in training, see ``multiplicative_dropout``.
         method: "exact" or "neumann5", see ``cayley``.
-        kaleidoscope: l levels of the generalised R_G = R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T
-            (see ``kaleidoscope_matmul``) in the place of R, all BOFT(n_factors, block_size); 0 is
-            the butterfly R itself.
+        kaleidoscope: l > 0 uses the l levels of R_G = R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T
+            instead of R, see ``kaleidoscope_matmul``; every R_{j,i} is a butterfly of n_factors
+            factors. 0 (the default) uses a single butterfly.
 
-    Shape: x (..., in_features) -> (..., out_features).
+    Attributes:
+        weight: (out_features, in_features), frozen.
+        skew: trained, (m, K, b(b-1)/2) with K * b rotated features, or (2 l m, ...) with
+            kaleidoscope = l; float32, or float64 over a float64 weight.
+        scale: trained, (out_features,), in the dtype of skew, or None.
+        config: the options, a frozen ``RotationConfig``; block_size, n_factors, side, method and
+            kaleidoscope are attributes of the layer, too.
+
+    Shape: x (..., in_features) -> (..., out_features), in the dtype of x.
 
     Raises:
-        TypeError, ValueError: an option is not valid; the message lists the nearest valid
-            (n_factors, block_size).
+        TypeError: an option has a wrong type, or dtype is not float64, float32, bfloat16 or
+            float16.
+        ValueError: an option is out of range, or no such butterfly of the rotated features exists;
+            the message lists the nearest valid (n_factors, block_size).
     """
 
     BASE = nn.Linear
@@ -55,17 +68,34 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         kaleidoscope: int = 0,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_rotation(
-            *(block_size, n_factors, side, scale, p_component, p_block, method, kaleidoscope)
+        config = RotationConfig(
+            block_size=block_size,
+            n_factors=n_factors,
+            side=side,
+            scale=scale,
+            p_component=p_component,
+            p_block=p_block,
+            method=method,
+            kaleidoscope=kaleidoscope,
         )
+        self._init_rotation(config)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> BOFTLinear:
-        """Wrap a linear layer, sharing the storage of its weight and bias.
+        """Build a BOFT layer that shares the storage of the weight and bias of ``linear``.
 
         Args:
-            linear: any ``nn.Linear``; it is not changed.
+            linear: any ``nn.Linear`` with torch's forward; it is not changed.
             **options: the keyword arguments of the constructor, from block_size on.
+
+        Returns:
+            The layer, in the mode (training or evaluation) of ``linear``.
+
+        Raises:
+            TypeError: ``linear`` is not an nn.Linear or has a forward of its own, or an option has
+                a wrong type.
+            ValueError: ``linear`` has hooks, parametrizations or no shape yet, or an option does
+                not fit it.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
@@ -80,17 +110,32 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             self._check_trainable()
             return super().forward(x)
         checks.linear_input(x, self.weight)
-        skew = self._active(self.skew)
+        skew, config = self._active(self.skew), self.config
         return rotated_linear(
-            *(x, self.weight, skew, self.scale, self.bias, self.dropout.draw(skew)),
-            *(self.side, self.method, self.kaleidoscope),
+            x,
+            self.weight,
+            skew,
+            scale=self.scale,
+            bias=self.bias,
+            drop=self.dropout.draw(skew),
+            side=config.side,
+            method=config.method,
+            kaleidoscope=config.kaleidoscope,
         )
 
 
 class OFTLinear(BOFTLinear):
     """Orthogonal finetuning with a block-diagonal R: ``BOFTLinear`` with one factor.
 
-    Any block_size that divides the rotated features will do, odd ones too.
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        block_size: any divisor of the rotated features, also an odd one.
+        **options: as for ``BOFTLinear``, without n_factors.
+
+    Shape: x (..., in_features) -> (..., out_features), in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: as for ``BOFTLinear``; n_factors is a TypeError.
     """
 
     def __init__(
@@ -119,16 +164,20 @@ class OFTLinear(BOFTLinear):
 
 
 class BOFTConv2d(BOFTLayer, nn.Conv2d):
-    """A frozen ``nn.Conv2d`` with its kernel, as (out, in/groups * kh * kw), rotated.
+    """A frozen ``nn.Conv2d`` whose kernel is multiplied by an orthogonal butterfly matrix R.
 
-    The kernel is rotated once per call, so stride, padding, dilation and groups are torch's own.
+    The kernel is rotated as a matrix (out_channels, in_channels/groups * kh * kw), once per call.
+    Stride, padding, dilation and groups are therefore torch's own.
 
     Args:
         in_channels ... dtype: as for ``nn.Conv2d``.
-        block_size ... kaleidoscope: as for ``BOFTLinear``; features are in/groups * kh * kw (side
-            "in") or out_channels (side "out").
+        block_size ... kaleidoscope: as for ``BOFTLinear``; the rotated features are
+            in_channels/groups * kh * kw (side "in") or out_channels (side "out").
 
     Shape: x (N, in_channels, H, W) -> (N, out_channels, H', W').
+
+    Raises:
+        TypeError, ValueError: as for ``BOFTLinear``.
     """
 
     BASE = nn.Conv2d
@@ -169,17 +218,34 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
             device,
             dtype,
         )
-        self._init_rotation(
-            *(block_size, n_factors, side, scale, p_component, p_block, method, kaleidoscope)
+        config = RotationConfig(
+            block_size=block_size,
+            n_factors=n_factors,
+            side=side,
+            scale=scale,
+            p_component=p_component,
+            p_block=p_block,
+            method=method,
+            kaleidoscope=kaleidoscope,
         )
+        self._init_rotation(config)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **options) -> BOFTConv2d:
-        """Wrap a convolution, sharing the storage of its weight and bias.
+        """Build a BOFT layer that shares the storage of the weight and bias of ``conv``.
 
         Args:
-            conv: any ``nn.Conv2d``; it is not changed.
+            conv: any ``nn.Conv2d`` with torch's forward; it is not changed.
             **options: the keyword arguments of the constructor, from block_size on.
+
+        Returns:
+            The layer, in the mode (training or evaluation) of ``conv``.
+
+        Raises:
+            TypeError: ``conv`` is not an nn.Conv2d or has a forward of its own, or an option has a
+                wrong type.
+            ValueError: ``conv`` has hooks, parametrizations or no shape yet, or an option does not
+                fit it.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
@@ -193,9 +259,8 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
         if self.merged:
             self._check_trainable()
             return super().forward(x)
-        rotated = self._rotate_matrix(self._matrix(), self.dropout(self._blocks()))
-        if self.scale is not None:
-            rotated = rotated * self.scale.to(rotated.dtype)[:, None]
+        blocks = self.dropout(self._blocks(self.skew))
+        rotated = rotate_weight(self._matrix(), blocks, self.scale, **self._placement)
         return self._conv_forward(x, rotated.reshape(self.weight.shape), self.bias)
 
 

@@ -1,4 +1,4 @@
-"""What one adapter of a linear layer trains, apart from the layer."""
+"""The trained parameters of one adapter of a ``MultiAdapterLinear``."""
 
 from __future__ import annotations
 
@@ -7,72 +7,70 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.cayley import cayley
-from ..ops.dropout import MultiplicativeDropout
-from .base import adapter_options
+from .config import HasRotation, RotationConfig
+from .dropout import MultiplicativeDropout
 
 
-class LinearAdapter(nn.Module):
-    """The rotation of a layer's inputs and the scale of its outputs: what is trained.
+class LinearAdapter(HasRotation, nn.Module):
+    """The rotation of a linear layer's inputs and the scale of its outputs, without the layer.
+
+    Args:
+        in_features: number of rotated features, K * b.
+        out_features: length n of the scale.
+        config: the options; side must be "in" and kaleidoscope 0.
+        device, dtype: of the parameters; dtype is float32 by default.
 
     Attributes:
-        skew: (m, K, b(b-1)/2), zeros at first.
-        scale: (n,), ones at first, or None.
+        config: as given.
+        skew: trainable (m, K, b(b-1)/2), initialized to zeros.
+        scale: trainable (n,), initialized to ones, or None.
+
+    Raises:
+        TypeError: dtype is not a floating-point dtype.
+        ValueError: the config does not fit the features or a base that is only called.
     """
 
-    side, merged, n_identity = "in", False, 0  # as BOFTLayer has them; here they never change
+    merged, n_identity = False, 0  # attributes of BOFTLayer, which never change here
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
+        config: RotationConfig,
         *,
-        block_size: int = 8,
-        n_factors: int = 2,
-        side: str = "in",
-        scale: bool = True,
-        p_component: float = 0.0,
-        p_block: float = 0.0,
-        method: str = "exact",
-        kaleidoscope: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if side != "in":
-            raise ValueError(f"side: expected 'in' over a base that is only called, got {side!r}")
-        if kaleidoscope:
-            raise ValueError(
-                f"kaleidoscope: expected 0 over a base that is only called, got {kaleidoscope!r}"
-            )
+        for name, expected in (("side", "in"), ("kaleidoscope", 0)):
+            if (got := getattr(config, name)) != expected:
+                raise ValueError(
+                    f"{name}: expected {expected!r} over a base that is only called, got {got!r}"
+                )
         checks.floating_dtype("dtype", dtype)
-        checks.choice("method", method, checks.METHODS)
-        if not isinstance(scale, bool):
-            raise TypeError(f"scale: expected a bool, got {scale!r}")
-        checks.butterfly_shape(in_features, block_size, n_factors)
-        self.block_size, self.n_factors, self.method = block_size, n_factors, method
-        self.out_features = out_features
-        self.dropout = MultiplicativeDropout(p_component, p_block)
-        shape = n_factors, in_features // block_size, block_size * (block_size - 1) // 2
-        kind = {"device": device, "dtype": dtype}
-        self.skew = nn.Parameter(torch.zeros(shape, **kind))
-        one = nn.Parameter(torch.ones(out_features, **kind)) if scale else None
-        self.register_parameter("scale", one)
+        config.check_features(in_features)
+        self.config, self.out_features = config, out_features
+        self.dropout = MultiplicativeDropout(config.p_component, config.p_block)
+        skew = torch.zeros(config.skew_shape(in_features), device=device, dtype=dtype)
+        scale = torch.ones(out_features, device=device, dtype=dtype)
+        self.skew = nn.Parameter(skew)
+        self.register_parameter("scale", nn.Parameter(scale) if config.scale else None)
 
     def blocks(self, n_factors: int = 0) -> torch.Tensor:
-        """(m, K, b, b), with dropout in training; then the identity, up to that many factors."""
-        blocks = self.dropout(cayley(self.skew, method=self.method))
+        """Orthogonal blocks (m, K, b, b), after dropout in training mode.
+
+        If m < n_factors, identity factors are appended, so that the blocks of adapters with
+        different m can be stacked.
+        """
+        blocks = self.dropout(cayley(self.skew, method=self.config.method))
         missing = n_factors - len(blocks)
         if missing <= 0:
             return blocks
-        eye = torch.eye(self.block_size, dtype=blocks.dtype, device=blocks.device)
+        eye = torch.eye(self.config.block_size, dtype=blocks.dtype, device=blocks.device)
         return torch.cat([blocks, eye.expand(missing, *blocks.shape[1:])])
 
-    def options(self) -> dict[str, int | float | str | bool]:
-        """The keyword arguments that make another one like this."""
-        return adapter_options(self, self.dropout)
-
-    def base_kind(self) -> tuple[str, int]:
-        """What is rotated: torch's layer, and its outputs."""
+    def describe_base(self) -> tuple[str, int]:
+        """The class name of torch's layer that is rotated, and the number n of its outputs."""
         return "Linear", self.out_features
 
     def extra_repr(self) -> str:

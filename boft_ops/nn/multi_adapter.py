@@ -1,7 +1,7 @@
-"""Rotations in front of any frozen linear module, one or many of them on one layer.
+"""MultiAdapterLinear: one or many rotations in front of any frozen linear module.
 
-``BOFTLinear`` rotates a weight that it knows; here the base is only called: y = base(x R). So it
-may be quantised, and several adapters can share it.
+``BOFTLinear`` rotates a weight that it holds. Here the base is only called: y = base(x R).
+So the base may be quantized, and several adapters can share it.
 """
 
 from __future__ import annotations
@@ -14,34 +14,40 @@ from torch import nn
 from .._runtime import autocast, checks
 from ..ops.butterfly import butterfly_matmul
 from ..ops.cayley import cayley
+from ..ops.merge import merge_weight
 from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
 from ..ops.scale import scale_columns
 from ..ops.stages import plan
-from . import plain, quantized
+from .base_modules import check_forward, check_unmodified, dense_weight, is_quantized
+from .config import RotationConfig
 from .linear_adapter import LinearAdapter
 
 
 class MultiAdapterLinear(nn.Module):
     """A frozen linear module and any number of adapters: y = s * (base(x R) - bias) + bias.
 
-    Either the adapters of the active list serve all rows: x meets their rotations in the order of
-    the list, x R_1 R_2, and their scales multiply. Or every row names its own (``adapter_index``),
-    for serving many of them in one batch: all rows are rotated in one launch for each stage and
-    block size, whatever the number of adapters.
+    Without ``adapter_index``, the active adapters serve all rows: x meets their rotations in the
+    order of the list, x R_1 R_2, and their scales multiply.
+    With ``adapter_index``, every row has its own adapter, to serve many of them in one batch: all
+    rows are rotated in one launch for each stage and block size, however many adapters there are.
 
     Args:
-        base: any module that is linear in its last dimension up to a bias: ``nn.Linear``, or a
-            quantised one. It is frozen and only ever called, on rotated inputs. What it adds must
-            be its attribute ``bias`` (or nothing): that is not scaled.
-        in_features, out_features: where the base has no attributes of that name.
+        base: any module that is linear in its last dimension up to a bias, such as ``nn.Linear`` or
+            a quantized layer. It is frozen, and called on rotated inputs. Its bias, which is not
+            scaled, must be its attribute ``bias``, or None.
+        in_features, out_features: sizes of the base; None reads its attributes of these names.
 
     Shape: x (..., in_features) -> (..., out_features).
 
     Attributes:
         base: the frozen module.
         adapters: ``LinearAdapter`` by name, in the order in which they were added.
-        active: names of the active ones, in the order in which x meets them.
+        active: names of the active adapters, in the order in which x meets them.
+
+    Raises:
+        TypeError: ``base`` is not an nn.Module, or a size is no int.
+        ValueError: a size is not positive.
     """
 
     def __init__(
@@ -57,30 +63,36 @@ class MultiAdapterLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        self._rows: torch.Tensor | None = None  # of adapter_rows, one number for each request
-        self._prepared: tuple[list, list[tuple]] | None = None  # what it was made of, the stacks
+        # The number of the adapter of each request, set by interop.serve.adapter_rows.
+        self.request_index: torch.Tensor | None = None
+        # The versions of the skews that prepare() used, and its stacks of matrices.
+        self._prepared: tuple[list, list[tuple]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all adapters; the position of one is its number in ``adapter_index``."""
+        """Names of all adapters, in the order of their numbers in ``adapter_index``."""
         return tuple(self.adapters)
 
     def add_adapter(self, name: str, *, active: bool = True, **options) -> LinearAdapter:
         """Add an adapter that is the identity until it is trained or loaded.
 
         Args:
-            name: a new one, without dots.
-            active: put it at the end of the active list.
-            **options: of ``BOFTLinear``, from block_size on (``side`` is "in"); ``device`` is by
-                default the base's, ``dtype`` float32 (float64 over a float64 base).
+            name: a name without dots that no adapter of the layer has.
+            active: if True, the adapter is appended to the active list.
+            **options: the keyword arguments of ``BOFTLinear`` from block_size on, with side "in"
+                and kaleidoscope 0; ``device``, by default that of the base; ``dtype``, by default
+                float32, or float64 over a float64 base.
+
+        Returns:
+            The adapter, with its trainable ``skew`` and ``scale``.
 
         Raises:
-            TypeError, ValueError: the name is taken or impossible, or an option is not valid.
+            TypeError, ValueError: the name is taken or not possible, or an option is not valid.
         """
         return self.put_adapter(name, self.new_adapter(name, **options), active)
 
     def put_adapter(self, name: str, adapter: LinearAdapter, active: bool) -> LinearAdapter:
-        """Add what ``new_adapter`` made for this name."""
+        """Add an adapter that ``new_adapter`` made for this name."""
         self.adapters[name] = adapter
         self.forget()
         if active:
@@ -88,28 +100,40 @@ class MultiAdapterLinear(nn.Module):
         return adapter
 
     def new_adapter(self, name: str, **options) -> LinearAdapter:
-        """What ``add_adapter`` would add; the layer is not changed."""
+        """Make the adapter that ``add_adapter`` would add, without changing the layer."""
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"name: expected a string without dots, got {name!r}")
         if name in self.adapters or hasattr(self.adapters, name):
             raise ValueError(f"name: expected a new one, got {name!r}; there are {self.names}")
+        factory_kwargs = {k: options.pop(k) for k in ("device", "dtype") if k in options}
         for tensor in (*self.base.parameters(), *self.base.buffers()):
-            options.setdefault("device", tensor.device)
+            factory_kwargs.setdefault("device", tensor.device)
             if tensor.dtype == torch.float64:
-                options.setdefault("dtype", torch.float64)
-        return LinearAdapter(self.in_features, self.out_features, **options).train(self.training)
+                factory_kwargs.setdefault("dtype", torch.float64)
+        config = RotationConfig(**options)
+        adapter = LinearAdapter(self.in_features, self.out_features, config, **factory_kwargs)
+        return adapter.train(self.training)
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter. The numbers of those that were added after it fall by one."""
+        """Remove an adapter; the numbers of those that were added after it fall by one.
+
+        Raises:
+            ValueError: the layer has no adapter of that name.
+        """
         self._check_names([name])
         del self.adapters[name]
         self.forget()
         self.active = tuple(other for other in self.active if other != name)
 
     def set_active(self, names: str | Iterable[str]) -> None:
-        """Which adapters serve rows that name none, in the order in which x meets them.
+        """Choose the adapters that serve calls without ``adapter_index``.
 
-        An empty list leaves the base alone.
+        Args:
+            names: a name, or names in the order in which x meets their rotations; an empty list
+                chooses the base alone.
+
+        Raises:
+            ValueError: a name is not that of an adapter, or occurs twice.
         """
         names = (names,) if isinstance(names, str) else tuple(names)
         self._check_names(names)
@@ -118,7 +142,17 @@ class MultiAdapterLinear(nn.Module):
         self.active = names
 
     def index_of(self, names: Iterable[str | None]) -> torch.Tensor:
-        """Numbers for ``adapter_index``, int64 on the adapters' device; None is the base alone."""
+        """Return the numbers of adapters, for ``adapter_index``.
+
+        Args:
+            names: names of adapters; None stands for the base alone.
+
+        Returns:
+            int64 (len(names),), on the device of the adapters.
+
+        Raises:
+            ValueError: a name is not that of an adapter.
+        """
         names = list(names)
         self._check_names([name for name in names if name is not None])
         numbers = {name: i for i, name in enumerate(self.names)} | {None: IDENTITY}
@@ -130,23 +164,32 @@ class MultiAdapterLinear(nn.Module):
             raise ValueError(f"names: expected some of {self.names}, got {unknown[0]!r}")
 
     def forward(self, x: torch.Tensor, adapter_index: torch.Tensor | None = None) -> torch.Tensor:
-        """
+        """Apply the base to the rotated rows, then scale the outputs.
+
         Args:
             x: (..., in_features).
-            adapter_index: integers that broadcast to the shape of x without its last dimension, the
-                number of each row's adapter in ``names`` or -1 for the base alone. None: the active
-                adapters, or what ``adapter_rows`` says. For numbers out of range see
-                ``butterfly_matmul_indexed``.
+            adapter_index: the number of each row's adapter in ``names``, or -1 for the base alone;
+                integers that broadcast to the shape of x without its last dimension. None uses
+                the active adapters, or inside ``adapter_rows`` its choice. For numbers out of
+                range see ``butterfly_matmul_indexed``.
+
+        Returns:
+            (..., out_features), in the dtype that the base returns.
+
+        Raises:
+            TypeError: x is no floating-point tensor.
+            ValueError: the last dimension of x is not in_features, or ``adapter_index`` does not
+                fit.
         """
         checks.tensor("x", x, min_dim=1)
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x: expected a last dimension of {self.in_features}, got shape {tuple(x.shape)}"
             )
-        if adapter_index is None and self._rows is not None:
-            adapter_index = self._rows.view(-1, *[1] * (x.dim() - 2))
+        if adapter_index is None and self.request_index is not None:
+            adapter_index = self.request_index.view(-1, *[1] * (x.dim() - 2))
         if adapter_index is not None:
-            return self._by_rows(x, index_of_rows(adapter_index, x, len(self.adapters)))
+            return self._forward_indexed(x, index_of_rows(adapter_index, x, len(self.adapters)))
         active, scale = [self.adapters[name] for name in self.active], None
         for adapter in active:
             x = butterfly_matmul(x, adapter.blocks())
@@ -162,13 +205,13 @@ class MultiAdapterLinear(nn.Module):
         bias = getattr(self.base, "bias", None)
         return bias if isinstance(bias, torch.Tensor) else None
 
-    def _by_rows(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def _forward_indexed(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         x = autocast.cast(x)
-        wide = torch.promote_types(x.dtype, torch.float32)
+        compute_dtype = torch.promote_types(x.dtype, torch.float32)
         if self._is_stale():
             self.forget()
         prepared = self._prepared  # another thread may forget it
-        stacks = prepared[1] if prepared else self._stacks(wide, x)
+        stacks = prepared[1] if prepared else self._stacks(compute_dtype, x)
         for numbers, stages, matrices in stacks:
             local = self._renumbered(index, numbers)
             x = rotate_indexed(x, matrices, stages, local, False)
@@ -176,8 +219,9 @@ class MultiAdapterLinear(nn.Module):
         scales = [adapter.scale for adapter in self.adapters.values()]
         if all(scale is None for scale in scales):
             return y
-        one = next(torch.ones_like(scale) for scale in scales if scale is not None)
-        table = torch.stack([one if scale is None else scale for scale in (*scales, None)])
+        # The last row of the table, ones, is for the base alone and for numbers out of range.
+        ones = next(torch.ones_like(scale) for scale in scales if scale is not None)
+        table = torch.stack([ones if scale is None else scale for scale in (*scales, None)])
         last = len(scales)
         chosen = torch.where((index < 0) | (index >= last), last, index)
         offset = (table[chosen] - 1).reshape(y.shape).to(y.dtype)
@@ -186,9 +230,9 @@ class MultiAdapterLinear(nn.Module):
         return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), offset)
 
     def _stacks(self, dtype: torch.dtype, x: torch.Tensor | None = None) -> list[tuple]:
-        """(numbers of adapters, stages, matrices of each stage) of each block size.
+        """Compose the adapters: (their numbers, stages, matrices of each stage) per block size.
 
-        Without an x to look at, the stages are the default's.
+        The stages are those tuned for x, or the default ones if x is None.
         """
         groups: dict[int, list[int]] = {}
         adapters = list(self.adapters.values())
@@ -204,8 +248,10 @@ class MultiAdapterLinear(nn.Module):
         return stacks
 
     def _renumbered(self, index: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
-        """The index within ``numbers``; -1 for rows of other adapters. What is out of range stays
-        so, to become NaN."""
+        """Replace numbers of adapters by their positions in ``numbers``, and the others by -1.
+
+        Numbers out of range stay out of range, so that their rows become NaN.
+        """
         if len(numbers) == len(self.adapters):
             return index
         outside = (index < IDENTITY) | (index >= len(self.adapters))
@@ -215,13 +261,17 @@ class MultiAdapterLinear(nn.Module):
         return local
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> MultiAdapterLinear:
-        """Compose the matrices of all adapters now, for serving: ``adapter_index`` then uses them.
+        """Compose the matrices of all adapters now, for calls with ``adapter_index`` to reuse.
 
-        Until ``train()``, a move to another device, loading, an adapter that comes or goes, or, but
-        in compiled graphs, a skew that is written to in place (and not through ``.data``).
+        They are dropped by ``train()``, a move to another device or dtype, loading, and adding or
+        deleting an adapter. In eager mode they are also dropped if a skew is written to in place,
+        unless that is done through ``.data``.
 
         Args:
             dtype: float32, or float64 for inputs of float64.
+
+        Returns:
+            The layer itself.
 
         Raises:
             RuntimeError: the layer is in training mode.
@@ -233,7 +283,7 @@ class MultiAdapterLinear(nn.Module):
         return self
 
     def forget(self) -> None:
-        """Undo ``prepare``."""
+        """Drop the matrices that ``prepare`` composed."""
         self._prepared = None
 
     def _is_stale(self) -> bool:
@@ -242,7 +292,7 @@ class MultiAdapterLinear(nn.Module):
 
     def _versions(self) -> list[tuple[int, int]]:
         skews = [adapter.skew for adapter in self.adapters.values()]
-        # a change in place raises the version; a tensor of inference mode has none
+        # A change in place raises the version; a tensor made in inference mode has none.
         return [(id(s), 0 if s.is_inference() else s._version) for s in skews]
 
     def train(self, mode: bool = True) -> MultiAdapterLinear:
@@ -259,44 +309,43 @@ class MultiAdapterLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
-    def merged_layer(self, requantise: Callable[[nn.Linear], nn.Module] | None = None) -> nn.Module:
-        """The base with the active adapters in its weight: no rotation at inference.
+    def merged_layer(self, requantize: Callable[[nn.Linear], nn.Module] | None = None) -> nn.Module:
+        """Return a linear layer with the active adapters in its weight, without rotations.
 
         Args:
-            requantise: needed over a quantised base: makes the layer to be used of an ``nn.Linear``
-                with the merged weight (``docs/interop.md`` has examples).
+            requantize: required over a quantized base: a function from an ``nn.Linear`` with the
+                merged weight to the layer to use (``docs/interop.md`` has examples).
 
         Returns:
-            A frozen ``nn.Linear``, or what ``requantise`` makes of it.
+            A frozen ``nn.Linear``, or the result of ``requantize``.
 
         Raises:
-            TypeError, ValueError: the base is neither quantised nor a plain ``nn.Linear``, has
-                hooks, is quantised and ``requantise`` is None, or its weight cannot be read.
+            TypeError: the base is neither quantized nor a plain ``nn.Linear``.
+            ValueError: the base has hooks, is quantized and ``requantize`` is None, or its weight
+                cannot be read.
         """
-        if not (quantised := quantized.is_quantised(self.base)):
-            plain.check_forward(self.base, nn.Linear)
-        plain.check_untouched(self.base)
-        if quantised and requantise is None:
+        if not (quantized := is_quantized(self.base)):
+            check_forward(self.base, nn.Linear)
+        check_unmodified(self.base)
+        if quantized and requantize is None:
             raise ValueError(
-                f"requantise: expected a function over {type(self.base).__name__}, got None: a "
+                f"requantize: expected a function over {type(self.base).__name__}, got None: a "
                 "rotated weight is none of the values that the base can hold, so merging has to "
-                "quantise it again, at the price of a new rounding error"
+                "quantize it again, at the price of a new rounding error"
             )
-        dense = quantized.dense_weight(self.base)
-        wide = dense.to(torch.promote_types(dense.dtype, torch.float32))
+        dense = dense_weight(self.base)
+        weight = dense.to(torch.promote_types(dense.dtype, torch.float32))
         for name in reversed(self.active):  # x meets the first one first, so W meets it last
             adapter = self.adapters[name]
-            blocks = cayley(adapter.skew.to(wide.dtype), method=adapter.method)
-            wide = butterfly_matmul(wide, blocks, transpose=True)
-            if adapter.scale is not None:
-                wide = wide * adapter.scale[:, None].to(wide.dtype)
+            blocks = cayley(adapter.skew.to(weight.dtype), method=adapter.method)
+            weight = merge_weight(weight, blocks, adapter.scale)
         bias = self._bias()
         dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
         layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
-        layer.weight = nn.Parameter(wide.to(dtype), requires_grad=False)
+        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         layer.train(self.training)
-        return layer if requantise is None else requantise(layer)
+        return layer if requantize is None else requantize(layer)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, active={list(self.active)}"

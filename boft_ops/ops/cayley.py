@@ -40,8 +40,8 @@ def pack(square: torch.Tensor) -> torch.Tensor:
 
 
 def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
-    # The blocks are tiny beside the activations, and float64 makes R accurate to float32 rounding
-    # for |Q| up to 1e12, where a float32 inverse is off by |Q| times as much. MPS has no float64.
+    # Blocks are tiny beside activations. In float64 R is accurate to float32 rounding even for a
+    # large |Q|, where a float32 inverse is off by |Q| times as much. MPS has no float64.
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -130,11 +130,20 @@ def _class_of_skew(skew: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
     return (b,), (math.prod(skew.shape[:-1]),)
 
 
-def _on_gpu(blocks: torch.Tensor, *_: object) -> bool:
+def _cpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+    # the elimination beats LAPACK up to blocks of 128 rows
+    return skew.dtype != torch.float16 and skew.shape[-1] <= packed_size(128)
+
+
+def _cpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+    return blocks.dtype != torch.float16 and blocks.shape[-1] <= 32  # BLAS wins on larger blocks
+
+
+def _gpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
     return blocks.shape[-1] <= limits.MAX_BLOCK
 
 
-def _skew_on_gpu(skew: torch.Tensor, *_: object) -> bool:
+def _gpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
     return skew.shape[-1] <= packed_size(limits.MAX_BLOCK)
 
 
@@ -144,12 +153,9 @@ cayley_forward = Op(
     fake=_fake_forward,
     samples=_sample_skew,
     kernels={
-        # its own elimination beats LAPACK up to blocks of 128 rows
-        "cpu": Kernel(
-            lambda skew, _: skew.dtype != torch.float16 and skew.shape[-1] <= packed_size(128)
-        ),
-        "cuda": Kernel(_skew_on_gpu),
-        "triton": Kernel(_skew_on_gpu, "cayley:cayley", "config:CayleyConfig"),
+        "cpu": Kernel(_cpu_takes_skew),
+        "cuda": Kernel(_gpu_takes_skew),
+        "triton": Kernel(_gpu_takes_skew, "cayley:cayley", "config:CAYLEY"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_skew),
 )
@@ -159,10 +165,9 @@ cayley_backward = Op(
     fake=fake_cayley_backward,
     samples=_sample_blocks,
     kernels={
-        # BLAS wins on larger blocks
-        "cpu": Kernel(lambda blocks, *_: blocks.dtype != torch.float16 and blocks.shape[-1] <= 32),
-        "cuda": Kernel(_on_gpu),
-        "triton": Kernel(_on_gpu, "cayley:cayley_backward", "config:CayleyConfig"),
+        "cpu": Kernel(_cpu_takes_blocks),
+        "cuda": Kernel(_gpu_takes_blocks),
+        "triton": Kernel(_gpu_takes_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_blocks),
 )
@@ -224,6 +229,8 @@ def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
     R = (I + Q)(I - Q)^-1, the paper's parametrisation (arXiv 2311.06243, section 3), where Q is
     skew-symmetric with ``skew`` as its strict upper triangle in the row-major order of
     ``torch.triu_indices(b, b, 1)``. Zeros give the identity, exactly.
+
+    Equivalent to ``torch.linalg.solve(eye - q, eye + q)`` for each Q, in float64.
 
     Args:
         skew: (..., b(b-1)/2) in float64, float32, bfloat16 or float16; b from 1 up.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from .._runtime import checks
 
@@ -25,6 +24,8 @@ def multiplicative_dropout(
     stays orthogonal. The mask is drawn on the device of ``blocks`` from torch's generator (or
     ``generator``), without a host sync, so seeding and activation checkpointing reproduce it. The
     gradient of a replaced block is zero.
+
+    Equivalent to ``torch.where(mask[..., None, None], torch.eye(b), blocks)`` for that mask (m, K).
 
     Args:
         blocks: (m, K, b, b), floating point.
@@ -55,32 +56,8 @@ def multiplicative_dropout(
     return drop_blocks(blocks, drop)
 
 
-class MultiplicativeDropout(nn.Module):
-    """``multiplicative_dropout`` as a module: active in training, the identity in evaluation."""
-
-    def __init__(self, p_component: float = 0.0, p_block: float = 0.0) -> None:
-        super().__init__()
-        checks.probability("p_component", p_component)
-        checks.probability("p_block", p_block)
-        self.p_component, self.p_block = p_component, p_block
-
-    def forward(self, blocks: torch.Tensor) -> torch.Tensor:
-        return multiplicative_dropout(
-            blocks, self.p_component, self.p_block, training=self.training
-        )
-
-    def draw(self, skew: torch.Tensor) -> torch.Tensor | None:
-        """The mask (m, K) of the blocks of ``skew`` that a forward pass is to drop, if any."""
-        if not self.training or not self.p_component or not self.p_block:
-            return None
-        return draw_mask(*skew.shape[:2], self.p_component, self.p_block, skew.device, None)
-
-    def extra_repr(self) -> str:
-        return f"p_component={self.p_component}, p_block={self.p_block}"
-
-
 def drop_blocks(blocks: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
-    """Blocks (..., b, b) with the identity where the boolean (...) is true."""
+    """Blocks (..., b, b), with the identity where the drop mask (...) is true."""
     if drop is None:
         return blocks
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
@@ -95,7 +72,7 @@ def draw_mask(
     device: torch.device,
     generator: torch.Generator | None,
 ) -> torch.Tensor | None:
-    """Which blocks to drop, a boolean (m, n_blocks); None if that is none of them."""
+    """A random drop mask, boolean (m, n_blocks); None if no block is to be dropped."""
     n_components, n_dropped = count(p_component, m), count(p_block, n_blocks)
     if n_components == 0 or n_dropped == 0:
         return None
@@ -106,7 +83,7 @@ def draw_mask(
 
 
 def count(p: float, n: int) -> int:
-    """floor(p n), where p n is a whole number in decimal: 0.29 * 100 is 28.999999999999996."""
+    """floor(p n), also if p n is whole in decimal alone: 0.29 * 100 is 28.999999999999996."""
     return math.floor(p * n + 1e-9)
 
 

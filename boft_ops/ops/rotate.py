@@ -102,9 +102,11 @@ def _fake_rotate_backward(
     return x_grad, _fake_gram(x, grad, stage.shape[-1], chunk, stride, splits)
 
 
-def _native_takes(x: torch.Tensor, size: int, splits: int = 1) -> bool:
-    """Up to the size from which BLAS wins."""
-    return x.dtype != torch.float16 and size <= 128 and splits == 1
+MAX_CPU_SIZE = 128  # features of a group, up to which the CPU kernels beat a BLAS
+
+
+def _cpu_takes_group(x: torch.Tensor, size: int) -> bool:
+    return x.dtype != torch.float16 and size <= MAX_CPU_SIZE
 
 
 def cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
@@ -112,9 +114,9 @@ def cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     return stage.dtype == compute_dtype(x) and stage.shape[-1] <= MAX_STAGE
 
 
-def native_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+def cpu_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the CPU kernels multiply rows by a stage (..., size, size) of this dtype."""
-    return stage.dtype == compute_dtype(x) and _native_takes(x, stage.shape[-1])
+    return stage.dtype == compute_dtype(x) and _cpu_takes_group(x, stage.shape[-1])
 
 
 def triton_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
@@ -149,21 +151,48 @@ def class_of_rows(size: int, chunk: int, stride: int, x: torch.Tensor) -> tuple[
     return (size, chunk, stride), tuple(x.shape)
 
 
-ROWS = ShapeClass(
-    ("size", "chunk", "stride"),
-    ("rows", "features"),
-    lambda x, stage, chunk, stride, _: class_of_rows(stage.shape[-1], chunk, stride, x),
-)
-TILE = "config_rotate:Tile"
+def _class_of(x, stage, chunk, stride, transpose) -> tuple[tuple, tuple]:
+    return class_of_rows(stage.shape[-1], chunk, stride, x)
+
+
+def _stage_grad_class_of(x, grad, size, chunk, stride, splits) -> tuple[tuple, tuple]:
+    return class_of_rows(size, chunk, stride, x)
+
+
+def _backward_class_of(grad, x, stage, chunk, stride, transpose, splits) -> tuple[tuple, tuple]:
+    return class_of_rows(stage.shape[-1], chunk, stride, x)
+
+
+def _cpu_takes_stage_grad(x, grad, size, chunk, stride, splits) -> bool:
+    return _cpu_takes_group(x, size) and splits == 1
+
+
+def _gpu_takes_stage_grad(x, grad, size, *_: int) -> bool:
+    return size <= MAX_STAGE
+
+
+def _cpu_takes_backward(grad, x, stage, chunk, stride, transpose, splits) -> bool:
+    return cpu_takes_stage(x, stage) and splits == 1
+
+
+def _cuda_takes_backward(grad, x, stage, *_: int) -> bool:
+    return cuda_takes_stage(x, stage)
+
+
+def _triton_takes_backward(grad, x, stage, *_: int) -> bool:
+    return triton_takes_stage(x, stage)
+
+
+ROWS = ShapeClass(("size", "chunk", "stride"), ("rows", "features"), _class_of)
 rotate_rows = Op(
     "rotate(Tensor x, Tensor stage, int chunk, int stride, bool transpose) -> Tensor",
     reference=rotate_reference,
     fake=fake_rotate,
     samples=_samples,
     kernels={
-        "cpu": Kernel(native_takes_stage),
+        "cpu": Kernel(cpu_takes_stage),
         "cuda": Kernel(cuda_takes_stage),
-        "triton": Kernel(triton_takes_stage, "rotate:rotate", TILE),
+        "triton": Kernel(triton_takes_stage, "rotate:rotate", "rotate:TILES"),
     },
     shape_class=ROWS,
 )
@@ -174,13 +203,13 @@ gram = Op(
     fake=_fake_gram,
     samples=_stage_grad_samples,
     kernels={
-        "cpu": Kernel(lambda x, grad, size, chunk, stride, splits: _native_takes(x, size, splits)),
-        "cuda": Kernel(lambda x, grad, size, *_: size <= MAX_STAGE),
-        "triton": Kernel(lambda x, grad, size, *_: size <= MAX_STAGE, "rotate_backward:gram", TILE),
+        "cpu": Kernel(_cpu_takes_stage_grad),
+        "cuda": Kernel(_gpu_takes_stage_grad),
+        "triton": Kernel(
+            _gpu_takes_stage_grad, "rotate_backward:gram", "rotate_backward:STAGE_GRAD_TILES"
+        ),
     },
-    shape_class=ROWS._replace(
-        of=lambda x, grad, size, chunk, stride, _: class_of_rows(size, chunk, stride, x)
-    ),
+    shape_class=ROWS._replace(of=_stage_grad_class_of),
     comparable=lambda partials: partials.sum(0),
 )
 rotate_backward = Op(
@@ -190,23 +219,15 @@ rotate_backward = Op(
     fake=_fake_rotate_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(
-            lambda grad, x, stage, chunk, stride, transpose, splits: (
-                native_takes_stage(x, stage) and splits == 1
-            )
-        ),
-        "cuda": Kernel(lambda grad, x, stage, *_: cuda_takes_stage(x, stage)),
+        "cpu": Kernel(_cpu_takes_backward),
+        "cuda": Kernel(_cuda_takes_backward),
         "triton": Kernel(
-            lambda grad, x, stage, *_: triton_takes_stage(x, stage),
+            _triton_takes_backward,
             "rotate_backward:rotate_backward",
-            TILE,
+            "rotate_backward:BACKWARD_TILES",
         ),
     },
-    shape_class=ROWS._replace(
-        of=lambda grad, x, stage, chunk, stride, *_: class_of_rows(
-            stage.shape[-1], chunk, stride, x
-        )
-    ),
+    shape_class=ROWS._replace(of=_backward_class_of),
     comparable=lambda result: (result[0], result[1].sum(0)),
 )
 

@@ -18,12 +18,11 @@ from .compose import compose
 from .planner import plan_for
 from .rotate import (
     ROWS,
-    TILE,
     class_of_rows,
+    cpu_takes_stage,
     cuda_takes_stage,
     fake_rotate,
     gram,
-    native_takes_stage,
     order_of,
     rotate_reference,
     triton_takes_stage,
@@ -69,6 +68,10 @@ def _samples(w: Workload) -> Iterator[tuple]:
         yield w.x(), matrices, index.to(torch.int32), stage.chunk, stage.stride, False
 
 
+def _class_of(x, stages, index, chunk, stride, transpose) -> tuple[tuple, tuple]:
+    return class_of_rows(stages.shape[-1], chunk, stride, x)
+
+
 rotate_indexed_rows = Op(
     # x (N, d), stages (A, d/size, size, size), index (N,) int32 in [-1, A); other indices give NaN
     "rotate_indexed(Tensor x, Tensor stages, Tensor index, int chunk, int stride, bool transpose)"
@@ -77,15 +80,13 @@ rotate_indexed_rows = Op(
     fake=_fake_rotate_indexed,
     samples=_samples,
     kernels={
-        "cpu": Kernel(native_takes_stage),
+        "cpu": Kernel(cpu_takes_stage),
         "cuda": Kernel(cuda_takes_stage),
-        "triton": Kernel(triton_takes_stage, "rotate_indexed:rotate_indexed", TILE),
+        "triton": Kernel(
+            triton_takes_stage, "rotate_indexed:rotate_indexed", "rotate_indexed:TILES"
+        ),
     },
-    shape_class=ROWS._replace(
-        of=lambda x, stages, index, chunk, stride, _: class_of_rows(
-            stages.shape[-1], chunk, stride, x
-        )
-    ),
+    shape_class=ROWS._replace(of=_class_of),
 )
 
 
@@ -229,7 +230,7 @@ def index_of_rows(index: torch.Tensor, x: torch.Tensor, n_adapters: int) -> torc
                 f"index: expected numbers in [-1, {n_adapters - 1}], got {least} to {most}"
             )
     elif torch.iinfo(index.dtype).max > torch.iinfo(torch.int32).max:
-        # what int32 has not must not come back as another adapter's number
+        # a number beyond int32 must not come back as another adapter's
         rows = rows.to(torch.int64).clamp(IDENTITY - 1, n_adapters)
     return rows.reshape(-1).to(torch.int32)
 

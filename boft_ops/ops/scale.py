@@ -83,7 +83,27 @@ def _sample_vectors(w: Workload) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return w.tensor(w.rows, w.n), scale, center
 
 
-_CLASS = ShapeClass((), ("rows", "features"), lambda x, *_: ((), tuple(x.shape)))
+def _class_of(x: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
+    return (), tuple(x.shape)
+
+
+def _cpu_takes(x, scale, center, bias) -> bool:
+    return x.dtype != torch.float16
+
+
+def _cuda_takes(x, scale, center, bias) -> bool:
+    return _in_compute_dtype(x, scale)
+
+
+def _cuda_takes_backward(grad, x, scale, center) -> bool:
+    return _in_compute_dtype(x, scale, center)
+
+
+def _cpu_takes_backward(grad, x, scale, center) -> bool:
+    return x.dtype != torch.float16 and _in_compute_dtype(x, scale, center)
+
+
+_CLASS = ShapeClass((), ("rows", "features"), _class_of)
 scale_forward = Op(
     # center and bias come together or not at all
     "scale(Tensor x, Tensor scale, Tensor? center, Tensor? bias) -> Tensor",
@@ -91,9 +111,9 @@ scale_forward = Op(
     fake=_fake_scale,
     samples=_samples,
     kernels={
-        "cpu": Kernel(lambda x, scale, *_: x.dtype != torch.float16),
-        "cuda": Kernel(lambda x, scale, *_: _in_compute_dtype(x, scale)),
-        "triton": Kernel(None, "scale:scale", "config_scale:ScaleConfig"),
+        "cpu": Kernel(_cpu_takes),
+        "cuda": Kernel(_cuda_takes),
+        "triton": Kernel(None, "scale:scale", "config_scale:FORWARD"),
     },
     shape_class=_CLASS,
 )
@@ -105,11 +125,9 @@ scale_backward = Op(
     fake=_fake_scale_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(
-            lambda x, _, *vectors: x.dtype != torch.float16 and _in_compute_dtype(x, *vectors)
-        ),
-        "cuda": Kernel(lambda x, _, *vectors: _in_compute_dtype(x, *vectors)),
-        "triton": Kernel(None, "scale:scale_backward", "config_scale:ScaleConfig"),
+        "cpu": Kernel(_cpu_takes_backward),
+        "cuda": Kernel(_cuda_takes_backward),
+        "triton": Kernel(None, "scale:scale_backward", "config_scale:BACKWARD"),
     },
     shape_class=_CLASS,
 )
@@ -126,9 +144,7 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def forward(x, scale, center, bias):
         if torch.compiler.is_compiling():
-            return scale_reference(
-                x, scale, center, bias
-            )  # which Inductor fuses with what is around it
+            return scale_reference(x, scale, center, bias)  # Inductor fuses it with its neighbors
         return scale_forward(x, scale, center, bias)
 
     @staticmethod

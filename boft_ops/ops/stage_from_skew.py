@@ -97,7 +97,7 @@ rotation_forward = Op(
     kernels={
         "cpu": Kernel(_native_takes),
         "cuda": Kernel(_cuda_takes),
-        "triton": Kernel(_triton_takes, "rotation:rotation", "config:RotationConfig"),
+        "triton": Kernel(_triton_takes, "rotation:rotation", "config:ROTATION"),
     },
     shape_class=_CLASS,
 )
@@ -113,7 +113,7 @@ rotation_backward = Op(
         "triton": Kernel(
             lambda blocks, drop, grad: grad.shape[-1] <= MAX_SIZE,
             "rotation:rotation_backward",
-            "config:RotationConfig",
+            "config:ROTATION_BACKWARD",
         ),
     },
     shape_class=_CLASS._replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from .._runtime.backend import Op, triton_object
+from .._runtime.backend import Op
 
 STAGES = (1, 2, 3, 4)  # values of num_stages
 Tile = tuple[tuple[str, int], ...]
@@ -16,13 +16,8 @@ def tiles(op: Op, structure: dict[str, int], dtype: str) -> list[Tile]:
     A step halves or doubles one field, or changes num_stages. Two steps reach what was fastest on
     an H200 from each default; kernels with two free fields get three.
     """
-    if not op.tile_type()._fields:
-        return []
-    default_tile, is_legal = (
-        triton_object(op.kernels["triton"].tile.partition(":")[0] + ":" + name)
-        for name in ("default_tile", "is_legal")
-    )
-    default = default_tile(op.name, structure, dtype)
+    table = op.tiles()
+    default = None if table is None else table.default(structure, dtype)
     if default is None:
         return []
     most = 2 if len(default) > 4 else 3
@@ -39,7 +34,7 @@ def tiles(op: Op, structure: dict[str, int], dtype: str) -> list[Tile]:
                 if other >= 1 and neighbor not in steps:
                     steps[neighbor] = steps[tile] + 1
                     queue.append(neighbor)
-    legal = [
-        tile for tile in steps if tile != default and is_legal(op.name, tile, structure, dtype)
+    del steps[default]
+    return [
+        tuple(tile._asdict().items()) for tile in steps if table.is_legal(tile, structure, dtype)
     ]
-    return [tuple(tile._asdict().items()) for tile in legal]

@@ -6,13 +6,18 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from boft_ops.triton_kernels import config, config_rotate, config_scale
-from boft_ops.triton_kernels.config import Config, config_for
-from boft_ops.triton_kernels.config_rotate import BAND, DTYPE_CLASSES, TILES, Tile, constants_of
+from boft_ops.triton_kernels import config_scale, rotate, rotate_backward, rotate_indexed
+from boft_ops.triton_kernels.config import MAX_BLOCK_SIZE, Config, config_for
+from boft_ops.triton_kernels.config_rotate import BAND, DTYPE_CLASSES, Tile, constants_of
 
 MAX_COMPOSED_SIZE = 256  # largest stage that compose makes
 MAX_ROTATION_SIZE = 64  # largest group that rotation keeps in one program
-ROTATE_OPS = ("rotate", "rotate_indexed", "rotate_backward", "gram")
+TABLES = {
+    "rotate": rotate.TILES,
+    "rotate_indexed": rotate_indexed.TILES,
+    "rotate_backward": rotate_backward.BACKWARD_TILES,
+    "gram": rotate_backward.STAGE_GRAD_TILES,
+}
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -116,7 +121,7 @@ def stage_cases() -> Iterator[Case]:
 
 def structures(op: str) -> Iterator[dict[str, int]]:
     """Every structure that ``op`` takes, as arguments of ``config.config_for``."""
-    block_sizes = range(1, config.MAX_BLOCK_SIZE + 1)
+    block_sizes = range(1, MAX_BLOCK_SIZE + 1)
     if op in ("cayley", "cayley_backward"):
         yield from ({"b": b} for b in block_sizes)
     elif op == "compose":
@@ -151,22 +156,22 @@ def reachable_configs(op: str) -> Iterator[tuple[dict[str, int], Config]]:
 
 def rotate_cases() -> Iterator[Case]:
     """Cases of the rotate kernels, one for each reachable tile and structure."""
-    for op in ROTATE_OPS:
+    for op in TABLES:
         for tile, structure in reachable_tiles(op):
             if tile is not None:
                 yield rotate_case(op, tile, structure)
 
 
 def reachable_tiles(op: str) -> Iterator[tuple[Tile | None, dict[str, Any]]]:
-    """Every tile that ``config_rotate.config_for(op)`` can return, with structures it is for."""
+    """Every tile that the table of an op can return, with structures it is for."""
     for dtype, dtype_class in DTYPE_CLASSES.items():
-        sizes = {max_size for max_size, _ in TILES[op, dtype_class]} | {BAND, 2 * BAND}
+        sizes = {max_size for max_size, _ in getattr(TABLES[op], dtype_class)} | {BAND, 2 * BAND}
         for size in sorted(sizes):
             odd = 3 if size == BAND else size - 1
             for layout in ((size, size, 1), (size, 4, 8), (size, 2, 8), (odd, odd, 1)):
                 structure = dict(zip(("size", "chunk", "stride"), layout, strict=True))
-                structure["dtype"] = dtype
-                yield config_rotate.config_for(op, **structure), structure
+                tile = TABLES[op].default(structure, dtype)
+                yield tile, structure | {"dtype": dtype}
 
 
 def rotate_case(op: str, tile: Tile, structure: dict[str, Any]) -> Case:
@@ -214,7 +219,8 @@ def scale_cases() -> Iterator[Case]:
             | dict.fromkeys(("scale_ptr", "sums_ptr"), compute_type),
         }
         for op, pointers in kernels.items():
-            tile = config_scale.config_for(op)
+            tiles = config_scale.FORWARD if op == "scale" else config_scale.BACKWARD
+            tile = tiles.config
             constants = {"INTERPRETED": False, "ROWS": tile.ROWS, "COLUMNS": tile.COLUMNS}
             launch = tile.num_warps, tile.num_stages
             everywhere = row_type in ("bf16", "fp32")

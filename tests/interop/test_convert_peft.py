@@ -11,7 +11,7 @@ from torch import nn
 
 from boft_ops import BOFTLinear, adapt, load_adapter, save_adapter
 from boft_ops.interop.convert import convert
-from boft_ops.interop.formats.peft_reader import _one_of
+from boft_ops.interop.formats.peft_reader import _share_of_one
 
 
 class Net(nn.Module):
@@ -190,7 +190,7 @@ def test_dropout_keeps_its_distribution(base, tmp_path):
 
 @pytest.mark.parametrize("m", range(1, 12))
 def test_one_factor_of_any_number_is_dropped(m):
-    assert int(_one_of(m) * m) == 1
+    assert int(_share_of_one(m) * m) == 1
 
 
 def test_shared_blocks_need_the_base(base, tmp_path):

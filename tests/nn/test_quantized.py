@@ -1,4 +1,4 @@
-"""Rotations over quantised linear layers: torchao's, bitsandbytes', and one of packed integers."""
+"""Rotations over quantized linear layers: torchao's, bitsandbytes', and one of packed integers."""
 
 import copy
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from boft_ops import BOFTLinear, MultiAdapterLinear, adapt, load_adapter, merge, save_adapter
-from boft_ops.nn.quantized import dense_weight, is_quantised
+from boft_ops.nn.base_modules import dense_weight, is_quantized
 
 
 class PackedLinear(nn.Module):
@@ -56,7 +56,7 @@ def bitsandbytes8(linear):
     return layer.to("cpu")
 
 
-QUANTISERS = {
+QUANTIZERS = {
     "torchao int8": torchao8,
     "torchao int4": torchao4,
     "bitsandbytes nf4": bitsandbytes4,
@@ -67,14 +67,14 @@ QUANTISERS = {
 TOLERANCE = {"bitsandbytes int8": 0.05}
 
 
-@pytest.fixture(params=QUANTISERS)
-def quantised(request):
-    """A model with a quantised layer, and the tolerance of its products.
+@pytest.fixture(params=QUANTIZERS)
+def quantized(request):
+    """A model with a quantized layer, and the tolerance of its products.
 
     In training mode: in evaluation bitsandbytes' 4 bits on a CPU are a kernel without a gradient.
     """
     model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8))
-    model[0] = QUANTISERS[request.param](model[0])
+    model[0] = QUANTIZERS[request.param](model[0])
     return model.train(), TOLERANCE.get(request.param, 1e-4)
 
 
@@ -93,17 +93,17 @@ def weight_of(base):
         return (base(torch.eye(64)) - bias).T.float()
 
 
-def test_which_layers_are_quantised(quantised):
-    model, _ = quantised
-    assert is_quantised(model[0])
+def test_which_layers_are_quantized(quantized):
+    model, _ = quantized
+    assert is_quantized(model[0])
     for plain in (nn.Linear(4, 4), nn.Linear(4, 4).bfloat16(), nn.Conv2d(4, 4, 1), nn.ReLU(),
                   BOFTLinear(16, 8), nn.Embedding(4, 4), nn.BatchNorm1d(4)):  # fmt: skip
-        assert not is_quantised(plain)
+        assert not is_quantized(plain)
 
 
-def test_forward_and_gradients(quantised):
-    """As the dense layer with the weight that the quantised one stands for."""
-    model, tolerance = quantised
+def test_forward_and_gradients(quantized):
+    """As the dense layer with the weight that the quantized one stands for."""
+    model, tolerance = quantized
     base, x = model[0], torch.randn(6, 64, requires_grad=True)
     start = model(x)
     adapt(model, ["0"], block_size=8)
@@ -133,8 +133,8 @@ def test_forward_and_gradients(quantised):
         assert error <= tolerance, error
 
 
-def test_training_step(quantised):
-    model, _ = quantised
+def test_training_step(quantized):
+    model, _ = quantized
     trained(model, block_size=8, p_component=0.5, p_block=0.5).train()
     before = {n: copy.deepcopy(t) for n, t in model[0].base.state_dict().items()
               if isinstance(t, torch.Tensor)}  # fmt: skip
@@ -151,38 +151,38 @@ def test_training_step(quantised):
         assert torch.equal(*plain), name
 
 
-def test_merging_refuses_or_requantises(quantised, request):
-    model, _ = quantised
-    how = QUANTISERS[request.node.callspec.params["quantised"]]
+def test_merging_refuses_or_requantizes(quantized, request):
+    model, _ = quantized
+    how = QUANTIZERS[request.node.callspec.params["quantized"]]
     trained(model)
     layer, x = model[0], torch.randn(6, 64)
     want = layer(x)
-    with pytest.raises(ValueError, match="merging has to quantise it again"):
+    with pytest.raises(ValueError, match="merging has to quantize it again"):
         merge(model)
     assert model[0] is layer
     if how is PackedLinear:
         with pytest.raises(ValueError, match="a weight that can be made dense"):
-            merge(model, requantise=PackedLinear)
+            merge(model, requantize=PackedLinear)
         return
     assert (dense_weight(layer.base) - weight_of(layer.base)).abs().max() < 0.02
     seen = []
 
-    def requantise(linear):
+    def requantize(linear):
         seen.append(linear)
         return how(linear)
 
-    merge(model, requantise=requantise)
-    assert is_quantised(model[0])
+    merge(model, requantize=requantize)
+    assert is_quantized(model[0])
     assert type(seen[0]) is nn.Linear
     scale = want.abs().max()
     assert (seen[0](x) - want).abs().max() / scale < 0.03  # dense: but for int8 activations exact
     limit = 0.3 if how in (bitsandbytes4, torchao4) else 0.05
-    assert (model[0](x) - want).abs().max() / scale < limit  # the rounding of quantising again
+    assert (model[0](x) - want).abs().max() / scale < limit  # the rounding of quantizing again
 
 
-def test_adapter_files(quantised, tmp_path):
+def test_adapter_files(quantized, tmp_path):
     """The same names as over a dense layer: one file for both."""
-    model, _ = quantised
+    model, _ = quantized
     fresh = copy.deepcopy(model)
     trained(model)
     save_adapter(model, tmp_path / "a")
@@ -205,7 +205,7 @@ def test_adapter_files(quantised, tmp_path):
         save_adapter(fresh, tmp_path / "d", adapter="third")
 
 
-def test_a_trained_bias_has_one_name_over_dense_and_quantised_layers(tmp_path):
+def test_a_trained_bias_has_one_name_over_dense_and_quantized_layers(tmp_path):
     dense = nn.Sequential(nn.Linear(64, 32))
     packed = nn.Sequential(PackedLinear(copy.deepcopy(dense[0])))
     for model, name in ((dense, "0.bias"), (packed, "0.base.bias")):
@@ -252,8 +252,8 @@ def test_what_adapt_refuses_over_them():
         adapt(done, ["0"])
 
 
-def test_bfloat16_activations(quantised):
-    model, _ = quantised
+def test_bfloat16_activations(quantized):
+    model, _ = quantized
     if type(model[0]).__name__ == "Linear" or isinstance(model[0], PackedLinear):
         model = model.bfloat16() if isinstance(model[0], PackedLinear) else model
     trained(model, block_size=8)

@@ -18,9 +18,9 @@ if not backend.has_triton():
 
 import triton
 import triton.language as tl
-from triton_cases import reachable_tiles
+from triton_cases import TABLES, reachable_tiles
 
-from boft_ops.indexed import rotate_indexed_rows
+from boft_ops.ops.rotate_indexed import rotate_indexed_rows
 from boft_ops.triton_kernels import config_rotate
 from boft_ops.triton_kernels import rotate as kernels
 from boft_ops.triton_kernels import rotate_backward as backward_kernels
@@ -87,14 +87,14 @@ def check(size, chunk, stride, n_groups, rows, transpose, dtype, splits):
 
     def gradients(x, grad, stage):
         pair = (grad, x) if transpose else (x, grad)
-        x_grad = rotate._rotate(grad, stage, *layout, not transpose)
-        return x_grad, rotate._gram(*pair, size, *layout, 1)[0]
+        x_grad = rotate.rotate_reference(grad, stage, *layout, not transpose)
+        return x_grad, rotate.gram.reference(*pair, size, *layout, 1)[0]
 
     truth = x.double(), grad.double(), stage.double()
-    y = rotate._rotate(truth[0], truth[2], *layout, transpose)
+    y = rotate.rotate_reference(truth[0], truth[2], *layout, transpose)
     assert_as_good(
         kernels.rotate(x, stage, *layout, transpose),
-        rotate._rotate(x, stage, *layout, transpose),
+        rotate.rotate_reference(x, stage, *layout, transpose),
         y,
     )
     x_grad, partials = backward_kernels.rotate_backward(grad, x, stage, *layout, transpose, splits)
@@ -134,8 +134,8 @@ def test_programs_that_take_several_tiles_of_rows(size, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     monkeypatch.setattr(kernels, "_rotate_launch", kernels._rotate_launch.__wrapped__)  # no cache
     x, _, stage = inputs(size, 2, 150, dtype)
-    truth = rotate._rotate(x.double(), stage.double(), size // 2, 2, False)
-    reference = rotate._rotate(x, stage, size // 2, 2, False)
+    truth = rotate.rotate_reference(x.double(), stage.double(), size // 2, 2, False)
+    reference = rotate.rotate_reference(x, stage, size // 2, 2, False)
     assert_as_good(kernels.rotate(x, stage, size // 2, 2, False), reference, truth)
 
 
@@ -208,8 +208,8 @@ def test_every_structure_has_a_tile_that_fits(op):
     for dtype in config_rotate.DTYPE_CLASSES:
         for size in range(1, config_rotate.MAX_SIZE + 1):
             for chunk, stride in {(size, 1), (1, 2)} | {(c, 2) for c in (2, 4, 8) if size % c == 0}:
-                structure = {"size": size, "chunk": chunk, "stride": stride, "dtype": dtype}
-                tile = config_rotate.config_for(op, **structure)
+                structure = {"size": size, "chunk": chunk, "stride": stride}
+                tile = TABLES[op].default(structure, dtype)
                 tiles.add(tile)
                 if tile is None:
                     assert op == "rotate_backward"
@@ -234,4 +234,4 @@ def test_the_ops_ask_for_the_sizes_that_have_tiles():
             rotate_indexed_rows: (x, stage[None], index, size, 1, False),
         }
         for op, args in calls.items():
-            assert op.takes("triton", args) == (size <= config_rotate.MAX_SIZE)
+            assert op.supports("triton", args) == (size <= config_rotate.MAX_SIZE)

@@ -1,33 +1,37 @@
-"""Files of tensors from anywhere: read without running any of their code, written whole or not."""
+"""Readers for files of unknown origin: they run none of the code in a file."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from pathlib import Path
 
 import torch
 
 from ..._runtime.checks import FLOATING
+from ..._runtime.files import open_safetensors
 
 MAX_JSON = 16 << 20  # bytes
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, or of a .bin, .pt, .pth or .ckpt one, and the metadata.
+    """Read the tensors and the metadata of a safetensors file, or of a pickle without metadata.
 
-    The latter are pickles and are read with ``weights_only=True`` alone: no code of theirs runs.
+    Files that end in .bin, .pt, .pth or .ckpt are pickles. They are read with
+    ``weights_only=True``, so that none of their code runs.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated, spoiled, or holds something else than plain tensors, be it floating
-            point of 8 bits.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or spoiled, or holds anything but plain tensors of
+            integers and of floating-point numbers of at least 16 bits.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a file, got {str(path)!r}")
-    tensors, metadata = _read(path)
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        tensors, metadata = _read_pickle(path), {}
+    else:
+        with open_safetensors(path) as file:
+            names, metadata = file.keys(), file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in names}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in FLOATING:
             raise ValueError(
@@ -37,22 +41,10 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        return _read_pickle(path), {}
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # SafetensorError, and what dtypes that torch lacks lead to
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
-
-
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a hostile file makes the reader stumble over
+    except Exception as error:  # a hostile file can raise anything in the reader
         raise ValueError(
             f"{path}: not a file of tensors alone: torch.load(weights_only=True) refuses it "
             f"({type(error).__name__})"
@@ -60,13 +52,16 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(loaded).__name__}")
     for name, value in loaded.items():
-        if not isinstance(name, str) or not _is_plain(value):
+        if not isinstance(name, str) or not _owns_storage(value):
             raise ValueError(f"{path}: expected names with plain tensors, got {name!r}")
     return dict(loaded)
 
 
-def _is_plain(value: object) -> bool:
-    """A tensor with memory of its own behind every element: no view may claim more."""
+def _owns_storage(value: object) -> bool:
+    """True for a plain CPU tensor whose storage is as large as its elements need.
+
+    A small file could otherwise hold an expanded view that claims any amount of memory.
+    """
     return (
         type(value) in (torch.Tensor, torch.nn.Parameter)
         and value.layout == torch.strided
@@ -77,11 +72,11 @@ def _is_plain(value: object) -> bool:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: too large, no JSON, or something else than an object.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is larger than 16 MiB, is no JSON, or holds no object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a file, got {str(path)!r}")
@@ -89,21 +84,8 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: expected at most {MAX_JSON} bytes of JSON")
     try:
         value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, and of its depth
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, or too deep
         raise ValueError(f"{path}: expected JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def write_folder(path: Path, files: dict[str, bytes]) -> None:
-    """A new folder with these files, which appears whole or not at all."""
-    path = path.resolve()
-    temporary = path.with_name(f".boft_ops-{uuid.uuid4().hex}")
-    try:
-        temporary.mkdir()
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

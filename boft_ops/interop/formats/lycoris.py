@@ -1,7 +1,9 @@
-"""LyCORIS checkpoints of BOFT and diag-oft: one file, tensors by the mangled names of layers.
+"""Reads and writes LyCORIS' checkpoints of BOFT and diag-oft.
 
-Both rotate the outputs: W' = rescale * R W. LyCORIS' BOFT keeps the two chunks of a block
-interleaved, and its constraint ("alpha") bounds the norm of all of a layer's blocks together.
+A checkpoint is one file with tensors named after the layers, with underscores for the dots.
+Both methods rotate the outputs: W' = rescale * R W.
+LyCORIS' BOFT interleaves the two chunks of a block.
+Its constraint ("alpha") bounds the norm of all blocks of a layer together.
 """
 
 from __future__ import annotations
@@ -10,19 +12,32 @@ from pathlib import Path
 
 import torch
 
-from ...nn.adapter_file import write_whole
+from ..._runtime.files import encode_safetensors, write_whole
 from ...ops.cayley import pack, unpack
-from .adapter import Adapter, LayerAdapter, Shapes, described
+from .checkpoint import Checkpoint, LayerState, Shapes, described
 
 PARTS = ("oft_blocks", "rescale", "alpha")
 
 
 def is_checkpoint(tensors: dict[str, torch.Tensor]) -> bool:
+    """True if the tensors of a file are those of LyCORIS' BOFT or diag-oft."""
     return any(name.endswith(".oft_blocks") for name in tensors)
 
 
-def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: str) -> Adapter:
-    """Exact for LyCORIS' forward with multiplier 1; the constraint is applied, once and for all."""
+def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: str) -> Checkpoint:
+    """Build the checkpoint that computes LyCORIS' forward with multiplier 1.
+
+    The constraint is applied to the blocks and not kept.
+
+    Args:
+        path: of the file, for messages.
+        tensors: the content of the file.
+        shapes: shapes of the pretrained model's weights, by the names of its modules.
+        prefix: of LyCORIS' names of layers.
+
+    Raises:
+        ValueError: a tensor is not valid, or the names of layers are not those of one module each.
+    """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -35,39 +50,40 @@ def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: s
             raise ValueError(f"{path}: {name}: expected floating-point numbers, got {tensor.dtype}")
         layers.setdefault(layer, {})[part] = tensor
     names = _names(path, list(layers), shapes, prefix)
-    adapter = {}
+    states = {}
     for mangled, parts in layers.items():
         if "oft_blocks" not in parts:
             raise ValueError(f"{path}: {mangled}: expected oft_blocks, got none")
         layer = _read_layer(f"{path}: {mangled}", parts)
-        adapter[names[mangled]] = described(layer, shapes[names[mangled]], names[mangled])
-    return Adapter(adapter)
+        states[names[mangled]] = described(layer, shapes[names[mangled]], names[mangled])
+    return Checkpoint(states)
 
 
 def _names(path: Path, mangled: list[str], shapes: Shapes, prefix: str) -> dict[str, str]:
-    """Mangled names, whose dots became underscores, -> the names in the pretrained model."""
+    """The name in the pretrained model for each mangled name, whose dots became underscores."""
     if not shapes:
         raise ValueError(
             f"{path}: of LyCORIS' names, such as {mangled[0]!r}, dots cannot be told from "
             "underscores: expected base=, the pretrained model"
         )
-    found: dict[str, list[str]] = {}
+    originals: dict[str, list[str]] = {}
     for name in shapes:
-        found.setdefault(mangle(name, prefix), []).append(name)
+        originals.setdefault(mangle(name, prefix), []).append(name)
     for name in mangled:
-        candidates = found.get(name, [])
+        candidates = originals.get(name, [])
         if len(candidates) != 1:
             raise ValueError(
                 f"{path}: {name}: expected one layer of that name in the base, got {candidates}"
             )
-    return {name: found[name][0] for name in mangled}
+    return {name: originals[name][0] for name in mangled}
 
 
 def mangle(name: str, prefix: str) -> str:
+    """LyCORIS' name of the layer ``name``."""
     return f"{prefix}_{name}".replace(".", "_")
 
 
-def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerAdapter:
+def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerState:
     blocks = parts["oft_blocks"]
     shape = tuple(blocks.shape)
     if len(shape) not in (3, 4) or shape[-1] != shape[-2] or 0 in shape:
@@ -94,7 +110,7 @@ def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerAdapter:
         if scale.dim() == 0 or scale.numel() != len(scale):
             raise ValueError(f"{where}: rescale: expected (n, 1, ...), got {tuple(scale.shape)}")
         scale = scale.flatten().to(skew.dtype)
-    return LayerAdapter(skew, scale, side="out")
+    return LayerState.from_tensors(skew, scale, side="out")
 
 
 def _alpha(where: str, alpha: torch.Tensor | None) -> float:
@@ -108,48 +124,48 @@ def _alpha(where: str, alpha: torch.Tensor | None) -> float:
 
 
 def _interleaved(block_size: int) -> torch.Tensor:
-    """Position p of a LyCORIS block -> its element here: (p mod 2) * b/2 + p div 2."""
+    """The element of a block here, (p mod 2) * b/2 + p div 2, for each position p in LyCORIS."""
     position = torch.arange(block_size)
     return position % 2 * (block_size // 2) + position // 2
 
 
-def write(adapter: Adapter, path: Path, prefix: str) -> None:
-    """BOFT for several factors, else diag-oft; refused is what LyCORIS could not load."""
-    from safetensors.torch import save
+def write(checkpoint: Checkpoint, path: Path, prefix: str) -> None:
+    """Write BOFT for several factors, else diag-oft.
 
-    if adapter.others:
-        raise ValueError(
-            f"LyCORIS has no place for further trained tensors, got {next(iter(adapter.others))!r}"
-        )
+    Raises:
+        ValueError: LyCORIS could not load the checkpoint; the message says why.
+    """
+    if checkpoint.others:
+        other = next(iter(checkpoint.others))
+        raise ValueError(f"LyCORIS has no place for further trained tensors, got {other!r}")
     tensors: dict[str, torch.Tensor] = {}
-    for name, layer in adapter.layers.items():
+    for name, layer in checkpoint.layers.items():
         mangled = mangle(name, prefix)
         if f"{mangled}.oft_blocks" in tensors:
             raise ValueError(f"{name}: another layer's name is {mangled!r} in LyCORIS, too")
-        blocks = _write_layer(name, layer)
-        tensors[f"{mangled}.oft_blocks"] = blocks.contiguous()
+        tensors[f"{mangled}.oft_blocks"] = _write_layer(name, layer)
         tensors[f"{mangled}.alpha"] = torch.tensor(0.0)  # no constraint
         if layer.scale is not None:
-            dims = {"Linear": 2, "Conv2d": 4}.get(layer.kind)
-            if dims is None:
+            n_dims = {"Linear": 2, "Conv2d": 4}.get(layer.layer_type)
+            if n_dims is None:
                 raise ValueError(
-                    f"{name}: LyCORIS shapes rescale by the kind of layer, which the file does not "
+                    f"{name}: LyCORIS shapes rescale by the type of layer, which the file does not "
                     "tell: expected base=, the pretrained model"
                 )
-            tensors[f"{mangled}.rescale"] = layer.scale.reshape(-1, *[1] * (dims - 1))
-    write_whole(path, save(tensors, {"format": "pt"}))
+            tensors[f"{mangled}.rescale"] = layer.scale.reshape(-1, *[1] * (n_dims - 1))
+    write_whole(path, encode_safetensors(tensors, {"format": "pt"}))
 
 
-def _write_layer(name: str, layer: LayerAdapter) -> torch.Tensor:
-    m, n_blocks, b = layer.n_factors, layer.skew.shape[1], layer.block_size
-    if layer.side == "in":
+def _write_layer(name: str, layer: LayerState) -> torch.Tensor:
+    m, n_blocks, b = len(layer.skew), layer.skew.shape[1], layer.config.block_size
+    if layer.config.side == "in":
         raise ValueError(
-            f"{name}: LyCORIS rotates the outputs of a layer, this adapter its inputs: W R^T is no "
-            "R W for any other rotation of that kind"
+            f"{name}: LyCORIS rotates the outputs of a layer, this adapter its inputs: in general "
+            "no butterfly R' makes R' W equal to W R^T"
         )
-    if layer.method != "exact":
+    if layer.config.method != "exact":
         raise ValueError(
-            f"{name}: LyCORIS has the exact Cayley transform alone, got {layer.method!r}"
+            f"{name}: LyCORIS has the exact Cayley transform alone, got {layer.config.method!r}"
         )
     if m == 1 and b <= n_blocks:
         return -unpack(layer.skew[0]) / 2
@@ -162,7 +178,7 @@ def _write_layer(name: str, layer: LayerAdapter) -> torch.Tensor:
         raise ValueError(
             f"{name}: LyCORIS' BOFT takes a power of two of blocks, got {n_blocks} of size {b}"
         )
-    # it always has the most factors there can be: those that are missing are the identity
+    # LyCORIS always has the largest possible number of factors: the missing ones are the identity.
     order, q = _interleaved(b), unpack(layer.skew)
     blocks = q.new_zeros(n_blocks.bit_length(), n_blocks, b, b)
     blocks[:m] = q[..., order, :][..., order] / 2

@@ -1,4 +1,4 @@
-"""This package's own adapter files (``save_adapter``), apart from any model."""
+"""Reads and writes this package's adapter files (``save_adapter``), without a model."""
 
 from __future__ import annotations
 
@@ -8,21 +8,33 @@ from pathlib import Path
 import torch
 
 from ...nn.adapter_file import FORMAT, parse_metadata, write_adapter
-from .adapter import Adapter, LayerAdapter, Shapes, described
+from ...nn.config import RotationConfig
+from .checkpoint import LAYER_TYPES, Checkpoint, LayerState, Shapes, described
 
 
 def is_checkpoint(metadata: dict[str, str]) -> bool:
+    """True if the metadata of a safetensors file are those of ``save_adapter``."""
     return metadata.get("format") == FORMAT
 
 
 def read(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], shapes: Shapes
-) -> Adapter:
-    config = parse_metadata(path, metadata)
+) -> Checkpoint:
+    """Build the checkpoint from the content of a file.
+
+    Args:
+        path: of the file, for messages.
+        tensors, metadata: the content of the file.
+        shapes: shapes of the pretrained model's weights, by the names of its modules; may be empty.
+
+    Raises:
+        ValueError: the options or tensors are not valid, or do not fit each other.
+    """
+    layer_options = parse_metadata(path, metadata)
     bases = _bases(path, metadata.get("bases", "{}"))
     others = dict(tensors)
     layers = {}
-    for name, options in config.items():
+    for name, options in layer_options.items():
         if "kaleidoscope" in options:
             raise ValueError(
                 f"{path}: {name}: kaleidoscope: expected a butterfly, got a product of several, "
@@ -30,44 +42,57 @@ def read(
             )
         prefix = f"{name}." if name else ""
         skew, scale = others.pop(f"{prefix}skew", None), others.pop(f"{prefix}scale", None)
-        if skew is None or skew.dim() != 3:
-            raise ValueError(f"{path}: {name}: expected a tensor {prefix}skew of 3 dimensions")
-        kind, out_features = bases.get(name, (None, None))
-        wanted = {k: options[k] for k in ("side", "method", "p_component", "p_block")}
-        layer = LayerAdapter(skew, scale, **wanted, kind=kind, out_features=out_features)
-        got = layer.options()
-        if got != options:
-            odd = next(k for k in got if got[k] != options[k])
-            raise ValueError(f"{path}: {name}: {odd}: the file says {options[odd]}, its tensors "
-                             f"{got[odd]}")  # fmt: skip
+        if skew is None:
+            raise ValueError(f"{path}: {name}: expected a tensor {prefix}skew, got none")
+        layer_type, out_features = bases.get(name, (None, None))
+        try:
+            saved = RotationConfig(**options)
+            stored = {key: options[key] for key in ("side", "method", "p_component", "p_block")}
+            layer = LayerState.from_tensors(
+                skew, scale, layer_type=layer_type, out_features=out_features, **stored
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
+        tensors_say = layer.config.options()
+        for key, value in saved.options().items():
+            if tensors_say[key] != value:
+                raise ValueError(
+                    f"{path}: {name}: {key}: the file says {value}, its tensors {tensors_say[key]}"
+                )
         layers[name] = described(layer, shapes.get(name), name)
-    return Adapter(layers, others)
+    return Checkpoint(layers, others)
 
 
 def _bases(path: Path, text: str) -> dict[str, tuple[str, int]]:
+    """The type and the number of outputs of each layer."""
     try:
         bases = json.loads(text)
-        pairs = {name: (kind, n) for name, (kind, n) in bases.items()}
+        pairs = {name: (layer_type, n) for name, (layer_type, n) in bases.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: bases: expected kind and outputs of each layer") from error
-    for kind, n in pairs.values():
-        if kind not in ("Linear", "Conv2d") or type(n) is not int or n < 1:
-            raise ValueError(f"{path}: bases: expected kind and outputs, got {kind!r}, {n!r}")
+        raise ValueError(f"{path}: bases: expected type and outputs of each layer") from error
+    for layer_type, n in pairs.values():
+        if layer_type not in LAYER_TYPES.values() or type(n) is not int or n < 1:
+            raise ValueError(f"{path}: bases: expected type and outputs, got {layer_type!r}, {n!r}")
     return pairs
 
 
-def write(adapter: Adapter, path: Path) -> None:
-    tensors = dict(adapter.others)
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a file that ``load_adapter`` reads.
+
+    Raises:
+        ValueError: a further tensor bears the name of a skew or scale.
+    """
+    tensors = dict(checkpoint.others)
     bases = {}
-    for name, layer in adapter.layers.items():
+    for name, layer in checkpoint.layers.items():
         prefix = f"{name}." if name else ""
-        own = {f"{prefix}skew": layer.skew}
+        rotation = {f"{prefix}skew": layer.skew}
         if layer.scale is not None:
-            own[f"{prefix}scale"] = layer.scale
-        if clash := own.keys() & tensors.keys():
+            rotation[f"{prefix}scale"] = layer.scale
+        if clash := rotation.keys() & tensors.keys():
             raise ValueError(f"expected no other tensor of that name, got two {clash.pop()!r}")
-        tensors |= own
-        if layer.kind is not None:
-            bases[name] = layer.kind, layer.out_features
-    config = {name: layer.options() for name, layer in adapter.layers.items()}
-    write_adapter(path, config, bases, tensors)
+        tensors |= rotation
+        if layer.layer_type is not None:
+            bases[name] = layer.layer_type, layer.out_features
+    layer_options = {name: layer.config.options() for name, layer in checkpoint.layers.items()}
+    write_adapter(path, layer_options, bases, tensors)

@@ -1,4 +1,4 @@
-"""Reads PEFT's checkpoints of BOFT and OFT: a folder with adapter_config.json and adapter_model."""
+"""Reads PEFT's checkpoints of BOFT and OFT: folders with adapter_config.json and adapter_model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ from pathlib import Path
 import torch
 
 from ..peft.parameters import TERMS, boft_skew, oft_skew
-from .adapter import Adapter, LayerAdapter, Shapes, described
+from .checkpoint import Checkpoint, LayerState, Shapes, described
 from .files import read_json, read_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-# Of boft_R (m, K, b, b), and what PEFT takes where its config says nothing.
+# The options that say the shape of boft_R (m, K, b, b), with PEFT's defaults.
 SIZES = {"boft_n_butterfly_factor": 1, "boft_block_num": 0, "boft_block_size": 4}
-_FOREIGN = re.compile(r"(^|\.)\w*(oft|lora)_\w+(\.|$)")  # parameters of any tuner that are left
+_FOREIGN = re.compile(r"(^|\.)\w*(oft|lora)_\w+(\.|$)")  # parameters of tuners
 
 
-def read(path: Path, shapes: Shapes) -> Adapter:
-    """A checkpoint folder. Exact for PEFT's forward pass; see ``_read_oft`` for what is refused."""
+def read(path: Path, shapes: Shapes) -> Checkpoint:
+    """Read a checkpoint folder; the result computes PEFT's forward pass.
+
+    Args:
+        path: the folder.
+        shapes: shapes of the pretrained model's weights, by the names of its modules; may be empty.
+
+    Raises:
+        FileNotFoundError: a file of the folder is missing.
+        ValueError: a file is spoiled, or the adapter has no equal here (see ``_read_oft``).
+    """
     config = read_json(path / CONFIG)
     peft_type = config.get("peft_type")
     if peft_type not in ("BOFT", "OFT"):
@@ -37,7 +46,7 @@ def read(path: Path, shapes: Shapes) -> Adapter:
     else:
         layers = _read_oft(path, config, tensors, shapes)
     layers = {name: described(layer, shapes.get(name), name) for name, layer in layers.items()}
-    return Adapter(layers, _read_others(path, tensors))
+    return Checkpoint(layers, _read_others(path, tensors))
 
 
 def _without_prefix(path: Path, name: str) -> str:
@@ -46,42 +55,44 @@ def _without_prefix(path: Path, name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point():
         raise ValueError(f"expected floating-point numbers, got {tensor.dtype}")
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _take(path: Path, tensors: dict[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
-    """The tensors that end in ``suffix``, taken out, by the names of their modules."""
+    """Remove the tensors whose names end in ``suffix``, and return them by their modules' names."""
     taken = {}
     for name in [n for n in tensors if n.endswith(suffix)]:
         try:
-            taken[name.removesuffix(suffix)] = _wide(tensors.pop(name))
+            taken[name.removesuffix(suffix)] = _widened(tensors.pop(name))
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from error
     return taken
 
 
-def _number(path: Path, config: dict, key: str, kind: type, default: object) -> object:
+def _option(path: Path, config: dict, key: str, option_type: type, default: object) -> object:
+    """The value of ``key`` as an int, float or bool, or ValueError."""
     value = config.get(key, default)
-    number = (int, float) if kind is float else kind
-    if isinstance(value, number) and (kind is bool or not isinstance(value, bool)):
+    accepted = (int, float) if option_type is float else option_type
+    if isinstance(value, accepted) and (option_type is bool or not isinstance(value, bool)):
         try:
-            return kind(value)
-        except OverflowError:  # of an integer that no float holds
+            return option_type(value)
+        except OverflowError:  # an integer too large for a float
             pass
-    raise ValueError(f"{path}: {key}: expected a {kind.__name__}, got {value!r}")
+    raise ValueError(f"{path}: {key}: expected a {option_type.__name__}, got {value!r}")
 
 
-def _read_boft(
-    path: Path, config: dict, tensors: dict[str, torch.Tensor]
-) -> dict[str, LayerAdapter]:
-    p_block = _number(path, config, "boft_dropout", float, 0.0)
-    sizes = {key: _number(path, config, key, int, default) for key, default in SIZES.items()}
+def _read_boft(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> dict[str, LayerState]:
+    """Read BOFT's layers, and remove their tensors from ``tensors``."""
+    p_block = _option(path, config, "boft_dropout", float, 0.0)
+    sizes = {key: _option(path, config, key, int, default) for key, default in SIZES.items()}
     matrices, scales = _take(path, tensors, ".boft_R"), _take(path, tensors, ".boft_s")
-    if odd := sorted(matrices.keys() ^ scales.keys()):
-        raise ValueError(f"{path}: expected boft_R and boft_s of each layer, got one of {odd[0]!r}")
+    if single := sorted(matrices.keys() ^ scales.keys()):
+        raise ValueError(
+            f"{path}: expected boft_R and boft_s of each layer, got one of {single[0]!r}"
+        )
     layers = {}
     for name, matrix in matrices.items():
         shape, scale = tuple(matrix.shape), scales[name]
@@ -93,50 +104,53 @@ def _read_boft(
                 f"{tuple(scale.shape)}"
             )
         _check_sizes(f"{path}: {name}", sizes, shape)
-        kind = "Linear" if scale.shape[1] == 1 else "Conv2d"
-        layers[name] = LayerAdapter(
+        layer_type = "Linear" if scale.shape[1] == 1 else "Conv2d"
+        layers[name] = LayerState.from_tensors(
             boft_skew(matrix),
             scale.flatten(),
-            p_component=_one_of(shape[0]) if p_block else 0.0,  # PEFT: exactly one factor
+            p_component=_share_of_one(shape[0]) if p_block else 0.0,  # PEFT: exactly one factor
             p_block=p_block,
-            kind=None if scale.numel() == 1 else kind,  # (1, 1) may be either
+            layer_type=None if scale.numel() == 1 else layer_type,  # (1, 1) may be either
             out_features=scale.numel(),
         )
     return layers
 
 
 def _check_sizes(where: str, sizes: dict[str, int], shape: tuple[int, ...]) -> None:
-    for (key, said), got in zip(sizes.items(), shape[:3], strict=True):
-        # PEFT takes one of the block's size and number, and 0 is for the other
-        if said != got and (said or key == "boft_n_butterfly_factor"):
+    for (key, size), got in zip(sizes.items(), shape[:3], strict=True):
+        # PEFT takes the size or the number of blocks, and 0 for the other.
+        if size != got and (size or key == "boft_n_butterfly_factor"):
             raise ValueError(
-                f"{where}: {key}: the config says {said}, the shape of boft_R {got}; if that is "
+                f"{where}: {key}: the config says {size}, the shape of boft_R {got}; if that is "
                 "right (PEFT makes one factor without its CUDA extension), correct the config"
             )
 
 
-def _one_of(n_factors: int) -> float:
-    """The share of which floor(share * n_factors) is 1, whatever the rounding."""
+def _share_of_one(n_factors: int) -> float:
+    """A p_component that chooses one of n_factors factors, whatever the rounding."""
     return min(1.0, 1.5 / n_factors)
 
 
 def _read_oft(
     path: Path, config: dict, tensors: dict[str, torch.Tensor], shapes: Shapes
-) -> dict[str, LayerAdapter]:
-    """Refused: what this package has no parametrisation for, each with the reason."""
-    neumann = _number(path, config, "use_cayley_neumann", bool, True)
+) -> dict[str, LayerState]:
+    """Read OFT's layers, and remove their tensors from ``tensors``.
+
+    A layer that this package cannot parametrize is a ValueError with the reason.
+    """
+    neumann = _option(path, config, "use_cayley_neumann", bool, True)
     if neumann:
-        terms = _number(path, config, "num_cayley_neumann_terms", int, TERMS)
+        terms = _option(path, config, "num_cayley_neumann_terms", int, TERMS)
         if terms != TERMS:
             raise ValueError(
                 f"{path}: num_cayley_neumann_terms: expected {TERMS}, which neumann5 is, got "
                 f"{terms}: no Cayley transform gives these blocks, which are not orthogonal"
             )
         _check_version(path, config.get("peft_version", "0"))
-    coft = _number(path, config, "coft", bool, False)
-    eps = _number(path, config, "eps", float, 6e-5)
-    share = _number(path, config, "block_share", bool, False)
-    p_block = _number(path, config, "module_dropout", float, 0.0)
+    coft = _option(path, config, "coft", bool, False)
+    eps = _option(path, config, "eps", float, 6e-5)
+    share = _option(path, config, "block_share", bool, False)
+    p_block = _option(path, config, "module_dropout", float, 0.0)
     layers = {}
     for name, weight in _take(path, tensors, ".oft_R.weight").items():
         if weight.dim() != 2 or 0 in weight.shape:
@@ -151,7 +165,7 @@ def _read_oft(
             )
         if coft:
             weight = _constrained(weight, eps)
-        layer = LayerAdapter(
+        layer = LayerState.from_tensors(
             oft_skew(weight, neumann=neumann),
             method="neumann5" if neumann else "exact",
             p_component=1.0 if p_block and not share else 0.0,
@@ -164,24 +178,25 @@ def _read_oft(
 
 
 def _check_version(path: Path, version: object) -> None:
-    found = re.match(r"(\d+)\.(\d+)", version if isinstance(version, str) else "")
-    if found is None or (int(found[1]), int(found[2])) < (0, 18):
+    match = re.match(r"(\d+)\.(\d+)", version if isinstance(version, str) else "")
+    if match is None or (int(match[1]), int(match[2])) < (0, 18):
         raise ValueError(
             f"{path}: peft_version: expected 0.18 or later with use_cayley_neumann, got "
-            f"{version!r}: the series was another one before"
+            f"{version!r}: earlier versions compute another series"
         )
 
 
 def _constrained(weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """COFT: the norm of each whole block is at most eps / sqrt(K), as PEFT's forward makes it."""
+    """COFT: bound the norm of each block by eps / sqrt(K), as PEFT's forward does."""
     limit = eps / len(weight) ** 0.5
-    norm = (2 * weight.square().sum(1, keepdim=True)).sqrt()  # of both triangles
+    norm = (2 * weight.square().sum(1, keepdim=True)).sqrt()  # counts both triangles
     return torch.where(norm <= limit, weight, weight * (limit / norm))
 
 
 def _repeated(
-    path: Path, name: str, layer: LayerAdapter, shape: tuple[int, ...] | None
-) -> LayerAdapter:
+    path: Path, name: str, layer: LayerState, shape: tuple[int, ...] | None
+) -> LayerState:
+    """Repeat the one block of block_share for all features of the weight."""
     if layer.skew.shape[1] != 1:
         raise ValueError(
             f"{path}: {name}: expected one block with block_share, got {layer.skew.shape[1]}"
@@ -191,22 +206,25 @@ def _repeated(
             f"{path}: {name}: with block_share the file does not say how many blocks there are: "
             "expected base=, the pretrained model"
         )
-    n_blocks = torch.Size(shape[1:]).numel() // layer.block_size
+    n_blocks = torch.Size(shape[1:]).numel() // layer.config.block_size
     return replace(layer, skew=layer.skew.expand(-1, n_blocks, -1).contiguous())
 
 
 def _read_others(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The further tensors, by their names in the pretrained model."""
     others = {}
     for name, tensor in tensors.items():
         if ".original_module." in name:  # the frozen copy that bias="all" stores as well
             continue
-        plain = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-        if _FOREIGN.search(plain):
+        original = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+        if _FOREIGN.search(original):
             raise ValueError(
                 f"{path}: expected parameters of linear layers and convolutions, got {name!r}"
             )
         # bias="all" stores what modules_to_save trained under both names
-        if plain in others and not torch.equal(others[plain], tensor):
-            raise ValueError(f"{path}: expected one {plain!r}, got two that differ, {name!r} too")
-        others[plain] = tensor
+        if original in others and not torch.equal(others[original], tensor):
+            raise ValueError(
+                f"{path}: expected one {original!r}, got two that differ, {name!r} too"
+            )
+        others[original] = tensor
     return others

@@ -1,4 +1,4 @@
-"""PEFT's BOFT and OFT models through this package's operators (docs/interop.md).
+"""Accelerates PEFT's BOFT and OFT models with this package's operators (docs/interop.md).
 
 PEFT is imported when a function is called.
 """
@@ -14,14 +14,13 @@ from torch import nn
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Let the BOFT and OFT layers of a PEFT model compute through this package's operators.
+    """Make the BOFT and OFT layers of a PEFT model compute through this package's operators.
 
-    Everything about the model stays as it is: parameters, keys of its state_dict, saving and
-    loading, merging, adapters that are switched on, off, added and deleted. PEFT's dense
-    permutation matrices are freed. Layers that PEFT makes later, for an adapter with other target
-    modules, need another call; one call too many does no harm.
-
-    What cannot be accelerated is named in one warning, and stays PEFT's own.
+    All else stays as it is: parameters, keys of the state_dict, saving and loading, merging, and
+    switching, adding and deleting adapters. PEFT's dense permutation matrices are freed.
+    Layers that PEFT adds later, for an adapter with other target modules, need another call, which
+    skips the accelerated ones.
+    Layers that cannot be accelerated keep PEFT's code; one warning names them with the reasons.
 
     Args:
         model: a ``PeftModel``, or any module that holds layers of PEFT; changed in place.
@@ -31,27 +30,25 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
-        ValueError: it has no BOFT or OFT layer of PEFT's.
+        ValueError: the model has no BOFT or OFT layer of PEFT.
     """
     from . import swap
 
     _check_module(model)
-    notes, found = defaultdict(list), False
-    for name, layer in model.named_modules():
-        if not isinstance(layer, swap.TUNERS):
-            continue
-        found = True
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, swap.TUNERS)}
+    if not layers:
+        raise ValueError("model: expected BOFT or OFT layers of PEFT, got a model without any")
+    notes = defaultdict(list)
+    for name, layer in layers.items():
         if isinstance(layer, swap.Rotated):
             continue
-        why = swap.obstacle_of(layer)
-        if why is None:
+        reason = swap.obstacle_of(layer)
+        if reason is None:
             if swap.computes_otherwise(type(layer), layer.base_layer):
                 notes[swap.OTHER_FUNCTION].append(name)
             swap.accelerate_layer(layer)
         else:
-            notes[f"not accelerated, as {why}"].append(name)
-    if not found:
-        raise ValueError("model: expected BOFT or OFT layers of PEFT, got a model without any")
+            notes[f"not accelerated, as {reason}"].append(name)
     for adapter, wanted, made in _lowered(model):
         notes[f"n_factors is {made}, not {wanted} as in the config: PEFT lowered it"].append(
             f"adapter {adapter!r} (made under patched() it is {wanted})"
@@ -71,9 +68,9 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
-        ValueError: it has no accelerated layer.
+        ValueError: the model has no accelerated layer.
         RuntimeError: a layer has more than one butterfly factor, which PEFT computes with its CUDA
-            extension alone, and there is none. Nothing is changed.
+            extension only, and the extension cannot be built. The model is then unchanged.
     """
     from . import swap
 
@@ -94,17 +91,17 @@ def restore(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """Within the block PEFT makes accelerated layers from the start.
+    """Context manager: PEFT makes accelerated layers from the start.
 
     ``get_peft_model``, ``PeftModel.from_pretrained`` and ``add_adapter`` then take as many
     butterfly factors as the config says, without PEFT's CUDA extension, and never make the dense
-    permutation matrices. Models made in the block stay accelerated after it. What is replaced for
-    the time of the block are names in PEFT's modules: it holds for all threads.
+    permutation matrices. Models made in the block stay accelerated after it.
+    The block replaces names in PEFT's modules, so it acts on all threads.
     """
     from . import swap
 
     notes = defaultdict(list)
-    with swap.constructors(lambda why, base: notes[why].append(base)):
+    with swap.constructors(lambda reason, base: notes[reason].append(base)):
         yield
     _warn(notes)
 
@@ -115,7 +112,7 @@ def _check_module(model: object) -> None:
 
 
 def _lowered(model: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """Adapters with fewer factors than their config says: (name, wanted, made)."""
+    """Yield (name, wanted, made) for adapters with fewer factors than their config says."""
     from . import swap
 
     for name, config in getattr(model, "peft_config", {}).items():
@@ -130,5 +127,5 @@ def _lowered(model: nn.Module) -> Iterator[tuple[str, int, int]]:
 
 def _warn(notes: dict[str, list[str]]) -> None:
     if notes:
-        lines = [f"{', '.join(names)}: {why}" for why, names in notes.items()]
+        lines = [f"{', '.join(names)}: {reason}" for reason, names in notes.items()]
         warnings.warn("boft_ops: " + "; ".join(lines), stacklevel=3)

@@ -1,4 +1,4 @@
-"""PEFT's BOFT layers through this package's operators. Needs PEFT."""
+"""Accelerated forms of PEFT's BOFT layers. Needs PEFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .parameters import boft_skew
 
 
 class BoftRotated(Rotated):
-    """m factors (boft_R), a scale (boft_s), and dropout of blocks of one factor."""
+    """PEFT's BOFT: m factors (boft_R), a scale (boft_s), and dropout of blocks of one factor."""
 
     def _names(self):
         return self.boft_R
@@ -36,12 +36,18 @@ class BoftRotated(Rotated):
         return self.boft_s[name].flatten()
 
     def get_delta_weight(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense matrix R (d, d) and the scale (n, 1) of an adapter, for any m. For inspection:
-        merging does not need it."""
-        return self._dense_rotation(adapter), self._scale(adapter)[:, None]
+        """The dense matrix R (d, d) and the scale (n, 1) of an adapter, for inspection.
+
+        Merging does not use it.
+        """
+        return self.dense_rotation(adapter), self._scale(adapter)[:, None]
 
     def update_layer(self, *args, **kwargs) -> None:
-        """PEFT's, but m is what the config says, and no dense permutation is made."""
+        """Add an adapter as PEFT does, with the m of the config and no dense permutation.
+
+        Raises:
+            ValueError: there is no such butterfly; the message lists the nearest valid ones.
+        """
         with _no_dense_permutation():
             super().update_layer(*args, **kwargs)
         free_permutation(self)
@@ -50,9 +56,10 @@ class BoftRotated(Rotated):
             checks.butterfly_shape(n_blocks * b, b, m)
 
     def block_butterfly_perm(self, *args, **kwargs) -> None:
-        """Nothing: the permutation is part of the indexing."""
+        """Return None: the permutation is part of the indexing here."""
 
     def perm2mat(self, indices: None) -> torch.Tensor:
+        """Return an empty tensor on the meta device instead of PEFT's dense permutation."""
         return torch.empty((), device="meta")
 
 
@@ -69,9 +76,10 @@ class BoftConv2d(BoftRotated, RotatedKernel, peft_boft.Conv2d):
 
 
 def draw_mask(m: int, n_blocks: int, p: float, device: torch.device) -> torch.Tensor:
-    """A boolean (m, n_blocks), true for int(p n_blocks) blocks of one factor, chosen as PEFT does:
-    the same draws from the CPU's generator, but in a compiled graph, where they are made on the
-    device."""
+    """Draw a boolean mask (m, n_blocks) with int(p n_blocks) blocks of one factor, as PEFT does.
+
+    The draws are PEFT's, from the CPU's generator. In a compiled graph they are made on ``device``.
+    """
     source = device if torch.compiler.is_compiling() else torch.device("cpu")
     factor = torch.randint(0, m, (1,), device=source)
     order = torch.randperm(n_blocks, device=source)
@@ -80,14 +88,14 @@ def draw_mask(m: int, n_blocks: int, p: float, device: torch.device) -> torch.Te
 
 
 def free_permutation(layer: nn.Module) -> None:
-    """Drop the dense (m, d, d) buffer."""
+    """Delete PEFT's dense (m, d, d) buffer."""
     layer._buffers.pop("boft_P", None)
     layer._non_persistent_buffers_set.discard("boft_P")
 
 
 def restore_permutation(layer: nn.Module) -> None:
-    """Make PEFT's buffer again, for the adapter that it was last made for, in its own class."""
-    if not layer.boft_R:  # all were deleted: PEFT makes one with the next adapter
+    """Make PEFT's dense buffer again, for the last adapter; the layer must be of PEFT's class."""
+    if not layer.boft_R:  # all adapters were deleted: PEFT makes the buffer with the next one
         return
     boft_R = list(layer.boft_R.values())[-1]
     m, n_blocks, b, _ = boft_R.shape
@@ -101,8 +109,8 @@ def restore_permutation(layer: nn.Module) -> None:
     layer.register_buffer("boft_P", eye[torch.stack(permutations)], persistent=False)
 
 
-class _Diverted(TorchFunctionMode):
-    """Sends PEFT's uninitialised (m, d, d) to the meta device, where nothing is allocated."""
+class _PermutationOnMeta(TorchFunctionMode):
+    """Moves PEFT's uninitialized (m, d, d) to the meta device, where nothing is allocated."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -118,11 +126,14 @@ _lock = threading.RLock()
 
 @contextmanager
 def _no_dense_permutation() -> Iterator[None]:
-    """PEFT sets up a layer as if it had its CUDA extension, without which it would make m 1."""
+    """Context manager: PEFT sets up a layer without its dense permutation.
+
+    PEFT sees its CUDA extension, without which it would set m to 1.
+    """
     with _lock:
         before, peft_boft.get_fbd_cuda = peft_boft.get_fbd_cuda, lambda: True
         try:
-            with _Diverted():
+            with _PermutationOnMeta():
                 yield
         finally:
             peft_boft.get_fbd_cuda = before

@@ -1,7 +1,7 @@
-"""What the accelerated forms of PEFT's BOFT and OFT layers share. Needs PEFT.
+"""The common part of the accelerated forms of PEFT's BOFT and OFT layers. Needs PEFT.
 
-A layer keeps all that it is and has; only its class changes, to a subclass of PEFT's own whose
-forward, merge and unmerge compute through this package's operators.
+Accelerating a layer changes its class only, to a subclass of PEFT's class whose forward, merge and
+unmerge compute through this package's operators.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..._runtime import autocast, linalg
-from ...nn.base import _exactly
+from ..._runtime import autocast
 from ...ops.butterfly import butterfly_matmul
 from ...ops.cayley import cayley
 from ...ops.dropout import drop_blocks
 from ...ops.linear import rotated_linear
+from ...ops.merge import merge_weight, unmerge_weight, untracked
 from ...ops.scale import scale_columns
 from ...ops.stage_from_skew import GIVEN_SERIES, ORTHOGONAL
-from .base import call_with_weight, is_plain
+from .base import call_with_weight, is_unmodified
 
 
 class Adapter(NamedTuple):
@@ -47,16 +47,16 @@ class Adapter(NamedTuple):
 
 
 class Rotated:
-    """Mixin before a tuner layer of PEFT.
+    """Mixin that precedes a tuner layer of PEFT among the bases of an accelerated form.
 
     Attributes:
-        peft_class: the class that ``restore`` gives back.
+        peft_class: PEFT's class, to which ``restore`` returns.
     """
 
     peft_class: type[nn.Module]
 
     def _names(self) -> Sequence[str]:
-        """The adapters that this layer has."""
+        """The names of the adapters of this layer."""
         raise NotImplementedError
 
     def _adapter(self, name: str) -> Adapter:
@@ -64,15 +64,15 @@ class Rotated:
         raise NotImplementedError
 
     def _drop(self, name: str, adapter: Adapter) -> torch.Tensor | None:
-        """The mask of dropout of this forward pass."""
+        """The dropout mask of one forward pass, or None."""
         return None
 
     def _scale(self, name: str) -> torch.Tensor | None:
-        """The scale (n,) of the outputs."""
+        """The scale (n,) of the outputs, or None."""
         return None
 
     def _nearest_first(self, names: Sequence[str]) -> Sequence[str]:
-        """Active adapters in the order in which the weight meets them, x the last one first."""
+        """Sort adapters in the order in which the weight meets them; x meets the last first."""
         return names
 
     def _rotated(
@@ -83,6 +83,11 @@ class Rotated:
         args: tuple,
         kwargs: dict,
     ) -> torch.Tensor:
+        """The output of the base layer with rotated inputs or weight, scaled.
+
+        ``adapters`` are in the order of ``_nearest_first``; ``args`` and ``kwargs`` are further
+        arguments of the base layer.
+        """
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -94,27 +99,28 @@ class Rotated:
             own = self._names()
             if names := [name for name in self.active_adapters if name in own]:
                 adapters, scale = {}, None
-                for name in names:  # in this order PEFT draws its masks
+                for name in names:  # the order in which PEFT draws its masks
                     adapter = self._adapter(name)
                     if self.training:
                         adapter = adapter._replace(drop=self._drop(name, adapter))
                     adapters[name] = adapter
-                    one = self._scale(name)
-                    scale = one if scale is None else scale * one
+                    factor = self._scale(name)
+                    scale = factor if scale is None else scale * factor
                 nearest_first = [adapters[name] for name in self._nearest_first(names)]
                 return self._rotated(nearest_first, scale, x, args, kwargs).to(dtype)
         return self.base_layer(x, *args, **kwargs).to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Multiply the base weight by the rotations and scales of adapters, without their
-        d x d matrices, in at least float32 and rounded once for each adapter.
+        """Multiply the base weight by the rotations and scales of adapters.
+
+        Computed without d x d matrices, in at least float32, and rounded once for each adapter.
 
         Args:
-            safe_merge: look for infinities and NaNs before the weight is changed.
-            adapter_names: which adapters; None is the active ones.
+            safe_merge: True checks for infinities and NaNs before the weight is changed.
+            adapter_names: the adapters to merge; None merges the active ones.
 
         Raises:
-            ValueError: ``safe_merge`` found some.
+            ValueError: ``safe_merge`` found an infinity or NaN.
         """
         own = self._names()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in own]
@@ -145,45 +151,46 @@ class Rotated:
                 self.set_base_weight(self._unmerge_one(name))
             self.merged_adapters.pop()
 
-    @_exactly
+    @untracked
     def _merge_one(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        return rotated_weight(weight, [self._adapter(name)], self._scale(name))
+        return merge_weight(weight, self._adapter(name).blocks(), self._scale(name))
 
-    @_exactly
+    @untracked
     def _unmerge_one(self, name: str) -> torch.Tensor:
-        weight, scale = self.get_base_weight(), self._scale(name)
-        matrix = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        if scale is not None:
-            if (scale == 0).any():
-                raise ValueError(
-                    f"the scale of adapter {name!r}: expected no zero in order to unmerge, got some"
-                )
-            matrix = matrix / scale[:, None].to(matrix.dtype)
-        adapter = self._adapter(name)
-        blocks = adapter.blocks().to(matrix.dtype)
-        if adapter.method not in ORTHOGONAL:  # the inverse is not the transpose
-            blocks = linalg.inverse(blocks).mT
-        return butterfly_matmul(matrix, blocks).to(weight.dtype).reshape(weight.shape)
+        adapter, scale = self._adapter(name), self._scale(name)
+        orthogonal = adapter.method in ORTHOGONAL
+        try:
+            return unmerge_weight(
+                self.get_base_weight(), adapter.blocks(), scale, orthogonal=orthogonal
+            )
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r}: {error}") from error
 
-    def _dense_rotation(self, name: str) -> torch.Tensor:
-        """R, (d, d): for PEFT's ``get_delta_weight``, which nothing here calls."""
+    def dense_rotation(self, name: str) -> torch.Tensor:
+        """The matrix R, (d, d), for PEFT's ``get_delta_weight``."""
         blocks = self._adapter(name).blocks()
         eye = torch.eye(blocks.shape[-3] * blocks.shape[-1], dtype=blocks.dtype)
         return butterfly_matmul(eye.to(blocks.device), blocks)
 
 
 class RotatedInput(Rotated):
-    """A linear layer: its input is rotated, so that the base may be anything with a forward."""
+    """Accelerated linear layers: the input is rotated, so the base may be any module."""
 
     def _rotated(self, adapters, scale, x, args, kwargs):
         nearest, *others = adapters
         for adapter in reversed(others):
             x = adapter.rotate(x)
         base = self.base_layer
-        if not args and not kwargs and is_plain(base, nn.Linear, x):
+        if not args and not kwargs and is_unmodified(base, nn.Linear, x):
             return rotated_linear(
-                *(x, base.weight, nearest.skew, scale, base.bias, nearest.drop),
-                *("in", nearest.method),
+                x,
+                base.weight,
+                nearest.skew,
+                scale=scale,
+                bias=base.bias,
+                drop=nearest.drop,
+                side="in",
+                method=nearest.method,
             )
         y = base(nearest.rotate(x), *args, **kwargs)
         if scale is None:
@@ -193,11 +200,12 @@ class RotatedInput(Rotated):
 
 
 class RotatedKernel(Rotated):
-    """A convolution: its kernel, as (out, in * kh * kw), is rotated once for each call."""
+    """Accelerated convolutions: the kernel, as (out, in * kh * kw), is rotated once per call."""
 
     def _rotated(self, adapters, scale, x, args, kwargs):
         base = self.base_layer
-        with autocast.disabled(x.device.type):  # it casts what is multiplied by activations
+        # Autocast is for products with activations, not for the rotation of a weight.
+        with autocast.disabled(x.device.type):
             weight = rotated_weight(base.weight, adapters, scale)
         return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
 
@@ -205,10 +213,11 @@ class RotatedKernel(Rotated):
 def rotated_weight(
     weight: torch.Tensor, adapters: list[Adapter], scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """diag(scale) W R_1^T R_2^T ... of W seen as (n, d), in at least float32 and rounded once."""
-    matrix = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    for adapter in adapters:
-        matrix = adapter.rotate(matrix, transpose=True)
-    if scale is not None:
-        matrix = matrix * scale[:, None].to(matrix.dtype)
-    return matrix.to(weight.dtype).reshape(weight.shape)
+    """diag(scale) W R_1^T R_2^T ... for W seen as (n, d), in at least float32 and rounded once.
+
+    ``adapters`` are in the order in which W meets their rotations.
+    """
+    matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for adapter in adapters[:-1]:
+        matrix = merge_weight(matrix, adapter.blocks())
+    return merge_weight(matrix, adapters[-1].blocks(), scale).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""PEFT's OFT layers through this package's operators. Needs PEFT."""
+"""Accelerated forms of PEFT's OFT layers. Needs PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .parameters import TERMS, oft_skew
 
 
 class OftRotated(Rotated):
-    """One factor, no scale. PEFT's ``module_dropout`` has no effect there, so none here."""
+    """PEFT's OFT: one factor, no scale. Its ``module_dropout`` has no effect in PEFT, nor here."""
 
     def _names(self):
         return self.oft_R
@@ -22,7 +22,7 @@ class OftRotated(Rotated):
         if module.coft:
             with torch.no_grad():
                 weight.copy_(module._project_batch(weight, eps=module.eps))
-            weight = weight.clone()  # the next call projects in place what this one would save
+            weight = weight.clone()  # saved for backward; the next call projects in place
         if module.block_share:
             weight = weight.expand(module.in_features // module.block_size, -1).contiguous()
         neumann, terms = module.use_cayley_neumann, module.num_cayley_neumann_terms
@@ -32,12 +32,12 @@ class OftRotated(Rotated):
         return Adapter(oft_skew(weight, neumann=neumann), "neumann5" if neumann else "exact")
 
     def _nearest_first(self, names):
-        # x meets the first active adapter first. (PEFT merges as if it met the last one first.)
+        # x meets the first active adapter first, although PEFT merges as if x met the last first.
         return names[::-1]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The dense matrix R (d, d) of an adapter. For inspection: merging does not need it."""
-        return self._dense_rotation(adapter)
+        """The dense matrix R (d, d) of an adapter, for inspection; merging does not use it."""
+        return self.dense_rotation(adapter)
 
 
 class OftLinear(OftRotated, RotatedInput, peft_oft.Linear):

@@ -1,4 +1,4 @@
-"""Which of PEFT's layers have an accelerated form, and giving and taking it. Needs PEFT."""
+"""Replaces PEFT's layers by their accelerated forms, and back. Needs PEFT."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ OTHER_FUNCTION = (
 )
 
 
-def obstacle(kind: type[nn.Module], base: nn.Module) -> str | None:
-    """Why a layer of PEFT's class ``kind`` over ``base`` has no accelerated form."""
-    if kind not in FORMS:
-        return f"there is no accelerated form of {kind.__module__}.{kind.__qualname__}"
-    if not issubclass(FORMS[kind], RotatedKernel):
+def obstacle(peft_class: type[nn.Module], base: nn.Module) -> str | None:
+    """The reason why a layer of PEFT's class over ``base`` has no accelerated form, or None."""
+    if peft_class not in FORMS:
+        return f"there is no accelerated form of {peft_class.__module__}.{peft_class.__qualname__}"
+    if not issubclass(FORMS[peft_class], RotatedKernel):
         return None
     if isinstance(base, BaseTunerLayer):
         return "the base layer is itself a layer of PEFT"
     if parametrize.is_parametrized(base):
         return "the base layer is parametrized"
     if not isinstance(base, nn.Conv2d) or not base.weight.is_floating_point():
-        return "the base layer is quantised: its kernel cannot be rotated"
+        return "the base layer is quantized: its kernel cannot be rotated"
     if base.groups > 1:
         return "groups > 1: PEFT's rotation mixes channels of different groups"
     height, width = base.kernel_size
@@ -48,65 +48,71 @@ def obstacle(kind: type[nn.Module], base: nn.Module) -> str | None:
 
 
 def obstacle_of(layer: nn.Module) -> str | None:
-    """Why this layer has no accelerated form."""
+    """The reason why this layer has no accelerated form, or None."""
     if "forward" in vars(layer):
         return "its forward was replaced on the instance; accelerate it before that is done"
     return obstacle(type(layer), layer.base_layer)
 
 
-def computes_otherwise(kind: type[nn.Module], base: nn.Module) -> bool:
-    """Whether the accelerated form is not the function of PEFT's unmerged layer."""
-    return kind is oft.layer.Conv2d and math.prod(base.kernel_size) > 1
+def computes_otherwise(peft_class: type[nn.Module], base: nn.Module) -> bool:
+    """True if the accelerated form is another function than PEFT's unmerged layer."""
+    return peft_class is oft.layer.Conv2d and math.prod(base.kernel_size) > 1
 
 
 def accelerate_layer(layer: nn.Module) -> None:
+    """Give a layer of PEFT, which has no ``obstacle_of``, its accelerated class."""
     layer.__class__ = FORMS[type(layer)]
     if isinstance(layer, BoftRotated):
         free_permutation(layer)
 
 
 def restore_layer(layer: Rotated) -> None:
+    """Give an accelerated layer PEFT's class again."""
     layer.__class__ = layer.peft_class
     if isinstance(layer, boft.layer.BOFTLayer):
         restore_permutation(layer)
 
 
 def needs_extension(layer: Rotated) -> bool:
-    """Whether PEFT itself can compute this layer with its CUDA extension alone."""
+    """True if PEFT computes this layer with its CUDA extension only."""
     return isinstance(layer, BoftRotated) and any(len(p) > 1 for p in layer.boft_R.values())
 
 
 def has_extension() -> bool:
-    """Whether PEFT's CUDA extension is there or can be built."""
+    """True if PEFT's CUDA extension is built or can be built."""
     return bool(boft.layer.get_fbd_cuda())
 
 
 @contextmanager
 def constructors(note: Callable[[str, str], None]) -> Iterator[None]:
-    """PEFT makes accelerated layers where it can; ``note`` is told why not, and of which base."""
+    """Context manager: PEFT makes accelerated layers where there is a form for them.
 
-    def of(kind: type[nn.Module]) -> Callable:
+    ``note`` is called with the reason and the base layer of each other layer.
+    """
+
+    def constructor(peft_class: type[nn.Module]) -> Callable:
         def make(base_layer: nn.Module, *args, **kwargs) -> nn.Module:
-            why = obstacle(kind, base_layer)
-            if why:
-                note(f"not accelerated, as {why}", str(base_layer))
-            elif computes_otherwise(kind, base_layer):
+            reason = obstacle(peft_class, base_layer)
+            if reason:
+                note(f"not accelerated, as {reason}", str(base_layer))
+            elif computes_otherwise(peft_class, base_layer):
                 note(OTHER_FUNCTION, str(base_layer))
-            return (kind if why else FORMS[kind])(base_layer, *args, **kwargs)
+            return (peft_class if reason else FORMS[peft_class])(base_layer, *args, **kwargs)
 
         return make
 
-    places = [
+    names = [
         (module, name, getattr(layers, name))
         for module, layers in ((boft.model, boft.layer), (oft.model, oft.layer))
         for name in ("Linear", "Conv2d")
     ]
-    with _lock:  # two threads that undid each other's replacements would leave one behind
-        before = [getattr(module, name) for module, name, _ in places]
+    # Without it, one of two threads that undo each other's replacements would leave its own behind.
+    with _lock:
+        before = [getattr(module, name) for module, name, _ in names]
         try:
-            for module, name, kind in places:
-                setattr(module, name, of(kind))
+            for module, name, peft_class in names:
+                setattr(module, name, constructor(peft_class))
             yield
         finally:
-            for (module, name, _), value in zip(places, before, strict=True):
+            for (module, name, _), value in zip(names, before, strict=True):
                 setattr(module, name, value)

@@ -1,0 +1,153 @@
+"""Reads safetensors files, and writes files and folders that appear in one step.
+
+Only torch and safetensors are needed.
+``safetensors.torch.save`` would need numpy too, which torch does not require.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator:
+    """Yield the opened safetensors file, as ``safe_open`` returns it.
+
+    Raises:
+        ValueError: the file is truncated, is no safetensors file, or holds a dtype torch lacks.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # SafetensorError, and AttributeError for a dtype that torch lacks
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def encode_safetensors(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> bytearray:
+    """Return the content of a safetensors file.
+
+    Args:
+        tensors: by name, on any device and with any strides.
+        metadata: strings by name.
+
+    Raises:
+        ValueError: safetensors has no name for the dtype of a tensor.
+    """
+    # Large elements first, so that every tensor is aligned to its element size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {"__metadata__": dict(metadata)}, 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name}: expected a dtype of safetensors, got {tensor.dtype}")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    content = bytearray(8 + len(text) + end)
+    content[:8] = len(text).to_bytes(8, "little")
+    content[8 : 8 + len(text)] = text
+    for name, tensor in ordered:
+        if tensor.numel():
+            offset = 8 + len(text) + header[name]["data_offsets"][0]
+            place = {"count": tensor.numel(), "offset": offset}
+            stored = torch.frombuffer(content, dtype=tensor.dtype, **place)
+            stored.copy_(tensor.detach().flatten())
+    return content
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError unless ``path`` is a regular file, a link to one, or a new name.
+
+    Writing replaces what bears the name, which must not happen to a device, a FIFO or a folder.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"path: expected a regular file or a new name, got {str(path)!r}")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step: readers find the old file or the new one, also after a crash.
+
+    A link stays a link, and an existing file keeps its permissions.
+
+    Raises:
+        ValueError: ``path`` is a device, a FIFO or a folder.
+    """
+    check_replaceable(path)
+    path = Path(path).resolve()
+    temporary = path.with_name(f".boft_ops-{uuid.uuid4().hex}")
+    try:
+        _write_new(temporary, content)
+        with suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder with its files in one step: readers find all of it or nothing.
+
+    Raises:
+        ValueError: ``path`` exists.
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"path: expected a new name, got {str(path)!r}")
+    path = Path(path).resolve()
+    temporary = path.with_name(f".boft_ops-{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir()
+        for name, content in files.items():
+            _write_new(temporary / name, content)
+        _flush_folder(temporary)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush_folder(path.parent)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """Make the new name in this folder survive a crash of the machine."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems refuse; the file itself is written
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""Frozen base layers: whether another layer may replace one, and the weight of a quantized one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def check_forward(base: nn.Module, base_class: type[nn.Module]) -> None:
+    """Raise TypeError unless ``base`` computes the forward of torch's ``base_class``."""
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(base), method, None) is not getattr(base_class, method, None):
+            raise TypeError(
+                f"expected a plain {base_class.__name__}, got {type(base).__name__} with its own "
+                f"{method}(), which another layer in its place would lose"
+            )
+
+
+def check_unmodified(base: nn.Module) -> None:
+    """Raise ValueError if ``base`` has hooks, parametrizations or a forward of its instance."""
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)
+    if (
+        any((*hooks, base._backward_pre_hooks))
+        or parametrize.is_parametrized(base)
+        or "forward" in vars(base)
+    ):
+        raise ValueError(
+            f"expected a {type(base).__name__} without hooks and parametrizations, and with its "
+            "class's forward(), got one that has some, which another layer in its place would lose"
+        )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True if ``module`` is a linear layer whose weight is not a dense floating-point tensor.
+
+    Such layers are made by torchao (an ``nn.Linear`` whose weight is a tensor subclass),
+    bitsandbytes (a subclass with a packed weight), GPTQ and AWQ (modules with packed integers and
+    no weight).
+    """
+    features = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    if not all(isinstance(n, int) for n in features):
+        return False
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return not weight.is_floating_point() or not _is_dense(weight)
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(not tensor.is_floating_point() for tensor in own)
+
+
+def _is_dense(weight: torch.Tensor) -> bool:
+    # a Parameter around a tensor subclass is of that subclass
+    return type(weight) in (torch.Tensor, nn.Parameter, nn.parameter.UninitializedParameter)
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The floating-point weight (out_features, in_features) that a linear module multiplies by.
+
+    Raises:
+        ValueError: the weight is stored in a form that cannot be read here.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        if weight.is_floating_point() and _is_dense(weight):
+            return weight.detach()
+        state = getattr(weight, "quant_state", None)
+        if state is not None:  # bitsandbytes, 4 bits
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, state)
+        scales = getattr(weight, "SCB", None)
+        if scales is None:  # a forward pass has moved it to the module's state
+            scales = getattr(getattr(module, "state", None), "SCB", None)
+        if scales is not None and weight.dtype == torch.int8:  # bitsandbytes, 8 bits
+            return weight.data.float() * (scales.float() / 127)[:, None]
+        if not _is_dense(weight) and hasattr(weight, "dequantize"):  # torchao
+            return weight.dequantize().detach()
+    raise ValueError(
+        f"base: expected a weight that can be made dense (plain, torchao's, bitsandbytes'), got "
+        f"{type(module).__name__}"
+    )
