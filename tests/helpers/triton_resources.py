@@ -2,10 +2,10 @@
 
 ``python tests/helpers/triton_resources.py --write`` compiles all cases for all targets and rewrites
 tests/data/triton_resources.csv. tests/triton/test_compile.py compares with that table.
-``python tests/helpers/triton_resources.py sm_90 8`` prints, as JSON, the cases that are compiled for
-every target, compiled for this one. With a third argument ``rest`` it prints the cases for this
+``python tests/helpers/triton_resources.py sm_90`` prints, as JSON, the cases that are compiled for
+every target, compiled for this one. With a second argument ``rest`` it prints the cases for this
 target alone. Both leave out most cases that the table proves: the installed Triton is the
-table's, so the same source makes the same kernel. One in eight of these is compiled all the same.
+table's, so the same source makes the same kernel. A sample of these is compiled all the same.
 
 The cases come from ``triton_cases.py``.
 """
@@ -31,6 +31,7 @@ from triton_cases import compile_cases
 TABLE = Path(__file__).resolve().parents[1] / "data" / "triton_resources.csv"
 # mma: 1 if the matrix units are used; wide: 1 if global memory is accessed 16 bytes at a time
 COLUMNS = ("registers", "shared", "stack", "barriers", "mma", "wide")
+SAMPLE = 32  # one in so many proven cases is compiled all the same, to check the table
 MMA = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 WIDE = r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10,|global_(?:load|store)_dwordx4"
 # (backend, architecture, threads per warp), shared memory of a block in bytes
@@ -184,8 +185,8 @@ def resources(jobs):
         return dict(pool.imap_unordered(_row, jobs, chunksize=4))
 
 
-def unproven(target, sample, rest):
-    """Jobs of the cases that the table does not prove, and of one in ``sample`` of the others."""
+def unproven(target, rest):
+    """Jobs of the cases that the table does not prove, and of a sample of the others."""
     import triton
 
     version, table = read_table()
@@ -194,7 +195,7 @@ def unproven(target, sample, rest):
         row = table.get((target, name))
         if version == triton.__version__ and row and row["source"] == source_of(target, case, row):
             n_proven += 1
-            if n_proven % sample:
+            if n_proven % SAMPLE:
                 continue
         jobs.append((target, name, case))
     return jobs
@@ -234,5 +235,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         write_table()
     else:
-        target, sample, *rest = sys.argv[1:]
-        print(json.dumps(resources(unproven(target, int(sample), rest == ["rest"]))))
+        print(json.dumps(resources(unproven(sys.argv[1], sys.argv[2:] == ["rest"]))))
