@@ -17,7 +17,7 @@ from boft_ops._runtime import backend as backends
 from boft_ops._runtime import native
 from boft_ops.ops.compose import compose_forward
 from boft_ops.ops.rotate import apply_stages, apply_stages_backward
-from boft_ops.ops.stage_from_skew import make_matrices
+from boft_ops.ops.stage_from_skew import stages_from_skew
 from boft_ops.ops.stages import Stage, plan
 
 
@@ -79,7 +79,7 @@ def rotation_contest(
         skew = (0.1 * torch.randn(m, sizes.features // b, b * (b - 1) // 2)).to(device)
         stages = plan(m, b, device.type)
         with torch.no_grad():
-            _, matrices = make_matrices(skew, None, stages, "exact", dtype)
+            _, matrices = stages_from_skew(skew, None, "exact", stages, dtype)
             _check(name, x, grad, matrices, stages)
         run = _backward(grad, x, matrices, stages) if backward else _forward(x, matrices, stages)
         contestants.append(Contestant(name, run))

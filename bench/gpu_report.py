@@ -30,8 +30,15 @@ ARCHIVE = "gpu-report.tar.gz"
 TESTS = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 PEFT = "from peft.tuners.boft.layer import get_fbd_cuda; raise SystemExit(get_fbd_cuda() is None)"
 NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"  # read by peers.py
-# The operators that --quick tunes, the passes over the rows first.
-QUICK_OPS = ("rotate", "rotate_backward", "rotate_linear", "rotation", "rotation_backward", "plan")
+# The decisions that --quick measures, the passes over the rows first.
+QUICK_OPS = (
+    "rotate",
+    "rotate_backward",
+    "rotated_linear",
+    "stage_from_skew",
+    "stage_from_skew_backward",
+    "plan",
+)
 SUITES = ("layer", "ops", "model")
 
 

@@ -15,7 +15,7 @@ from layer_operators import compose_contest, names, scale_contest
 from sizes import BLOCK, COMPOSED, Sizes, sizes_on
 
 from boft_ops import butterfly_matmul, cayley
-from boft_ops.ops.linear import linear_backward, linear_forward
+from boft_ops.ops.rotated_linear import rotated_linear_backward, rotated_linear_forward
 from boft_ops.ops.stages import plan
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
@@ -57,7 +57,7 @@ def members(device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str], t
         contestants[sizes.scale, direction] = ("clone", *names("scale"))
     x = torch.empty(sizes.rows, SIZE, device=device, dtype=dtype)
     weight, stage = x[:SIZE], torch.empty(1, SIZE, SIZE, device=device)
-    if linear_forward.has_kernel(x, weight, stage, None, None, True):
+    if rotated_linear_forward.kernel_backend(x, weight, stage, None, None, False, True):
         contestants[sizes.linear, FORWARD] = ("f-linear", "boft-linear")
         contestants[sizes.linear, BACKWARD] = ("grad-weight", "boft-linear")
     return contestants
@@ -169,22 +169,25 @@ def _linear_contest(
     bias = torch.randn(d).to(device, dtype)
     scale = 1 + 0.1 * torch.randn(d).to(device)
     stage = cayley(0.1 * torch.randn(d // SIZE, SIZE * (SIZE - 1) // 2).to(device))
-    arguments = (x, weight, stage, scale, bias, True)
-    y, z = linear_forward.raw(*arguments)
+    arguments = (x, weight, stage, scale, bias, False, True)
+    y, z = rotated_linear_forward.raw(*arguments)
     if direction == FORWARD:
-        compare("fused layer", y, linear_forward.reference(*arguments)[0], dtype)
+        compare("fused layer", y, rotated_linear_forward.reference(*arguments)[0], dtype)
         return [
             Contestant("f-linear", lambda: F.linear(x, weight, bias)),
-            Contestant("boft-linear", lambda: linear_forward.raw(*arguments)),
+            Contestant("boft-linear", lambda: rotated_linear_forward.raw(*arguments)),
         ]
-    arguments = (grad, x, weight, stage, scale, z)
+    arguments = (grad, x, weight, stage, scale, None, z, 1, True)
     names = ("x", "the stage", "the scale", "the bias")
-    ours, theirs = linear_backward.raw(*arguments), linear_backward.reference(*arguments)
+    ours, theirs = (
+        rotated_linear_backward.raw(*arguments),
+        rotated_linear_backward.reference(*arguments),
+    )
     for name, one, other in zip(names, ours, theirs, strict=True):
         compare(f"fused layer: gradient of {name}", one, other, dtype)
     return [
         Contestant("grad-weight", lambda: grad @ weight),
-        Contestant("boft-linear", lambda: linear_backward.raw(*arguments)),
+        Contestant("boft-linear", lambda: rotated_linear_backward.raw(*arguments)),
     ]
 
 

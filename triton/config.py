@@ -111,8 +111,8 @@ _CHOICES = {
     "cayley": _cayley,
     "cayley_backward": _cayley_backward,
     "compose": _compose,
-    "rotation": _rotation,
-    "rotation_backward": _rotation_backward,
+    "stage_from_skew": _rotation,
+    "stage_from_skew_backward": _rotation_backward,
 }
 
 
@@ -121,8 +121,8 @@ def config_for(op: str, **structure: int) -> Config:
     """Default config of an op for one structure.
 
     Args:
-        op: "cayley", "cayley_backward", "compose" (whose backward shares it), "rotation" or
-            "rotation_backward".
+        op: "cayley", "cayley_backward", "compose" (whose backward shares it), "stage_from_skew" or
+            "stage_from_skew_backward".
         structure: block size b for cayley; b and s, the features of an inner group, for compose;
             number of factors m and b for rotation.
     """
@@ -164,5 +164,5 @@ class Tiles(NamedTuple):
 # was fastest with 32 numbers a thread; more are tried.
 CAYLEY = Tiles("cayley", CayleyConfig, 128)
 CAYLEY_BACKWARD = Tiles("cayley_backward", CayleyConfig, 128)
-ROTATION = Tiles("rotation", RotationConfig, 32)
-ROTATION_BACKWARD = Tiles("rotation_backward", RotationConfig, 32)
+ROTATION = Tiles("stage_from_skew", RotationConfig, 32)
+ROTATION_BACKWARD = Tiles("stage_from_skew_backward", RotationConfig, 32)

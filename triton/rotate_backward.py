@@ -21,7 +21,7 @@ from .groups import (
     rows_axis,
     same_group,
 )
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
 from .rotate import count_tiles, launch_with, rotate, tile_for
 
 # inner must hold a whole group. Larger groups have no tile: the gradients of x and of the stage
@@ -230,7 +230,7 @@ def _partials(
 ) -> torch.Tensor:
     x = x.contiguous()
     shape = splits, x.shape[1] // size, size, size
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = COMPUTE[x.dtype]
     if x.numel() == 0:
         return x.new_zeros(shape, dtype=dtype)
     partials = x.new_empty(shape, dtype=dtype)

@@ -18,7 +18,7 @@ import triton.language as tl
 from .cayley import block_size, cayley_backward_tile, cayley_tile
 from .compose import join, unjoin
 from .config import config_for
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
 
 
 @triton.jit
@@ -239,12 +239,12 @@ def rotation(
     m, n_blocks, packed = skew.shape
     b = block_size(packed)
     size = b << (m - 1)
-    dtype = torch.promote_types(skew.dtype, torch.float32)
+    dtype = COMPUTE[skew.dtype]
     blocks = skew.new_empty(m, n_blocks, b, b, dtype=dtype)
     stage = blocks.new_empty(n_blocks * b // size, size, size)
     scratch = blocks.new_empty(_scratch_numel(m, n_blocks, b))
     drop_mask = None if drop_mask is None else drop_mask.contiguous()
-    launch = _launch_for("rotation", m, n_blocks, b, tile=tile)
+    launch = _launch_for("stage_from_skew", m, n_blocks, b, tile=tile)
     launch(skew.contiguous(), drop_mask, blocks, scratch, stage)
     return blocks, blocks[0].clone() if m == 1 else stage  # an op's outputs may not share memory
 
@@ -274,7 +274,7 @@ def rotation_backward(
     scratch = blocks.new_empty(n_scratch)
     drop_mask = None if drop_mask is None else drop_mask.contiguous()
     sums = grad.shape[0], n_blocks * b * (b << (m - 1))
-    launch = _launch_for("rotation_backward", m, n_blocks, b, *sums, tile=tile)
+    launch = _launch_for("stage_from_skew_backward", m, n_blocks, b, *sums, tile=tile)
     launch(blocks, drop_mask, grad, scratch, skew_grad)
     return skew_grad
 
@@ -288,7 +288,7 @@ def _scratch_numel(m: int, n_blocks: int, b: int) -> int:
 def _launch_for(
     op: str, m: int, n_blocks: int, b: int, *scalars: int, tile: MeasuredTile
 ) -> Launch:
-    kernel = rotation_kernel if op == "rotation" else rotation_backward_kernel
+    kernel = rotation_kernel if op == "stage_from_skew" else rotation_backward_kernel
     config = config_for(op, m=m, b=b)._replace(**dict(tile))
     constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
     grid = cdiv(n_blocks, config.G << (m - 1))

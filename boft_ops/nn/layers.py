@@ -8,6 +8,7 @@ from torch import nn
 from .._runtime import checks
 from ..ops.linear import rotated_linear
 from ..ops.merge import rotate_weight
+from ..ops.rotation import SkewRotation
 from .base import BOFTLayer
 from .config import RotationConfig
 
@@ -110,16 +111,16 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             self._check_trainable()
             return super().forward(x)
         checks.linear_input(x, self.weight)
-        skew, config = self._active(self.skew), self.config
+        config = self.config
+        skew = self._active(self.skew) if self.n_identity else self.skew
+        drop_mask = self.dropout.draw(skew) if self.training and self.dropout.p_block else None
         return rotated_linear(
             x,
             self.weight,
-            skew,
+            SkewRotation(skew, config.method, drop_mask),
             scale=self.scale,
             bias=self.bias,
-            drop=self.dropout.draw(skew),
             side=config.side,
-            method=config.method,
             kaleidoscope=config.kaleidoscope,
         )
 

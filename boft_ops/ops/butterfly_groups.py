@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from .._runtime import checks
-from .stage_from_skew import MAX_SIZE, Rotation
+from .._runtime.limits import MAX_ROTATION
+from .stage_from_skew import StageFromSkew
 
 
 def butterfly_groups(
@@ -57,7 +58,7 @@ def butterfly_groups(
             for skew, drop in zip(skews, drops, strict=True)
         ]
         mask = torch.cat(masks, 1)
-    groups = Rotation.apply(torch.cat(skews, 1) if len(skews) > 1 else skews[0], mask)
+    groups = StageFromSkew.apply(torch.cat(skews, 1) if len(skews) > 1 else skews[0], mask)
     m = len(skews[0])
     return list(groups.split([skew.shape[1] >> (m - 1) for skew in skews]))
 
@@ -85,8 +86,8 @@ def _check(name: str, skew: torch.Tensor, first: torch.Tensor) -> None:
     m, n_blocks, packed = skew.shape
     b = checks.block_size_from_packed(name, packed)
     checks.butterfly_shape(n_blocks * b, b, m)
-    if b << (m - 1) > MAX_SIZE:
+    if b << (m - 1) > MAX_ROTATION:
         raise ValueError(
-            f"{name}: expected groups of block_size * 2**(n_factors-1) <= {MAX_SIZE} features, got "
-            f"{b << (m - 1)}"
+            f"{name}: expected groups of block_size * 2**(n_factors-1) <= {MAX_ROTATION} features, "
+            f"got {b << (m - 1)}"
         )

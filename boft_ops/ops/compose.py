@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import widest
 from .._runtime.limits import MAX_BLOCK, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
@@ -99,13 +99,13 @@ def compose_backward_reference(
     return torch.stack(grads[::-1])
 
 
-def _fake_compose(factors: torch.Tensor, first: int) -> torch.Tensor:
+def fake_compose(factors: torch.Tensor, first: int) -> torch.Tensor:
     n, n_blocks, b, _ = factors.shape
     size = b << (n - 1)
     return factors.new_empty(n_blocks * b // size, size, size)
 
 
-def _fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
+def fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
     return torch.empty_like(factors, memory_format=torch.contiguous_format)
 
 
@@ -157,7 +157,7 @@ _CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 compose_forward = Op(
     "compose(Tensor factors, int first) -> Tensor",
     reference=compose_reference,
-    fake=_fake_compose,
+    fake=fake_compose,
     samples=_samples,
     kernels={
         "cpu": Kernel(_native_takes),
@@ -170,7 +170,7 @@ compose_backward = Op(
     # grad (splits, d/size, size, size): partial sums, added up here
     "compose_backward(Tensor factors, Tensor grad, int first) -> Tensor",
     reference=compose_backward_reference,
-    fake=_fake_compose_backward,
+    fake=fake_compose_backward,
     samples=_backward_samples,
     kernels={
         "cpu": Kernel(_native_takes),
@@ -219,7 +219,7 @@ def compose(
 
     Computed in the widest of the blocks' dtype, ``dtype`` and float32.
     """
-    blocks = blocks.to(torch.promote_types(compute_dtype(blocks), dtype)).contiguous()
+    blocks = blocks.to(widest(blocks.dtype, dtype)).contiguous()
     if blocks.shape[0] == 1:
         return (blocks[0],)  # one factor is its own stage
     return Compose.apply(blocks, stages)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import COMPUTE
 from .._runtime.limits import MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
@@ -58,7 +58,7 @@ def _gram(
     left = _groups(x, size, chunk, stride)
     right = _groups(grad, size, chunk, stride)
     product = torch.bmm(left.mT, right)[None]
-    product = product.to(compute_dtype(x))
+    product = product.to(COMPUTE[x.dtype])
     # the whole sum in the first part: kernels divide it, one part for each share of the rows
     return torch.cat([product, product.new_zeros(splits - 1, *product.shape[1:])])
 
@@ -86,7 +86,7 @@ def fake_rotate(
 def _fake_gram(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
-    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=compute_dtype(x))
+    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=COMPUTE[x.dtype])
 
 
 def _fake_rotate_backward(
@@ -111,12 +111,12 @@ def _cpu_takes_group(x: torch.Tensor, size: int) -> bool:
 
 def cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the kernels in CUDA C++ multiply rows by a stage (..., size, size) of this dtype."""
-    return stage.dtype == compute_dtype(x) and stage.shape[-1] <= MAX_STAGE
+    return stage.dtype == COMPUTE[x.dtype] and stage.shape[-1] <= MAX_STAGE
 
 
 def cpu_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the CPU kernels multiply rows by a stage (..., size, size) of this dtype."""
-    return stage.dtype == compute_dtype(x) and _cpu_takes_group(x, stage.shape[-1])
+    return stage.dtype == COMPUTE[x.dtype] and _cpu_takes_group(x, stage.shape[-1])
 
 
 def triton_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:

@@ -81,13 +81,13 @@ STAGE_KERNELS = {
         ),
     ),
     "rotation:rotation_kernel": (
-        "rotation",
+        "stage_from_skew",
         ("fp32", "fp64", "bf16"),
         {"skew_ptr": PARAMETER, "drop_mask_ptr": "i1"}
         | dict.fromkeys(("blocks_ptr", "scratch_ptr", "stage_ptr"), COMPUTE),
     ),
     "rotation:rotation_backward_kernel": (
-        "rotation_backward",
+        "stage_from_skew_backward",
         ("fp32", "fp64"),
         {"drop_mask_ptr": "i1"}
         | dict.fromkeys(("blocks_ptr", "grad_ptr", "scratch_ptr", "skew_grad_ptr"), PARAMETER),

@@ -146,11 +146,11 @@ def test_rotation(m, b, dtype):
     n_blocks = 3 << (m - 1)
     skew = torch.randn(m, n_blocks, b * (b - 1) // 2, dtype=dtype) / b
     for drop in masks(m, n_blocks):
-        blocks, stage = raw.rotation(skew, drop)
+        blocks, stage = raw.stage_from_skew(skew, drop)
         assert torch.equal(blocks, raw.cayley(skew, drop))
-        agree("rotation", skew, drop)
+        agree("stage_from_skew", skew, drop)
         # the gradient of a stage has all the blocks in it: errors add up
-        agree("rotation_backward", blocks, drop, torch.randn_like(stage)[None])
+        agree("stage_from_skew_backward", blocks, drop, torch.randn_like(stage)[None])
 
 
 def linear_arguments(rows, d, n, size, generator=None, offset=0):
@@ -168,15 +168,11 @@ def linear_arguments(rows, d, n, size, generator=None, offset=0):
 def check_linear(x, weight, stage, scale, bias, grad, z):
     """At most twice the error of the reference in float32, against float64, or what rounding may
     make of single sums, which may cancel: measured by the same sums of absolute values."""
-    forward, backward = (
-        backend.ops()["linear"].reference,
-        backend.ops()["linear_backward"].reference,
-    )
     for s, save in ((scale, True), (None, False)):
-        for args, op, ours in (
-            ((x, weight, stage, s, bias if save else None, save), forward, raw.linear),
-            ((grad, x, weight, stage, s, z if save else None), backward, raw.linear_backward),
-        ):
+        forward = x, weight, stage, s, bias if save else None, False, save
+        backward = grad, x, weight, stage, s, None, z if save else None, 1, True
+        for name, args in (("rotated_linear", forward), ("rotated_linear_backward", backward)):
+            op, ours = backend.ops()[name].reference, getattr(raw, name)
             exact = op(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
             sizes = op(*[a.double().abs() if isinstance(a, torch.Tensor) else a for a in args])
             for got, want, truth, size in zip(ours(*args), op(*args), exact, sizes, strict=True):
@@ -260,7 +256,10 @@ def test_sums_over_many_rows_keep_their_precision(rows, mean):
         ("scale_backward", (grad, x, scale, center)),
         ("gram", (x, grad, 16, 8, 1, 1)),
         ("gram", (x, grad, 8, 4, 2, 1)),
-        ("linear_backward", (grad, x, torch.eye(32), torch.eye(16).repeat(2, 1, 1), scale, x)),
+        (
+            "rotated_linear_backward",
+            (grad, x, torch.eye(32), torch.eye(16).repeat(2, 1, 1), scale, None, x, 1, True),
+        ),
     ):
         exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
         reference = backend.ops()[name].reference
@@ -329,9 +328,13 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
         ("compose", (torch.zeros(2, 4, 4, 4).bfloat16(), 0), "float32 or float64"),
         ("compose_backward", (torch.zeros(2, 4, 4, 4), torch.zeros(1, 1, 8, 8), 0), "stage matri"),
         ("compose_backward", (torch.zeros(2, 4, 4, 4), torch.zeros(2, 2, 8, 8), 0), "stage matri"),
-        ("rotation", (torch.zeros(2, 3, 6), None), "not a butterfly"),
-        ("rotation", (torch.zeros(3, 6), None), "3 dimensions"),
-        ("rotation_backward", (torch.zeros(2, 4, 4, 4), None, torch.zeros(2, 8, 8)), "stage matri"),
+        ("stage_from_skew", (torch.zeros(2, 3, 6), None), "not a butterfly"),
+        ("stage_from_skew", (torch.zeros(3, 6), None), "3 dimensions"),
+        (
+            "stage_from_skew_backward",
+            (torch.zeros(2, 4, 4, 4), None, torch.zeros(2, 8, 8)),
+            "stage matri",
+        ),
         ("rotate", (torch.zeros(3, 12), torch.zeros(1, 8, 8), 4, 1, False), "does not fit"),
         ("rotate", (torch.zeros(3, 16), torch.zeros(1, 8, 8), 4, 1, False), "d / size matrices"),
         ("rotate", (torch.zeros(3, 16), torch.zeros(2, 8, 8).double(), 4, 1, False), "dtype of x"),
@@ -368,25 +371,42 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
         ),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), "scale"),
         (
-            "linear",
-            (torch.zeros(3, 8), torch.zeros(4, 9), torch.zeros(2, 4, 4), None, None, False),
+            "rotated_linear",
+            (torch.zeros(3, 8), torch.zeros(4, 9), torch.zeros(2, 4, 4), None, None, False, False),
             r"weight \(n, d\)",
         ),
         (
-            "linear",
-            (torch.zeros(3, 10), torch.zeros(4, 10), torch.zeros(2, 5, 5), None, None, False),
+            "rotated_linear",
+            (torch.zeros(3, 10), torch.zeros(4, 10), torch.zeros(2, 5, 5), None, None, False, True),
             "divides 192",
         ),
         (
-            "linear",
-            (*[torch.zeros(4, 8)] * 2, torch.zeros(2, 4, 4), torch.zeros(3), None, True),
+            "rotated_linear",
+            (*[torch.zeros(4, 8)] * 2, torch.zeros(2, 4, 4), torch.zeros(3), None, False, True),
             r"scale, bias: expected \(n,\)",
         ),
         (
-            "linear_backward",
+            "rotated_linear",
+            (*[torch.zeros(4, 8)] * 2, torch.zeros(2, 4, 4), None, torch.zeros(4), True, False),
+            "bias_in_z: expected false",
+        ),
+        (
+            "rotated_linear_backward",
             (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4, 4)],
-             None, torch.zeros(2, 4)),
+             None, None, torch.zeros(2, 4), 1, False),
             r"grad, z: expected \(rows, n\)",
+        ),
+        (
+            "rotated_linear_backward",
+            (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4, 4)],
+             None, torch.zeros(4), None, 1, False),
+            "center: expected none",
+        ),
+        (
+            "rotated_linear_backward",
+            (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4, 4)],
+             None, None, None, 2, False),
+            "splits: expected 1",
         ),
     ],
 )  # fmt: skip

@@ -43,7 +43,7 @@ def test_one_launch_for_all(monkeypatch):
     )
     stages = butterfly_groups(skews(2, 8))
     sum(stage.sum() for stage in stages).backward()
-    assert calls == ["rotation", "rotation_backward"]
+    assert calls == ["stage_from_skew", "stage_from_skew_backward"]
 
 
 def test_gradients_of_gradients():

@@ -25,7 +25,7 @@ from boft_ops._runtime.device import name_of
 from boft_ops.ops import rotate_indexed
 from boft_ops.ops.planner import plan_for
 from boft_ops.ops.rotate import rotate, rotate_rows
-from boft_ops.ops.rotate_linear import _of_triton
+from boft_ops.ops.rotated_linear import _triton_launches
 from boft_ops.ops.stages import plan
 
 CPU = torch.device("cpu")
@@ -428,7 +428,7 @@ def test_a_tile_reaches_the_launch(tuned_cache, monkeypatch):
 
 
 def test_a_rotated_layer_launches_the_tiles_of_its_parts(tuned_cache, monkeypatch):
-    """rotate_linear has no tile of its own: it launches rotate and the products."""
+    """rotated_linear has no tile of its own: it launches rotate and the products."""
     if not backends.has_triton():
         pytest.skip("triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
@@ -440,8 +440,10 @@ def test_a_rotated_layer_launches_the_tiles_of_its_parts(tuned_cache, monkeypatc
 
     monkeypatch.setattr(rotate_rows, "launcher", lambda: rotate)
     keep(row("triton", num_warps=2))
-    forward, _ = _of_triton()
-    forward(torch.randn(64, 64), torch.randn(8, 64), torch.randn(4, 16, 16), None, None, False)
+    forward, _ = _triton_launches()
+    forward(
+        torch.randn(64, 64), torch.randn(8, 64), torch.randn(4, 16, 16), None, None, True, False
+    )
     assert tiles == [(("num_warps", 2),)]
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..._runtime import checks
-from .layers import Adapter, Rotated, RotatedInput, RotatedKernel
+from ...ops.rotation import SkewRotation
+from .layers import Rotated, RotatedInput, RotatedKernel
 from .parameters import boft_skew
 
 
@@ -23,7 +24,7 @@ class BoftRotated(Rotated):
         return self.boft_R
 
     def _adapter(self, name):
-        return Adapter(boft_skew(self.boft_R[name]), "exact")
+        return SkewRotation(boft_skew(self.boft_R[name]))
 
     def _drop(self, name, adapter):
         dropout = self.boft_dropout[name]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from peft.tuners.oft import layer as peft_oft
 
-from ...ops.stage_from_skew import GIVEN_SERIES
-from .layers import Adapter, Rotated, RotatedInput, RotatedKernel
+from ...ops.rotation import DenseRotation, SkewRotation
+from .layers import Rotated, RotatedInput, RotatedKernel
 from .parameters import TERMS, oft_skew
 
 
@@ -28,8 +28,9 @@ class OftRotated(Rotated):
         neumann, terms = module.use_cayley_neumann, module.num_cayley_neumann_terms
         if neumann and terms != TERMS:
             blocks = module._cayley_batch(weight, module.block_size, True, terms)
-            return Adapter(blocks, GIVEN_SERIES)
-        return Adapter(oft_skew(weight, neumann=neumann), "neumann5" if neumann else "exact")
+            return DenseRotation(blocks, orthogonal=False)
+        method = "neumann5" if neumann else "exact"
+        return SkewRotation(oft_skew(weight, neumann=neumann), method)
 
     def _nearest_first(self, names):
         # x meets the first active adapter first, although PEFT merges as if x met the last first.
