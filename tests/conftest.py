@@ -25,6 +25,15 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    """Mark the parameters of a test as exhaustive that ``exhaustive_if(condition=...)`` picks."""
+    for item in items:
+        for mark in item.iter_markers("exhaustive_if"):
+            if mark.kwargs["condition"](**item.callspec.params):
+                item.add_marker(pytest.mark.exhaustive)
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_poison():
     """Fixed seed, and torch.empty full of NaN: an element that a kernel forgets is seen."""

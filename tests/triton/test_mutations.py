@@ -11,7 +11,7 @@ from boft_ops._runtime import backend, paths
 
 ROOT = paths.HERE.parent
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(not backend.has_triton(), reason="triton is not installed"),
     pytest.mark.skipif(not (ROOT / "triton").is_dir(), reason="not a checkout"),
 ]
