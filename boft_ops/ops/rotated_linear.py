@@ -204,7 +204,6 @@ rotated_linear_backward = Op(
 
 # --- The Function of a layer ----------------------------------------------------------------------
 
-
 # A layer is (rows (N, d), weight (n, d), scale (n,) in the compute dtype, bias (n,), the matrix of
 # each stage, the stages). Needs are those of x, rotation, scale and bias. Gradients
 # are x_grad, the partial sums of each stage's gradient, scale_grad and bias_grad.
