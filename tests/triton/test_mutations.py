@@ -71,7 +71,7 @@ def checkout(tmp_path):
 
 
 def test_a_copy_passes(checkout):
-    """Else the broken ones could fail for another reason."""
+    """Without it, the broken copies could fail for another reason."""
     tests = {mutation[-1] for mutation in MUTATIONS.values()}
     run = run_in_copy(checkout, *(f"tests/{name}" for name in tests))
     assert run.returncode == 0, run.stdout[-2000:]
