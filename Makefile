@@ -37,11 +37,12 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-triton-3.6 sanitize cuda cuda-memcheck bench paper gpu-report docs lint format build clean distclean
+.PHONY: help setup demo test test-exhaustive test-triton-3.6 sanitize sanitize-cuda cuda cuda-memcheck bench paper gpu-report docs lint format build clean distclean
 
 help:
 	@echo 'make demo             finetune a real model with frozen features, LoRA, OFT and BOFT'
 	@echo 'make test             run the tests; options: ARGS="-k cayley -x"'
+	@echo 'make test-exhaustive  run the tests that make test leaves out: whole grids, mutations, long builds'
 	@echo 'make test-triton-3.6  run the tests of the Triton kernels with Triton 3.6, the one of torch 2.11'
 	@echo 'make bench            compare speed and memory with PEFT; options: ARGS=--help'
 	@echo 'make paper            repeat the experiments of docs/paper; options: ARGS="--quick --out FOLDER"'
@@ -51,6 +52,7 @@ help:
 	@echo 'make docs             build the documentation site in build/site; a warning is an error'
 	@echo 'make setup            set up $(VENV) and nothing else'
 	@echo 'make sanitize         test the C++ kernels under AddressSanitizer and UBSan (needs GCC)'
+	@echo 'make sanitize-cuda    test the emulated CUDA kernels under the same sanitizers (needs GCC)'
 	@echo 'make cuda             test the CUDA kernels without a GPU: compile, emulate under sanitizers, mutate'
 	@echo 'make cuda-memcheck    on a machine with a GPU, test the CUDA kernels under compute-sanitizer'
 	@echo 'make build            recompile the changed files of csrc/, in place'
@@ -64,12 +66,20 @@ setup: $(STAMPS)/setup
 demo: $(STAMPS)/demo $(STAMPS)/data
 	$(PY) docs/examples/finetune_minilm.py $(ARGS)
 
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
 test: $(STAMPS)/test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# Runs what `make test` leaves out, in the folder EXHAUSTIVE.
+EXHAUSTIVE := tests
+test-exhaustive: $(STAMPS)/test
+	$(PYTEST) -q -m exhaustive $(EXHAUSTIVE) $(ARGS)
 
 # Tests a copy of the package with an instrumented library. A sanitizer kills the process after its
 # message, so -s keeps pytest from capturing the message. Leaks are not detected, because Python
-# itself leaks on purpose.
+# itself leaks on purpose. -g1 has the line numbers, which are all that a message needs. -O0
+# compiles in a third of the time of -O1, and the tests take as long. cp -p keeps the times of the
+# sources, so that unchanged ones are not compiled again.
 SANITIZE  := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 PRELOAD   := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)"
 SANITIZED := build/sanitized
@@ -77,23 +87,25 @@ sanitize: $(STAMPS)/test
 	$(call say,compiling csrc/ with sanitizers)
 	@mkdir -p $(SANITIZED)
 	@rm -rf $(addprefix $(SANITIZED)/,boft_ops csrc triton tests)
-	@cp -r boft_ops csrc triton tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	@cp -rp boft_ops csrc triton tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	@rm -f $(SANITIZED)/boft_ops/*.so $(SANITIZED)/boft_ops/_build_info.json
-	@cd $(SANITIZED) && CXX=g++ CXXFLAGS='-O1 -g $(SANITIZE)' LDFLAGS='$(SANITIZE)' \
+	@cd $(SANITIZED) && CXX=g++ CXXFLAGS='-O0 -g1 $(SANITIZE)' LDFLAGS='$(SANITIZE)' \
 	  BOFT_OPS_FORCE_EXT=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 	  $(PRELOAD) \
-	  $(abspath $(PY)) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/native/test_native.py $(ARGS)
+	  $(abspath $(PY)) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider -m '' tests/native/test_native.py $(ARGS)
 
 # Needs no GPU. `make test` runs the emulated tests too; this target runs them under sanitizers.
 EMULATED := build/emulated
-cuda: $(STAMPS)/test
-	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadgroup -m exhaustive tests/cuda $(ARGS)
+sanitize-cuda: $(STAMPS)/test
 	$(call say,emulating the CUDA kernels under sanitizers)
 	@PYTHONPATH=. $(PY) tests/helpers/cuda_emulation.py $(EMULATED) $(SANITIZE)
 	ASAN_OPTIONS=detect_leaks=0 BOFT_EMULATED_LIBRARY=$(EMULATED)/libboft_emulated.so \
 	  $(PRELOAD) \
 	  $(PY) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/cuda/test_kernels.py $(ARGS)
+
+cuda: EXHAUSTIVE := tests/cuda
+cuda: test-exhaustive sanitize-cuda
 
 # Needs a GPU and a library with CUDA kernels. memcheck finds accesses outside of allocations;
 # racecheck finds accesses to shared memory that lack a barrier between them.
@@ -103,7 +115,7 @@ cuda-memcheck: $(STAMPS)/test
 	done
 
 test-triton-3.6: $(STAMPS)/triton-3.6
-	$(VENV)/triton-3.6/bin/python -m pytest tests/triton/test_compile.py tests/triton/test_small.py tests/triton/test_rotate.py $(ARGS)
+	$(VENV)/triton-3.6/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 tests/triton/test_compile.py tests/triton/test_small.py tests/triton/test_rotate.py $(ARGS)
 
 paper: $(STAMPS)/paper $(STAMPS)/demo $(STAMPS)/data
 	@for script in $(PAPER); do echo "==> $$script"; $(PY) $$script $(ARGS) || exit 1; done

@@ -33,6 +33,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # were then; BOFT_OPS_BACKEND=cuda chooses the latter (docs/cuda.md).
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 REFERENCE = Choice("reference")
+_DEVICE_TYPES = {tuned.CPU: "cpu", tuned.OTHER: ""}  # other numbers are those of GPUs
 
 _forced = os.environ.get("BOFT_OPS_BACKEND") or None
 _ops: dict[str, Op] = {}
@@ -108,6 +109,9 @@ class Op:
             self.tunable = measured_as.tunable._replace(shape_class=shape_class)
         elif shape_class is not None:
             self.tunable = tuned.register(Tunable(self.name, shape_class, self._accept))
+        self._launcher: Callable | None = None
+        # device number -> the generation of ``tuned`` in which nothing was measured for it there
+        self._unmeasured: dict[int, int] = {}
         _ops[self.name] = self
 
     # --- The choice -------------------------------------------------------------------------------
@@ -142,18 +146,33 @@ class Op:
 
     def _choose(self, args: tuple, eager: bool) -> Choice:
         x = args[0]
-        choice = None if self.tunable is None else tuned.measured(self.tunable, x, args, eager)
+        number = tuned.CPU if x.is_cpu else x.get_device() if x.is_cuda else tuned.OTHER
+        choice = None
+        if not eager or self._unmeasured.get(number) != tuned.generation:
+            choice = self._measured(args, eager, number)
         if _forced:
             if choice is None or choice.backend != _forced:
                 choice = Choice(_forced)
-        elif choice is None or choice.backend in self.unavailable:
-            device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
-            choice = self.defaults.get(device, REFERENCE)
-            if choice.backend == "reference" and device == "cpu" and "cpu" in self.kernels:
+        elif choice is None:
+            choice = self.defaults.get(_DEVICE_TYPES.get(number, "cuda"), REFERENCE)
+            if choice.backend == "reference" and number == tuned.CPU and "cpu" in self.kernels:
                 native.tell_absence()
-        if choice.backend in self.unavailable or not self.supports(choice.backend, args):
+        kernel = self.kernels.get(choice.backend)
+        if kernel is None or choice.backend in self.unavailable:
             return REFERENCE
-        return choice
+        return choice if kernel.supports is None or kernel.supports(*args) else REFERENCE
+
+    def _measured(self, args: tuple, eager: bool, number: int) -> Choice | None:
+        """The measured choice for a call, or None; notes if there is none for any call."""
+        choice = None
+        if self.tunable is not None:
+            choice = tuned.measured(self.tunable, args[0], args, eager)
+            if choice is not None or tuned.knows(self.tunable, number):
+                usable = choice is not None and choice.backend not in self.unavailable
+                return choice if usable else None
+        if eager:  # later calls on this device then skip the look-up: it costs host time
+            self._unmeasured[number] = tuned.generation
+        return None
 
     # --- The call ---------------------------------------------------------------------------------
 
@@ -168,7 +187,9 @@ class Op:
                 self._check_forced(args)
             choice = REFERENCE
         else:
-            choice = self.choose(args, eager)
+            if _forced:
+                self._check_forced(args)
+            choice = self._choose(args, eager)
         if choice.backend == "reference":
             # The matrix products of a reference define the operator: autocast must not round them.
             with autocast.disabled(x.device.type):
@@ -194,16 +215,20 @@ class Op:
 
     def launch(self, *args):
         """Launch the Triton kernel in its measured tile, for a call that it supports."""
-        choice = None
-        if self.tunable is not None:
-            choice = tuned.measured(self.tunable, args[0], args)
+        choice, x = None, args[0]
+        number = x.get_device()  # -1 on a CPU
+        if self._unmeasured.get(number) != tuned.generation:
+            choice = self._measured(args, True, number)
         if choice is None or choice.backend != "triton":
             return self.launcher()(*args)
         return self.launcher()(*args, tile=choice.config)
 
     def launcher(self) -> Callable:
         """The function that launches the Triton kernel; imports triton on first use."""
-        return _launcher(self.kernels["triton"].launcher)
+        if self._launcher is None:
+            target = self.kernels["triton"].launcher
+            self._launcher = target() if callable(target) else triton_object(target)
+        return self._launcher
 
     def native(self) -> Callable:
         """The CUDA kernel of the native library, which registers it in a namespace of its own."""
@@ -342,11 +367,6 @@ def triton_object(name: str) -> Any:
 def _native_kernel(name: str, schema: str) -> Callable:
     _define(name, schema, namespace=native.CUDA_NS)
     return getattr(getattr(torch.ops, native.CUDA_NS), name).default
-
-
-@cache
-def _launcher(target: str | Callable[[], Callable]) -> Callable:
-    return target() if callable(target) else triton_object(target)
 
 
 def _define(

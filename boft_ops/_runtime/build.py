@@ -160,11 +160,15 @@ def obstacle(csrc: Path | None, torch: Torch | None) -> str | None:
 
 
 def sources(csrc: Path, cuda: bool) -> list[Path]:
-    """List the source files, with those of the CUDA kernels if ``cuda``."""
+    """List the source files, with those of the CUDA kernels if ``cuda``.
+
+    The kernels come first and the bindings last: a file that takes long must not be the last one
+    that is compiled, while the other cores have nothing to do.
+    """
     return [
-        *sorted(csrc.glob("*.cpp")),
-        *sorted((csrc / "cpu").glob("*.cpp")),
         *(sorted((csrc / "cuda").glob("*.cu")) if cuda else []),
+        *sorted((csrc / "cpu").glob("*.cpp")),
+        *sorted(csrc.glob("*.cpp")),
     ]
 
 

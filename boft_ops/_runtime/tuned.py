@@ -221,6 +221,11 @@ def measured(tunable: Tunable, x: torch.Tensor, args: tuple, eager: bool = True)
     return choices.lookup(tunable.name, dtypes.name_of(x.dtype), *tunable.shape_class.of(*args))
 
 
+def knows(tunable: Tunable, number: int) -> bool:
+    """True if a look-up for some call on the device of this number may find a choice."""
+    return _pinned is not None or tunable.name in table(number).names
+
+
 def _in_graph(
     name: str, device: str, index: int | None, dtype: str, *structure: int
 ) -> Choice | None:

@@ -12,7 +12,7 @@ import torch
 
 from .._runtime import checks, limits, linalg
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import COMPUTE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 from .dropout import drop_blocks
@@ -58,7 +58,7 @@ def cayley_reference(skew: torch.Tensor, drop: torch.Tensor | None = None) -> to
 def cayley_backward_reference(
     blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
-    r = blocks.to(compute_dtype(blocks))
+    r = blocks.to(COMPUTE[blocks.dtype])
     eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
     half = (eye + r).mT
     skew_grad = pack(0.5 * (half @ grad.to(r.dtype) @ half)).to(blocks.dtype)
@@ -74,13 +74,13 @@ def _horner(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _neumann5(skew: torch.Tensor) -> torch.Tensor:
-    q = unpack(skew.to(compute_dtype(skew)))
+    q = unpack(skew.to(COMPUTE[skew.dtype]))
     eye, p1, _, _ = _horner(q)
     return (eye + q @ p1).to(skew.dtype)
 
 
 def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    q = unpack(skew.to(compute_dtype(skew)))
+    q = unpack(skew.to(COMPUTE[skew.dtype]))
     _, p1, p2, p3 = _horner(q)
     grad = grad.to(q.dtype)
     total = grad @ p1.mT  # Horner's scheme differentiated from the outside in

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import widest
 from .._runtime.limits import MAX_BLOCK, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
@@ -221,7 +221,7 @@ def compose(
 
     Computed in the widest of the blocks' dtype, ``dtype`` and float32.
     """
-    blocks = blocks.to(torch.promote_types(compute_dtype(blocks), dtype)).contiguous()
+    blocks = blocks.to(widest(blocks.dtype, dtype)).contiguous()
     if blocks.shape[0] == 1:
         return (blocks[0],)  # one factor is its own stage
     return Compose.apply(blocks, stages)

@@ -15,11 +15,12 @@ from typing import Literal
 import torch
 
 from .._runtime import autocast, backend, checks, tuned
+from .._runtime.dtypes import widest
 from .composed_linear import composed_linear
 from .dropout import draw_mask
 from .planner import WEIGHT_SIDE_ROWS, layer_plan
 from .rotate import rotate_backward, rotate_rows
-from .rotated_linear import MIN_ROWS, RotatedLinear, compute_dtype, rotated_linear_forward
+from .rotated_linear import MIN_ROWS, RotatedLinear, rotated_linear_forward
 from .rotation import DenseRotation, Rotation, SkewRotation
 from .scale import scale_backward, scale_forward
 from .stages import Stage
@@ -31,7 +32,7 @@ Plan = tuple[tuple[Stage, ...], Strategy]
 # --- Strategies -----------------------------------------------------------------------------------
 
 _plans: dict[tuple, Plan] = {}  # call signature -> plan
-_generation = 0  # of the measurements that the plans rest on
+_generation = 0  # generation of the measurements that the plans rest on
 
 
 def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
@@ -70,7 +71,7 @@ def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -
         plan = _decide(x, weight, rotation)
         if len(_plans) >= tuned.MEMO:  # bounds the memory that measured sizes take
             _plans.clear()
-        measured = len(tuned.table(tuned.device_number(x))) > 0
+        measured = bool(tuned.table(tuned.device_number(x)).names)
         _plans[(signature, rows) if measured else signature] = plan
     return plan
 
@@ -85,7 +86,7 @@ def _decide(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
         return stages, "separate"
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # predicates look at the size and the dtype of the first stage: an empty one will do
-    dtype = compute_dtype(x, rotation[0])
+    dtype = widest(x.dtype, rotation[0].dtype)
     stage = x.new_empty((0, stages[0].size, stages[0].size), dtype=dtype)
     found = rotated_linear_forward.kernel_backend(rows, weight, stage, None, None, False, False)
     if found == "cpu":

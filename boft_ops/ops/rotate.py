@@ -1,9 +1,9 @@
-"""Rows times the stages of a butterfly: the only op that touches the activations.
+"""Rows times the stages of a butterfly: the only operators that touch the activations.
 
-``rotate`` multiplies each row by one block-diagonal stage; ``rotate_backward`` gives both of its
-gradients in one pass over the rows, ``gram`` that of the stage alone. All see x (N, d) as N rows of
-H x M x L chunks of r features, and a stage matrix of group (h, l) mixes the M chunks that lie L
-apart.
+``rotate`` multiplies each row by one block-diagonal stage. ``rotate_backward`` gives both of its
+gradients in one pass over the rows, ``rotate_stage_grad`` that of the stage alone. All see x (N, d)
+as N rows of H x M x L chunks of r features; the matrix of group (h, l) mixes the M chunks that lie
+L apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import COMPUTE
 from .._runtime.limits import MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
@@ -52,13 +52,13 @@ def rotate_reference(
     return _ungroup(torch.bmm(groups, stage), chunk, stride)
 
 
-def _gram(
+def rotate_stage_grad_reference(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
     left = _groups(x, size, chunk, stride)
     right = _groups(grad, size, chunk, stride)
     product = torch.bmm(left.mT, right)[None]
-    product = product.to(compute_dtype(x))
+    product = product.to(COMPUTE[x.dtype])
     # the whole sum in the first part: kernels divide it, one part for each share of the rows
     return torch.cat([product, product.new_zeros(splits - 1, *product.shape[1:])])
 
@@ -73,8 +73,8 @@ def rotate_backward_reference(
     splits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     pair = (grad, x) if transpose else (x, grad)
-    gram = _gram(*pair, stage.shape[-1], chunk, stride, splits)
-    return rotate_reference(grad, stage, chunk, stride, not transpose), gram
+    stage_grad = rotate_stage_grad_reference(*pair, stage.shape[-1], chunk, stride, splits)
+    return rotate_reference(grad, stage, chunk, stride, not transpose), stage_grad
 
 
 def fake_rotate(
@@ -83,10 +83,10 @@ def fake_rotate(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_gram(
+def _fake_stage_grad(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
-    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=compute_dtype(x))
+    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=COMPUTE[x.dtype])
 
 
 def _fake_rotate_backward(
@@ -99,7 +99,7 @@ def _fake_rotate_backward(
     splits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x_grad, _fake_gram(x, grad, stage.shape[-1], chunk, stride, splits)
+    return x_grad, _fake_stage_grad(x, grad, stage.shape[-1], chunk, stride, splits)
 
 
 MAX_CPU_SIZE = 128  # features of a group, up to which the CPU kernels beat a BLAS
@@ -111,12 +111,12 @@ def _cpu_takes_group(x: torch.Tensor, size: int) -> bool:
 
 def cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the kernels in CUDA C++ multiply rows by a stage (..., size, size) of this dtype."""
-    return stage.dtype == compute_dtype(x) and stage.shape[-1] <= MAX_STAGE
+    return stage.dtype == COMPUTE[x.dtype] and stage.shape[-1] <= MAX_STAGE
 
 
 def cpu_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the CPU kernels multiply rows by a stage (..., size, size) of this dtype."""
-    return stage.dtype == compute_dtype(x) and _cpu_takes_group(x, stage.shape[-1])
+    return stage.dtype == COMPUTE[x.dtype] and _cpu_takes_group(x, stage.shape[-1])
 
 
 def triton_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
@@ -197,16 +197,19 @@ rotate_rows = Op(
     shape_class=ROWS,
 )
 # Gradients of a stage come as partial sums (splits, d/size, size, size), in at least float32.
-gram = Op(
-    "gram(Tensor x, Tensor grad, int size, int chunk, int stride, int splits) -> Tensor",
-    reference=_gram,
-    fake=_fake_gram,
+rotate_stage_grad = Op(
+    "rotate_stage_grad(Tensor x, Tensor grad, int size, int chunk, int stride, int splits)"
+    " -> Tensor",
+    reference=rotate_stage_grad_reference,
+    fake=_fake_stage_grad,
     samples=_stage_grad_samples,
     kernels={
         "cpu": Kernel(_cpu_takes_stage_grad),
         "cuda": Kernel(_gpu_takes_stage_grad),
         "triton": Kernel(
-            _gpu_takes_stage_grad, "rotate_backward:gram", "rotate_backward:STAGE_GRAD_TILES"
+            _gpu_takes_stage_grad,
+            "rotate_backward:rotate_stage_grad",
+            "rotate_backward:STAGE_GRAD_TILES",
         ),
     },
     shape_class=ROWS._replace(of=_stage_grad_class_of),
@@ -270,7 +273,7 @@ def apply_stages_backward(
             )
         else:
             pair = (grad, inputs.pop()) if transpose else (inputs.pop(), grad)
-            partials[i] = gram(*pair, size, chunk, stride, parts)
+            partials[i] = rotate_stage_grad(*pair, size, chunk, stride, parts)
     return grad if need_x else None, partials
 
 

@@ -14,18 +14,18 @@ import torch.nn.functional as F
 
 from .._runtime import autocast, native
 from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import COMPUTE, widest
 from .._runtime.limits import FUSED_MULTIPLE, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
-from .composed_linear import composed_linear
+from .composed_linear import differentiable_gradients
 from .rotate import (
     apply_stages,
     apply_stages_backward,
-    gram,
     rotate_backward,
     rotate_rows,
+    rotate_stage_grad,
 )
-from .rotation import DenseRotation, SkewRotation
 from .scale import Scale, scale_backward, scale_forward
 from .stage_from_skew import stages_from_skew, stages_from_skew_backward
 from .stages import Stage, plan
@@ -100,26 +100,43 @@ def _fake(x, weight, stage, scale, bias, bias_in_z, save):
 def _fake_backward(grad, x, weight, stage, scale, center, z, splits, need_bias):
     n = weight.shape[0]
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    stage_grad = stage.new_empty(splits, *stage.shape, dtype=wide)
+    stage_grad = stage.new_empty(splits, *stage.shape, dtype=COMPUTE[x.dtype])
     if z is not None:
         return x_grad, stage_grad, scale.new_empty(n), scale.new_empty(n)
     return x_grad, stage_grad, stage.new_empty(0), grad.new_empty(n if need_bias else 0)
 
 
-def _cpu_supports(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
+def _cpu_supports(x, weight, stage, scale=None, bias=None, bias_in_z=False, save=False) -> bool:
     """Float32 with enough rows, on a CPU with the vector instructions that its BLAS uses too."""
     return (
         x.dtype == weight.dtype == stage.dtype == torch.float32
+        and (bias is None or not bias_in_z)
         and FUSED_MULTIPLE % stage.shape[-1] == 0
         and x.shape[0] >= MIN_ROWS
         and native.isa in ("avx2", "avx512")
     )
 
 
-def _cuda_supports(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
+def _cpu_supports_backward(grad, x, weight, stage, scale, center, z, splits, need_bias) -> bool:
+    return center is None and splits == 1 and _cpu_supports(x, weight, stage)
+
+
+def _cuda_supports(x, weight, stage, scale=None, bias=None, bias_in_z=True, save=False) -> bool:
     half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
-    return half and stage.dtype == torch.float32 and stage.shape[-1] <= MAX_CUDA_SIZE
+    small = stage.dtype == torch.float32 and stage.shape[-1] <= MAX_CUDA_SIZE
+    return half and small and (bias is None or bias_in_z)
+
+
+def _cuda_supports_backward(grad, x, weight, stage, scale, center, z, splits, need_bias) -> bool:
+    return (z is not None or not need_bias) and _cuda_supports(x, weight, stage)
+
+
+def _triton_supports(x, weight, stage, *_: object) -> bool:
+    return stage.shape[-1] <= MAX_STAGE
+
+
+def _triton_supports_backward(grad, x, weight, stage, *_: object) -> bool:
+    return stage.shape[-1] <= MAX_STAGE
 
 
 def _samples(w: Workload) -> Iterator[tuple]:
@@ -155,20 +172,9 @@ rotated_linear_forward = Op(
     fake=_fake,
     samples=_samples,
     kernels={
-        "cpu": Kernel(
-            lambda x, weight, stage, scale, bias, bias_in_z, save: (
-                (bias is None or not bias_in_z) and _cpu_supports(x, weight, stage)
-            )
-        ),
-        "cuda": Kernel(
-            lambda x, weight, stage, scale, bias, bias_in_z, save: (
-                (bias is None or bias_in_z) and _cuda_supports(x, weight, stage)
-            )
-        ),
-        "triton": Kernel(
-            lambda x, weight, stage, *_: stage.shape[-1] <= MAX_STAGE,
-            lambda: _triton_launches()[0],
-        ),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(_triton_supports, lambda: _triton_launches()[0]),
     },
     shape_class=_CLASS,
 )
@@ -186,20 +192,9 @@ rotated_linear_backward = Op(
     fake=_fake_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(
-            lambda grad, x, weight, stage, scale, center, z, splits, need_bias: (
-                center is None and splits == 1 and _cpu_supports(x, weight, stage)
-            )
-        ),
-        "cuda": Kernel(
-            lambda grad, x, weight, stage, scale, center, z, splits, need_bias: (
-                (z is not None or not need_bias) and _cuda_supports(x, weight, stage)
-            )
-        ),
-        "triton": Kernel(
-            lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_STAGE,
-            lambda: _triton_launches()[1],
-        ),
+        "cpu": Kernel(_cpu_supports_backward),
+        "cuda": Kernel(_cuda_supports_backward),
+        "triton": Kernel(_triton_supports_backward, lambda: _triton_launches()[1]),
     },
     shape_class=_CLASS._replace(of=lambda grad, *args: _CLASS.of(*args)),
     measured_as=rotated_linear_forward,
@@ -209,24 +204,14 @@ rotated_linear_backward = Op(
 
 # --- The Function of a layer ----------------------------------------------------------------------
 
-
-# rows (N, d), weight (n, d), scale (n,) in at least float32, bias (n,), the matrix of each stage
-_Layer = tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    list[torch.Tensor],
-    tuple[Stage, ...],
-]
-_Needs = tuple[bool, bool, bool, bool]  # are the gradients of x, rotation, scale and bias wanted?
-# x_grad, partial sums of the gradient of each stage, scale_grad, bias_grad
-_Gradients = tuple[
-    torch.Tensor | None, list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None
-]
+# A layer is (rows (N, d), weight (n, d), scale (n,) in the compute dtype, bias (n,), the matrix of
+# each stage, the stages). Needs are those of x, rotation, scale and bias. Gradients
+# are x_grad, the partial sums of each stage's gradient, scale_grad and bias_grad.
+_Needs = tuple[bool, bool, bool, bool]
+_Gradients = tuple[torch.Tensor | None, list, torch.Tensor | None, torch.Tensor | None]
 
 
-def _forward(layer: _Layer, strategy: str, save_z: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(layer: tuple, strategy: str, save_z: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y (N, n) and z, the output before the scale; z means something only if it is saved.
 
     The bias is added inside the product, as in torch's linear, so that y is exactly torch's where R
@@ -255,7 +240,7 @@ def _outer_stages(
 
 
 def _backward_fused(
-    layer: _Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     rows, weight, scale, _, matrices, stages = layer
     need_x, need_rotation, _, need_bias = needs
@@ -273,7 +258,7 @@ def _backward_fused(
 
 
 def _backward_batched(
-    layer: _Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     """The gradients where both x and the rotation need one: one call computes the two together."""
     rows, weight, scale, bias, matrices, stages = layer
@@ -288,7 +273,7 @@ def _backward_batched(
 
 
 def _backward_separate(
-    layer: _Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     rows, weight, scale, bias, matrices, stages = layer
     need_x, need_rotation, need_scale, need_bias = needs
@@ -303,7 +288,7 @@ def _backward_separate(
 
 
 def _backward_rotate_weight(
-    layer: _Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     """The gradients of y = x (W R^T)^T, with one stage.
 
@@ -320,8 +305,9 @@ def _backward_rotate_weight(
     with autocast.disabled(grad.device.type):
         x_grad = grad @ rotated
         if need_rotation:
-            parts = gram(rows, x_grad, stage.size, stage.chunk, stage.stride, stage.splits(rows))
-            partials = [(parts.sum(0).to(matrix.dtype) @ matrix)[None]]
+            layout = stage.size, stage.chunk, stage.stride, stage.splits(rows)
+            matrix_grad = rotate_stage_grad(rows, x_grad, *layout).sum(0).to(matrix.dtype)
+            partials = [(matrix_grad @ matrix)[None]]
     return x_grad, partials, scale_grad, bias_grad
 
 
@@ -356,12 +342,12 @@ class RotatedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias, skew, drop_mask, matrix, decided):
         method, stages, strategy = ctx.decided = decided
         if skew is None:
-            dtype = compute_dtype(x, matrix)
-            blocks, matrices = None, [matrix if matrix.dtype == dtype else matrix.to(dtype)]
+            blocks, matrices = None, [_as(matrix, widest(x.dtype, matrix.dtype))]
         else:
             blocks, matrices = stages_from_skew(skew, drop_mask, method, stages, x.dtype)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        layer = rows, weight, _wide(scale, x), bias, matrices, stages
+        wide_scale = None if scale is None else _as(scale, COMPUTE[x.dtype])
+        layer = rows, weight, wide_scale, bias, matrices, stages
         save_z = scale is not None and ctx.needs_input_grad[2]
         y, z = _forward(layer, strategy, save_z)
         inputs = x, weight, scale, bias, skew, drop_mask, matrix
@@ -372,7 +358,8 @@ class RotatedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale, bias, skew, drop_mask, matrix, z, blocks, *matrices = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grad)
+            inputs, needs = ctx.saved_tensors[:7], ctx.needs_input_grad
+            return differentiable_gradients(inputs, ctx.decided[0], grad, needs)
         need_x, _, need_scale, need_bias, need_skew, _, need_matrix, _ = ctx.needs_input_grad
         need_rotation = need_skew or need_matrix
         method, stages, strategy = ctx.decided
@@ -385,21 +372,22 @@ class RotatedLinear(torch.autograd.Function):
         else:
             backward = _backward_separate
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        layer = rows, weight, _wide(scale, x), bias, matrices, stages
+        wide_scale = None if scale is None else _as(scale, COMPUTE[x.dtype])
+        layer = rows, weight, wide_scale, bias, matrices, stages
         needs = need_x, need_rotation, need_scale, need_bias
         x_grad, partials, scale_grad, bias_grad = backward(layer, grad.contiguous(), z, needs)
         skew_grad = matrix_grad = None
         if need_skew:
             skew_grad = stages_from_skew_backward(skew, drop_mask, method, stages, blocks, partials)
         elif need_matrix:
-            matrix_grad = _as(partials[0].sum(0), matrix)
+            matrix_grad = _as(partials[0].sum(0), matrix.dtype)
         if need_x and x.dim() != 2:
             x_grad = x_grad.reshape(x.shape)
         return (
             x_grad if need_x else None,
             None,
-            _as(scale_grad, scale) if need_scale else None,
-            _as(bias_grad, bias) if need_bias else None,
+            _as(scale_grad, scale.dtype) if need_scale else None,
+            _as(bias_grad, bias.dtype) if need_bias else None,
             skew_grad,
             None,
             matrix_grad,
@@ -407,33 +395,6 @@ class RotatedLinear(torch.autograd.Function):
         )
 
 
-def _wide(scale: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """Return the scale in the dtype that the kernels compute in."""
-    if scale is None:
-        return None
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return scale if scale.dtype == dtype else scale.to(dtype)
-
-
-def _as(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return grad in the dtype of the parameter; comparing is faster than a .to() of nothing."""
-    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
-
-
-def _differentiable_backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients as functions of every input, for gradients of gradients."""
-    inputs = x, weight, scale, bias, skew, drop_mask, matrix = ctx.saved_tensors[:7]
-    needs = ctx.needs_input_grad[: len(inputs)]
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-    rotation = (
-        DenseRotation(matrix) if skew is None else SkewRotation(skew, ctx.decided[0], drop_mask)
-    )
-    with torch.enable_grad(), autocast.disabled(grad.device.type):
-        y = composed_linear(x, weight, rotation, scale, bias, "in", 0).reshape(grad.shape)
-        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return *(next(grads) if need else None for need in needs), None
-
-
-def compute_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.dtype:
-    """Return the widest of float32 and both dtypes."""
-    return torch.promote_types(torch.promote_types(parameter.dtype, x.dtype), torch.float32)
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a dtype; comparing is faster than a call of .to() that does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import COMPUTE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 
@@ -39,7 +39,7 @@ def _fake_scale(
 def scale_backward_reference(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = compute_dtype(x)
+    wide = COMPUTE[x.dtype]
     # x - center before the sum: sum(grad x) - center sum(grad) would cancel where center is large
     centered = x.to(wide) if center is None else x.to(wide) - center.to(wide)
     scale_grad = torch.sum(grad.to(wide) * centered, 0).to(scale.dtype)
@@ -62,7 +62,7 @@ def _fake_scale_backward(
 
 def _in_compute_dtype(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
     """True if the vectors have the dtype that x is computed in."""
-    return all(v is None or v.dtype == compute_dtype(x) for v in vectors)
+    return all(v is None or v.dtype == COMPUTE[x.dtype] for v in vectors)
 
 
 def _samples(w: Workload) -> Iterator[tuple]:

@@ -13,6 +13,7 @@ import torch
 
 from .._runtime import checks
 from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import COMPUTE
 from .._runtime.limits import MAX_ROTATION
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
@@ -56,7 +57,7 @@ def _fake(skew: torch.Tensor, drop_mask: torch.Tensor | None) -> tuple[torch.Ten
 
 
 def _at_least_float32(skew: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(skew.dtype, torch.float32)
+    return COMPUTE[skew.dtype]
 
 
 def _triton_supports(skew: torch.Tensor, _: object) -> bool:
@@ -115,7 +116,9 @@ stage_from_skew_forward = Op(
     kernels={
         "cpu": Kernel(_cpu_supports),
         "cuda": Kernel(_cuda_supports),
-        "triton": Kernel(_triton_supports, "rotation:rotation", "config:ROTATION"),
+        "triton": Kernel(
+            _triton_supports, "stage_from_skew:stage_from_skew", "config:STAGE_FROM_SKEW"
+        ),
     },
     shape_class=_CLASS,
 )
@@ -130,8 +133,8 @@ stage_from_skew_backward = Op(
         "cuda": Kernel(_cuda_supports),
         "triton": Kernel(
             lambda blocks, drop, grad: grad.shape[-1] <= MAX_ROTATION,
-            "rotation:rotation_backward",
-            "config:ROTATION_BACKWARD",
+            "stage_from_skew:stage_from_skew_backward",
+            "config:STAGE_FROM_SKEW_BACKWARD",
         ),
     },
     shape_class=_CLASS._replace(
@@ -185,7 +188,7 @@ def stages_from_skew(
     Returns:
         blocks (m, K, b, b), and for each stage a matrix (d/size, size, size).
     """
-    wide = torch.promote_types(torch.promote_types(skew.dtype, dtype), torch.float32)
+    wide = COMPUTE[dtype] if skew.dtype != torch.float64 else skew.dtype
     if skew.dtype != wide:  # comparing the dtypes is faster than a call of .to() that does nothing
         skew = skew.to(wide)
     if skew.shape[0] > 1 and is_one_small_stage(stages, method):

@@ -293,7 +293,7 @@ def test_shapes_are_parsed():
 # --- A whole run ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_of_a_tiny_shape(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(BENCH / "run.py"), "--shapes=64x48x32", "--rounds=2"]

@@ -73,7 +73,7 @@ def test_the_files_of_a_failed_step_are_packed(tmp_path, monkeypatch):
         }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(540)
 def test_a_whole_report_without_a_gpu(tmp_path):
     """All steps run on tiny shapes and leave the repository unchanged."""

@@ -15,6 +15,7 @@ def skews(m, b, counts=(1, 3, 2), dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("m", "b"), [(1, 3), (1, 8), (2, 8), (3, 4)])
+@pytest.mark.exhaustive_if(condition=lambda backend, m, b: backend == "triton" and m == 3)
 def test_they_are_the_groups_of_each_butterfly(backend, m, b):
     several = skews(m, b)
     drops = [None, torch.rand(several[1].shape[:2]) < 0.5, None]

@@ -79,7 +79,7 @@ def test_library_names_no_folder_of_the_build_machine(installed):
     assert b"pytest-of-" not in content
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sdist_makes_the_same_wheel(run, new_tree, wheel, tmp_path):
     sdist = run.build("sdist", new_tree(), tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
@@ -101,6 +101,14 @@ def test_a_deleted_file_is_not_shipped_by_the_next_wheel(run, new_tree, tmp_path
     assert "boft_ops/gone.py" not in names(run.build("wheel", tree, tmp_path / "2", **env))
 
 
+def leave_one_source(tree: Path) -> None:
+    """Make csrc/ quick to compile, where only the steps of a build are tested."""
+    shutil.rmtree(tree / "csrc")
+    (tree / "csrc" / "cpu").mkdir(parents=True)
+    (tree / "csrc" / "binding.cpp").write_text("int one();\nint two() { return 2 * one(); }\n")
+    (tree / "csrc" / "cpu" / "one.cpp").write_text("int one() { return 1; }\n")
+
+
 WITHOUT_OTHERS = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
@@ -109,7 +117,7 @@ for name in [name for name in sys.modules if name.startswith("__editable__")]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_editable_install_maps_the_folders(run, new_tree, unpack, tmp_path, needs_compiler):
     tree = new_tree()
     (tree / "triton" / "marker_of_this_tree.py").touch()
@@ -201,6 +209,7 @@ def test_a_wrong_setting_is_an_error(run, new_tree, tmp_path, needs_compiler, na
 def test_builds_with_and_without_ninja(run, new_tree, tmp_path, needs_compiler, front_end):
     hide = "b.find_ninja = lambda: None" if front_end == "none" else ""
     tree = new_tree()
+    leave_one_source(tree)
     code = f"""
 import sys
 sys.path.insert(0, "boft_ops/_runtime")
@@ -249,6 +258,7 @@ def test_a_stale_or_broken_library_is_refused(run, installed, tmp_path):
 
 def test_a_failed_build_removes_the_earlier_library(run, new_tree, tmp_path, needs_compiler):
     tree = new_tree()
+    leave_one_source(tree)
     run.build("editable", tree, tmp_path / "1", BOFT_OPS_FORCE_EXT="1")
     assert (tree / "boft_ops" / "libboft_native.so").is_file()
     run.build("editable", tree, tmp_path / "2", CXXFLAGS="-no-such-flag")

@@ -29,7 +29,7 @@ def test_vendored_tree_is_complete(copies, installed):
     assert (vendored / "LICENSE").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_native_it_is_built_on_demand(run, new_tree, tmp_path, needs_compiler):
     done = run("-m", "boft_ops", "vendor", tmp_path / "a" / "boft", path=[new_tree()])
     assert "build` compiles its native library" in done.stdout
