@@ -88,7 +88,7 @@ def content(path):
 def read(source, folder):
     """Read a checkpoint; one that is accepted is sound: it can be written, loaded and applied."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of lowered factors
+        warnings.simplefilter("ignore")  # lowered factors
         try:
             adapter = read_checkpoint(source, base=BASE)
         except (ValueError, FileNotFoundError):

@@ -111,7 +111,7 @@ def test_a_layer_whose_forward_is_kept_is_not_restored():
     assert type(model.base_model.model[2]) is peft_boft.Linear
     torch.testing.assert_close(model(x), y)
     remove_hook_from_module(model.base_model.model[0])
-    # what the hook leaves behind is a bound forward, too: the layer goes on as it is
+    # The removed hook leaves a bound forward behind, too: the layer goes on as it is.
     with pytest.warns(UserWarning, match="not restored"):
         restore(model)
     torch.testing.assert_close(model(x), y)

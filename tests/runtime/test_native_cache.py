@@ -1,4 +1,4 @@
-"""Which folder the cache is, and which libraries in it are trusted."""
+"""The folder of the cache, and the libraries in it that are trusted."""
 
 import os
 import stat
