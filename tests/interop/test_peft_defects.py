@@ -103,7 +103,7 @@ def test_safe_merging_of_convolutions():
     ours = accelerate(copy.deepcopy(stock))
     stock.merge_adapter(safe_merge=True)
     assert not stock.base_model.model[0].base_layer.weight.isfinite().all()
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights: adapter 'default'"):
+    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
         ours.merge_adapter(safe_merge=True)
     assert ours.base_model.model[0].base_layer.weight.isfinite().all()
 
