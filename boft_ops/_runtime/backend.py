@@ -113,6 +113,11 @@ class Op:
         self._unmeasured: dict[int, int] = {}
         _ops[self.name] = self
 
+    @property
+    def is_measured(self) -> bool:
+        """True if the tuner measures this operator, and not another one in its place."""
+        return self.tunable is not None and self.tunable.name == self.name
+
     # --- The choice -------------------------------------------------------------------------------
 
     def supports(self, backend: str, args: tuple) -> bool:
