@@ -22,7 +22,7 @@ Tensor rotate_indexed_cpu(const Tensor& x, const Tensor& stages, const Tensor& i
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor& x,
                                                const Tensor& stage, int64_t chunk, int64_t stride,
                                                bool transpose, int64_t splits);
-Tensor gram_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+Tensor rotate_stage_grad_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                 int64_t splits);
 Tensor scale_cpu(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                  const MaybeTensor& bias);
@@ -51,7 +51,7 @@ Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& 
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
                                                 const Tensor& stage, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits);
-Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+Tensor rotate_stage_grad_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits);
 Tensor scale_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                   const MaybeTensor& bias);
@@ -71,12 +71,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
 // Names of the operators with a CPU kernel: <name>_cpu is registered for each.
 #define BOFT_CPU_OPS(OP)                                                                       \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)          \
-  OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram)      \
+  OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(rotate_stage_grad)      \
   OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)
 
 // Names of the operators with a CUDA kernel: <name>_cuda is registered for each, if csrc/cuda was
 // compiled.
 #define BOFT_CUDA_OPS(OP)                                                                    \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)        \
-  OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram)    \
+  OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(rotate_stage_grad)    \
   OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)

@@ -130,20 +130,20 @@ def _class_of_skew(skew: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
     return (b,), (math.prod(skew.shape[:-1]),)
 
 
-def _cpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+def _cpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
     # the elimination beats LAPACK up to blocks of 128 rows
     return skew.dtype != torch.float16 and skew.shape[-1] <= packed_size(128)
 
 
-def _cpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+def _cpu_supports_blocks(blocks: torch.Tensor, *_: object) -> bool:
     return blocks.dtype != torch.float16 and blocks.shape[-1] <= 32  # BLAS wins on larger blocks
 
 
-def _gpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+def _gpu_supports_blocks(blocks: torch.Tensor, *_: object) -> bool:
     return blocks.shape[-1] <= limits.MAX_BLOCK
 
 
-def _gpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+def _gpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
     return skew.shape[-1] <= packed_size(limits.MAX_BLOCK)
 
 
@@ -153,9 +153,9 @@ cayley_forward = Op(
     fake=fake_cayley,
     samples=_sample_skew,
     kernels={
-        "cpu": Kernel(_cpu_takes_skew),
-        "cuda": Kernel(_gpu_takes_skew),
-        "triton": Kernel(_gpu_takes_skew, "cayley:cayley", "config:CAYLEY"),
+        "cpu": Kernel(_cpu_supports_skew),
+        "cuda": Kernel(_gpu_supports_skew),
+        "triton": Kernel(_gpu_supports_skew, "cayley:cayley", "config:CAYLEY"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_skew),
 )
@@ -165,9 +165,9 @@ cayley_backward = Op(
     fake=fake_cayley_backward,
     samples=_sample_blocks,
     kernels={
-        "cpu": Kernel(_cpu_takes_blocks),
-        "cuda": Kernel(_gpu_takes_blocks),
-        "triton": Kernel(_gpu_takes_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
+        "cpu": Kernel(_cpu_supports_blocks),
+        "cuda": Kernel(_gpu_supports_blocks),
+        "triton": Kernel(_gpu_supports_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_blocks),
 )

@@ -19,7 +19,13 @@ from .._runtime.limits import FUSED_MULTIPLE, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 from .composed_linear import differentiable_gradients
-from .rotate import apply_stages, apply_stages_backward, gram, rotate_backward, rotate_rows
+from .rotate import (
+    apply_stages,
+    apply_stages_backward,
+    rotate_backward,
+    rotate_rows,
+    rotate_stage_grad,
+)
 from .scale import Scale, scale_backward, scale_forward
 from .stage_from_skew import stages_from_skew, stages_from_skew_backward
 from .stages import Stage, plan
@@ -100,19 +106,37 @@ def _fake_backward(grad, x, weight, stage, scale, center, z, splits, need_bias):
     return x_grad, stage_grad, stage.new_empty(0), grad.new_empty(n if need_bias else 0)
 
 
-def _cpu_supports(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
+def _cpu_supports(x, weight, stage, scale=None, bias=None, bias_in_z=False, save=False) -> bool:
     """Float32 with enough rows, on a CPU with the vector instructions that its BLAS uses too."""
     return (
         x.dtype == weight.dtype == stage.dtype == torch.float32
+        and (bias is None or not bias_in_z)
         and FUSED_MULTIPLE % stage.shape[-1] == 0
         and x.shape[0] >= MIN_ROWS
         and native.isa in ("avx2", "avx512")
     )
 
 
-def _cuda_supports(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor) -> bool:
+def _cpu_supports_backward(grad, x, weight, stage, scale, center, z, splits, need_bias) -> bool:
+    return center is None and splits == 1 and _cpu_supports(x, weight, stage)
+
+
+def _cuda_supports(x, weight, stage, scale=None, bias=None, bias_in_z=True, save=False) -> bool:
     half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
-    return half and stage.dtype == torch.float32 and stage.shape[-1] <= MAX_CUDA_SIZE
+    small = stage.dtype == torch.float32 and stage.shape[-1] <= MAX_CUDA_SIZE
+    return half and small and (bias is None or bias_in_z)
+
+
+def _cuda_supports_backward(grad, x, weight, stage, scale, center, z, splits, need_bias) -> bool:
+    return (z is not None or not need_bias) and _cuda_supports(x, weight, stage)
+
+
+def _triton_supports(x, weight, stage, *_: object) -> bool:
+    return stage.shape[-1] <= MAX_STAGE
+
+
+def _triton_supports_backward(grad, x, weight, stage, *_: object) -> bool:
+    return stage.shape[-1] <= MAX_STAGE
 
 
 def _samples(w: Workload) -> Iterator[tuple]:
@@ -148,20 +172,9 @@ rotated_linear_forward = Op(
     fake=_fake,
     samples=_samples,
     kernels={
-        "cpu": Kernel(
-            lambda x, weight, stage, scale, bias, bias_in_z, save: (
-                (bias is None or not bias_in_z) and _cpu_supports(x, weight, stage)
-            )
-        ),
-        "cuda": Kernel(
-            lambda x, weight, stage, scale, bias, bias_in_z, save: (
-                (bias is None or bias_in_z) and _cuda_supports(x, weight, stage)
-            )
-        ),
-        "triton": Kernel(
-            lambda x, weight, stage, *_: stage.shape[-1] <= MAX_STAGE,
-            lambda: _triton_launches()[0],
-        ),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(_triton_supports, lambda: _triton_launches()[0]),
     },
     shape_class=_CLASS,
 )
@@ -179,20 +192,9 @@ rotated_linear_backward = Op(
     fake=_fake_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(
-            lambda grad, x, weight, stage, scale, center, z, splits, need_bias: (
-                center is None and splits == 1 and _cpu_supports(x, weight, stage)
-            )
-        ),
-        "cuda": Kernel(
-            lambda grad, x, weight, stage, scale, center, z, splits, need_bias: (
-                (z is not None or not need_bias) and _cuda_supports(x, weight, stage)
-            )
-        ),
-        "triton": Kernel(
-            lambda grad, x, weight, stage, *_: stage.shape[-1] <= MAX_STAGE,
-            lambda: _triton_launches()[1],
-        ),
+        "cpu": Kernel(_cpu_supports_backward),
+        "cuda": Kernel(_cuda_supports_backward),
+        "triton": Kernel(_triton_supports_backward, lambda: _triton_launches()[1]),
     },
     shape_class=_CLASS._replace(of=lambda grad, *args: _CLASS.of(*args)),
     measured_as=rotated_linear_forward,
@@ -202,9 +204,8 @@ rotated_linear_backward = Op(
 
 # --- The Function of a layer ----------------------------------------------------------------------
 
-
-# A layer is (rows (N, d), weight (n, d), scale (n,) in the compute dtype or None, bias (n,) or None,
-# the matrix of each stage, the stages). Needs are those of x, rotation, scale and bias. Gradients
+# A layer is (rows (N, d), weight (n, d), scale (n,) in the compute dtype, bias (n,), the matrix of
+# each stage, the stages). Needs are those of x, rotation, scale and bias. Gradients
 # are x_grad, the partial sums of each stage's gradient, scale_grad and bias_grad.
 _Needs = tuple[bool, bool, bool, bool]
 _Gradients = tuple[torch.Tensor | None, list, torch.Tensor | None, torch.Tensor | None]
@@ -304,8 +305,9 @@ def _backward_rotate_weight(
     with autocast.disabled(grad.device.type):
         x_grad = grad @ rotated
         if need_rotation:
-            parts = gram(rows, x_grad, stage.size, stage.chunk, stage.stride, stage.splits(rows))
-            partials = [(parts.sum(0).to(matrix.dtype) @ matrix)[None]]
+            layout = stage.size, stage.chunk, stage.stride, stage.splits(rows)
+            matrix_grad = rotate_stage_grad(rows, x_grad, *layout).sum(0).to(matrix.dtype)
+            partials = [(matrix_grad @ matrix)[None]]
     return x_grad, partials, scale_grad, bias_grad
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 raw = getattr(torch.ops, NS)
 DTYPES = [torch.float32, torch.float64]
-ROW_DTYPES = [*DTYPES, torch.bfloat16]  # of activations; the matrices are at least float32
+ROW_DTYPES = [*DTYPES, torch.bfloat16]  # dtypes of activations; the matrices are at least float32
 # (n factors, block_size, first): neighbours and strides, sizes below, at and above a vector's
 STAGES = [(1, 2, 0), (2, 2, 0), (1, 6, 1), (2, 8, 0), (2, 6, 2), (3, 4, 1), (4, 4, 0), (3, 16, 0)]
 
@@ -83,7 +83,10 @@ def test_rotate_and_its_gradients(n, b, first, rows, dtype):
         assert close_in_bfloat16(dx, exact[0])
         torch.testing.assert_close(gram.double(), exact[1], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            raw.gram(*((g, x) if transpose else (x, g)), stage.shape[-1], chunk, stride, 1), gram
+            raw.rotate_stage_grad(
+                *((g, x) if transpose else (x, g)), stage.shape[-1], chunk, stride, 1
+            ),
+            gram,
         )
 
 
@@ -118,7 +121,7 @@ def test_one_factor_of_any_size(size, dtype):
     x, g = torch.randn(9, 2 * size, dtype=dtype), torch.randn(9, 2 * size, dtype=dtype)
     stage = torch.randn(2, size, size, dtype=dtype)
     agree("rotate", x, stage, size, 1, False)
-    agree("gram", x, g, size, size, 1, 1)
+    agree("rotate_stage_grad", x, g, size, size, 1, 1)
     agree("rotate_backward", g, x, stage, size, 1, False, 1)
     agree("compose", stage[None], 0)
 
@@ -254,8 +257,8 @@ def test_sums_over_many_rows_keep_their_precision(rows, mean):
     scale, center = torch.randn(32), torch.randn(32)
     for name, arguments in (
         ("scale_backward", (grad, x, scale, center)),
-        ("gram", (x, grad, 16, 8, 1, 1)),
-        ("gram", (x, grad, 8, 4, 2, 1)),
+        ("rotate_stage_grad", (x, grad, 16, 8, 1, 1)),
+        ("rotate_stage_grad", (x, grad, 8, 4, 2, 1)),
         (
             "rotated_linear_backward",
             (grad, x, torch.eye(32), torch.eye(16).repeat(2, 1, 1), scale, None, x, 1, True),
@@ -361,9 +364,17 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
             (torch.zeros(3, 16), torch.zeros(2, 2, 8, 8), torch.zeros(3).long(), 4, 1, False),
             "an int32 for each row",
         ),
-        ("gram", (*[torch.zeros(3, 3)] * 2, 3, 1, 0x5555555555555555, 1), "does not fit"),
-        ("gram", (torch.zeros(3, 16), torch.zeros(2, 16), 8, 4, 1, 1), "shape and dtype of x"),
-        ("gram", (*[torch.zeros(3, 16)] * 2, 8, 4, 1, 2), "expected 1 on a CPU"),
+        (
+            "rotate_stage_grad",
+            (*[torch.zeros(3, 3)] * 2, 3, 1, 0x5555555555555555, 1),
+            "does not fit",
+        ),
+        (
+            "rotate_stage_grad",
+            (torch.zeros(3, 16), torch.zeros(2, 16), 8, 4, 1, 1),
+            "shape and dtype of x",
+        ),
+        ("rotate_stage_grad", (*[torch.zeros(3, 16)] * 2, 8, 4, 1, 2), "expected 1 on a CPU"),
         (
             "rotate_backward",
             (torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, 4, 4), 4, 1, False, 1),

@@ -64,7 +64,10 @@ def samples():
         ],
         "scale": [(x, x[0], None, None), (g, x[0], x[1], g[0]), (x[:0], x[0], x[1], x[2])],
         "scale_backward": [(x, x + 1, x[0], None), (g, x, g[0], x[1]), (x[:0], x[:0], x[0], x[1])],
-        "gram": [(x, g, 16, 2, 1, 1), (x, g, 8, 2, 2, 1), (x.double(), g.double(), 16, 2, 1, 1)],
+        "rotate_stage_grad": [
+            *[(x, g, 16, 2, 1, 1), (x, g, 8, 2, 2, 1)],
+            (x.double(), g.double(), 16, 2, 1, 1),
+        ],
         "rotated_linear": [
             (x, weight, stage, scale, bias, False, True),
             (x, weight, stage, scale, None, True, True),
@@ -288,7 +291,7 @@ def test_gradients_only_where_needed():
     backends.Op.__call__ = spy
     try:
         butterfly_matmul(x, blocks.requires_grad_()).sum().backward()
-        assert calls == ["compose", "rotate", "gram", "compose_backward"]
+        assert calls == ["compose", "rotate", "rotate_stage_grad", "compose_backward"]
         calls.clear()
         butterfly_matmul(x.requires_grad_(), blocks).sum().backward()
         assert calls == ["compose", "rotate", "rotate_backward", "compose_backward"]

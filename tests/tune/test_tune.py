@@ -51,7 +51,7 @@ def test_the_default_plan_has_the_cheapest_forward_passes(m, b, device):
     dtype = {"cpu": "float32", "cuda": "bfloat16"}[device]
     machine = MACHINES[device]
     found = plans(1 << 20, 1 << 16, 4096, m, b, dtype, device)
-    # where both bytes and flops were paid in full: the default's rule adds them
+    # the default's rule adds bytes and flops, as if both were paid in full
     rule = [
         sum(
             4 * s.size / machine.flops[dtype] * 0.5
@@ -185,7 +185,8 @@ from boft_ops._runtime.backend import ops
 from boft_ops.tune.candidates import tiles
 from boft_ops.triton_kernels.config_rotate import Tile
 for name, size, dtype in (("rotate", 16, "bfloat16"), ("rotate", 64, "bfloat16"),
-                          ("rotate_backward", 64, "bfloat16"), ("gram", 32, "float32")):
+                          ("rotate_backward", 64, "bfloat16"),
+                          ("rotate_stage_grad", 32, "float32")):
     structure = {"size": size, "chunk": size, "stride": 1}
     tile = Tile(**dict(tiles(ops()[name], structure, dtype)[0]))
     case = rotate_case(name, tile, structure | {"dtype": dtype})
@@ -266,7 +267,7 @@ def test_noise_does_not_replace_the_default():
 
 
 def test_luck_does_not_replace_the_default(monkeypatch):
-    """Of several candidates one has a good day; it is gone when the two are timed again."""
+    """One of several candidates has a good day; it is gone when the two are timed again."""
     monkeypatch.setattr(search, "SECONDS", 0.0)
     world, asked = World("fast"), []
 
@@ -334,7 +335,7 @@ def test_the_timer_overwrites_the_cache_before_each_call(out):
 
 
 class Event:
-    """Of a device whose clock is in ``now``, in milliseconds."""
+    """An event of a device whose clock is ``now``, in milliseconds."""
 
     now = 0.0
 
@@ -346,7 +347,7 @@ class Event:
 
 
 def test_a_gpu_waits_while_the_host_prepares_a_call(monkeypatch, out):
-    """Else the events around a call would tell how long the host took."""
+    """Without it, the events around a call would tell how long the host took."""
     waits, took, host = [], 2.0, iter(range(1000))
 
     def sleep(cycles):
@@ -428,16 +429,16 @@ def test_an_interrupted_run_goes_on(out, monkeypatch, capsys):
         return real(problem, *rest)
 
     monkeypatch.setattr(command, "tune", tune)
-    arguments = [*TINY, f"--out={out}", "--ops", "rotate", "gram", "scale_backward"]
+    arguments = [*TINY, f"--out={out}", "--ops", "rotate", "rotate_stage_grad", "scale_backward"]
     assert command.main(arguments) == 130
     assert [row["op"] for row in rows_of(out)] == asked[:1]
     assert command.main(arguments) == 0
-    assert asked == ["rotate", "gram", "gram", "scale_backward"]
+    assert asked == ["rotate", "rotate_stage_grad", "rotate_stage_grad", "scale_backward"]
     assert f"2 of 3 to measure, into {out}" in capsys.readouterr().out
     assert command.main([*arguments, "--again"]) == 0
-    assert asked[4:] == ["rotate", "gram", "scale_backward"]
-    assert command.main([*TINY, f"--out={out}", "--ops", "gram", "--again"]) == 0
-    assert {row["op"] for row in rows_of(out)} == {"rotate", "gram", "scale_backward"}
+    assert asked[4:] == ["rotate", "rotate_stage_grad", "scale_backward"]
+    assert command.main([*TINY, f"--out={out}", "--ops", "rotate_stage_grad", "--again"]) == 0
+    assert {row["op"] for row in rows_of(out)} == {"rotate", "rotate_stage_grad", "scale_backward"}
 
 
 def test_a_butterfly_takes_part_where_it_fits():
