@@ -150,6 +150,8 @@ class Op:
                 choice = Choice(_forced)
         elif choice is None:
             choice = self.defaults.get(tuned.DEVICE_TYPES.get(number, "cuda"), REFERENCE)
+            if choice.backend == "reference" and number == tuned.CPU and "cpu" in self.kernels:
+                native.tell_absence()
         kernel = self.kernels.get(choice.backend)
         if kernel is None or choice.backend in self.unavailable:
             return REFERENCE
@@ -294,9 +296,7 @@ def forced() -> str | None:
 def force(backend: str | None) -> Iterator[None]:
     """Within the block every operator runs on ``backend``, or raises why it cannot.
 
-    None forces nothing.
-
-    The programmatic form of the environment variable BOFT_OPS_BACKEND. It holds for the process and
+    None forces nothing. The programmatic form of the environment variable BOFT_OPS_BACKEND. It holds for the process and
     is read when an operator is called: a backward pass belongs inside the block too. Gradients of
     gradients and torch.func transforms run the reference all the same.
     """

@@ -190,7 +190,7 @@ def linear_arguments(
             )
         same_device(name, vector, "x", x)
     if bias is not None:
-        _same_dtype("bias", bias, x)
+        _same_dtype("bias", bias, "x", x)
 
 
 def linear_input(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -211,13 +211,17 @@ def linear_input(x: torch.Tensor, weight: torch.Tensor) -> None:
             f"x: expected a last dimension of {weight.shape[1]}, as weight {tuple(weight.shape)} "
             f"has, got shape {tuple(x.shape)}"
         )
-    same_device("weight", weight, "x", x)
-    _same_dtype("weight", weight, x)
+    if weight.is_meta:  # a placeholder without numbers, not an x in the wrong place
+        same_device("weight", weight, "x", x)
+    same_device("x", x, "weight", weight)
+    _same_dtype("x", x, "weight", weight)
 
 
-def _same_dtype(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
-    if autocast.cast(value).dtype != autocast.cast(x).dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {value.dtype}")
+def _same_dtype(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if autocast.cast(value).dtype != autocast.cast(other).dtype:
+        raise TypeError(
+            f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}"
+        )
 
 
 def rotation(name: str, value: object, skew: torch.Tensor, dropout: object) -> None:

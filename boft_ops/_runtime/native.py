@@ -8,6 +8,7 @@ Triton and PyTorch. `status` describes the state of the library in one sentence.
 import ctypes
 import os
 import platform
+import stat
 import struct
 import sys
 import tempfile
@@ -27,6 +28,7 @@ library: Path | None = None
 isa: str | None = None  # the instruction set of its CPU kernels
 ISAS = ("baseline", "avx2", "avx512")  # the names in csrc/cpu/isa.cpp
 _lib: ctypes.CDLL | None = None
+_untold = False  # True until the absence of the library is told, where that is no one's choice
 _kernels: dict[str, frozenset[str]] = {}
 
 
@@ -38,7 +40,8 @@ def kernels(device: str) -> frozenset[str]:
 def load() -> bool:
     """Open the library if one was built from the present sources; never compile or print.
 
-    A library that exists but cannot be used causes a RuntimeWarning. An absent library causes none.
+    A library that exists but cannot be used causes a RuntimeWarning. An absent library causes none
+    here: see ``tell_absence``.
 
     Returns:
         True if a library is loaded.
@@ -46,7 +49,7 @@ def load() -> bool:
     Raises:
         ValueError: BOFT_OPS_CPU_ISA is not an instruction set, or this machine lacks it.
     """
-    global status, library, isa, _lib, _kernels
+    global status, library, isa, _lib, _kernels, _untold
     namespace = getattr(torch.ops, NS)
     # The state is kept on torch's own object. If this package is imported a second time in one
     # process, its kernels are registered already, and registering them again would be an error.
@@ -64,6 +67,7 @@ def load() -> bool:
             break
         else:
             status = "; ".join(faults) or _absence()
+            _untold = not faults and sys.platform == "linux"
             if faults:
                 message = f"{PACKAGE}: the native library is {status}; running without it"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -73,6 +77,26 @@ def load() -> bool:
     debug = ", debug build" if build_tools.read_info(library.parent).get("debug") else ""
     status = f"loaded ({isa}; kernels: {names or 'none'}{debug})"
     return True
+
+
+def tell_absence() -> None:
+    """Warn that an operator runs without its C++ kernel, once, and only if that was not chosen."""
+    global _untold
+    if not _untold:
+        return
+    _untold = False
+    reason = build_tools.read_info(paths.HERE).get("why") or ""
+    if not (reason.startswith("BOFT_OPS_SKIP_EXT") or build_tools.flag("BOFT_OPS_SKIP_EXT")):
+        message = (
+            f"{PACKAGE}: operators run as plain PyTorch on this CPU, without their C++ kernels: "
+            f"the native library is {status}"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+# Dynamo calls it while it makes a graph, as torch.compiler.assume_constant_result has it; that
+# would import torch._dynamo here.
+tell_absence._dynamo_marked_constant = True
 
 
 def _wanted_isa() -> str | None:
@@ -114,6 +138,8 @@ def build(verbose: bool = False) -> Path:
         out = Path(work) / "out"
         build_tools.compile_library(source, target, Path(work), out / build_tools.LIB, verbose)
         folder.mkdir(exist_ok=True)
+        for path in (folder, out / build_tools.LIB):  # a usual umask lets the group write
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
         for name in (build_tools.INFO, build_tools.LIB):
             os.replace(out / name, folder / name)
     return folder / build_tools.LIB
@@ -124,13 +150,20 @@ def cache_folder() -> Path:
 
     Raises:
         ValueError: BOFT_OPS_CACHE is set to a path that cannot be a folder.
+        RuntimeError: there is no home folder, or its path is relative.
     """
     if chosen := os.environ.get("BOFT_OPS_CACHE"):
         folder = Path(os.path.expanduser(chosen))  # keeps the ~ of an unknown user
         if str(folder).startswith("~") or not paths.nearest(folder).is_dir():
             raise ValueError(f"BOFT_OPS_CACHE: expected a folder, got {chosen!r}")
         return folder
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boft_ops"
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is invalid and ignored. Libraries are loaded from here,
+    # and must not come from whatever folder the process was started in.
+    folder = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    if not folder.is_absolute():
+        raise RuntimeError(f"HOME: expected an absolute path, got {os.environ.get('HOME')!r}")
+    return folder / "boft_ops"
 
 
 def _cached(built_from: str, cuda: bool) -> Path:
@@ -143,8 +176,8 @@ def _cached(built_from: str, cuda: bool) -> Path:
 def _candidates(faults: list[str]):
     """Yield the libraries to try, the package's own first.
 
-    A library that was built from other sources is not yielded; its description goes into
-    ``faults``.
+    A library that was built from other sources, or that another user could have written, is not
+    yielded; its description goes into ``faults``.
     """
     source = paths.csrc()
     built_from = source and build_tools.source_hash(source)
@@ -157,10 +190,25 @@ def _candidates(faults: list[str]):
     for cuda in (True, False) if source else ():
         try:
             path = _cached(built_from, cuda)
-            if path.is_file():
+            if not path.is_file():
+                continue
+            if why := _suspicion(path):
+                faults.append(f"not trusted: {path}: {why}")
+            else:
                 yield path
         except (OSError, RuntimeError):  # the cache is unreadable, or there is no home folder
             continue
+
+
+def _suspicion(library: Path) -> str | None:
+    """Reason why code in the cache may be another user's, or None: loading it is running it."""
+    for path in (library, library.parent):
+        state = path.stat()
+        if state.st_uid not in (0, os.geteuid()):
+            return f"{path} belongs to another user, of number {state.st_uid}"
+        if state.st_mode & 0o022:
+            return f"other users may write to {path} (chmod go-w)"
+    return None
 
 
 def _remedy() -> str:
@@ -172,9 +220,10 @@ def _absence() -> str:
     """Reason why there is no library, and the way to get one."""
     if sys.platform != "linux":
         return "absent: it is built on Linux only"
-    why = build_tools.read_info(paths.HERE).get("why") or "this copy was never built"
+    why = build_tools.read_info(paths.HERE).get("why")
     if paths.csrc() is None:
-        return f"absent: {why}"
+        return f"absent: {why or 'this copy has no C++ sources'}"
+    why = why or "this copy was never built"
     return f"absent: {why}; `python -m {PACKAGE} build` compiles it"
 
 

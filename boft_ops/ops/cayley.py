@@ -29,14 +29,16 @@ def unpack(skew: torch.Tensor) -> torch.Tensor:
     packed = low * (2 * b - low - 1) // 2 + high - low - 1  # as triu_indices(b, b, 1) orders them
     packed = packed.clamp(min=0, max=skew.shape[-1] - 1)  # the diagonal: any entry, times sign 0
     sign = torch.sign(j - i).to(skew.dtype)
-    return skew.index_select(-1, packed.flatten()).unflatten(-1, (b, b)).mul(sign)
+    # reshape, as torch's older vmap (is_grads_batched, jacobian(vectorize=True)) has no unflatten
+    return skew.index_select(-1, packed.flatten()).reshape(*skew.shape[:-1], b, b).mul(sign)
 
 
 def pack(square: torch.Tensor) -> torch.Tensor:
     """Gradient of ``unpack``: (..., b, b) -> (..., b(b-1)/2), entries U_ij - U_ji for i < j."""
     b = square.shape[-1]
     i, j = torch.triu_indices(b, b, 1, device=square.device)
-    return (square - square.mT).flatten(-2).index_select(-1, i * b + j)
+    flat = (square - square.mT).reshape(*square.shape[:-2], b * b)  # see unpack
+    return flat.index_select(-1, i * b + j)
 
 
 def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -79,7 +79,8 @@ def _partial(factors: torch.Tensor, first: int) -> list[torch.Tensor]:
 
 
 def compose_reference(factors: torch.Tensor, first: int) -> torch.Tensor:
-    stage = _partial(factors, first)[-1].flatten(0, 1)
+    groups = _partial(factors, first)[-1]
+    stage = groups.reshape(-1, *groups.shape[2:])
     return stage.clone() if len(factors) == 1 else stage  # an op must not return its input
 
 
@@ -88,7 +89,8 @@ def compose_backward_reference(
 ) -> torch.Tensor:
     stride = 1 << first
     groups = _partial(factors, first)
-    grad = grad.sum(0).unflatten(0, (grad.shape[1] // stride, stride))
+    # reshape, as torch's older vmap (is_grads_batched, jacobian(vectorize=True)) has no unflatten
+    grad = grad.sum(0).reshape(grad.shape[1] // stride, stride, *grad.shape[2:])
     grads = []
     for i in range(len(factors) - 1, 0, -1):
         paired, halves = _pair(factors[i], stride, 1 << i), _halves(groups[i - 1], 1 << i)

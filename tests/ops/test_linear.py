@@ -226,7 +226,21 @@ def test_skew_may_be_wider_than_the_weight():
         ({"skew": torch.zeros(5, 8, 6)}, ValueError, "n_factors: expected.*Nearest valid"),
         ({"scale": torch.zeros(24)}, ValueError, r"scale: expected shape \(16,\), got \(24,\)"),
         ({"bias": torch.zeros(1, 16)}, ValueError, "bias: expected shape"),
-        ({"weight": torch.zeros(16, 32).half()}, TypeError, "weight: expected the dtype of x"),
+        (
+            {"x": torch.zeros(3, 32).half()},
+            TypeError,
+            "x: expected the dtype of weight, torch.float32, got torch.float16",
+        ),
+        (
+            {"x": torch.zeros(3, 32, device="meta")},
+            ValueError,
+            "x: expected the device of weight, cpu, got meta",
+        ),
+        (
+            {"weight": torch.zeros(16, 32, device="meta")},
+            ValueError,
+            "weight: expected the device of x, cpu, got meta",
+        ),
         ({"bias": torch.zeros(16).double()}, TypeError, "bias: expected the dtype of x"),
         ({"x": torch.zeros(3, 32).int()}, TypeError, "x: expected a dtype"),
         (

@@ -186,7 +186,6 @@ def test_pure_install_works_and_states_the_reason(run, new_tree, unpack, tmp_pat
     site = unpack(run.build("wheel", new_tree(), tmp_path, **env))
     code = "import torch; assert boft_ops.cayley(torch.zeros(3)).equal(torch.eye(3))"
     done = run("-c", STATUS + code, path=[site])
-    assert done.stderr == ""
     state, library, _ = done.stdout.splitlines()
     assert state == f"absent: {why}; `python -m boft_ops build` compiles it"
     assert library == "None"

@@ -12,13 +12,13 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..._runtime import autocast
+from ..._runtime import autocast, checks
 from ...ops.butterfly import butterfly_matmul
 from ...ops.linear import rotated_linear
 from ...ops.merge import merge_weight, unmerge_weight, untracked
 from ...ops.rotation import Rotation, SkewRotation
 from ...ops.scale import scale_columns
-from .base import call_with_weight, is_unmodified
+from .base import call_with_weight, is_unmodified, onloaded
 
 
 class Rotated:
@@ -105,8 +105,9 @@ class Rotated:
         for name in names:
             weight = self._merge_one(weight, name)
             if safe_merge and not torch.isfinite(weight).all():
+                # PEFT's words, which its tests and its users' programs look for.
                 raise ValueError(
-                    f"NaNs detected in the merged weights: adapter {name!r} seems to be broken"
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
         self.set_base_weight(weight)
         self.merged_adapters.extend(names)
@@ -156,13 +157,15 @@ class RotatedInput(Rotated):
         for adapter in reversed(others):
             x = butterfly_matmul(x, adapter.blocks())
         base = self.base_layer
-        if not args and not kwargs and is_unmodified(base, nn.Linear, x):
-            return rotated_linear(x, base.weight, nearest, scale=scale, bias=base.bias)
-        y = base(butterfly_matmul(x, nearest.blocks()), *args, **kwargs)
-        if scale is None:
-            return y
-        bias = getattr(base, "bias", None)
-        return scale_columns(y, scale, bias, bias)
+        with onloaded(base):
+            if not args and not kwargs and is_unmodified(base, nn.Linear, x):
+                checks.linear_input(x, base.weight)
+                return rotated_linear(x, base.weight, nearest, scale=scale, bias=base.bias)
+            y = base(butterfly_matmul(x, nearest.blocks()), *args, **kwargs)
+            if scale is None:
+                return y
+            bias = getattr(base, "bias", None)
+            return scale_columns(y, scale, bias, bias)
 
 
 class RotatedKernel(Rotated):
@@ -170,10 +173,11 @@ class RotatedKernel(Rotated):
 
     def _rotated(self, adapters, scale, x, args, kwargs):
         base = self.base_layer
-        # Autocast is for products with activations, not for the rotation of a weight.
-        with autocast.disabled(x.device.type):
-            weight = rotated_weight(base.weight, adapters, scale)
-        return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
+        with onloaded(base):
+            # Autocast is for products with activations, not for the rotation of a weight.
+            with autocast.disabled(x.device.type):
+                weight = rotated_weight(base.weight, adapters, scale)
+            return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
 
 
 def rotated_weight(

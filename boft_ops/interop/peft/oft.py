@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.oft import layer as peft_oft
+from torch import nn
 
+from ..._runtime import autocast
 from ...ops.rotation import DenseRotation, SkewRotation
+from .base import is_unhooked
 from .layers import Rotated, RotatedInput, RotatedKernel
 from .parameters import TERMS, oft_skew
 
@@ -18,6 +21,8 @@ class OftRotated(Rotated):
 
     def _adapter(self, name):
         module = self.oft_R[name]
+        if not is_unhooked(module, peft_oft.OFTRotationModule):
+            return DenseRotation(blocks_by_call(module), orthogonal=not module.use_cayley_neumann)
         weight = module.weight
         if module.coft:
             with torch.no_grad():
@@ -47,3 +52,18 @@ class OftLinear(OftRotated, RotatedInput, peft_oft.Linear):
 
 class OftConv2d(OftRotated, RotatedKernel, peft_oft.Conv2d):
     peft_class = peft_oft.Conv2d
+
+
+def blocks_by_call(module: nn.Module) -> torch.Tensor:
+    """The blocks (K, b, b) of PEFT's rotation module, by its own forward.
+
+    Hooks of the module bring its numbers in (offload), gather them (FSDP) or look at them, and run
+    only when it is called.
+    Its output for a row of all blocks' unit vectors e_i is row i of every block.
+    """
+    weight, b = module.weight, module.block_size
+    n_blocks = module.in_features // b
+    device = "cpu" if weight.is_meta else weight.device  # an offload hook moves the rows
+    rows = torch.eye(b, dtype=weight.dtype, device=device).repeat(1, n_blocks)
+    with autocast.disabled(rows.device.type):
+        return module(rows).reshape(b, n_blocks, b).transpose(0, 1).contiguous()

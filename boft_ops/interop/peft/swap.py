@@ -49,9 +49,17 @@ def obstacle(peft_class: type[nn.Module], base: nn.Module) -> str | None:
 
 def obstacle_of(layer: nn.Module) -> str | None:
     """The reason why this layer has no accelerated form, or None."""
-    if "forward" in vars(layer):
+    if has_replaced_forward(layer):
         return "its forward was replaced on the instance; accelerate it before that is done"
     return obstacle(type(layer), layer.base_layer)
+
+
+def has_replaced_forward(layer: nn.Module) -> bool:
+    """True if the instance has a forward that may call the one of the layer's present class.
+
+    Device hooks keep the bound method, which is wrong once the layer has another class.
+    """
+    return "forward" in vars(layer)
 
 
 def computes_otherwise(peft_class: type[nn.Module], base: nn.Module) -> bool:
