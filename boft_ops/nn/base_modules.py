@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .rotated_weight import RotatedWeight, is_dense
+
 
 def check_forward(base: nn.Module, base_class: type[nn.Module]) -> None:
     """Raise TypeError unless ``base`` computes the forward of torch's ``base_class``."""
@@ -43,14 +45,10 @@ def is_quantized(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
-        return not weight.is_floating_point() or not _is_dense(weight)
+        is_plain = is_dense(weight) or isinstance(weight, RotatedWeight)
+        return not is_plain or not weight.is_floating_point()
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(not tensor.is_floating_point() for tensor in own)
-
-
-def _is_dense(weight: torch.Tensor) -> bool:
-    # a Parameter around a tensor subclass is of that subclass
-    return type(weight) in (torch.Tensor, nn.Parameter, nn.parameter.UninitializedParameter)
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
@@ -61,7 +59,7 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     """
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
-        if weight.is_floating_point() and _is_dense(weight):
+        if weight.is_floating_point() and is_dense(weight):
             return weight.detach()
         state = getattr(weight, "quant_state", None)
         if state is not None:  # bitsandbytes, 4 bits
@@ -73,7 +71,7 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
             scales = getattr(getattr(module, "state", None), "SCB", None)
         if scales is not None and weight.dtype == torch.int8:  # bitsandbytes, 8 bits
             return weight.data.float() * (scales.float() / 127)[:, None]
-        if not _is_dense(weight) and hasattr(weight, "dequantize"):  # torchao
+        if not is_dense(weight) and hasattr(weight, "dequantize"):  # torchao
             return weight.dequantize().detach()
     raise ValueError(
         f"base: expected a weight that can be made dense (plain, torchao's, bitsandbytes'), got "

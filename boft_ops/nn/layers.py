@@ -32,7 +32,8 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             factors. 0 (the default) uses a single butterfly.
 
     Attributes:
-        weight: (out_features, in_features), frozen.
+        frozen_weight: (out_features, in_features), the parameter ``weight`` of state dicts.
+        weight: what the layer multiplies by, differentiable, computed when its numbers are read.
         skew: trained, (m, K, b(b-1)/2) with K * b rotated features, or (2 l m, ...) with
             kaleidoscope = l; float32, or float64 over a float64 weight.
         scale: trained, (out_features,), in the dtype of skew, or None.
@@ -109,11 +110,12 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         if self.merged:
             self._check_trainable()
             return super().forward(x)
-        checks.linear_input(x, self.weight)
+        weight = self.frozen_weight
+        checks.linear_input(x, weight)
         skew, config = self._active(self.skew), self.config
         return rotated_linear(
             x,
-            self.weight,
+            weight,
             skew,
             scale=self.scale,
             bias=self.bias,
@@ -261,7 +263,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
             return super().forward(x)
         blocks = self.dropout(self._blocks(self.skew))
         rotated = rotate_weight(self._matrix(), blocks, self.scale, **self._placement)
-        return self._conv_forward(x, rotated.reshape(self.weight.shape), self.bias)
+        return self._conv_forward(x, rotated.reshape(self.frozen_weight.shape), self.bias)
 
 
 def _linear_arguments(linear: nn.Linear) -> tuple:

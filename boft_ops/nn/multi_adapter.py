@@ -7,6 +7,7 @@ So the base may be quantized, and several adapters can share it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from .._runtime import autocast, checks
 from ..ops.butterfly import butterfly_matmul
 from ..ops.cayley import cayley
+from ..ops.dropout import drop_blocks
 from ..ops.merge import merge_weight
 from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
@@ -22,6 +24,7 @@ from ..ops.stages import plan
 from .base_modules import check_forward, check_unmodified, dense_weight, is_quantized
 from .config import RotationConfig
 from .linear_adapter import LinearAdapter
+from .rotated_weight import RotatedWeight, one_draw, rotated_weight
 
 
 class MultiAdapterLinear(nn.Module):
@@ -67,6 +70,47 @@ class MultiAdapterLinear(nn.Module):
         self.request_index: torch.Tensor | None = None
         # The versions of the skews that prepare() used, and its stacks of matrices.
         self._prepared: tuple[list, list[tuple]] | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the layer multiplies by: the base's weight with the active adapters, differentiable.
+
+        It is computed when its numbers are first read, in at least float32, and rounded once.
+        Reading them raises RuntimeError where there is no such weight: over a base that is
+        quantized or computes more than a linear layer, and inside ``adapter_rows``.
+        """
+        frozen = self.base.weight
+        if self.request_index is None and not self.active:
+            return frozen
+        is_plain = type(self.base).forward is nn.Linear.forward and not is_quantized(self.base)
+        if self.request_index is not None or not is_plain:
+            return rotated_weight(_no_weight, frozen)
+        adapters = [self.adapters[name] for name in self.active]
+        trained = [tensor for adapter in adapters for tensor in (adapter.skew, adapter.scale)]
+        draws = [one_draw(adapter.dropout) for adapter in adapters]
+        return rotated_weight(partial(_rotated, adapters, draws), frozen, *trained)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the base, which is neither rotated nor scaled."""
+        return self._bias()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.weight.device
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter as ``nn.Module`` does; weight and bias are those of the base."""
+        if name in ("weight", "bias"):
+            if isinstance(weight := self.weight, RotatedWeight) and name == "weight":
+                weight._weight.check_written(param)
+            self.base.register_parameter(name, param)
+        else:
+            super().register_parameter(name, param)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -333,14 +377,13 @@ class MultiAdapterLinear(nn.Module):
                 "rotated weight is none of the values that the base can hold, so merging has to "
                 "quantize it again, at the price of a new rounding error"
             )
-        dense = dense_weight(self.base)
-        weight = dense.to(torch.promote_types(dense.dtype, torch.float32))
-        for name in reversed(self.active):  # x meets the first one first, so W meets it last
-            adapter = self.adapters[name]
-            blocks = cayley(adapter.skew.to(weight.dtype), method=adapter.method)
-            weight = merge_weight(weight, blocks, adapter.scale)
-        bias = self._bias()
+        dense, bias = dense_weight(self.base), self._bias()
         dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
+        adapters = [self.adapters[name] for name in self.active]
+        trained = [tensor for adapter in adapters for tensor in (adapter.skew, adapter.scale)]
+        draws = [lambda skew: None for _ in adapters]
+        wide = dense.to(torch.promote_types(dtype, torch.float32))
+        weight = _rotated(adapters, draws, wide, *trained)
         layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
         layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -349,3 +392,24 @@ class MultiAdapterLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, active={list(self.active)}"
+
+
+def _rotated(
+    adapters: list[LinearAdapter], draws: list[Callable], weight: torch.Tensor, *trained
+) -> torch.Tensor:
+    """The weight with the adapters in it; ``trained`` are skew and scale of each, in a row."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    pairs = zip(trained[::2], trained[1::2], strict=True)
+    # x meets the first adapter first, so the weight meets it last
+    for adapter, draw, (skew, scale) in reversed(list(zip(adapters, draws, pairs, strict=True))):
+        blocks = cayley(skew.to(torch.promote_types(skew.dtype, wide.dtype)), method=adapter.method)
+        wide = merge_weight(wide, drop_blocks(blocks, draw(skew)), scale)
+    return wide.to(weight.dtype)
+
+
+def _no_weight(frozen: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(
+        "weight: expected a call of the MultiAdapterLinear, got a read of its weight, which it "
+        "does not have: its base is quantized or not a plain nn.Linear, or rows have adapters of "
+        "their own"
+    )
