@@ -15,6 +15,7 @@ from torch import nn
 from .._runtime import checks
 from ..nn.adapt import check_parent, put_in, unfrozen_on_error
 from ..nn.base import BOFTLayer
+from ..nn.base_modules import check_numbers
 from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
 from .convert import PREFIX, read_checkpoint
@@ -48,7 +49,8 @@ def load_adapters(
         FileNotFoundError: there is no such checkpoint.
         ValueError: a checkpoint cannot be read, rotates outputs or a layer that is not linear, or
             holds more than rotations and scales (trained heads or biases, which cannot be chosen
-            for each request); or the name of an adapter is taken or not possible.
+            for each request); the model is offloaded or on the meta device; or the name of an
+            adapter is taken or not possible.
     """
     checks.module("model", model)
     contents = {
@@ -114,6 +116,7 @@ def _new_adapter(
     """Make the adapter ``name`` of a layer with the values of ``state``."""
     try:
         adapter = layer.new_adapter(name, **state.config.options())
+        check_numbers({"base": adapter.skew})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {layer_name}: {error}") from error
     adapter.skew.copy_(state.skew)

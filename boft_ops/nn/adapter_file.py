@@ -13,6 +13,7 @@ from torch import nn
 from .._runtime import checks, files
 from .adapt import DEFAULT, build_layers, put_in, unfrozen_on_error
 from .base import BOFTLayer
+from .base_modules import check_numbers
 from .config import Options, RotationConfig
 from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
@@ -40,7 +41,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     Raises:
         TypeError: ``model`` is not an nn.Module.
         ValueError: the model has no BOFT layer and no such adapter, factors are switched off by
-            ``interpolate``, or ``path`` is a device, a FIFO or a folder.
+            ``interpolate``, tensors are placeholders on the meta device, or ``path`` is a device, a
+            FIFO or a folder.
         OSError: the file cannot be written.
     """
     checks.module("model", model)
@@ -50,6 +52,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
     _check_whole(layers)
     stored = _trained(model) | _rotation_tensors(layers)
+    check_numbers(stored)
     layer_options = {name: layer.options() for name, layer in layers.items()}
     bases = {name: layer.describe_base() for name, layer in layers.items()}
     write_adapter(Path(path), layer_options, bases, stored)
@@ -72,7 +75,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         TypeError: ``model`` is not an nn.Module.
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, not of this package, of a newer format version, or does
-            not fit the model (the message names the tensor or option), or layers are merged.
+            not fit the model (the message names the tensor or option), layers are merged, or
+            tensors of the model are placeholders on the meta device.
     """
     checks.module("model", model)
     layer_options, tensors = _read(Path(path))
@@ -312,6 +316,7 @@ def _check_tensors(
         first = names.setdefault(id(targets[name]), name)
         if first != name and not torch.equal(tensor, tensors[first]):
             raise ValueError(f"{path}: expected one tensor for {first!r} and {name!r}, got two")
+        check_numbers({name: targets[name]})
         shape = tuple(targets[name].shape)
         is_float = targets[name].is_floating_point()
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != is_float:

@@ -14,7 +14,7 @@ from ..ops.cayley import cayley
 from ..ops.dropout import drop_blocks
 from ..ops.kaleidoscope import multiply
 from ..ops.merge import merge_weight, unmerge_weight, untracked
-from .base_modules import check_forward, check_unmodified
+from .base_modules import check_forward, check_numbers, check_unmodified
 from .config import HasRotation, Options, RotationConfig
 from .dropout import MultiplicativeDropout
 from .rotated_weight import Weight, is_dense, one_draw, rotated_weight
@@ -78,6 +78,11 @@ class BOFTLayer(HasRotation, nn.Module):
     def weight(self) -> None:
         del vars(self)["weight"]
 
+    def _check_numbers(self, x: torch.Tensor | None = None) -> None:
+        """Raise ValueError for placeholders, unless all that is computed with is one, as x is."""
+        tensors = {"weight": self.frozen_weight, "skew": self.skew, "scale": self.scale}
+        check_numbers(tensors, x)
+
     def _rotated_once(self) -> Callable[..., torch.Tensor]:
         """A function of weight, skew and scale that draws one dropout mask for all of its calls."""
         draw = one_draw(self.dropout)
@@ -85,6 +90,7 @@ class BOFTLayer(HasRotation, nn.Module):
         def rotated(
             weight: torch.Tensor, skew: torch.Tensor, scale: torch.Tensor | None
         ) -> torch.Tensor:
+            self._check_numbers(weight)
             skew = self._active(skew)
             blocks = drop_blocks(cayley(_widened(skew), method=self.config.method), draw(skew))
             return merge_weight(weight, blocks, scale, **self._placement)
@@ -205,6 +211,7 @@ class BOFTLayer(HasRotation, nn.Module):
     @untracked
     def rotation(self) -> torch.Tensor:
         """The dense rotation R, (features, features), for inspection; row vectors: y = x R."""
+        check_numbers({"skew": self.skew})
         eye = torch.eye(self._features, dtype=self.skew.dtype, device=self.skew.device)
         return multiply(eye, self._blocks(self.skew), self.config.kaleidoscope)
 
@@ -215,6 +222,7 @@ class BOFTLayer(HasRotation, nn.Module):
         Computed in at least float32 and rounded once, without dropout.
         If the layer is merged, a copy of its weight.
         """
+        self._check_numbers()
         if self.merged:
             return self.frozen_weight.clone()
         blocks = self._blocks(_widened(self.skew))
@@ -236,6 +244,7 @@ class BOFTLayer(HasRotation, nn.Module):
 
         Raises:
             RuntimeError: the layer is merged already.
+            ValueError: parameters are placeholders on the meta device.
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
@@ -267,10 +276,12 @@ class BOFTLayer(HasRotation, nn.Module):
 
         Raises:
             RuntimeError: the layer is not merged.
-            ValueError: the weight is computed and ``scale`` holds a zero, which no division undoes.
+            ValueError: the weight is computed and ``scale`` holds a zero, which no division undoes;
+                or parameters are placeholders on the meta device.
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
+        self._check_numbers()
         merged, (skew, scale, former) = self.frozen_weight, self._merged_with
         if former is None:
             # the layer may have moved to another device since

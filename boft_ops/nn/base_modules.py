@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .rotated_weight import RotatedWeight, is_dense
+
+
+def check_numbers(
+    tensors: Mapping[str, torch.Tensor | None], x: torch.Tensor | None = None
+) -> None:
+    """Raise ValueError if a tensor is a placeholder on the meta device, which has no numbers.
+
+    Offloading leaves placeholders between calls, and a model that is built on the meta device has
+    them until it is loaded. torch raises for neither: copying into one does nothing, and operators
+    that get one beside other tensors return memory that nobody has written to.
+
+    Args:
+        tensors: by the names that messages use; None is passed over.
+        x: the input that is computed with; if it is a placeholder itself, all may be.
+    """
+    if x is not None and x.is_meta:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_meta:
+            raise ValueError(
+                f"{name}: expected numbers, got a placeholder on the meta device, of a model that "
+                "is offloaded or not loaded yet"
+            )
 
 
 def check_forward(base: nn.Module, base_class: type[nn.Module]) -> None:

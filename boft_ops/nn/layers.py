@@ -112,12 +112,15 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             return super().forward(x)
         weight = self.frozen_weight
         checks.linear_input(x, weight)
-        skew, config = self._active(self.skew), self.config
+        skew, scale, config = self.skew, self.scale, self.config
+        if skew.is_meta or (scale is not None and scale.is_meta):
+            self._check_numbers(x)
+        skew = self._active(skew)
         return rotated_linear(
             x,
             weight,
             skew,
-            scale=self.scale,
+            scale=scale,
             bias=self.bias,
             drop=self.dropout.draw(skew),
             side=config.side,
@@ -261,6 +264,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
         if self.merged:
             self._check_trainable()
             return super().forward(x)
+        self._check_numbers(x)
         blocks = self.dropout(self._blocks(self.skew))
         rotated = rotate_weight(self._matrix(), blocks, self.scale, **self._placement)
         return self._conv_forward(x, rotated.reshape(self.frozen_weight.shape), self.bias)

@@ -21,7 +21,13 @@ from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
 from ..ops.scale import scale_columns
 from ..ops.stages import plan
-from .base_modules import check_forward, check_unmodified, dense_weight, is_quantized
+from .base_modules import (
+    check_forward,
+    check_numbers,
+    check_unmodified,
+    dense_weight,
+    is_quantized,
+)
 from .config import RotationConfig
 from .linear_adapter import LinearAdapter
 from .rotated_weight import RotatedWeight, one_draw, rotated_weight
@@ -236,6 +242,7 @@ class MultiAdapterLinear(nn.Module):
             return self._forward_indexed(x, index_of_rows(adapter_index, x, len(self.adapters)))
         active, scale = [self.adapters[name] for name in self.active], None
         for adapter in active:
+            check_numbers({"skew": adapter.skew, "scale": adapter.scale}, x)
             x = butterfly_matmul(x, adapter.blocks())
             if adapter.scale is not None:
                 scale = adapter.scale if scale is None else scale * adapter.scale
@@ -266,6 +273,7 @@ class MultiAdapterLinear(nn.Module):
         # The last row of the table, ones, is for the base alone and for numbers out of range.
         ones = next(torch.ones_like(scale) for scale in scales if scale is not None)
         table = torch.stack([ones if scale is None else scale for scale in (*scales, None)])
+        check_numbers({"scale": table}, y)
         last = len(scales)
         chosen = torch.where((index < 0) | (index >= last), last, index)
         offset = (table[chosen] - 1).reshape(y.shape).to(y.dtype)
@@ -281,6 +289,7 @@ class MultiAdapterLinear(nn.Module):
         groups: dict[int, list[int]] = {}
         adapters = list(self.adapters.values())
         for number, adapter in enumerate(adapters):
+            check_numbers({"skew": adapter.skew}, x)
             groups.setdefault(adapter.block_size, []).append(number)
         stacks = []
         for block_size, numbers in groups.items():
@@ -319,6 +328,7 @@ class MultiAdapterLinear(nn.Module):
 
         Raises:
             RuntimeError: the layer is in training mode.
+            ValueError: a skew is a placeholder on the meta device.
         """
         if self.training:
             raise RuntimeError("prepare: expected eval(), got a layer in training mode")
@@ -366,7 +376,7 @@ class MultiAdapterLinear(nn.Module):
         Raises:
             TypeError: the base is neither quantized nor a plain ``nn.Linear``.
             ValueError: the base has hooks, is quantized and ``requantize`` is None, or its weight
-                cannot be read.
+                cannot be read; or a tensor is a placeholder on the meta device.
         """
         if not (quantized := is_quantized(self.base)):
             check_forward(self.base, nn.Linear)
@@ -382,6 +392,7 @@ class MultiAdapterLinear(nn.Module):
         adapters = [self.adapters[name] for name in self.active]
         trained = [tensor for adapter in adapters for tensor in (adapter.skew, adapter.scale)]
         draws = [lambda skew: None for _ in adapters]
+        check_numbers({"weight": dense, "bias": bias})
         wide = dense.to(torch.promote_types(dtype, torch.float32))
         weight = _rotated(adapters, draws, wide, *trained)
         layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
@@ -402,6 +413,7 @@ def _rotated(
     pairs = zip(trained[::2], trained[1::2], strict=True)
     # x meets the first adapter first, so the weight meets it last
     for adapter, draw, (skew, scale) in reversed(list(zip(adapters, draws, pairs, strict=True))):
+        check_numbers({"skew": skew, "scale": scale}, weight)
         blocks = cayley(skew.to(torch.promote_types(skew.dtype, wide.dtype)), method=adapter.method)
         wide = merge_weight(wide, drop_blocks(blocks, draw(skew)), scale)
     return wide.to(weight.dtype)

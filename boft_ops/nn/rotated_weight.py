@@ -18,6 +18,7 @@ _READS = (
     *(torch.Tensor.__deepcopy__, torch.Tensor.__reduce_ex__, torch.Tensor.__dlpack__),
 )
 _DATA_GET, _DATA_SET = torch.Tensor.data.__get__, torch.Tensor.data.__set__
+_REQUIRES_GRAD_GET = torch.Tensor.requires_grad.__get__
 _REQUIRES_GRAD_SET = torch.Tensor.requires_grad.__set__
 
 
@@ -34,8 +35,10 @@ def rotated_weight(
 
     Returns:
         A ``RotatedWeight``; in compiled graphs, under functorch and over tensor subclasses such as
-        DTensor the computed tensor.
+        DTensor the computed tensor; if ``frozen`` is a placeholder on the meta device, ``frozen``.
     """
+    if frozen.is_meta:
+        return frozen  # a placeholder, which offloading moves and replaces
     lazy = is_dense(frozen) and not torch.compiler.is_compiling()
     if not lazy or torch._C._are_functorch_transforms_active():
         return compute(frozen, *trained)
@@ -113,6 +116,7 @@ class RotatedWeight(torch.Tensor):
     """
 
     _weight: Weight
+    _is_moved = False  # True after .to() another device
 
     @staticmethod
     def wrap(weight: Weight) -> RotatedWeight:
@@ -139,8 +143,9 @@ class RotatedWeight(torch.Tensor):
                 return first
             if func is torch.Tensor.__setitem__:
                 raise _written()
-            if func is torch.Tensor.data_ptr and first.is_meta:
-                return 0  # as for torch's placeholders
+            if func == _REQUIRES_GRAD_GET and first._is_moved:
+                # Code that moves a model gives the new Parameter what it reads here.
+                return first._weight.frozen.requires_grad
         if func in _READS or func == _DATA_SET:
             args = tree_map_only(RotatedWeight, _numbers, args)
         with torch._C.DisableTorchFunctionSubclass():
@@ -155,16 +160,18 @@ class RotatedWeight(torch.Tensor):
                 value = args[index] if index < len(args) else kwargs.get(argument.name)
                 if isinstance(value, RotatedWeight):
                     raise _written()
-        if func is torch.ops.aten._to_copy.default and torch.device("meta") == kwargs.get("device"):
-            # offloading replaces a weight by a placeholder, which needs no numbers
-            return torch.empty_like(args[0]._weight.frozen.detach(), **kwargs)
+        device = kwargs.get("device")
+        is_moved = func is torch.ops.aten._to_copy.default and device not in (None, args[0].device)
+        if is_moved:
+            args[0]._is_moved = True
+            if device.type == "meta":  # offloading puts a placeholder in, which needs no numbers
+                return torch.empty_like(args[0]._weight.frozen.detach(), **kwargs)
         read, kwargs = tree_map_only(RotatedWeight, _numbers, (args, kwargs))
         result = func(*read, **kwargs)
-        if func is torch.ops.aten._to_copy.default and result.device != read[0].device:
-            if not torch.equal(read[0], args[0]._weight.frozen):
-                # Code that moves a model by reading its weights makes a Parameter of the result,
-                # which would be rotated twice. Of this class torch refuses to make one.
-                return RotatedWeight.wrap(Weight.of(result))
+        if is_moved and not torch.equal(read[0], args[0]._weight.frozen):
+            # Code that moves a model by reading its weights makes a Parameter of the result,
+            # which would be rotated twice. Of this class torch refuses to make one.
+            return RotatedWeight.wrap(Weight.of(result))
         return result
 
 
