@@ -18,6 +18,7 @@ from ..nn.base import BOFTLayer
 from ..nn.base_modules import check_numbers
 from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
+from ..nn.wrappers import pretrained_names
 from .convert import PREFIX, read_checkpoint
 from .formats.checkpoint import Base, LayerState
 
@@ -56,7 +57,9 @@ def load_adapters(
     contents = {
         name: read_checkpoint(path, base=base, prefix=prefix) for name, path in checkpoints.items()
     }
-    modules = dict(model.named_modules(remove_duplicate=False))
+    pretrained_name = pretrained_names(model)
+    named = model.named_modules(remove_duplicate=False)
+    modules = {pretrained_name(name): module for name, module in named}
     layers: dict[nn.Module, MultiAdapterLinear] = {}  # by the module that it is or replaces
     added: dict[tuple[MultiAdapterLinear, str], LinearAdapter] = {}
     adapted = [m for m in modules.values() if isinstance(m, (LinearAdapter, BOFTLayer))]

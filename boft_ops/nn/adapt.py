@@ -13,6 +13,7 @@ from .base import BOFTLayer
 from .base_modules import is_quantized
 from .layers import BOFTConv2d, BOFTLinear
 from .multi_adapter import MultiAdapterLinear
+from .wrappers import COMPILED, pretrained_names, wrapper_of
 
 DEFAULT = "default"  # name of the adapter that adapt() adds to a quantized layer
 
@@ -99,7 +100,7 @@ def build_layers(
     """
     if any(isinstance(m, (BOFTLayer, MultiAdapterLinear)) for m in model.modules()):
         raise ValueError("model: expected one without BOFT layers, got an adapted one")
-    children = {name: (parent, module) for parent, _, name, module in _children(model)}
+    children = {name: (parent, module) for parent, _, name, module in named_children(model)}
     layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear] = {}
     for name, layer_options in options.items():
         if name not in children:
@@ -115,7 +116,7 @@ def build_layers(
 def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear]) -> None:
     """Freeze the model, then replace each module by its BOFT layer under all of its names."""
     model.requires_grad_(False)
-    for parent, attribute, _, module in list(_children(model)):
+    for parent, attribute, _, module in list(named_children(model)):
         if module in layers:
             setattr(parent, attribute, layers[module])
 
@@ -162,7 +163,7 @@ def merge(
     boft_classes = BOFTLayer, MultiAdapterLinear
     if isinstance(model, boft_classes):
         return merged(model)
-    layers = [(p, a, m) for p, a, _, m in _children(model) if isinstance(m, boft_classes)]
+    layers = [(p, a, m) for p, a, _, m in named_children(model) if isinstance(m, boft_classes)]
     if not layers:
         raise ValueError("model: expected at least one BOFT layer, got none")
     merged_layers = {layer: merged(layer) for layer in dict.fromkeys(m for _, _, m in layers)}
@@ -176,7 +177,7 @@ def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> di
 
     ``argument`` is the name of the public argument, for error messages.
     """
-    modules = {name: module for _, _, name, module in _children(model)}
+    modules = {name: module for _, _, name, module in named_children(model)}
     if isinstance(names, str):
         try:
             matches = {names: [n for n in modules if re.fullmatch(names, n)]}
@@ -200,12 +201,18 @@ def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> di
     return {name: modules[name] for matched in matches.values() for name in matched}
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """Yield (parent, attribute, dotted name, module) for every child under each of its names."""
+def named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """Yield (parent, attribute, dotted name, module) for every child under each of its names.
+
+    Names are those in the pretrained model: what a wrapper wraps bears the wrapper's name, and
+    comes after it.
+    """
+    pretrained_name = pretrained_names(model)
     for prefix, parent in model.named_modules(remove_duplicate=False):
         for attribute, child in parent._modules.items():
             if child is not None:
-                yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                yield parent, attribute, pretrained_name(name), child
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -225,6 +232,11 @@ def check_parent(layer: str, parent: nn.Module) -> None:
 
     ``layer`` describes the child in the message.
     """
+    if wrapper_of(parent) == COMPILED:
+        raise ValueError(
+            f"{layer} is wrapped by torch.compile, whose graph would go on calling the former "
+            "layer; expected compiling after adapting"
+        )
     if isinstance(parent, _BYPASSING_PARENTS):
         raise ValueError(
             f"{layer} lies in {type(parent).__name__}, which may read its weight "

@@ -126,14 +126,14 @@ class BOFTLayer(HasRotation, nn.Module):
         self.config = config
         # kept, as sharding may leave a weight without elements
         self._matrix_shape = tuple(self._matrix().shape)
-        config.check_features(self._features)
+        config.check_features(self.rotated_features)
         self.dropout = MultiplicativeDropout(config.p_component, config.p_block)
         self.merged, self.n_identity = False, 0
         self.requires_grad_(False)
         self._init_adapter(self.frozen_weight.device)
 
     @property
-    def _features(self) -> int:
+    def rotated_features(self) -> int:
         """The number of rotated features: d (side "in") or n (side "out")."""
         n, d = self._matrix_shape
         return d if self.config.side == "in" else n
@@ -150,7 +150,9 @@ class BOFTLayer(HasRotation, nn.Module):
     def _init_adapter(self, device: torch.device) -> None:
         # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
         dtype = torch.promote_types(self.frozen_weight.dtype, torch.float32)
-        skew = torch.zeros(self.config.skew_shape(self._features), device=device, dtype=dtype)
+        skew = torch.zeros(
+            self.config.skew_shape(self.rotated_features), device=device, dtype=dtype
+        )
         scale = torch.ones(self._matrix_shape[0], device=device, dtype=dtype)
         self.skew = nn.Parameter(skew)
         self.register_parameter("scale", nn.Parameter(scale) if self.config.scale else None)
@@ -212,7 +214,7 @@ class BOFTLayer(HasRotation, nn.Module):
     def rotation(self) -> torch.Tensor:
         """The dense rotation R, (features, features), for inspection; row vectors: y = x R."""
         check_numbers({"skew": self.skew})
-        eye = torch.eye(self._features, dtype=self.skew.dtype, device=self.skew.device)
+        eye = torch.eye(self.rotated_features, dtype=self.skew.dtype, device=self.skew.device)
         return multiply(eye, self._blocks(self.skew), self.config.kaleidoscope)
 
     @untracked
