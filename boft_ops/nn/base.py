@@ -43,6 +43,7 @@ class BOFTLayer(HasRotation, nn.Module):
 
     _merged_with: Merged | None = None
     BASE: type[nn.Module]  # torch's class of the frozen layer
+    _base_arguments: Callable[[BOFTLayer], tuple]  # those of BASE, from its attributes
     _is_loading = False  # True while load_state_dict() assigns parameters
 
     @property
@@ -175,11 +176,22 @@ class BOFTLayer(HasRotation, nn.Module):
         layer._init_adapter(base.weight.device)
         return layer.train(base.training)
 
-    def _to_base(self, arguments: tuple) -> nn.Module:
-        """Build torch's layer with the merged weight; ``arguments`` are torch's."""
-        layer = self.BASE(*arguments, device="meta", dtype=self.frozen_weight.dtype)
-        layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        layer.bias = self.bias
+    def base_layer(self) -> nn.Module:
+        """Build torch's layer with the pretrained weight, which it shares with this layer.
+
+        Raises:
+            ValueError: the layer is merged and its weight cannot be restored, see ``unmerge``.
+        """
+        weight = self._unmerged_weight() if self.merged else self.frozen_weight
+        return self._to_base(weight)
+
+    def merged_layer(self) -> nn.Module:
+        """Build torch's layer with the merged weight, frozen, and the bias of this layer."""
+        return self._to_base(nn.Parameter(self.merged_weight(), requires_grad=False))
+
+    def _to_base(self, weight: nn.Parameter) -> nn.Module:
+        layer = self.BASE(*self._base_arguments(), device="meta", dtype=weight.dtype)
+        layer.weight, layer.bias = weight, self.bias
         return layer.train(self.training)
 
     def _matrix(self) -> torch.Tensor:
@@ -283,6 +295,13 @@ class BOFTLayer(HasRotation, nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
+        self.frozen_weight = self._unmerged_weight()
+        self.merged, self._merged_with = False, None
+        return self
+
+    @untracked
+    def _unmerged_weight(self) -> nn.Parameter:
+        """The weight of a merged layer before merging: see ``unmerge``."""
         self._check_numbers()
         merged, (skew, scale, former) = self.frozen_weight, self._merged_with
         if former is None:
@@ -292,11 +311,8 @@ class BOFTLayer(HasRotation, nn.Module):
             former = unmerge_weight(merged, blocks, scale, orthogonal=orthogonal, **self._placement)
         elif (former.device, former.dtype) != (merged.device, merged.dtype):
             former = former.to(merged.device, merged.dtype)
-        if not isinstance(former, nn.Parameter):
-            former = nn.Parameter(former, requires_grad=False)
-        self.frozen_weight = former
-        self.merged, self._merged_with = False, None
-        return self
+        is_parameter = isinstance(former, nn.Parameter)
+        return former if is_parameter else nn.Parameter(former, requires_grad=False)
 
     def interpolate(self, n: int) -> BOFTLayer:
         """Replace the n factors of the largest strides by the identity (the paper's Fig. 10).

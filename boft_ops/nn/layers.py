@@ -12,6 +12,15 @@ from .base import BOFTLayer
 from .config import RotationConfig
 
 
+def _linear_arguments(linear: nn.Linear) -> tuple:
+    return linear.in_features, linear.out_features, linear.bias is not None
+
+
+def _conv_arguments(conv: nn.Conv2d) -> tuple:
+    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+    return *shape, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode
+
+
 class BOFTLinear(BOFTLayer, nn.Linear):
     """A frozen ``nn.Linear`` multiplied by a trainable orthogonal butterfly matrix R.
 
@@ -49,7 +58,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             the message lists the nearest valid (n_factors, block_size).
     """
 
-    BASE = nn.Linear
+    BASE, _base_arguments = nn.Linear, _linear_arguments
 
     def __init__(
         self,
@@ -101,10 +110,6 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         return cls._from_base(linear, _linear_arguments(linear), options)
-
-    def merged_layer(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the merged weight, frozen, and the bias of this layer."""
-        return self._to_base(_linear_arguments(self))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
@@ -185,7 +190,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
         TypeError, ValueError: as for ``BOFTLinear``.
     """
 
-    BASE = nn.Conv2d
+    BASE, _base_arguments = nn.Conv2d, _conv_arguments
 
     def __init__(
         self,
@@ -256,10 +261,6 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
         return cls._from_base(conv, _conv_arguments(conv), options)
 
-    def merged_layer(self) -> nn.Conv2d:
-        """A plain ``nn.Conv2d`` with the merged weight, frozen, and the bias of this layer."""
-        return self._to_base(_conv_arguments(self))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             self._check_trainable()
@@ -268,12 +269,3 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
         blocks = self.dropout(self._blocks(self.skew))
         rotated = rotate_weight(self._matrix(), blocks, self.scale, **self._placement)
         return self._conv_forward(x, rotated.reshape(self.frozen_weight.shape), self.bias)
-
-
-def _linear_arguments(linear: nn.Linear) -> tuple:
-    return linear.in_features, linear.out_features, linear.bias is not None
-
-
-def _conv_arguments(conv: nn.Conv2d) -> tuple:
-    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-    return *shape, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode

@@ -7,20 +7,17 @@ So the base may be quantized, and several adapters can share it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from torch import nn
 
 from .._runtime import autocast, checks
 from ..ops.butterfly import butterfly_matmul
-from ..ops.cayley import cayley
-from ..ops.dropout import drop_blocks
-from ..ops.merge import merge_weight
 from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
 from ..ops.scale import scale_columns
 from ..ops.stages import plan
+from .adapted_weight import adapted_weight, merge_adapters, no_weight
 from .base_modules import (
     check_forward,
     check_numbers,
@@ -30,7 +27,7 @@ from .base_modules import (
 )
 from .config import RotationConfig
 from .linear_adapter import LinearAdapter
-from .rotated_weight import RotatedWeight, one_draw, rotated_weight
+from .rotated_weight import RotatedWeight
 
 
 class MultiAdapterLinear(nn.Module):
@@ -85,16 +82,9 @@ class MultiAdapterLinear(nn.Module):
         Reading them raises RuntimeError where there is no such weight: over a base that is
         quantized or computes more than a linear layer, and inside ``adapter_rows``.
         """
-        frozen = self.base.weight
-        if self.request_index is None and not self.active:
-            return frozen
-        is_plain = type(self.base).forward is nn.Linear.forward and not is_quantized(self.base)
-        if self.request_index is not None or not is_plain:
-            return rotated_weight(_no_weight, frozen)
-        adapters = [self.adapters[name] for name in self.active]
-        trained = [tensor for adapter in adapters for tensor in (adapter.skew, adapter.scale)]
-        draws = [one_draw(adapter.dropout) for adapter in adapters]
-        return rotated_weight(partial(_rotated, adapters, draws), frozen, *trained)
+        if self.request_index is not None:
+            return no_weight(self.base)
+        return adapted_weight(self.base, [self.adapters[name] for name in self.active])
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -389,39 +379,13 @@ class MultiAdapterLinear(nn.Module):
             )
         dense, bias = dense_weight(self.base), self._bias()
         dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
-        adapters = [self.adapters[name] for name in self.active]
-        trained = [tensor for adapter in adapters for tensor in (adapter.skew, adapter.scale)]
-        draws = [lambda skew: None for _ in adapters]
         check_numbers({"weight": dense, "bias": bias})
-        wide = dense.to(torch.promote_types(dtype, torch.float32))
-        weight = _rotated(adapters, draws, wide, *trained)
+        weight = merge_adapters(dense.to(dtype), [self.adapters[name] for name in self.active])
         layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
-        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         layer.train(self.training)
         return layer if requantize is None else requantize(layer)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, active={list(self.active)}"
-
-
-def _rotated(
-    adapters: list[LinearAdapter], draws: list[Callable], weight: torch.Tensor, *trained
-) -> torch.Tensor:
-    """The weight with the adapters in it; ``trained`` are skew and scale of each, in a row."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    pairs = zip(trained[::2], trained[1::2], strict=True)
-    # x meets the first adapter first, so the weight meets it last
-    for adapter, draw, (skew, scale) in reversed(list(zip(adapters, draws, pairs, strict=True))):
-        check_numbers({"skew": skew, "scale": scale}, weight)
-        blocks = cayley(skew.to(torch.promote_types(skew.dtype, wide.dtype)), method=adapter.method)
-        wide = merge_weight(wide, drop_blocks(blocks, draw(skew)), scale)
-    return wide.to(weight.dtype)
-
-
-def _no_weight(frozen: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError(
-        "weight: expected a call of the MultiAdapterLinear, got a read of its weight, which it "
-        "does not have: its base is quantized or not a plain nn.Linear, or rows have adapters of "
-        "their own"
-    )
