@@ -135,6 +135,18 @@ def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLin
     for parent, attribute, _, module in list(named_children(model)):
         if module in layers:
             setattr(parent, attribute, layers[module])
+    _mark_quantized(model, False)
+
+
+def _mark_quantized(model: nn.Module, is_quantized: bool) -> None:
+    """Set the attribute by which transformers' Trainer refuses to train a model.
+
+    It refuses models that its quantizers made, unless PEFT has put adapters on them. The mark is
+    read nowhere else but by ``half()`` and ``float()``, which refuse to cast such models.
+    """
+    for module in model.modules():  # a wrapper holds the model
+        if getattr(module, "hf_quantizer", None) is not None and hasattr(module, "is_quantized"):
+            module.is_quantized = is_quantized
 
 
 @contextmanager
@@ -215,6 +227,7 @@ def _replace_layers(model: nn.Module, plain: Callable[..., nn.Module]) -> nn.Mod
     plain_layers = {layer: plain(layer) for layer in dict.fromkeys(m for _, _, m in layers)}
     for parent, attribute, layer in layers:
         setattr(parent, attribute, plain_layers[layer])
+    _mark_quantized(model, True)
     return model
 
 

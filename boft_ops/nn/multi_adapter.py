@@ -69,18 +69,18 @@ class MultiAdapterLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        # The number of the adapter of each request, set by interop.serve.adapter_rows.
+        # Set by adapter_rows: the adapter of each request, and its rows if there are several.
         self.request_index: torch.Tensor | None = None
+        self.request_repeats = 1
         # The versions of the skews that prepare() used, and its stacks of matrices.
         self._prepared: tuple[list, list[tuple]] | None = None
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the layer multiplies by: the base's weight with the active adapters, differentiable.
+        """The base's weight with the active adapters, differentiable, computed when it is read.
 
-        It is computed when its numbers are first read, in at least float32, and rounded once.
-        Reading them raises RuntimeError where there is no such weight: over a base that is
-        quantized or computes more than a linear layer, and inside ``adapter_rows``.
+        Reading its numbers raises RuntimeError where there is none: over a base that is quantized
+        or computes more than a linear layer, and inside ``adapter_rows``.
         """
         if self.request_index is not None:
             return no_weight(self.base)
@@ -89,7 +89,8 @@ class MultiAdapterLinear(nn.Module):
     @property
     def bias(self) -> torch.Tensor | None:
         """The bias of the base, which is neither rotated nor scaled."""
-        return self._bias()
+        bias = getattr(self.base, "bias", None)
+        return bias if isinstance(bias, torch.Tensor) else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,8 +103,8 @@ class MultiAdapterLinear(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter as ``nn.Module`` does; weight and bias are those of the base."""
         if name in ("weight", "bias"):
-            if isinstance(weight := self.weight, RotatedWeight) and name == "weight":
-                weight._weight.check_written(param)
+            if name == "weight" and isinstance(weight := self.weight, RotatedWeight):
+                weight.check_written(param)
             self.base.register_parameter(name, param)
         else:
             super().register_parameter(name, param)
@@ -227,7 +228,7 @@ class MultiAdapterLinear(nn.Module):
                 f"x: expected a last dimension of {self.in_features}, got shape {tuple(x.shape)}"
             )
         if adapter_index is None and self.request_index is not None:
-            adapter_index = self.request_index.view(-1, *[1] * (x.dim() - 2))
+            adapter_index = self._rows_of_requests(x)
         if adapter_index is not None:
             return self._forward_indexed(x, index_of_rows(adapter_index, x, len(self.adapters)))
         active, scale = [self.adapters[name] for name in self.active], None
@@ -239,12 +240,20 @@ class MultiAdapterLinear(nn.Module):
         y = self.base(x)
         if scale is None:
             return y
-        bias = self._bias()
+        bias = self.bias
         return scale_columns(y, scale, bias, bias)
 
-    def _bias(self) -> torch.Tensor | None:
-        bias = getattr(self.base, "bias", None)
-        return bias if isinstance(bias, torch.Tensor) else None
+    def _rows_of_requests(self, x: torch.Tensor) -> torch.Tensor:
+        """``request_index`` in a shape that broadcasts to the rows of x."""
+        index, repeats = self.request_index, self.request_repeats
+        n, batch = index.shape[0], x.shape[0] if x.dim() > 1 else 1
+        if batch not in (n, n * repeats):
+            raise ValueError(
+                f"adapter_rows: expected inputs of {n} or {n} x {repeats} rows, got shape "
+                f"{tuple(x.shape)}: give a name for each row, or the rows of a name as repeats"
+            )
+        index = index if batch == n else index.repeat_interleave(repeats)
+        return index.view(-1, *[1] * (x.dim() - 2))
 
     def _forward_indexed(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         x = autocast.cast(x)
@@ -267,7 +276,7 @@ class MultiAdapterLinear(nn.Module):
         last = len(scales)
         chosen = torch.where((index < 0) | (index >= last), last, index)
         offset = (table[chosen] - 1).reshape(y.shape).to(y.dtype)
-        bias = self._bias()
+        bias = self.bias
         # y + (y - bias)(s - 1): exactly y where s is 1, and no small change of s is rounded away
         return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), offset)
 
@@ -322,7 +331,7 @@ class MultiAdapterLinear(nn.Module):
         """
         if self.training:
             raise RuntimeError("prepare: expected eval(), got a layer in training mode")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # gradients may be wanted later
             self._prepared = self._versions(), self._stacks(dtype)
         return self
 
@@ -377,7 +386,7 @@ class MultiAdapterLinear(nn.Module):
                 "rotated weight is none of the values that the base can hold, so merging has to "
                 "quantize it again, at the price of a new rounding error"
             )
-        dense, bias = dense_weight(self.base), self._bias()
+        dense, bias = dense_weight(self.base), self.bias
         dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
         check_numbers({"weight": dense, "bias": bias})
         weight = merge_adapters(dense.to(dtype), [self.adapters[name] for name in self.active])

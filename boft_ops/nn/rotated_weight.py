@@ -83,7 +83,7 @@ class Weight:
     def numbers(self) -> torch.Tensor:
         """The computed weight without a gradient, contiguous."""
         if self._numbers is None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # gradients may be wanted later
                 self._numbers = self.compute(self.frozen, *self._trained).contiguous()
         return self._numbers
 
@@ -117,6 +117,10 @@ class RotatedWeight(torch.Tensor):
 
     _weight: Weight
     _is_moved = False  # True after .to() another device
+
+    def check_written(self, value: torch.Tensor) -> None:
+        """Raise ValueError if ``value``, a new frozen weight, was made from this one."""
+        self._weight.check_written(value)
 
     @staticmethod
     def wrap(weight: Weight) -> RotatedWeight:
