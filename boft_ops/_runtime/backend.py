@@ -296,9 +296,9 @@ def forced() -> str | None:
 def force(backend: str | None) -> Iterator[None]:
     """Within the block every operator runs on ``backend``, or raises why it cannot.
 
-    None forces nothing. The programmatic form of the environment variable BOFT_OPS_BACKEND. It holds for the process and
-    is read when an operator is called: a backward pass belongs inside the block too. Gradients of
-    gradients and torch.func transforms run the reference all the same.
+    None forces nothing. This is the programmatic form of the variable BOFT_OPS_BACKEND. It holds
+    for the process and is read when an operator is called: a backward pass belongs inside the
+    block too. Gradients of gradients and torch.func transforms run the reference all the same.
     """
     global _forced
     if backend is not None and backend not in BACKENDS:
