@@ -47,7 +47,7 @@ def check_gradients(m: int, b: int, device: torch.device, dtype: torch.dtype) ->
 
     leaves = [t.detach().cpu().double().requires_grad_(True) for t in (x, layer.skew, layer.scale)]
     x64, skew64, scale64 = leaves
-    weight, bias = layer.weight.cpu().double(), layer.bias.cpu().double()
+    weight, bias = layer.frozen_weight.cpu().double(), layer.bias.cpu().double()
     y64 = scale64 * (x64 @ _dense_rotation(skew64, b) @ weight.T) + bias
     theirs = torch.autograd.grad(y64, leaves, grad.cpu().double())
     compare("output", y, y64, dtype)

@@ -43,7 +43,7 @@ def describe(device: torch.device) -> dict:
         "boft_ops": boft_ops.__version__,
         "backend": forced or "auto",
         # True if measured choices (docs/tuning.md) were in use.
-        "tuned": bool(tuned.table_of(device).names),
+        "tuned": bool(tuned.table(tuned.number_of(device)).names),
         "serving": {
             row["op"]: forced or row["serving"]
             for row in backend.report()

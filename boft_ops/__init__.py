@@ -4,7 +4,7 @@ Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kal
 ``butterfly_groups``, ``multiplicative_dropout``, ``boft_linear``.
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
-Models: ``adapt``, ``merge``, ``save_adapter``, ``load_adapter``.
+Models: ``adapt``, ``merge``, ``unload``, ``save_adapter``, ``load_adapter``.
 """
 
 from ._runtime import paths
@@ -13,7 +13,7 @@ paths.mount_triton(__name__)
 paths.hide_phantom_triton()
 
 from ._version import __version__  # noqa: E402
-from .nn.adapt import adapt, merge  # noqa: E402
+from .nn.adapt import adapt, merge, unload  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
 from .nn.dropout import MultiplicativeDropout  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
@@ -44,6 +44,7 @@ __all__ = [
     "merge",
     "multiplicative_dropout",
     "save_adapter",
+    "unload",
 ]
 
 # Pickles and messages name the public path of a class, in a vendored copy that of the copy.

@@ -6,7 +6,7 @@ backward of an autograd.Function. It is also registered with torch.library, so t
 holds it as one node with a fake.
 
 Which backend runs a call, and with which tile, is one ``Choice``: a forced backend, else the
-measured one, else the default of the device. ``Op.choose`` makes it, once a call.
+measured one, else the default of the device. ``Op.choose`` makes it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from .tuned import Choice, ShapeClass, Tunable
 from .workload import Workload
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-# The order of preference on each type of device; the reference runs wherever nothing else can.
-# On an H200 Triton's kernels of the rows were faster at every size than those in CUDA C++, as these
-# were then; BOFT_OPS_BACKEND=cuda chooses the latter (docs/cuda.md).
+# The order of preference on each type of device; the reference runs if no kernel can. On an H200
+# Triton's kernels of the rows were faster at every size than those in CUDA C++ of that time, which
+# have changed since (docs/cuda.md). BOFT_OPS_BACKEND=cuda chooses the latter.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 REFERENCE = Choice("reference")
-_DEVICE_TYPES = {tuned.CPU: "cpu", tuned.OTHER: ""}  # other numbers are those of GPUs
 
 _forced = os.environ.get("BOFT_OPS_BACKEND") or None
 _ops: dict[str, Op] = {}
@@ -114,37 +113,33 @@ class Op:
         self._unmeasured: dict[int, int] = {}
         _ops[self.name] = self
 
+    @property
+    def is_measured(self) -> bool:
+        """True if the tuner measures this operator, and not another one in its place."""
+        return self.tunable is not None and self.tunable.name == self.name
+
     # --- The choice -------------------------------------------------------------------------------
 
     def supports(self, backend: str, args: tuple) -> bool:
-        """True if the kernel of an available backend takes these arguments."""
+        """False if this backend has a kernel that does not take these arguments."""
         supports = self.kernels[backend].supports if backend in self.kernels else None
         return supports is None or supports(*args)
-
-    def choose(self, args: tuple, eager: bool = True) -> Choice:
-        """The backend and tile for a call; the reference where no kernel can run it.
-
-        Args:
-            args: the arguments of the call.
-            eager: False while a graph is made.
-
-        Raises:
-            ValueError, RuntimeError: a backend is forced that does not exist, or that cannot run
-                this call.
-        """
-        if _forced:
-            self._check_forced(args)
-        return self._choose(args, eager)
 
     def kernel_backend(self, *args) -> str | None:
         """The backend whose kernel would run this call, None if the reference would.
 
         A caller that can do the same by several other operators asks this first.
         """
-        backend = self._choose(args, not torch.compiler.is_compiling()).backend
+        backend = self.choose(args, not torch.compiler.is_compiling()).backend
         return None if backend == "reference" else backend
 
-    def _choose(self, args: tuple, eager: bool) -> Choice:
+    def choose(self, args: tuple, eager: bool = True) -> Choice:
+        """The backend and tile for a call; the reference if no kernel can run it.
+
+        Args:
+            args: the arguments of the call.
+            eager: False while a graph is made.
+        """
         x = args[0]
         number = tuned.CPU if x.is_cpu else x.get_device() if x.is_cuda else tuned.OTHER
         choice = None
@@ -154,7 +149,7 @@ class Op:
             if choice is None or choice.backend != _forced:
                 choice = Choice(_forced)
         elif choice is None:
-            choice = self.defaults.get(_DEVICE_TYPES.get(number, "cuda"), REFERENCE)
+            choice = self.defaults.get(tuned.DEVICE_TYPES.get(number, "cuda"), REFERENCE)
             if choice.backend == "reference" and number == tuned.CPU and "cpu" in self.kernels:
                 native.tell_absence()
         kernel = self.kernels.get(choice.backend)
@@ -177,32 +172,30 @@ class Op:
     # --- The call ---------------------------------------------------------------------------------
 
     def __call__(self, *args):
+        if _forced:
+            self._check_forced(args)
         x = args[0]
         eager = not torch.compiler.is_compiling()
         if eager and (
             torch.is_grad_enabled()  # a gradient of gradients: kernels are not differentiable,
             or torch._C._are_functorch_transforms_active()  # nor can they be vmapped
         ):
-            if _forced:
-                self._check_forced(args)
             choice = REFERENCE
         else:
-            if _forced:
-                self._check_forced(args)
-            choice = self._choose(args, eager)
+            choice = self.choose(args, eager)
         if choice.backend == "reference":
             # The matrix products of a reference define the operator: autocast must not round them.
             with autocast.disabled(x.device.type):
                 return self.reference(*args)
         if choice.backend == "triton" and x.is_cpu:
-            return self._run(choice, args)  # the interpreter; the raw op has the C++ kernel there
+            return self._run(choice, args)  # in its interpreter; the raw op runs the C++ kernel
         if eager and x.is_cuda and bypasses_dispatch(x):
-            return self._run(choice, args)  # the raw op would come back to Python for that
+            return self._run(choice, args)  # the dispatcher would only call _on_cuda
         return self.raw(*args)
 
     def _on_cuda(self, *args):
         """The raw op on CUDA tensors, maybe as a node of a compiled graph."""
-        choice = self._choose(args, eager=True)
+        choice = self.choose(args)
         if choice.backend not in ("triton", "cuda"):
             return self.reference(*args)
         return self._run(choice, args)
@@ -259,12 +252,10 @@ class Op:
     def _why_unavailable(self, backend: str) -> str | None:
         if backend == "reference":
             return None
-        if backend == "triton":
-            if "triton" not in self.kernels:
-                return "no Triton kernel of this op"
-            return None if has_triton() else "triton is not installed"
         if backend not in self.kernels:
-            return f"no {backend} kernel of this op"
+            return f"no {'Triton' if backend == 'triton' else backend} kernel of this op"
+        if backend == "triton":
+            return None if has_triton() else "triton is not installed"
         if native.library is None:
             return f"native library {native.status}"
         if not native.kernels(backend):
@@ -305,9 +296,9 @@ def forced() -> str | None:
 def force(backend: str | None) -> Iterator[None]:
     """Within the block every operator runs on ``backend``, or raises why it cannot.
 
-    None forces nothing. This is the programmatic form of the environment variable BOFT_OPS_BACKEND.
-    It holds for the process and is read when an operator is called: a backward pass belongs inside
-    the block too. Gradients of gradients and torch.func transforms run the reference all the same.
+    None forces nothing. This is the programmatic form of the variable BOFT_OPS_BACKEND. It holds
+    for the process and is read when an operator is called: a backward pass belongs inside the
+    block too. Gradients of gradients and torch.func transforms run the reference all the same.
     """
     global _forced
     if backend is not None and backend not in BACKENDS:

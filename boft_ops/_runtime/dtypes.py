@@ -18,6 +18,6 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def name_of(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype | str) -> str:
     """A dtype by its bare name, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ import torch
 from . import dtypes, tuned_file
 from .namespace import PACKAGE
 
-NEAR = 4.0  # octaves, summed over the sizes, beyond which a measured class says nothing
+NEAR = 4.0  # largest distance at which a measurement applies, in octaves summed over the sizes
 MEMO = 4096  # look-ups that a table remembers: ever new batch sizes must not fill the memory
 
 
@@ -30,7 +30,7 @@ class ShapeClass(NamedTuple):
 
     Attributes:
         structure: names of the numbers that have to agree exactly.
-        sizes: names of the numbers of which the nearest measured ones are taken.
+        sizes: names of the numbers that are matched to the nearest measured ones.
         of: the arguments of a call -> (structure, sizes).
     """
 
@@ -102,6 +102,7 @@ def _distance(sizes: tuple, measured: tuple) -> float:
 # --- What this process knows ----------------------------------------------------------------------
 
 CPU, OTHER = -1, -2  # device numbers beside those of GPUs, which torch counts from 0
+DEVICE_TYPES = {CPU: "cpu", OTHER: ""}  # every other number is a GPU's
 _NOTHING = _Table([])
 _tables: dict[int, _Table] = {}
 _pinned: dict[str, Choice] | None = None
@@ -116,11 +117,11 @@ def is_on() -> bool:
     return value != "0"
 
 
-is_on()  # refuses an invalid value at import: a call may never come to where a table is read
+is_on()  # validates the variable at import, as a call may never read a table
 
 
 def register(tunable: Tunable) -> Tunable:
-    """Let the tuner and the files know a decision."""
+    """Register a decision that the tuner may measure."""
     tunables[tunable.name] = tunable
     return tunable
 
@@ -138,9 +139,9 @@ def table(number: int) -> _Table:
     return found
 
 
-def table_of(device: torch.device) -> _Table:
-    """The choices of a device."""
-    return table({"cpu": CPU, "cuda": device.index or 0}.get(device.type, OTHER))
+def number_of(device: torch.device) -> int:
+    """The number of a device."""
+    return {"cpu": CPU, "cuda": device.index or 0}.get(device.type, OTHER)
 
 
 def _read(number: int) -> _Table:
@@ -186,7 +187,7 @@ def forget() -> None:
 
 @contextmanager
 def pinned(**choices: Choice) -> Iterator[None]:
-    """Within the block these decisions are made so, and all others by default. In eager mode."""
+    """Within the block these decisions are made so, and all others by default."""
     global _pinned, generation
     before, _pinned = _pinned, choices
     generation += 1
@@ -206,19 +207,24 @@ def measured(tunable: Tunable, x: torch.Tensor, args: tuple, eager: bool = True)
     Args:
         tunable: the decision.
         x: a tensor that has the device and dtype of the call.
-        args: what ``tunable.shape_class.of`` takes.
+        args: the arguments of ``tunable.shape_class.of``.
         eager: False while a graph is made. A choice is then a constant of that graph, which is
             made for any number of rows: it is looked up by the structure alone.
     """
     if not eager:
         structure = tuple(map(operator.index, tunable.shape_class.of(*args)[0]))
         return _in_graph(tunable.name, x.device.type, x.device.index, str(x.dtype), *structure)
-    if _pinned is not None:
-        return _pinned.get(tunable.name)
-    choices = table(device_number(x))
-    if tunable.name not in choices.names:
+    number = device_number(x)
+    if not knows(tunable, number):
         return None
-    return choices.lookup(tunable.name, dtypes.name_of(x.dtype), *tunable.shape_class.of(*args))
+    return _find(tunable.name, number, x.dtype, *tunable.shape_class.of(*args))
+
+
+def lookup(
+    tunable: Tunable, device: torch.device, dtype: torch.dtype, structure: tuple, sizes: tuple
+) -> Choice | None:
+    """The measured choice for a class that is given by its numbers, or None."""
+    return _find(tunable.name, number_of(device), dtype, structure, sizes)
 
 
 def knows(tunable: Tunable, number: int) -> bool:
@@ -229,26 +235,20 @@ def knows(tunable: Tunable, number: int) -> bool:
 def _in_graph(
     name: str, device: str, index: int | None, dtype: str, *structure: int
 ) -> Choice | None:
-    if _pinned is not None:
-        return _pinned.get(name)
-    choices = table_of(torch.device(device, index))
-    if name not in choices.names:
-        return None
     sizes = (None,) * len(tunables[name].shape_class.sizes)
-    return choices.lookup(name, dtype.removeprefix("torch."), structure, sizes)
+    return _find(name, number_of(torch.device(device, index)), dtype, structure, sizes)
 
 
 # As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
 _in_graph._dynamo_marked_constant = True
 
 
-def lookup(
-    tunable: Tunable, device: torch.device, dtype: torch.dtype, structure: tuple, sizes: tuple
+def _find(
+    name: str, number: int, dtype: torch.dtype | str, structure: tuple, sizes: tuple
 ) -> Choice | None:
-    """The measured choice for a class that is given by its numbers, or None."""
     if _pinned is not None:
-        return _pinned.get(tunable.name)
-    choices = table_of(device)
-    if tunable.name not in choices.names:
+        return _pinned.get(name)
+    choices = table(number)
+    if name not in choices.names:
         return None
-    return choices.lookup(tunable.name, dtypes.name_of(dtype), structure, sizes)
+    return choices.lookup(name, dtypes.name_of(dtype), structure, sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -15,8 +15,10 @@ from torch import nn
 from .._runtime import checks
 from ..nn.adapt import check_parent, put_in, unfrozen_on_error
 from ..nn.base import BOFTLayer
+from ..nn.base_modules import check_numbers
 from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
+from ..nn.wrappers import pretrained_names
 from .convert import PREFIX, read_checkpoint
 from .formats.checkpoint import Base, LayerState
 
@@ -48,13 +50,16 @@ def load_adapters(
         FileNotFoundError: there is no such checkpoint.
         ValueError: a checkpoint cannot be read, rotates outputs or a layer that is not linear, or
             holds more than rotations and scales (trained heads or biases, which cannot be chosen
-            for each request); or the name of an adapter is taken or not possible.
+            for each request); the model is offloaded or on the meta device; or the name of an
+            adapter is taken or not possible.
     """
     checks.module("model", model)
     contents = {
         name: read_checkpoint(path, base=base, prefix=prefix) for name, path in checkpoints.items()
     }
-    modules = dict(model.named_modules(remove_duplicate=False))
+    pretrained_name = pretrained_names(model)
+    named = model.named_modules(remove_duplicate=False)
+    modules = {pretrained_name(name): module for name, module in named}
     layers: dict[nn.Module, MultiAdapterLinear] = {}  # by the module that it is or replaces
     added: dict[tuple[MultiAdapterLinear, str], LinearAdapter] = {}
     adapted = [m for m in modules.values() if isinstance(m, (LinearAdapter, BOFTLayer))]
@@ -114,6 +119,7 @@ def _new_adapter(
     """Make the adapter ``name`` of a layer with the values of ``state``."""
     try:
         adapter = layer.new_adapter(name, **state.config.options())
+        check_numbers({"base": adapter.skew})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {layer_name}: {error}") from error
     adapter.skew.copy_(state.skew)
@@ -143,8 +149,14 @@ def _current_owner() -> tuple[int, object]:
 
 
 @contextmanager
-def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+def adapter_rows(
+    model: nn.Module, names: Sequence[str | None], *, repeats: int = 1
+) -> Iterator[None]:
     """Context manager: each request of a batch goes through its own adapter, in every layer.
+
+    Layers may be called with one row for each name, or with ``repeats`` consecutive rows for each:
+    an encoder sees the requests, and the decoder behind it their beams. ``generate`` of
+    transformers sets ``repeats`` itself, from num_beams and num_return_sequences.
 
     The choice is a state of the layers, and holds for all of their calls inside the block.
     A block of another thread over the same layers therefore waits until this one is left.
@@ -154,13 +166,16 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         model: a model with ``MultiAdapterLinear`` layers.
         names: the name of an adapter for each entry of the first dimension of the layers' inputs;
             None stands for the pretrained model.
+        repeats: number of consecutive rows of each name in calls with more rows than names.
 
     Raises:
-        TypeError: ``model`` is not an nn.Module.
-        ValueError: the model has no such layers, or none of its layers has an adapter of a name.
+        TypeError: ``model`` is not an nn.Module, or ``repeats`` no int.
+        ValueError: the model has no such layers, none of its layers has an adapter of a name, or
+            ``repeats`` is not positive; in a layer: its inputs have another number of rows.
         RuntimeError: another asyncio task of this thread is inside a block, in which it awaits.
     """
     checks.module("model", model)
+    checks.positive_int("repeats", repeats)
     layers = [m for m in model.modules() if isinstance(m, MultiAdapterLinear)]
     if not layers:
         raise ValueError("model: expected MultiAdapterLinear layers, got none")
@@ -182,13 +197,15 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
                 )
             _turn.wait()
         outer = [layer.request_index for layer in layers]
+        outer_repeats = [layer.request_repeats for layer in layers]
         nested = [layer in _owners for layer in layers]
         _owners.update(dict.fromkeys(layers, owner))
     try:
-        _choose(layers, indices)
-        yield
+        _choose(layers, indices, [repeats] * len(layers))
+        with _repeats_of_generate(model, layers):
+            yield
     finally:
-        _choose(layers, outer)
+        _choose(layers, outer, outer_repeats)
         with _turn:
             for layer, is_nested in zip(layers, nested, strict=True):
                 if not is_nested:
@@ -196,6 +213,38 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             _turn.notify_all()
 
 
-def _choose(layers: list[MultiAdapterLinear], indices: list[torch.Tensor | None]) -> None:
-    for layer, index in zip(layers, indices, strict=True):
-        layer.request_index = index
+def _choose(
+    layers: list[MultiAdapterLinear], indices: list[torch.Tensor | None], repeats: list[int]
+) -> None:
+    for layer, index, count in zip(layers, indices, repeats, strict=True):
+        layer.request_index, layer.request_repeats = index, count
+
+
+@contextmanager
+def _repeats_of_generate(model: nn.Module, layers: list[MultiAdapterLinear]) -> Iterator[None]:
+    """Context manager: take ``repeats`` from transformers' ``generate``, which repeats its inputs.
+
+    ``generate`` repeats them with one method, whose argument is the number.
+    """
+    method = "_expand_inputs_for_generation"
+    generating = [m for m in model.modules() if callable(getattr(m, method, None))]
+    before = [vars(module).get(method) for module in generating]
+
+    def noting(expand: Callable) -> Callable:
+        def expand_inputs(expand_size: int = 1, *args, **kwargs):
+            for layer in layers:
+                layer.request_repeats = expand_size
+            return expand(expand_size, *args, **kwargs)
+
+        return expand_inputs
+
+    for module in generating:
+        setattr(module, method, noting(getattr(module, method)))
+    try:
+        yield
+    finally:
+        for module, former in zip(generating, before, strict=True):
+            if former is None:
+                delattr(module, method)
+            else:
+                setattr(module, method, former)

@@ -1,9 +1,9 @@
-"""Whole models: ``adapt`` puts BOFT layers in, ``merge`` replaces them by merged layers."""
+"""Whole models: ``adapt`` puts BOFT layers in, ``merge`` and ``unload`` take them out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,10 +11,14 @@ from torch import nn
 from .._runtime import checks
 from .base import BOFTLayer
 from .base_modules import is_quantized
+from .config import Options
 from .layers import BOFTConv2d, BOFTLinear
 from .multi_adapter import MultiAdapterLinear
+from .wrappers import COMPILED, pretrained_names, wrapper_of
 
 DEFAULT = "default"  # name of the adapter that adapt() adds to a quantized layer
+ALL_LINEAR = "all-linear"
+BOFT_CLASSES = BOFTLayer, MultiAdapterLinear
 
 # These modules read the weight of a child without calling it, which would ignore a rotation.
 _BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -22,12 +26,14 @@ _BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 def adapt(
     model: nn.Module,
-    target_modules: str | Iterable[str],
+    target_modules: str | Iterable[str] | Mapping[str, Options],
     *,
     modules_to_save: str | Iterable[str] = (),
     **options,
 ) -> nn.Module:
     """Replace the matching linear and convolution layers by BOFT layers and freeze the rest.
+
+    A model that is adapted already gets further layers; what is trained in it stays trainable.
 
     A quantized linear layer is kept: a ``MultiAdapterLinear`` takes its place and calls it on
     rotated inputs. Quantized layers are those of torchao and bitsandbytes, and modules with packed
@@ -37,7 +43,11 @@ def adapt(
         model: changed in place; unchanged if an error is raised.
         target_modules: the layers to replace, named as in PEFT. A string is a regular expression
             that must match the whole dotted name; a list holds whole names or last parts of names
-            ("q_proj", "attention.output.dense").
+            ("q_proj", "attention.output.dense"). The string "all-linear" takes every linear layer
+            except ``model.get_output_embeddings()`` and what lies in ``modules_to_save``. A mapping
+            gives options of their own to layers: its keys are such names, or regular expressions
+            that match whole dotted names, and its values are keyword arguments that replace those
+            of ``options``, as in ``{"q_proj": {"block_size": 16}, "down_proj": {}}``.
         modules_to_save: other modules that stay trainable, such as a classification head, named as
             in target_modules; ``save_adapter`` stores them.
         **options: keyword arguments of ``BOFTLinear`` and ``BOFTConv2d`` from block_size on, such
@@ -51,14 +61,16 @@ def adapt(
             has a forward of its own, which a BOFT layer would lose.
         ValueError: nothing matches; the features of a layer do not fit the options (the message
             names the layer); a layer has hooks or parametrizations, which a BOFT layer would lose;
-            its parent may bypass its forward; or it shares its weight with a module to save (tied
-            embeddings).
+            its parent may bypass its forward; it is adapted already; it shares its weight with a
+            module to save (tied embeddings); or two keys of a mapping match it with other options.
     """
     checks.module("model", model)
-    targets = _matching(model, target_modules, "target_modules")
-    if not targets:
-        raise ValueError("target_modules: expected at least one name, got none")
     saved = _matching(model, modules_to_save, "modules_to_save") if modules_to_save else {}
+    layer_options = _options_by_name(model, target_modules, options, saved.values())
+    if not layer_options:
+        raise ValueError("target_modules: expected at least one name, got none")
+    modules = {name: module for _, _, name, module in named_children(model)}
+    targets = {name: modules[name] for name in layer_options}
     replaced = set(targets.values())
     for name, module in saved.items():
         if not replaced.isdisjoint(module.modules()):
@@ -76,7 +88,7 @@ def adapt(
                     "target_modules, which is frozen: expected one of the two"
                 )
     with unfrozen_on_error(model):
-        put_in(model, build_layers(model, dict.fromkeys(targets, options)))
+        put_in(model, build_layers(model, layer_options))
     for module in saved.values():
         module.requires_grad_(True)
     return model
@@ -97,9 +109,7 @@ def build_layers(
     Raises:
         TypeError, ValueError: as for ``adapt``.
     """
-    if any(isinstance(m, (BOFTLayer, MultiAdapterLinear)) for m in model.modules()):
-        raise ValueError("model: expected one without BOFT layers, got an adapted one")
-    children = {name: (parent, module) for parent, _, name, module in _children(model)}
+    children = {name: (parent, module) for parent, _, name, module in named_children(model)}
     layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear] = {}
     for name, layer_options in options.items():
         if name not in children:
@@ -113,11 +123,30 @@ def build_layers(
 
 
 def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear]) -> None:
-    """Freeze the model, then replace each module by its BOFT layer under all of its names."""
-    model.requires_grad_(False)
-    for parent, attribute, _, module in list(_children(model)):
+    """Freeze the model, then replace each module by its BOFT layer under all of its names.
+
+    A model that is adapted already keeps what is trained in it; only the new layers' bases freeze.
+    """
+    if any(isinstance(module, BOFT_CLASSES) for module in model.modules()):
+        for module in layers:
+            module.requires_grad_(False)
+    else:
+        model.requires_grad_(False)
+    for parent, attribute, _, module in list(named_children(model)):
         if module in layers:
             setattr(parent, attribute, layers[module])
+    _mark_quantized(model, False)
+
+
+def _mark_quantized(model: nn.Module, is_quantized: bool) -> None:
+    """Set the attribute by which transformers' Trainer refuses to train a model.
+
+    It refuses models that its quantizers made, unless PEFT has put adapters on them. The mark is
+    read nowhere else but by ``half()`` and ``float()``, which refuse to cast such models.
+    """
+    for module in model.modules():  # a wrapper holds the model
+        if getattr(module, "hf_quantizer", None) is not None and hasattr(module, "is_quantized"):
+            module.is_quantized = is_quantized
 
 
 @contextmanager
@@ -159,16 +188,91 @@ def merge(
             return layer.merged_layer()
         return layer.merged_layer(requantize if is_quantized(layer.base) else None)
 
-    boft_classes = BOFTLayer, MultiAdapterLinear
-    if isinstance(model, boft_classes):
-        return merged(model)
-    layers = [(p, a, m) for p, a, _, m in _children(model) if isinstance(m, boft_classes)]
+    return _replace_layers(model, merged)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Replace every BOFT layer by a plain layer with the pretrained weight: undo ``adapt``.
+
+    Rotations and scales are lost, so save the adapter first if it is needed. Trained biases and
+    ``modules_to_save`` keep what was trained.
+
+    Args:
+        model: changed in place, or itself a BOFT layer; unchanged if an error is raised.
+
+    Returns:
+        ``model``, or the plain layer if ``model`` is a BOFT layer. Parameters keep their
+        ``requires_grad``: those that ``adapt`` froze stay frozen.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: the model has no BOFT layer, or a layer is merged and its weight cannot be
+            restored.
+    """
+    checks.module("model", model)
+
+    def pretrained(layer: BOFTLayer | MultiAdapterLinear) -> nn.Module:
+        return layer.base if isinstance(layer, MultiAdapterLinear) else layer.base_layer()
+
+    return _replace_layers(model, pretrained)
+
+
+def _replace_layers(model: nn.Module, plain: Callable[..., nn.Module]) -> nn.Module:
+    """Replace every BOFT layer by ``plain`` of it, once all of these are made."""
+    if isinstance(model, BOFT_CLASSES):
+        return plain(model)
+    layers = [(p, a, m) for p, a, _, m in named_children(model) if isinstance(m, BOFT_CLASSES)]
     if not layers:
         raise ValueError("model: expected at least one BOFT layer, got none")
-    merged_layers = {layer: merged(layer) for layer in dict.fromkeys(m for _, _, m in layers)}
+    plain_layers = {layer: plain(layer) for layer in dict.fromkeys(m for _, _, m in layers)}
     for parent, attribute, layer in layers:
-        setattr(parent, attribute, merged_layers[layer])
+        setattr(parent, attribute, plain_layers[layer])
+    _mark_quantized(model, True)
     return model
+
+
+def _options_by_name(
+    model: nn.Module,
+    target_modules: str | Iterable[str] | Mapping[str, Options],
+    options: Options,
+    saved: Iterable[nn.Module],
+) -> dict[str, Options]:
+    """The options of each layer to replace, by its dotted name; see ``adapt``.
+
+    ``saved`` are the modules to save, which "all-linear" leaves out.
+    """
+    if target_modules == ALL_LINEAR:
+        return dict.fromkeys(_all_linear(model, saved), options)
+    if not isinstance(target_modules, Mapping):
+        return dict.fromkeys(_matching(model, target_modules, "target_modules"), options)
+    found: dict[str, Options] = {}
+    for key, own in target_modules.items():
+        if not isinstance(own, Mapping):
+            raise TypeError(f"target_modules: expected options for {key!r}, got {own!r}")
+        try:
+            names = _matching(model, [key], "target_modules")
+        except ValueError:
+            names = _matching(model, key, "target_modules")
+        for name in names:
+            if found.setdefault(name, options | own) != options | own:
+                raise ValueError(f"target_modules: expected one choice of options for {name!r}")
+    return found
+
+
+def _all_linear(model: nn.Module, saved: Iterable[nn.Module]) -> list[str]:
+    """The names of the linear layers that "all-linear" means."""
+    left_out = {inner for module in saved for inner in module.modules()}
+    for module in model.modules():  # a wrapper does not have its model's methods
+        head = getattr(module, "get_output_embeddings", None)
+        if callable(head) and isinstance(output := head(), nn.Module):
+            left_out |= set(output.modules())
+    return [
+        name
+        for _, _, name, module in named_children(model)
+        if module not in left_out
+        and not isinstance(module, BOFT_CLASSES)
+        and (isinstance(module, nn.Linear) or is_quantized(module))
+    ]
 
 
 def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> dict[str, nn.Module]:
@@ -176,7 +280,7 @@ def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> di
 
     ``argument`` is the name of the public argument, for error messages.
     """
-    modules = {name: module for _, _, name, module in _children(model)}
+    modules = {name: module for _, _, name, module in named_children(model)}
     if isinstance(names, str):
         try:
             matches = {names: [n for n in modules if re.fullmatch(names, n)]}
@@ -200,12 +304,19 @@ def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> di
     return {name: modules[name] for matched in matches.values() for name in matched}
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """Yield (parent, attribute, dotted name, module) for every child under each of its names."""
+def named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
+    """Yield (parent, attribute, dotted name, module) for every child under each of its names.
+
+    Names are those in the pretrained model: what a wrapper wraps bears the wrapper's name, and
+    comes after it.
+    """
+    pretrained_name = pretrained_names(model)
     for prefix, parent in model.named_modules(remove_duplicate=False):
-        for attribute, child in parent._modules.items():
+        is_adapted = isinstance(parent, BOFT_CLASSES)
+        for attribute, child in {} if is_adapted else parent._modules.items():
             if child is not None:
-                yield parent, attribute, f"{prefix}.{attribute}" if prefix else attribute, child
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                yield parent, attribute, pretrained_name(name), child
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -213,6 +324,11 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _check_replaceable(name: str, module: nn.Module) -> None:
+    if isinstance(module, BOFT_CLASSES):
+        raise ValueError(
+            f"target_modules: {name!r} is adapted already: expected other layers, or unload(model) "
+            "first"
+        )
     if not _is_layer(module):
         raise TypeError(
             "target_modules: expected nn.Linear, nn.Conv2d or a quantized linear layer, "
@@ -225,6 +341,11 @@ def check_parent(layer: str, parent: nn.Module) -> None:
 
     ``layer`` describes the child in the message.
     """
+    if wrapper_of(parent) == COMPILED:
+        raise ValueError(
+            f"{layer} is wrapped by torch.compile, whose graph would go on calling the former "
+            "layer; expected compiling after adapting"
+        )
     if isinstance(parent, _BYPASSING_PARENTS):
         raise ValueError(
             f"{layer} lies in {type(parent).__name__}, which may read its weight "

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .._runtime import checks, files
-from .adapt import DEFAULT, build_layers, put_in, unfrozen_on_error
+from .adapt import DEFAULT, build_layers, named_children, put_in, unfrozen_on_error
 from .base import BOFTLayer
+from .base_modules import check_numbers
 from .config import Options, RotationConfig
 from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
+from .wrappers import pretrained_names, wrapped_attribute
 
 FORMAT = "boft_ops"
 FORMAT_VERSION = 1
@@ -26,7 +28,8 @@ AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DEFAULT) -> None:
     """Write the finetuned parameters of a model to one safetensors file.
 
-    The tensors bear their names in the pretrained model: skew and scale of every BOFT layer, and
+    The tensors bear their names in the pretrained model, without the parts that wrappers such as
+    ``torch.compile`` and DistributedDataParallel add: skew and scale of every BOFT layer, and
     every other parameter that requires a gradient (``modules_to_save``, trained biases) with the
     buffers of its module. The metadata holds the format version and the options of each layer.
     The file is replaced in one step, so that after a crash it is the old one or the new one.
@@ -39,8 +42,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
-        ValueError: the model has no BOFT layer and no such adapter, factors are switched off by
-            ``interpolate``, or ``path`` is a device, a FIFO or a folder.
+        ValueError: the model has no BOFT layer and no such adapter; ``load_adapter`` would refuse
+            the file (the weight of a rotated layer is trained, numbers are NaN or infinite, factors
+            are switched off by ``interpolate``); tensors are shards, or placeholders on the meta
+            device; or ``path`` is a device, a FIFO or a folder.
         OSError: the file cannot be written.
     """
     checks.module("model", model)
@@ -49,7 +54,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
     _check_whole(layers)
-    stored = _trained(model) | _rotation_tensors(layers)
+    rotations = _rotation_tensors(layers)
+    stored = _trained(model) | rotations
+    targets = _loadable(model, layers) | rotations
+    _check_gathered(layers, stored)
+    _check_tensors("model", stored, targets, required=rotations.keys())
     layer_options = {name: layer.options() for name, layer in layers.items()}
     bases = {name: layer.describe_base() for name, layer in layers.items()}
     write_adapter(Path(path), layer_options, bases, stored)
@@ -72,11 +81,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         TypeError: ``model`` is not an nn.Module.
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, not of this package, of a newer format version, or does
-            not fit the model (the message names the tensor or option), or layers are merged.
+            not fit the model (the message names the tensor or option), layers are merged, or
+            tensors of the model are placeholders on the meta device.
     """
     checks.module("model", model)
     layer_options, tensors = _read(Path(path))
-    tensors = _unwrapped(tensors, layer_options.keys())
     layers = _adapted_layers(model)
     if layers:
         _compare_options(path, layer_options, layers)
@@ -96,7 +105,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
                 new_layers = build_layers(model, layer_options)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: does not fit the model: {error}") from error
-            modules = dict(model.named_modules(remove_duplicate=False))
+            modules = {name: module for _, _, name, module in named_children(model)}
             layers = {name: _adapted_layer(new_layers[modules[name]]) for name in layer_options}
             rotations = _rotation_tensors(layers)
             targets = _loadable(model, layers) | rotations
@@ -142,8 +151,9 @@ def write_adapter(
 
 def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, AdaptedLayer]:
     """The modules that hold skew and scale, by the names of the pretrained layers."""
-    layers = {name: _adapted_layer(module, adapter) for name, module in model.named_modules()}
-    return {name: layer for name, layer in layers.items() if layer is not None}
+    pretrained_name = _pretrained_names(model)
+    named = ((name, _adapted_layer(module, adapter)) for name, module in model.named_modules())
+    return {pretrained_name(name): layer for name, layer in named if layer is not None}
 
 
 def _adapted_layer(module: nn.Module, adapter: str = DEFAULT) -> AdaptedLayer | None:
@@ -161,44 +171,37 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     rotation_ids = {id(p) for m in adapters for p in (m.skew, m.scale)}
     named = model.named_parameters()
     stored = {name: p for name, p in named if p.requires_grad and id(p) not in rotation_ids}
-    wrapped = _wrapped(model)
-    parents = {name.rpartition(".")[0] for name in stored} - {f"{name}.base" for name in wrapped}
+    parents = {name.rpartition(".")[0] for name in stored}
+    bases = {m.base for m in model.modules() if isinstance(m, MultiAdapterLinear)}
+    parents -= {name for name, module in model.named_modules() if module in bases}
     state = model.state_dict().keys()  # holds the persistent buffers only
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[0] in parents and name in state:
             stored[name] = buffer
-    return _unwrapped(stored, wrapped)
+    pretrained_name = _pretrained_names(model)
+    return {pretrained_name(name): tensor for name, tensor in stored.items()}
 
 
 def _loadable(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor]:
     """The tensors of the model that a file may hold: all except the rotated weights."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
-    tensors = _unwrapped(tensors, _wrapped(model))
-    frozen = {f"{name}.weight" for name in layers}
+    pretrained_name = _pretrained_names(model)
+    tensors = {pretrained_name(name): tensor for name, tensor in tensors.items()}
+    frozen = {f"{name}.weight" if name else "weight" for name in layers}
     return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
 
-def _wrapped(model: nn.Module) -> set[str]:
-    """The names of the ``MultiAdapterLinear`` modules."""
-    named = model.named_modules(remove_duplicate=False)
-    return {name for name, module in named if isinstance(module, MultiAdapterLinear)}
+def _pretrained_names(model: nn.Module) -> Callable[[str], str]:
+    """Return a function from names in the model to names in the pretrained model.
 
-
-def _unwrapped(tensors: dict[str, torch.Tensor], wrapped: Set[str]) -> dict[str, torch.Tensor]:
-    """Rename tensors to their names in the pretrained model.
-
-    A ``MultiAdapterLinear``, whose names are ``wrapped``, adds ``base`` to the names of its layer.
+    A ``MultiAdapterLinear`` adds ``base`` to the names of its layer, as wrappers add their parts.
     """
 
-    def pretrained_name(name: str) -> str:
-        parts = name.split(".")
-        for i, part in enumerate(parts):
-            if part == "base" and ".".join(parts[:i]) in wrapped:
-                return ".".join(parts[:i] + parts[i + 1 :])
-        return name
+    def attribute_of(module: nn.Module) -> str | None:
+        return "base" if isinstance(module, MultiAdapterLinear) else wrapped_attribute(module)
 
-    return {pretrained_name(name): tensor for name, tensor in tensors.items()}
+    return pretrained_names(model, attribute_of)
 
 
 def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor]:
@@ -260,6 +263,20 @@ def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
         )
 
 
+def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError if a tensor is a shard, as FSDP and ZeRO leave it on each process."""
+    shapes = {
+        id(layer.skew): layer.config.skew_shape(layer.rotated_features) for layer in layers.values()
+    }
+    for name, tensor in stored.items():
+        shape = tuple(tensor.shape)
+        if hasattr(tensor, "placements") or shapes.get(id(tensor), shape) != shape:
+            raise ValueError(
+                f"model: {name}: expected a whole tensor, got a shard of it: gather the parameters "
+                "into a model on one process, which can be saved"
+            )
+
+
 def _check_levels(
     path: str | os.PathLike, layer_options: dict[str, Options], tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -297,8 +314,10 @@ def _check_tensors(
 ) -> None:
     """Raise ValueError unless the tensors of a file fit the tensors of the model.
 
+    Saving checks what it is about to write by the same rule, while the model is still there.
+
     Args:
-        path: of the file, for messages.
+        path: of the file, or "model" when saving, for messages.
         tensors: of the file, by their names in the pretrained model.
         targets: the tensors of the model that the file may hold.
         required: names of the tensors that the file must hold.
@@ -308,10 +327,18 @@ def _check_tensors(
     names: dict[int, str] = {}  # first name in the file, by the id of the model's tensor
     for name, tensor in tensors.items():
         if name not in targets:
-            raise ValueError(f"{path}: expected parameters of the model, got {name!r}")
+            raise ValueError(
+                f"{path}: expected trained parameters other than the weights of rotated layers, "
+                f"which no adapter file holds, got {name!r}"
+            )
         first = names.setdefault(id(targets[name]), name)
         if first != name and not torch.equal(tensor, tensors[first]):
             raise ValueError(f"{path}: expected one tensor for {first!r} and {name!r}, got two")
+        check_numbers({name: targets[name]})
+        # buffers, such as masks, may hold infinity
+        is_trained = isinstance(targets[name], nn.Parameter) and tensor.is_floating_point()
+        if is_trained and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
         shape = tuple(targets[name].shape)
         is_float = targets[name].is_floating_point()
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != is_float:

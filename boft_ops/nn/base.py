@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from .._runtime import checks
 from ..ops.cayley import cayley
+from ..ops.dropout import drop_blocks
 from ..ops.kaleidoscope import multiply
 from ..ops.merge import merge_weight, unmerge_weight, untracked
-from .base_modules import check_forward, check_unmodified
+from .base_modules import check_forward, check_numbers, check_unmodified
 from .config import HasRotation, Options, RotationConfig
 from .dropout import MultiplicativeDropout
+from .rotated_weight import Weight, is_dense, one_draw, rotated_weight
+
+
+class Merged(NamedTuple):
+    """The skew and scale in a merged weight, and the weight before, if it is kept."""
+
+    skew: torch.Tensor
+    scale: torch.Tensor | None
+    former: torch.Tensor | None
 
 
 class BOFTLayer(HasRotation, nn.Module):
@@ -21,34 +35,114 @@ class BOFTLayer(HasRotation, nn.Module):
         config: the ``RotationConfig``.
         skew: trainable (m, K, b(b-1)/2), initialized to zeros; (2 l m, ...) with kaleidoscope = l.
         scale: trainable (n,), initialized to ones, or None.
-        merged: True if ``weight`` holds the merged weight.
+        merged: True if ``frozen_weight`` holds the merged weight.
+
+    The frozen weight is the parameter ``weight`` in ``named_parameters()`` and state dicts.
+    Reading the attribute ``weight`` gives what the layer multiplies by, as other code expects.
     """
 
-    # The skew and scale in a merged weight.
-    _merged_with: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    _merged_with: Merged | None = None
     BASE: type[nn.Module]  # torch's class of the frozen layer
+    _base_arguments: Callable[[BOFTLayer], tuple]  # those of BASE, from its attributes
+    _is_loading = False  # True while load_state_dict() assigns parameters
+
+    @property
+    def frozen_weight(self) -> torch.Tensor:
+        """The weight that the layer holds: the pretrained one, or the merged one of a merged layer.
+
+        In-place changes and new numbers belong here. Assigning to it replaces the parameter.
+        """
+        weight = self._parameters.get("weight")
+        if weight is None:  # FSDP puts a plain tensor in the place of a parameter for a while
+            weight = vars(self).get("weight")
+        if weight is None:
+            raise AttributeError(f"{type(self).__name__} has no weight yet")
+        return weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the layer multiplies by: diag(s) W R^T or diag(s) R W, differentiable.
+
+        It is computed when its numbers are first read, in at least float32, and rounded once.
+        In training mode it has a dropout of its own. The weight of a merged layer is its parameter.
+        """
+        frozen = self.frozen_weight
+        if self.merged or "skew" not in self._parameters:
+            return frozen
+        return rotated_weight(self._rotated_once(), frozen, self.skew, self.scale)
+
+    @weight.setter
+    def weight(self, weight: torch.Tensor) -> None:  # not reached by parameters
+        vars(self)["weight"] = weight
+
+    @weight.deleter
+    def weight(self) -> None:
+        del vars(self)["weight"]
+
+    def _check_numbers(self, x: torch.Tensor | None = None) -> None:
+        """Raise ValueError for placeholders, unless all that is computed with is one, as x is."""
+        tensors = {"weight": self.frozen_weight, "skew": self.skew, "scale": self.scale}
+        check_numbers(tensors, x)
+
+    def _rotated_once(self) -> Callable[..., torch.Tensor]:
+        """A function of weight, skew and scale that draws one dropout mask for all of its calls."""
+        draw = one_draw(self.dropout)
+
+        def rotated(
+            weight: torch.Tensor, skew: torch.Tensor, scale: torch.Tensor | None
+        ) -> torch.Tensor:
+            self._check_numbers(weight)
+            skew = self._active(skew)
+            blocks = drop_blocks(cayley(_widened(skew), method=self.config.method), draw(skew))
+            return merge_weight(weight, blocks, scale, **self._placement)
+
+        return rotated
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter as ``nn.Module`` does, which also serves ``layer.weight = param``.
+
+        A dense ``weight`` is the new frozen weight, as loaders and tied weights mean it.
+        A quantized one was made from the rotated weight, by torchao's ``quantize_`` for example:
+        the layer is merged then, and ``unmerge()`` brings the former weight back.
+
+        Raises:
+            ValueError: a dense weight was made from the rotated weight.
+        """
+        is_complete = "weight" in self._parameters and "skew" in self._parameters
+        if name == "frozen_weight":
+            super().register_parameter("weight", param)
+        elif name != "weight" or not is_complete or self.merged or self._is_loading:
+            super().register_parameter(name, param)
+        elif param is None or is_dense(param) or hasattr(param, "placements"):  # or a DTensor
+            if param is not None:
+                former = Weight(self._rotated_once(), self.frozen_weight, (self.skew, self.scale))
+                former.check_written(param)
+            super().register_parameter(name, param)
+        else:
+            self._put_aside(param, self.frozen_weight)
 
     def _init_rotation(self, config: RotationConfig) -> None:
         """Freeze the parameters of the base layer, which exist, and add skew and scale."""
-        checks.floating_dtype("dtype", self.weight.dtype)
+        checks.floating_dtype("dtype", self.frozen_weight.dtype)
         self.config = config
         # kept, as sharding may leave a weight without elements
         self._matrix_shape = tuple(self._matrix().shape)
-        config.check_features(self._features)
+        config.check_features(self.rotated_features)
         self.dropout = MultiplicativeDropout(config.p_component, config.p_block)
         self.merged, self.n_identity = False, 0
         self.requires_grad_(False)
-        self._init_adapter(self.weight.device)
+        self._init_adapter(self.frozen_weight.device)
 
     @property
-    def _features(self) -> int:
+    def rotated_features(self) -> int:
         """The number of rotated features: d (side "in") or n (side "out")."""
         n, d = self._matrix_shape
         return d if self.config.side == "in" else n
 
     def reset_parameters(self) -> None:
         """Initialize the base layer as torch does, and the rotation and scale to the identity."""
-        super().reset_parameters()
+        # torch's method reads ``weight``, which is not the parameter here
+        self.BASE.reset_parameters(SimpleNamespace(weight=self.frozen_weight, bias=self.bias))
         if "skew" in self._parameters:  # torch's constructors call this before there is one
             nn.init.zeros_(self.skew)
             if self.scale is not None:
@@ -56,8 +150,10 @@ class BOFTLayer(HasRotation, nn.Module):
 
     def _init_adapter(self, device: torch.device) -> None:
         # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        skew = torch.zeros(self.config.skew_shape(self._features), device=device, dtype=dtype)
+        dtype = torch.promote_types(self.frozen_weight.dtype, torch.float32)
+        skew = torch.zeros(
+            self.config.skew_shape(self.rotated_features), device=device, dtype=dtype
+        )
         scale = torch.ones(self._matrix_shape[0], device=device, dtype=dtype)
         self.skew = nn.Parameter(skew)
         self.register_parameter("scale", nn.Parameter(scale) if self.config.scale else None)
@@ -74,22 +170,33 @@ class BOFTLayer(HasRotation, nn.Module):
         check_unmodified(base)
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
-        layer.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        layer.frozen_weight = nn.Parameter(base.weight.detach(), requires_grad=False)
         if base.bias is not None:
             layer.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
         layer._init_adapter(base.weight.device)
         return layer.train(base.training)
 
-    def _to_base(self, arguments: tuple) -> nn.Module:
-        """Build torch's layer with the merged weight; ``arguments`` are torch's."""
-        layer = self.BASE(*arguments, device="meta", dtype=self.weight.dtype)
-        layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        layer.bias = self.bias
+    def base_layer(self) -> nn.Module:
+        """Build torch's layer with the pretrained weight, which it shares with this layer.
+
+        Raises:
+            ValueError: the layer is merged and its weight cannot be restored, see ``unmerge``.
+        """
+        weight = self._unmerged_weight() if self.merged else self.frozen_weight
+        return self._to_base(weight)
+
+    def merged_layer(self) -> nn.Module:
+        """Build torch's layer with the merged weight, frozen, and the bias of this layer."""
+        return self._to_base(nn.Parameter(self.merged_weight(), requires_grad=False))
+
+    def _to_base(self, weight: nn.Parameter) -> nn.Module:
+        layer = self.BASE(*self._base_arguments(), device="meta", dtype=weight.dtype)
+        layer.weight, layer.bias = weight, self.bias
         return layer.train(self.training)
 
     def _matrix(self) -> torch.Tensor:
         """The weight as (n, d)."""
-        return self.weight.flatten(1)
+        return self.frozen_weight.flatten(1)
 
     def describe_base(self) -> tuple[str, int]:
         """The class name of torch's layer that is rotated, and the number n of its outputs."""
@@ -118,68 +225,94 @@ class BOFTLayer(HasRotation, nn.Module):
     @untracked
     def rotation(self) -> torch.Tensor:
         """The dense rotation R, (features, features), for inspection; row vectors: y = x R."""
-        eye = torch.eye(self._features, dtype=self.skew.dtype, device=self.skew.device)
+        check_numbers({"skew": self.skew})
+        eye = torch.eye(self.rotated_features, dtype=self.skew.dtype, device=self.skew.device)
         return multiply(eye, self._blocks(self.skew), self.config.kaleidoscope)
 
     @untracked
     def merged_weight(self) -> torch.Tensor:
-        """diag(s) W R^T (side "in") or diag(s) R W, in the shape and dtype of ``weight``.
+        """diag(s) W R^T (side "in") or diag(s) R W, in the shape and dtype of the frozen weight W.
 
-        Computed in at least float32 and rounded once. If the layer is merged, a copy of ``weight``.
+        Computed in at least float32 and rounded once, without dropout.
+        If the layer is merged, a copy of its weight.
         """
+        self._check_numbers()
         if self.merged:
-            return self.weight.clone()
+            return self.frozen_weight.clone()
         blocks = self._blocks(_widened(self.skew))
-        return merge_weight(self.weight, blocks, self.scale, **self._placement)
+        return merge_weight(self.frozen_weight, blocks, self.scale, **self._placement)
 
     @untracked
-    def merge(self) -> BOFTLayer:
-        """Replace ``weight`` by the merged weight, so that inference computes no rotation.
+    def merge(self, *, keep: bool = True) -> BOFTLayer:
+        """Replace the frozen weight by the merged weight, so that inference computes no rotation.
 
-        The former tensor of ``weight`` is not written to, as other modules may share it.
+        The former tensor is not written to, as other modules may share it.
+
+        Args:
+            keep: True puts the former weight aside, for ``unmerge`` to bring it back bit for bit;
+                it takes its memory meanwhile. False lets it go, and ``unmerge`` computes it from
+                the merged weight, with a rounding error each time.
 
         Returns:
             The layer itself.
 
         Raises:
             RuntimeError: the layer is merged already.
+            ValueError: parameters are placeholders on the meta device.
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
-        self.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        self.merged = True
-        self._keep_merged()
+        weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        self._put_aside(weight, self.frozen_weight if keep else None)
         return self
 
-    def _keep_merged(self) -> None:
+    def _put_aside(self, weight: nn.Parameter, former: torch.Tensor | None) -> None:
+        """Make ``weight`` the merged weight, and keep ``former`` for ``unmerge``."""
+        self.frozen_weight, self.merged = weight, True
+        self._keep_merged(former)
+
+    def _keep_merged(self, former: torch.Tensor | None = None) -> None:
         # both may be stepped or loaded before unmerge(), which has to undo these
         scale = None if self.scale is None else self.scale.detach().clone()
-        self._merged_with = (self.skew.detach().clone(), scale) if self.merged else None
+        merged_with = Merged(self.skew.detach().clone(), scale, former)
+        self._merged_with = merged_with if self.merged else None
 
     @untracked
     def unmerge(self) -> BOFTLayer:
-        """Undo ``merge``, up to the rounding of the weight's dtype.
+        """Undo ``merge``: bring back the weight that it put aside, bit for bit.
 
-        The ``skew`` and ``scale`` that were merged are undone, even if they have changed since.
+        Without that weight, after ``merge(keep=False)`` or a state dict of a merged layer, it is
+        computed, up to the rounding of its dtype: the skew and scale that were merged are undone,
+        even if they have changed since.
 
         Returns:
             The layer itself.
 
         Raises:
             RuntimeError: the layer is not merged.
-            ValueError: ``scale`` holds a zero, which no division undoes.
+            ValueError: the weight is computed and ``scale`` holds a zero, which no division undoes;
+                or parameters are placeholders on the meta device.
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
-        # the layer may have moved to another device since
-        skew, scale = (t if t is None else t.to(self.weight.device) for t in self._merged_with)
-        blocks, orthogonal = self._blocks(_widened(skew)), self.config.method == "exact"
-        weight = unmerge_weight(
-            self.weight, blocks, scale, orthogonal=orthogonal, **self._placement
-        )
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.frozen_weight = self._unmerged_weight()
         self.merged, self._merged_with = False, None
         return self
+
+    @untracked
+    def _unmerged_weight(self) -> nn.Parameter:
+        """The weight of a merged layer before merging: see ``unmerge``."""
+        self._check_numbers()
+        merged, (skew, scale, former) = self.frozen_weight, self._merged_with
+        if former is None:
+            # the layer may have moved to another device since
+            skew, scale = (t if t is None else t.to(merged.device) for t in (skew, scale))
+            blocks, orthogonal = self._blocks(_widened(skew)), self.config.method == "exact"
+            former = unmerge_weight(merged, blocks, scale, orthogonal=orthogonal, **self._placement)
+        elif (former.device, former.dtype) != (merged.device, merged.dtype):
+            former = former.to(merged.device, merged.dtype)
+        is_parameter = isinstance(former, nn.Parameter)
+        return former if is_parameter else nn.Parameter(former, requires_grad=False)
 
     def interpolate(self, n: int) -> BOFTLayer:
         """Replace the n factors of the largest strides by the identity (the paper's Fig. 10).
@@ -233,15 +366,21 @@ class BOFTLayer(HasRotation, nn.Module):
                     f"{prefix}_extra_state: expected merged={self.merged}, as the layer is, in a "
                     "state without its weight, got the other"
                 )
-            self.weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            copy = self.frozen_weight.detach().clone()
+            self.frozen_weight = nn.Parameter(copy, requires_grad=False)
+        self._is_loading = True  # what a state calls weight is the frozen or the merged one
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            del self._is_loading
         if has_weight:
             self._keep_merged()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._merged_with is not None:  # the merged ones, even if the parameters have changed
-            for name, tensor in zip(("skew", "scale"), self._merged_with, strict=True):
+            merged = self._merged_with
+            for name, tensor in (("skew", merged.skew), ("scale", merged.scale)):
                 if tensor is not None:
                     destination[f"{prefix}{name}"] = tensor
 

@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from .rotated_weight import RotatedWeight, is_dense
+
+
+def check_numbers(
+    tensors: Mapping[str, torch.Tensor | None], x: torch.Tensor | None = None
+) -> None:
+    """Raise ValueError if a tensor is a placeholder on the meta device, which has no numbers.
+
+    Offloading leaves placeholders between calls, and a model that is built on the meta device has
+    them until it is loaded. torch raises for neither: copying into one does nothing, and operators
+    that get one beside other tensors return memory that nobody has written to.
+
+    Args:
+        tensors: by the names that messages use; None is passed over.
+        x: the input that is computed with; if it is a placeholder itself, all may be.
+    """
+    if x is not None and x.is_meta:
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_meta:
+            raise ValueError(
+                f"{name}: expected numbers, got a placeholder on the meta device, of a model that "
+                "is offloaded or not loaded yet"
+            )
 
 
 def check_forward(base: nn.Module, base_class: type[nn.Module]) -> None:
@@ -43,14 +70,10 @@ def is_quantized(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
-        return not weight.is_floating_point() or not _is_dense(weight)
+        is_plain = is_dense(weight) or isinstance(weight, RotatedWeight)
+        return not is_plain or not weight.is_floating_point()
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(not tensor.is_floating_point() for tensor in own)
-
-
-def _is_dense(weight: torch.Tensor) -> bool:
-    # a Parameter around a tensor subclass is of that subclass
-    return type(weight) in (torch.Tensor, nn.Parameter, nn.parameter.UninitializedParameter)
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
@@ -61,7 +84,7 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     """
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
-        if weight.is_floating_point() and _is_dense(weight):
+        if weight.is_floating_point() and is_dense(weight):
             return weight.detach()
         state = getattr(weight, "quant_state", None)
         if state is not None:  # bitsandbytes, 4 bits
@@ -73,7 +96,7 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
             scales = getattr(getattr(module, "state", None), "SCB", None)
         if scales is not None and weight.dtype == torch.int8:  # bitsandbytes, 8 bits
             return weight.data.float() * (scales.float() / 127)[:, None]
-        if not _is_dense(weight) and hasattr(weight, "dequantize"):  # torchao
+        if not is_dense(weight) and hasattr(weight, "dequantize"):  # torchao
             return weight.dequantize().detach()
     raise ValueError(
         f"base: expected a weight that can be made dense (plain, torchao's, bitsandbytes'), got "

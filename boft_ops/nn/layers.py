@@ -13,6 +13,15 @@ from .base import BOFTLayer
 from .config import RotationConfig
 
 
+def _linear_arguments(linear: nn.Linear) -> tuple:
+    return linear.in_features, linear.out_features, linear.bias is not None
+
+
+def _conv_arguments(conv: nn.Conv2d) -> tuple:
+    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+    return *shape, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode
+
+
 class BOFTLinear(BOFTLayer, nn.Linear):
     """A frozen ``nn.Linear`` multiplied by a trainable orthogonal butterfly matrix R.
 
@@ -33,7 +42,8 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             factors. 0 (the default) uses a single butterfly.
 
     Attributes:
-        weight: (out_features, in_features), frozen.
+        frozen_weight: (out_features, in_features), the parameter ``weight`` of state dicts.
+        weight: what the layer multiplies by, differentiable, computed when its numbers are read.
         skew: trained, (m, K, b(b-1)/2) with K * b rotated features, or (2 l m, ...) with
             kaleidoscope = l; float32, or float64 over a float64 weight.
         scale: trained, (out_features,), in the dtype of skew, or None.
@@ -49,7 +59,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             the message lists the nearest valid (n_factors, block_size).
     """
 
-    BASE = nn.Linear
+    BASE, _base_arguments = nn.Linear, _linear_arguments
 
     def __init__(
         self,
@@ -102,23 +112,23 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         return cls._from_base(linear, _linear_arguments(linear), options)
 
-    def merged_layer(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the merged weight, frozen, and the bias of this layer."""
-        return self._to_base(_linear_arguments(self))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             self._check_trainable()
             return super().forward(x)
-        checks.linear_input(x, self.weight)
-        config = self.config
-        skew = self._active(self.skew) if self.n_identity else self.skew
+        weight = self.frozen_weight
+        checks.linear_input(x, weight)
+        skew, scale, config = self.skew, self.scale, self.config
+        if skew.is_meta or (scale is not None and scale.is_meta):
+            self._check_numbers(x)
+        if self.n_identity:
+            skew = self._active(skew)
         drop_mask = self.dropout.draw(skew) if self.training and self.dropout.p_block else None
         return rotated_linear(
             x,
-            self.weight,
+            weight,
             SkewRotation(skew, config.method, drop_mask),
-            scale=self.scale,
+            scale=scale,
             bias=self.bias,
             side=config.side,
             kaleidoscope=config.kaleidoscope,
@@ -181,7 +191,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
         TypeError, ValueError: as for ``BOFTLinear``.
     """
 
-    BASE = nn.Conv2d
+    BASE, _base_arguments = nn.Conv2d, _conv_arguments
 
     def __init__(
         self,
@@ -252,23 +262,11 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
         return cls._from_base(conv, _conv_arguments(conv), options)
 
-    def merged_layer(self) -> nn.Conv2d:
-        """A plain ``nn.Conv2d`` with the merged weight, frozen, and the bias of this layer."""
-        return self._to_base(_conv_arguments(self))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             self._check_trainable()
             return super().forward(x)
+        self._check_numbers(x)
         blocks = self.dropout(self._blocks(self.skew))
         rotated = rotate_weight(self._matrix(), blocks, self.scale, **self._placement)
-        return self._conv_forward(x, rotated.reshape(self.weight.shape), self.bias)
-
-
-def _linear_arguments(linear: nn.Linear) -> tuple:
-    return linear.in_features, linear.out_features, linear.bias is not None
-
-
-def _conv_arguments(conv: nn.Conv2d) -> tuple:
-    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-    return *shape, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode
+        return self._conv_forward(x, rotated.reshape(self.frozen_weight.shape), self.bias)

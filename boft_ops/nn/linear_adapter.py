@@ -50,6 +50,7 @@ class LinearAdapter(HasRotation, nn.Module):
         checks.floating_dtype("dtype", dtype)
         config.check_features(in_features)
         self.config, self.out_features = config, out_features
+        self.rotated_features = in_features
         self.dropout = MultiplicativeDropout(config.p_component, config.p_block)
         skew = torch.zeros(config.skew_shape(in_features), device=device, dtype=dtype)
         scale = torch.ones(out_features, device=device, dtype=dtype)

@@ -14,15 +14,21 @@ from torch import nn
 from .._runtime import autocast, checks
 from .._runtime.dtypes import COMPUTE
 from ..ops.butterfly import butterfly_matmul
-from ..ops.cayley import cayley
-from ..ops.merge import merge_weight
 from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
 from ..ops.scale import scale_columns
 from ..ops.stages import plan
-from .base_modules import check_forward, check_unmodified, dense_weight, is_quantized
+from .adapted_weight import adapted_weight, merge_adapters, no_weight
+from .base_modules import (
+    check_forward,
+    check_numbers,
+    check_unmodified,
+    dense_weight,
+    is_quantized,
+)
 from .config import RotationConfig
 from .linear_adapter import LinearAdapter
+from .rotated_weight import RotatedWeight
 
 
 class MultiAdapterLinear(nn.Module):
@@ -64,10 +70,45 @@ class MultiAdapterLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
-        # The number of the adapter of each request, set by interop.serve.adapter_rows.
+        # Set by adapter_rows: the adapter of each request, and its rows if there are several.
         self.request_index: torch.Tensor | None = None
+        self.request_repeats = 1
         # The versions of the skews that prepare() used, and its stacks of matrices.
         self._prepared: tuple[list, list[tuple]] | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight with the active adapters, differentiable, computed when it is read.
+
+        Reading its numbers raises RuntimeError where there is none: over a base that is quantized
+        or computes more than a linear layer, and inside ``adapter_rows``.
+        """
+        if self.request_index is not None:
+            return no_weight(self.base)
+        return adapted_weight(self.base, [self.adapters[name] for name in self.active])
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of the base, which is neither rotated nor scaled."""
+        bias = getattr(self.base, "bias", None)
+        return bias if isinstance(bias, torch.Tensor) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.weight.device
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter as ``nn.Module`` does; weight and bias are those of the base."""
+        if name in ("weight", "bias"):
+            if name == "weight" and isinstance(weight := self.weight, RotatedWeight):
+                weight.check_written(param)
+            self.base.register_parameter(name, param)
+        else:
+            super().register_parameter(name, param)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,23 +229,32 @@ class MultiAdapterLinear(nn.Module):
                 f"x: expected a last dimension of {self.in_features}, got shape {tuple(x.shape)}"
             )
         if adapter_index is None and self.request_index is not None:
-            adapter_index = self.request_index.view(-1, *[1] * (x.dim() - 2))
+            adapter_index = self._rows_of_requests(x)
         if adapter_index is not None:
             return self._forward_indexed(x, index_of_rows(adapter_index, x, len(self.adapters)))
         active, scale = [self.adapters[name] for name in self.active], None
         for adapter in active:
+            check_numbers({"skew": adapter.skew, "scale": adapter.scale}, x)
             x = butterfly_matmul(x, adapter.blocks())
             if adapter.scale is not None:
                 scale = adapter.scale if scale is None else scale * adapter.scale
         y = self.base(x)
         if scale is None:
             return y
-        bias = self._bias()
+        bias = self.bias
         return scale_columns(y, scale, bias, bias)
 
-    def _bias(self) -> torch.Tensor | None:
-        bias = getattr(self.base, "bias", None)
-        return bias if isinstance(bias, torch.Tensor) else None
+    def _rows_of_requests(self, x: torch.Tensor) -> torch.Tensor:
+        """``request_index`` in a shape that broadcasts to the rows of x."""
+        index, repeats = self.request_index, self.request_repeats
+        n, batch = index.shape[0], x.shape[0] if x.dim() > 1 else 1
+        if batch not in (n, n * repeats):
+            raise ValueError(
+                f"adapter_rows: expected inputs of {n} or {n} x {repeats} rows, got shape "
+                f"{tuple(x.shape)}: give a name for each row, or the rows of a name as repeats"
+            )
+        index = index if batch == n else index.repeat_interleave(repeats)
+        return index.view(-1, *[1] * (x.dim() - 2))
 
     def _forward_indexed(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         x = autocast.cast(x)
@@ -223,10 +273,11 @@ class MultiAdapterLinear(nn.Module):
         # The last row of the table, ones, is for the base alone and for numbers out of range.
         ones = next(torch.ones_like(scale) for scale in scales if scale is not None)
         table = torch.stack([ones if scale is None else scale for scale in (*scales, None)])
+        check_numbers({"scale": table}, y)
         last = len(scales)
         chosen = torch.where((index < 0) | (index >= last), last, index)
         offset = (table[chosen] - 1).reshape(y.shape).to(y.dtype)
-        bias = self._bias()
+        bias = self.bias
         # y + (y - bias)(s - 1): exactly y where s is 1, and no small change of s is rounded away
         return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), offset)
 
@@ -238,6 +289,7 @@ class MultiAdapterLinear(nn.Module):
         groups: dict[int, list[int]] = {}
         adapters = list(self.adapters.values())
         for number, adapter in enumerate(adapters):
+            check_numbers({"skew": adapter.skew}, x)
             groups.setdefault(adapter.block_size, []).append(number)
         stacks = []
         for block_size, numbers in groups.items():
@@ -276,10 +328,11 @@ class MultiAdapterLinear(nn.Module):
 
         Raises:
             RuntimeError: the layer is in training mode.
+            ValueError: a skew is a placeholder on the meta device.
         """
         if self.training:
             raise RuntimeError("prepare: expected eval(), got a layer in training mode")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # gradients may be wanted later
             self._prepared = self._versions(), self._stacks(dtype)
         return self
 
@@ -323,7 +376,7 @@ class MultiAdapterLinear(nn.Module):
         Raises:
             TypeError: the base is neither quantized nor a plain ``nn.Linear``.
             ValueError: the base has hooks, is quantized and ``requantize`` is None, or its weight
-                cannot be read.
+                cannot be read; or a tensor is a placeholder on the meta device.
         """
         if not (quantized := is_quantized(self.base)):
             check_forward(self.base, nn.Linear)
@@ -334,16 +387,12 @@ class MultiAdapterLinear(nn.Module):
                 "rotated weight is none of the values that the base can hold, so merging has to "
                 "quantize it again, at the price of a new rounding error"
             )
-        dense = dense_weight(self.base)
-        weight = dense.to(torch.promote_types(dense.dtype, torch.float32))
-        for name in reversed(self.active):  # x meets the first one first, so W meets it last
-            adapter = self.adapters[name]
-            blocks = cayley(adapter.skew.to(weight.dtype), method=adapter.method)
-            weight = merge_weight(weight, blocks, adapter.scale)
-        bias = self._bias()
+        dense, bias = dense_weight(self.base), self.bias
         dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
+        check_numbers({"weight": dense, "bias": bias})
+        weight = merge_adapters(dense.to(dtype), [self.adapters[name] for name in self.active])
         layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
-        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         layer.train(self.training)
         return layer if requantize is None else requantize(layer)

@@ -47,22 +47,22 @@ def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def cayley_reference(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+def cayley_reference(skew: torch.Tensor, drop_mask: torch.Tensor | None = None) -> torch.Tensor:
     q = unpack(skew.to(_solve_dtype(skew)))
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # The symmetric part of I - Q is I: never singular, nothing to check (and no host sync).
     inverse = linalg.inverse(eye - q)
-    return drop_blocks((2 * inverse - eye).to(skew.dtype), drop)
+    return drop_blocks((2 * inverse - eye).to(skew.dtype), drop_mask)
 
 
 def cayley_backward_reference(
-    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+    blocks: torch.Tensor, drop_mask: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
     r = blocks.to(COMPUTE[blocks.dtype])
     eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
     half = (eye + r).mT
     skew_grad = pack(0.5 * (half @ grad.to(r.dtype) @ half)).to(blocks.dtype)
-    return skew_grad if drop is None else skew_grad.masked_fill(drop[..., None], 0)
+    return skew_grad if drop_mask is None else skew_grad.masked_fill(drop_mask[..., None], 0)
 
 
 def _horner(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -90,13 +90,13 @@ def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return pack(total + q.mT @ grad).to(skew.dtype)
 
 
-def fake_cayley(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+def fake_cayley(skew: torch.Tensor, drop_mask: torch.Tensor | None = None) -> torch.Tensor:
     b = checks.block_size_from_packed("skew", skew.shape[-1])
     return skew.new_empty(*skew.shape[:-1], b, b)
 
 
 def fake_cayley_backward(
-    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+    blocks: torch.Tensor, drop_mask: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
     return blocks.new_empty(*blocks.shape[:-2], packed_size(blocks.shape[-1]))
 
@@ -132,44 +132,44 @@ def _class_of_skew(skew: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
     return (b,), (math.prod(skew.shape[:-1]),)
 
 
-def _cpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+def _cpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
     # the elimination beats LAPACK up to blocks of 128 rows
     return skew.dtype != torch.float16 and skew.shape[-1] <= packed_size(128)
 
 
-def _cpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+def _cpu_supports_blocks(blocks: torch.Tensor, *_: object) -> bool:
     return blocks.dtype != torch.float16 and blocks.shape[-1] <= 32  # BLAS wins on larger blocks
 
 
-def _gpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+def _gpu_supports_blocks(blocks: torch.Tensor, *_: object) -> bool:
     return blocks.shape[-1] <= limits.MAX_BLOCK
 
 
-def _gpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+def _gpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
     return skew.shape[-1] <= packed_size(limits.MAX_BLOCK)
 
 
 cayley_forward = Op(
-    "cayley(Tensor skew, Tensor? drop) -> Tensor",
+    "cayley(Tensor skew, Tensor? drop_mask) -> Tensor",
     reference=cayley_reference,
     fake=fake_cayley,
     samples=_sample_skew,
     kernels={
-        "cpu": Kernel(_cpu_takes_skew),
-        "cuda": Kernel(_gpu_takes_skew),
-        "triton": Kernel(_gpu_takes_skew, "cayley:cayley", "config:CAYLEY"),
+        "cpu": Kernel(_cpu_supports_skew),
+        "cuda": Kernel(_gpu_supports_skew),
+        "triton": Kernel(_gpu_supports_skew, "cayley:cayley", "config:CAYLEY"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_skew),
 )
 cayley_backward = Op(
-    "cayley_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
+    "cayley_backward(Tensor blocks, Tensor? drop_mask, Tensor grad) -> Tensor",
     reference=cayley_backward_reference,
     fake=fake_cayley_backward,
     samples=_sample_blocks,
     kernels={
-        "cpu": Kernel(_cpu_takes_blocks),
-        "cuda": Kernel(_gpu_takes_blocks),
-        "triton": Kernel(_gpu_takes_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
+        "cpu": Kernel(_cpu_supports_blocks),
+        "cuda": Kernel(_gpu_supports_blocks),
+        "triton": Kernel(_gpu_supports_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_blocks),
 )

@@ -111,20 +111,20 @@ def fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int)
     return torch.empty_like(factors, memory_format=torch.contiguous_format)
 
 
-def _native_takes(factors: torch.Tensor, grad_or_first: torch.Tensor | int, *_: int) -> bool:
+def _cpu_supports(factors: torch.Tensor, grad_or_first: torch.Tensor | int, *_: int) -> bool:
     """Stages that fit a core's cache; BLAS wins beyond."""
     n, _, b, _ = factors.shape
     one_part = not isinstance(grad_or_first, torch.Tensor) or len(grad_or_first) == 1
     return b << (n - 1) <= 64 and b % 2 == 0 and one_part
 
 
-def _cuda_takes(factors: torch.Tensor, *_: object) -> bool:
+def _cuda_supports(factors: torch.Tensor, *_: object) -> bool:
     n, _, b, _ = factors.shape
     wide = factors.dtype in (torch.float32, torch.float64)
     return wide and b << (n - 1) <= MAX_STAGE and (n == 1 or b % 2 == 0)
 
 
-def _triton_takes(factors: torch.Tensor, *_: object) -> bool:
+def _triton_supports(factors: torch.Tensor, *_: object) -> bool:
     n, _, b, _ = factors.shape
     return n == 1 or (b % 2 == 0 and b <= MAX_BLOCK and b << (n - 1) <= MAX_STAGE)
 
@@ -162,9 +162,9 @@ compose_forward = Op(
     fake=fake_compose,
     samples=_samples,
     kernels={
-        "cpu": Kernel(_native_takes),
-        "cuda": Kernel(_cuda_takes),
-        "triton": Kernel(_triton_takes, "compose:compose"),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(_triton_supports, "compose:compose"),
     },
     shape_class=_CLASS,
 )
@@ -175,9 +175,9 @@ compose_backward = Op(
     fake=fake_compose_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(_native_takes),
-        "cuda": Kernel(_cuda_takes),
-        "triton": Kernel(_triton_takes, "compose:compose_backward"),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(_triton_supports, "compose:compose_backward"),
     },
     shape_class=_CLASS,
 )

@@ -24,10 +24,10 @@ def untracked(method: Callable) -> Callable:
     """
 
     @wraps(method)
-    def wrapper(self, *args):
-        no_autocast = autocast.disabled(self.weight.device.type)
+    def wrapper(self, *args, **kwargs):
+        no_autocast = autocast.disabled(next(self.parameters()).device.type)
         with torch.inference_mode(False), torch.no_grad(), no_autocast:
-            return method(self, *args)
+            return method(self, *args, **kwargs)
 
     return wrapper
 

@@ -1,9 +1,9 @@
-"""Rows times the stages of a butterfly: the only operators that touch the activations.
+"""Operators that multiply the rows of x by the stages of a butterfly.
 
 ``rotate`` multiplies each row by one block-diagonal stage. ``rotate_backward`` gives both of its
-gradients in one pass over the rows, ``rotate_stage_grad`` that of the stage alone. All see x (N, d)
-as N rows of H x M x L chunks of r features; the matrix of group (h, l) mixes the M chunks that lie
-L apart.
+gradients in one pass over the rows, ``rotate_stage_grad`` that of the stage alone. A row of d
+features has d / (size * stride) runs of size / chunk * stride chunks. A group is the chunks of one
+run that lie ``stride`` apart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .stages import Stage, plan
 
 
 def _groups(x: torch.Tensor, size: int, chunk: int, stride: int) -> torch.Tensor:
-    """(N, d) -> (d/size, N, size); a view where the chunks of a group are neighbours."""
+    """(N, d) -> (d/size, N, size); a view if the chunks of a group are neighbors."""
     n, d = x.shape
     if stride == 1:
         return x.reshape(n, d // size, size).transpose(0, 1)
@@ -105,21 +105,21 @@ def _fake_rotate_backward(
 MAX_CPU_SIZE = 128  # features of a group, up to which the CPU kernels beat a BLAS
 
 
-def _cpu_takes_group(x: torch.Tensor, size: int) -> bool:
+def _cpu_supports_group(x: torch.Tensor, size: int) -> bool:
     return x.dtype != torch.float16 and size <= MAX_CPU_SIZE
 
 
-def cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+def cuda_supports_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the kernels in CUDA C++ multiply rows by a stage (..., size, size) of this dtype."""
     return stage.dtype == COMPUTE[x.dtype] and stage.shape[-1] <= MAX_STAGE
 
 
-def cpu_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+def cpu_supports_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the CPU kernels multiply rows by a stage (..., size, size) of this dtype."""
-    return stage.dtype == COMPUTE[x.dtype] and _cpu_takes_group(x, stage.shape[-1])
+    return stage.dtype == COMPUTE[x.dtype] and _cpu_supports_group(x, stage.shape[-1])
 
 
-def triton_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+def triton_supports_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the Triton kernels multiply rows by a stage (..., size, size)."""
     return stage.shape[-1] <= MAX_STAGE
 
@@ -147,8 +147,11 @@ def _backward_samples(w: Workload) -> Iterator[tuple]:
 
 
 def class_of_rows(size: int, chunk: int, stride: int, x: torch.Tensor) -> tuple[tuple, tuple]:
-    """The shape class (``ROWS``) of a pass over rows x with groups of ``size`` features."""
-    return (size, chunk, stride), tuple(x.shape)
+    """The shape class (``ROWS``) of a pass over rows x with groups of ``size`` features.
+
+    With stride 1 a group is contiguous, so that the width of its chunks makes no difference.
+    """
+    return (size, size if stride == 1 else chunk, stride), tuple(x.shape)
 
 
 def _class_of(x, stage, chunk, stride, transpose) -> tuple[tuple, tuple]:
@@ -163,24 +166,24 @@ def _backward_class_of(grad, x, stage, chunk, stride, transpose, splits) -> tupl
     return class_of_rows(stage.shape[-1], chunk, stride, x)
 
 
-def _cpu_takes_stage_grad(x, grad, size, chunk, stride, splits) -> bool:
-    return _cpu_takes_group(x, size) and splits == 1
+def _cpu_supports_stage_grad(x, grad, size, chunk, stride, splits) -> bool:
+    return _cpu_supports_group(x, size) and splits == 1
 
 
-def _gpu_takes_stage_grad(x, grad, size, *_: int) -> bool:
+def _gpu_supports_stage_grad(x, grad, size, *_: int) -> bool:
     return size <= MAX_STAGE
 
 
-def _cpu_takes_backward(grad, x, stage, chunk, stride, transpose, splits) -> bool:
-    return cpu_takes_stage(x, stage) and splits == 1
+def _cpu_supports_backward(grad, x, stage, chunk, stride, transpose, splits) -> bool:
+    return cpu_supports_stage(x, stage) and splits == 1
 
 
-def _cuda_takes_backward(grad, x, stage, *_: int) -> bool:
-    return cuda_takes_stage(x, stage)
+def _cuda_supports_backward(grad, x, stage, *_: int) -> bool:
+    return cuda_supports_stage(x, stage)
 
 
-def _triton_takes_backward(grad, x, stage, *_: int) -> bool:
-    return triton_takes_stage(x, stage)
+def _triton_supports_backward(grad, x, stage, *_: int) -> bool:
+    return triton_supports_stage(x, stage)
 
 
 ROWS = ShapeClass(("size", "chunk", "stride"), ("rows", "features"), _class_of)
@@ -190,9 +193,9 @@ rotate_rows = Op(
     fake=fake_rotate,
     samples=_samples,
     kernels={
-        "cpu": Kernel(cpu_takes_stage),
-        "cuda": Kernel(cuda_takes_stage),
-        "triton": Kernel(triton_takes_stage, "rotate:rotate", "rotate:TILES"),
+        "cpu": Kernel(cpu_supports_stage),
+        "cuda": Kernel(cuda_supports_stage),
+        "triton": Kernel(triton_supports_stage, "rotate:rotate", "rotate:TILES"),
     },
     shape_class=ROWS,
 )
@@ -204,10 +207,10 @@ rotate_stage_grad = Op(
     fake=_fake_stage_grad,
     samples=_stage_grad_samples,
     kernels={
-        "cpu": Kernel(_cpu_takes_stage_grad),
-        "cuda": Kernel(_gpu_takes_stage_grad),
+        "cpu": Kernel(_cpu_supports_stage_grad),
+        "cuda": Kernel(_gpu_supports_stage_grad),
         "triton": Kernel(
-            _gpu_takes_stage_grad,
+            _gpu_supports_stage_grad,
             "rotate_backward:rotate_stage_grad",
             "rotate_backward:STAGE_GRAD_TILES",
         ),
@@ -222,10 +225,10 @@ rotate_backward = Op(
     fake=_fake_rotate_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(_cpu_takes_backward),
-        "cuda": Kernel(_cuda_takes_backward),
+        "cpu": Kernel(_cpu_supports_backward),
+        "cuda": Kernel(_cuda_supports_backward),
         "triton": Kernel(
-            _triton_takes_backward,
+            _triton_supports_backward,
             "rotate_backward:rotate_backward",
             "rotate_backward:BACKWARD_TILES",
         ),
@@ -238,7 +241,7 @@ rotate_backward = Op(
 def apply_stages(
     x: torch.Tensor, matrices: Sequence[torch.Tensor], plan: tuple[Stage, ...], transpose: bool
 ) -> torch.Tensor:
-    """x (N, d) through all the stages, outside of autograd."""
+    """Multiply rows x (N, d) by all the stages, outside of autograd."""
     for i in order_of(plan, transpose):
         x = rotate_rows(x, matrices[i], plan[i].chunk, plan[i].stride, transpose)
     return x
@@ -278,7 +281,7 @@ def apply_stages_backward(
 
 
 class Rotate(torch.autograd.Function):
-    """y = x R (or x R^T) through the stages. Saves x and the stage matrices alone."""
+    """Computes y = x R, or x R^T, through the stages. Saves x and the stage matrices alone."""
 
     generate_vmap_rule = True
 
@@ -305,7 +308,7 @@ class Rotate(torch.autograd.Function):
 
 
 def order_of(plan: tuple[Stage, ...], transpose: bool) -> list[int]:
-    """R = C_{m-1} ... C_0 on row vectors: x meets the largest stride first, R^T the smallest."""
+    """The indices of the stages as x meets them: the largest stride first for R, last for R^T."""
     order = list(range(len(plan)))
     return order if transpose else order[::-1]
 
@@ -315,7 +318,7 @@ def rotate(
 ) -> torch.Tensor:
     """x (..., d) times the composed stages (or the transposed product), in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    # Without grad not through the Function: of one with a varying number of arguments Dynamo takes
-    # the first for a context then.
+    # Without grad call forward directly: with a varying number of arguments, Dynamo would take the
+    # first one for the context.
     function = Rotate.apply if torch.is_grad_enabled() else Rotate.forward
     return function(rows, transpose, plan, *matrices).reshape(x.shape)

@@ -19,13 +19,13 @@ from .planner import plan_for
 from .rotate import (
     ROWS,
     class_of_rows,
-    cpu_takes_stage,
-    cuda_takes_stage,
+    cpu_supports_stage,
+    cuda_supports_stage,
     fake_rotate,
     order_of,
     rotate_reference,
     rotate_stage_grad,
-    triton_takes_stage,
+    triton_supports_stage,
 )
 from .stages import Stage, plan
 
@@ -80,10 +80,10 @@ rotate_indexed_rows = Op(
     fake=_fake_rotate_indexed,
     samples=_samples,
     kernels={
-        "cpu": Kernel(cpu_takes_stage),
-        "cuda": Kernel(cuda_takes_stage),
+        "cpu": Kernel(cpu_supports_stage),
+        "cuda": Kernel(cuda_supports_stage),
         "triton": Kernel(
-            triton_takes_stage, "rotate_indexed:rotate_indexed", "rotate_indexed:TILES"
+            triton_supports_stage, "rotate_indexed:rotate_indexed", "rotate_indexed:TILES"
         ),
     },
     shape_class=ROWS._replace(of=_class_of),

@@ -87,19 +87,19 @@ def _class_of(x: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
     return (), tuple(x.shape)
 
 
-def _cpu_takes(x, scale, center, bias) -> bool:
+def _cpu_supports(x, scale, center, bias) -> bool:
     return x.dtype != torch.float16
 
 
-def _cuda_takes(x, scale, center, bias) -> bool:
+def _cuda_supports(x, scale, center, bias) -> bool:
     return _in_compute_dtype(x, scale)
 
 
-def _cuda_takes_backward(grad, x, scale, center) -> bool:
+def _cuda_supports_backward(grad, x, scale, center) -> bool:
     return _in_compute_dtype(x, scale, center)
 
 
-def _cpu_takes_backward(grad, x, scale, center) -> bool:
+def _cpu_supports_backward(grad, x, scale, center) -> bool:
     return x.dtype != torch.float16 and _in_compute_dtype(x, scale, center)
 
 
@@ -111,8 +111,8 @@ scale_forward = Op(
     fake=_fake_scale,
     samples=_samples,
     kernels={
-        "cpu": Kernel(_cpu_takes),
-        "cuda": Kernel(_cuda_takes),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
         "triton": Kernel(None, "scale:scale", "config_scale:FORWARD"),
     },
     shape_class=_CLASS,
@@ -125,8 +125,8 @@ scale_backward = Op(
     fake=_fake_scale_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(_cpu_takes_backward),
-        "cuda": Kernel(_cuda_takes_backward),
+        "cpu": Kernel(_cpu_supports_backward),
+        "cuda": Kernel(_cuda_supports_backward),
         "triton": Kernel(None, "scale:scale_backward", "config_scale:BACKWARD"),
     },
     shape_class=_CLASS,

@@ -108,8 +108,8 @@ def _class_of(skew: torch.Tensor, _: object) -> tuple[tuple, tuple]:
 
 _CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 stage_from_skew_forward = Op(
-    # drop: boolean (m, K) -> blocks (m, K, b, b), stage (d/size, size, size)
-    "stage_from_skew(Tensor skew, Tensor? drop) -> (Tensor, Tensor)",
+    # drop_mask (m, K); returns blocks (m, K, b, b) and stage (d/size, size, size)
+    "stage_from_skew(Tensor skew, Tensor? drop_mask) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     samples=_samples,
@@ -124,7 +124,7 @@ stage_from_skew_forward = Op(
 )
 stage_from_skew_backward = Op(
     # grad (splits, d/size, size, size): partial sums of the stage's gradient
-    "stage_from_skew_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
+    "stage_from_skew_backward(Tensor blocks, Tensor? drop_mask, Tensor grad) -> Tensor",
     reference=_backward_reference,
     fake=fake_cayley_backward,
     samples=_backward_samples,
@@ -132,7 +132,7 @@ stage_from_skew_backward = Op(
         "cpu": Kernel(_cpu_supports),
         "cuda": Kernel(_cuda_supports),
         "triton": Kernel(
-            lambda blocks, drop, grad: grad.shape[-1] <= MAX_ROTATION,
+            lambda blocks, drop_mask, grad: grad.shape[-1] <= MAX_ROTATION,
             "stage_from_skew:stage_from_skew_backward",
             "config:STAGE_FROM_SKEW_BACKWARD",
         ),
@@ -144,7 +144,7 @@ stage_from_skew_backward = Op(
 
 
 class StageFromSkew(torch.autograd.Function):
-    """The matrix of the one stage as a function of skew and a drop mask. Saves the blocks."""
+    """The matrix of the one stage, from skew and a drop mask. Saves both and the blocks."""
 
     @staticmethod
     def forward(ctx, skew, drop_mask):

@@ -1,4 +1,4 @@
-"""The problems of linear layers: every operator that they call, and the plan of a whole layer."""
+"""Decisions that the tuner measures: each operator that a layer calls, and the layer's plan."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from .._runtime import backend, checks, dtypes, tuned
+from .._runtime.limits import MAX_STAGE
 from .._runtime.tuned import Choice, Tunable
 from .._runtime.workload import Workload
 from ..ops.linear import boft_linear
 from ..ops.planner import PLAN, plan_choice, rotates_weight
 from ..ops.stages import plan
 from .candidates import tiles
-
-MOST_FEATURES = 256  # largest group of a plan that is tried: no kernel takes more
 
 # (inputs, outputs) of each kind of adapted linear layer
 MODELS = {
@@ -76,7 +75,7 @@ def problems(
     device: torch.device,
     names: Iterable[str] | None = None,
 ) -> list[Problem]:
-    """Everything to be measured, each class once.
+    """One problem for each shape class that these layers have.
 
     Args:
         shapes: layers.
@@ -92,7 +91,7 @@ def problems(
                 continue
             workload = Workload(*shape, m, b, dtype, device)
             for op in backend.ops().values():
-                if op.name in names and op.tunable is not None and op.tunable.name == op.name:
+                if op.name in names and op.is_measured:
                     for problem in _of_operator(op, workload):
                         found.setdefault(str(problem), problem)
             if PLAN.name in names:
@@ -115,7 +114,7 @@ def _of_operator(op: backend.Op, workload: Workload) -> Iterable[Problem]:
 
 
 def _of_plan(workload: Workload) -> Problem:
-    """The training step of a layer but for the optimizer, with each number of stages and side."""
+    """A training step of a layer without the optimizer, with each plan."""
     m, b, device = workload.n_factors, workload.block_size, workload.device.type
     stages = plan(m, b, device)
     side = rotates_weight(stages, device, workload.rows, workload.n)
@@ -124,7 +123,7 @@ def _of_plan(workload: Workload) -> Problem:
         plan_choice(count, weight_side)
         for count in range(1, m + 1)
         for weight_side in ((False, True) if count == 1 else (False,))
-        if max(stage.size for stage in plan(m, b, device, count)) <= MOST_FEATURES
+        if max(stage.size for stage in plan(m, b, device, count)) <= MAX_STAGE
     ]
     others = tuple(choice for choice in every if choice != default)
     make = lambda seed: _layer(replace(workload, seed=seed))  # noqa: E731
@@ -159,7 +158,7 @@ def training_step(x, weight, skew, scale, bias, grad) -> tuple[torch.Tensor, ...
 
 
 def shapes_of(text: str, rows: int) -> list[Shape]:
-    """The layers that comma-separated names of models and DxNxROWS stand for.
+    """Layers by comma-separated names of models and DxNxROWS, such as "llama-2-7b,4096x4096x512".
 
     Raises:
         ValueError: a part is neither.

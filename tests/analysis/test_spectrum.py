@@ -118,6 +118,6 @@ def test_the_geodesic_of_a_small_rotation_is_a_multiple_of_q():
 def test_the_layer_keeps_the_spectrum_of_a_float32_weight():
     layer = BOFTLinear(64, 48, block_size=8, n_factors=3, scale=False)
     torch.nn.init.normal_(layer.skew, std=0.3)
-    moved = drift(layer.weight, layer.merged_weight())
+    moved = drift(layer.frozen_weight, layer.merged_weight())
     assert moved.distance > 0.3
     assert max(moved[1:]) < 1e-6

@@ -202,10 +202,10 @@ def test_errors_leave_the_model_untouched():
         assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
 
-def test_adapting_twice_is_an_error():
+def test_adapting_a_layer_twice_is_an_error():
     model = adapt(Model(), ["q_proj"], block_size=4)
-    with pytest.raises(ValueError, match="model: expected one without BOFT layers"):
-        adapt(model, ["out"], block_size=4)
+    with pytest.raises(ValueError, match=r"'.*q_proj' is adapted already"):
+        adapt(model, ["q_proj", "out"], block_size=4)
 
 
 def test_a_bare_layer_is_not_a_model():
@@ -219,8 +219,8 @@ def test_lazily_built_layers_are_refused():
 
 
 def test_oft_layers_count_as_adapted():
-    with pytest.raises(ValueError, match="without BOFT layers"):
-        adapt(nn.Sequential(OFTLinear(8, 8), nn.Linear(8, 8)), ["1"])
+    with pytest.raises(ValueError, match="'0' is adapted already"):
+        adapt(nn.Sequential(OFTLinear(8, 8), nn.Linear(8, 8)), ["0"])
 
 
 def test_tied_weights_are_not_trained_under_a_rotation():

@@ -40,7 +40,7 @@ def test_starts_as_the_frozen_layer_bit_for_bit(side, scale, bias):
 
 def test_from_linear_shares_storage_and_leaves_the_source_alone():
     linear, layer = linear_pair()
-    assert layer.weight.data_ptr() == linear.weight.data_ptr()
+    assert layer.frozen_weight.data_ptr() == linear.weight.data_ptr()
     assert layer.bias.data_ptr() == linear.bias.data_ptr()
     assert linear.weight.requires_grad
     assert linear.bias.requires_grad
@@ -48,7 +48,7 @@ def test_from_linear_shares_storage_and_leaves_the_source_alone():
     before = linear.weight.clone()
     randomise(layer).eval().merge()
     assert torch.equal(linear.weight, before)  # merging made its own weight
-    assert not torch.equal(layer.weight, before)
+    assert not torch.equal(layer.frozen_weight, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +67,7 @@ def test_merged_weight_is_the_definition(side, method):
     _, layer = linear_pair(side, torch.float64, method=method)
     randomise(layer, std=0.05)
     blocks = cayley(layer.skew.detach(), method=method)
-    expected = reference.merged_weight(layer.weight, blocks, layer.scale, side)
+    expected = reference.merged_weight(layer.frozen_weight, blocks, layer.scale, side)
     torch.testing.assert_close(layer.merged_weight(), expected)
     torch.testing.assert_close(layer.rotation(), reference.rotation(blocks))
     x = torch.randn(3, 48, dtype=torch.float64)
@@ -83,12 +83,38 @@ def test_merge_and_unmerge(side, method, dtype):
     x = torch.randn(3, 48, dtype=dtype)
     y = layer(x)
     eps = torch.finfo(dtype).eps
-    assert layer.merge() is layer
+    assert layer.merge(keep=False) is layer
     torch.testing.assert_close(layer(x), y, rtol=0, atol=16 * eps)
     torch.testing.assert_close(layer.merged_weight(), layer.weight)
     layer.unmerge()
-    torch.testing.assert_close(layer.weight, linear.weight, rtol=0, atol=4 * eps)
+    torch.testing.assert_close(layer.frozen_weight, linear.weight, rtol=0, atol=4 * eps)
     torch.testing.assert_close(layer(x), y, rtol=0, atol=16 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_restores_the_weight_bit_for_bit(dtype):
+    linear, layer = linear_pair(dtype=dtype)
+    for _ in range(3):
+        randomise(layer).merge()
+        with torch.no_grad():
+            layer.scale[3] = 0  # no division could undo it
+        layer = copy.deepcopy(layer)
+        layer.unmerge()
+    assert torch.equal(layer.frozen_weight, linear.weight)
+    shared = layer.frozen_weight
+    layer.merge()
+    layer.merged_layer()
+    assert layer.unmerge().frozen_weight is shared  # tied weights stay tied
+    moved = layer.merge().double().unmerge()
+    assert torch.equal(moved.frozen_weight, linear.weight.double())
+
+
+def test_a_loaded_state_replaces_the_weight_that_merging_put_aside():
+    layer, other = randomise(linear_pair()[1]), randomise(linear_pair()[1])
+    nn.init.normal_(other.frozen_weight)
+    want = other.frozen_weight.clone()
+    layer.merge().load_state_dict(other.merge().state_dict())
+    torch.testing.assert_close(layer.unmerge().frozen_weight, want, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_rounds_once_whatever_the_adapters_dtype():
@@ -121,7 +147,7 @@ def test_merging_twice_training_merged_and_zero_scales_are_errors():
     layer.unmerge()
     with torch.no_grad():
         layer.scale[3] = 0
-    layer.merge()
+    layer.merge(keep=False)
     with pytest.raises(ValueError, match="scale: expected no zero"):
         layer.unmerge()
 
@@ -130,25 +156,25 @@ def test_merging_twice_training_merged_and_zero_scales_are_errors():
 def test_unmerging_undoes_what_was_merged(kind):
     """Whatever an optimizer or a file has made of skew and scale since."""
     layer = linear_pair()[1] if kind == "linear" else BOFTConv2d(8, 4, 2, block_size=4)
-    weight = randomise(layer).eval().weight.clone()
+    weight = randomise(layer).eval().frozen_weight.clone()
     for change in (
         randomise,
         lambda layer: layer.load_state_dict({"skew": layer.skew + 1}, strict=False),
         lambda layer: randomise(layer.double().float()),
     ):
-        change(layer.merge())
-        torch.testing.assert_close(layer.unmerge().weight, weight, rtol=1e-4, atol=1e-5)
-    twin = randomise(copy.deepcopy(layer.merge()))
-    torch.testing.assert_close(twin.unmerge().weight, weight, rtol=1e-4, atol=1e-5)
+        change(layer.merge(keep=False))
+        torch.testing.assert_close(layer.unmerge().frozen_weight, weight, rtol=1e-4, atol=1e-5)
+    twin = randomise(copy.deepcopy(layer.merge(keep=False)))
+    torch.testing.assert_close(twin.unmerge().frozen_weight, weight, rtol=1e-4, atol=1e-5)
 
 
 def test_the_state_of_a_merged_layer_has_what_was_merged():
     layer = randomise(linear_pair()[1]).eval()
-    weight, fresh = layer.weight.clone(), linear_pair()[1]
+    weight, fresh = layer.frozen_weight.clone(), linear_pair()[1]
     randomise(layer.merge())
     fresh.load_state_dict(layer.state_dict())
     randomise(fresh)
-    torch.testing.assert_close(fresh.unmerge().weight, weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fresh.unmerge().frozen_weight, weight, rtol=1e-4, atol=1e-5)
     state = {k: v for k, v in fresh.state_dict().items() if k != "weight"}
     with pytest.raises(ValueError, match=r"_extra_state: expected merged=True"):
         layer.load_state_dict(state, strict=False)
@@ -166,7 +192,7 @@ def test_state_dict_remembers_merging(kind):
     file.seek(0)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert fresh.merged
-    torch.testing.assert_close(fresh.unmerge().weight, layer.unmerge().weight)
+    torch.testing.assert_close(fresh.unmerge().frozen_weight, layer.unmerge().frozen_weight)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -182,7 +208,7 @@ def test_interpolation(side):
         torch.testing.assert_close(layer.rotation(), expected)
         x = torch.randn(2, 48, dtype=torch.float64)
         torch.testing.assert_close(layer(x), F.linear(x, layer.merged_weight(), layer.bias))
-    torch.testing.assert_close(layer.merged_weight(), layer.weight)
+    torch.testing.assert_close(layer.merged_weight(), layer.frozen_weight)
     assert layer.interpolate(0).rotation().sub(torch.eye(len(expected))).abs().max() > 0.1
     for bad in (-1, 4, 1.0, True):
         with pytest.raises(ValueError, match=r"n: expected an int in \[0, 3\]"):
@@ -257,7 +283,7 @@ def test_dropout_in_training_only():
     _, layer = linear_pair(p_component=1.0, p_block=1.0, scale=False)
     randomise(layer)
     x = torch.randn(3, 48)
-    plain = F.linear(x, layer.weight, layer.bias)
+    plain = F.linear(x, layer.frozen_weight, layer.bias)
     torch.testing.assert_close(layer(x), plain)
     assert not torch.allclose(layer.eval()(x), plain)
     conv = randomise(BOFTConv2d(8, 4, 2, block_size=4, p_component=1.0, p_block=1.0, scale=False))
@@ -281,16 +307,16 @@ def test_reset_parameters_after_meta():
     layer = BOFTLinear(16, 8, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
     x = torch.randn(3, 16)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), F.linear(x, layer.frozen_weight, layer.bias))
 
 
 def test_state_dict_remembers_interpolation():
     layer, fresh = (linear_pair(n_factors=3, block_size=4)[1] for _ in range(2))
     randomise(layer).eval()
-    pretrained = layer.weight.clone()
+    pretrained = layer.frozen_weight.clone()
     layer.interpolate(2).merge()
     fresh.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(fresh.unmerge().weight, pretrained)
+    torch.testing.assert_close(fresh.unmerge().frozen_weight, pretrained)
 
 
 def test_what_would_be_lost_is_refused():

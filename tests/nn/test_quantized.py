@@ -248,7 +248,7 @@ def test_what_adapt_refuses_over_them():
     with pytest.raises(ValueError, match="Nearest valid"):
         adapt(model(), ["0"], block_size=7)
     done = adapt(model(), ["0"])
-    with pytest.raises(ValueError, match="without BOFT layers"):
+    with pytest.raises(ValueError, match="'0' is adapted already"):
         adapt(done, ["0"])
 
 

@@ -92,6 +92,18 @@ def test_the_nearest_class_counts_and_a_far_one_does_not(tuned_cache):
     assert chosen(size=32) is None  # another structure
 
 
+def test_contiguous_groups_are_one_class_whatever_their_chunks(tuned_cache):
+    """The tuner measures a stage with its chunks; a layer's one call does not know them."""
+    x, stage = torch.zeros(64, 64), torch.zeros(4, 16, 16)
+    keep(row("reference"))
+    classes = {rotate_rows.tunable.shape_class.of(x, stage, c, 1, False) for c in (4, 8, 16)}
+    assert len(classes) == 1
+    choice = tuned.measured(rotate_rows.tunable, x, (x, stage, 4, 1, False))
+    assert choice == tuned.Choice("reference")
+    strided = rotate_rows.tunable.shape_class.of(x, stage, 4, 2, False)
+    assert strided[0] == (16, 4, 2)
+
+
 def test_zero_switches_measurements_off(tuned_cache, monkeypatch):
     keep(row("reference"))
     monkeypatch.setenv("BOFT_OPS_AUTOTUNE", "0")
