@@ -118,3 +118,21 @@ def test_a_layer_whose_forward_is_kept_is_not_restored():
     del model.base_model.model[0].forward
     assert type(restore(model).base_model.model[0]) is peft_boft.Linear
     torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("rows", [4, 128])
+@pytest.mark.parametrize("part", ["adapter", "base"])
+@pytest.mark.parametrize("config", [boft(["0"], m=2), oft(["0"])], ids=["boft", "oft"])
+def test_placeholders_that_no_hook_fills(config, part, rows):
+    """A model that was made on the meta device, and loaded in part."""
+    with patched():
+        model = tuned(mlp()[0], copy.deepcopy(config)).eval()
+    layer = model.base_model.model[0]
+    for module in layer.children():
+        if (module is layer.base_layer) == (part == "base"):
+            module.to("meta")
+    with pytest.raises(ValueError, match=r"expected .*meta"):
+        model(torch.randn(rows, 32))
+    with pytest.raises(ValueError, match=r"expected .*meta"):
+        model.merge_adapter()
+    assert not layer.merged

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..._runtime import autocast, checks
+from ...nn.base_modules import check_numbers
 from ...ops.butterfly import butterfly_matmul
 from ...ops.linear import rotated_linear
 from ...ops.merge import merge_weight, unmerge_weight, untracked
@@ -158,6 +159,7 @@ class RotatedInput(Rotated):
             x = butterfly_matmul(x, adapter.blocks())
         base = self.base_layer
         with onloaded(base):
+            check_numbers({"adapter": nearest[0], "scale": scale}, x)
             if not args and not kwargs and is_unmodified(base, nn.Linear, x):
                 checks.linear_input(x, base.weight)
                 return rotated_linear(x, base.weight, nearest, scale=scale, bias=base.bias)
@@ -165,6 +167,7 @@ class RotatedInput(Rotated):
             if scale is None:
                 return y
             bias = getattr(base, "bias", None)
+            check_numbers({"bias": bias}, x)
             return scale_columns(y, scale, bias, bias)
 
 
