@@ -206,8 +206,8 @@ def unload(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
-        ValueError: the model has no BOFT layer, or a layer is merged and its weight cannot be
-            restored.
+        ValueError: the model has no BOFT layer, a layer is merged and its weight cannot be
+            restored, or the model is offloaded.
     """
     checks.module("model", model)
 

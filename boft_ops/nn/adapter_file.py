@@ -17,6 +17,7 @@ from .base_modules import check_numbers
 from .config import Options, RotationConfig
 from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
+from .rotated_weight import is_sharded
 from .wrappers import pretrained_names, wrapped_attribute
 
 FORMAT = "boft_ops"
@@ -270,7 +271,7 @@ def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Ten
     }
     for name, tensor in stored.items():
         shape = tuple(tensor.shape)
-        if hasattr(tensor, "placements") or shapes.get(id(tensor), shape) != shape:
+        if is_sharded(tensor) or shapes.get(id(tensor), shape) != shape:
             raise ValueError(
                 f"model: {name}: expected a whole tensor, got a shard of it: gather the parameters "
                 "into a model on one process, which can be saved"

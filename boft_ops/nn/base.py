@@ -17,7 +17,7 @@ from ..ops.merge import merge_weight, unmerge_weight, untracked
 from .base_modules import check_forward, check_numbers, check_unmodified
 from .config import HasRotation, Options, RotationConfig
 from .dropout import MultiplicativeDropout
-from .rotated_weight import Weight, is_dense, one_draw, rotated_weight
+from .rotated_weight import Weight, is_dense, is_sharded, one_draw, rotated_weight
 
 
 class Merged(NamedTuple):
@@ -52,22 +52,23 @@ class BOFTLayer(HasRotation, nn.Module):
 
         In-place changes and new numbers belong here. Assigning to it replaces the parameter.
         """
-        weight = self._parameters.get("weight")
-        if weight is None:  # FSDP puts a plain tensor in the place of a parameter for a while
-            weight = vars(self).get("weight")
-        if weight is None:
-            raise AttributeError(f"{type(self).__name__} has no weight yet")
-        return weight
+        for owner in (self._parameters, vars(self)):  # FSDP puts a plain tensor into the latter
+            if "weight" in owner:
+                return owner["weight"]
+        raise AttributeError(f"{type(self).__name__} has no weight yet")
 
     @property
     def weight(self) -> torch.Tensor:
         """What the layer multiplies by: diag(s) W R^T or diag(s) R W, differentiable.
 
         It is computed when its numbers are first read, in at least float32, and rounded once.
-        In training mode it has a dropout of its own. The weight of a merged layer is its parameter.
+        In training mode it has a dropout of its own. The weight of a merged layer is its parameter,
+        and so are placeholders on the meta device and what FSDP has put in the place of a weight.
         """
         frozen = self.frozen_weight
-        if self.merged or "skew" not in self._parameters:
+        # FSDP version 1 reads its own tensors here, and writes back those that are not the same.
+        is_fsdp = "weight" in vars(self) or hasattr(frozen, "_fsdp_flattened")
+        if self.merged or is_fsdp or "skew" not in self._parameters:
             return frozen
         return rotated_weight(self._rotated_once(), frozen, self.skew, self.scale)
 
@@ -113,7 +114,7 @@ class BOFTLayer(HasRotation, nn.Module):
             super().register_parameter("weight", param)
         elif name != "weight" or not is_complete or self.merged or self._is_loading:
             super().register_parameter(name, param)
-        elif param is None or is_dense(param) or hasattr(param, "placements"):  # or a DTensor
+        elif param is None or is_dense(param) or is_sharded(param):
             if param is not None:
                 former = Weight(self._rotated_once(), self.frozen_weight, (self.skew, self.scale))
                 former.check_written(param)
@@ -180,8 +181,10 @@ class BOFTLayer(HasRotation, nn.Module):
         """Build torch's layer with the pretrained weight, which it shares with this layer.
 
         Raises:
-            ValueError: the layer is merged and its weight cannot be restored, see ``unmerge``.
+            ValueError: the layer is merged and its weight cannot be restored, see ``unmerge``, or
+                the weight is a placeholder on the meta device, whose numbers a hook holds.
         """
+        check_numbers({"weight": self.frozen_weight})
         weight = self._unmerged_weight() if self.merged else self.frozen_weight
         return self._to_base(weight)
 

@@ -34,13 +34,14 @@ def rotated_weight(
         trained: the other tensors that the result depends on.
 
     Returns:
-        A ``RotatedWeight``; in compiled graphs, under functorch and over tensor subclasses such as
-        DTensor the computed tensor; if ``frozen`` is a placeholder on the meta device, ``frozen``.
+        A ``RotatedWeight``; in traced graphs and under functorch the computed tensor; if
+        ``frozen`` is a placeholder on the meta device or a shard, ``frozen``.
     """
-    if frozen.is_meta:
-        return frozen  # a placeholder, which offloading moves and replaces
-    lazy = is_dense(frozen) and not torch.compiler.is_compiling()
-    if not lazy or torch._C._are_functorch_transforms_active():
+    # Offloading reads its placeholders in order to replace them, and FSDP its shards.
+    if frozen.is_meta or is_sharded(frozen):
+        return frozen
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_traced or torch._C._are_functorch_transforms_active():
         return compute(frozen, *trained)
     weight = Weight(compute, frozen, trained)
     return Rotate.apply(weight, frozen, *trained)
@@ -50,6 +51,11 @@ def is_dense(tensor: torch.Tensor) -> bool:
     """True if the tensor is no subclass, such as a quantized or a sharded one."""
     # a Parameter around a tensor subclass is of that subclass
     return type(tensor) in (torch.Tensor, nn.Parameter, nn.parameter.UninitializedParameter)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """True if the tensor is a DTensor, told without importing torch.distributed."""
+    return hasattr(tensor, "placements")
 
 
 def one_draw(dropout: MultiplicativeDropout) -> Callable[[torch.Tensor], torch.Tensor | None]:

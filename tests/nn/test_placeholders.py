@@ -77,6 +77,7 @@ def test_offloaded_models_are_neither_loaded_nor_merged_nor_saved(file, tmp_path
         lambda: boft_ops.load_adapter(model, file),
         lambda: boft_ops.save_adapter(model, tmp_path / "other.safetensors"),
         lambda: boft_ops.merge(model),
+        lambda: boft_ops.unload(model),
         model[0].merge,
     ):
         with pytest.raises(ValueError, match=REFUSED):
