@@ -19,13 +19,7 @@ from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_in
 from ..ops.scale import scale_columns
 from ..ops.stages import plan
 from .adapted_weight import adapted_weight, merge_adapters, no_weight
-from .base_modules import (
-    check_forward,
-    check_numbers,
-    check_unmodified,
-    dense_weight,
-    is_quantized,
-)
+from .base_modules import check_forward, check_numbers, check_unmodified, dense_weight, is_quantized
 from .config import RotationConfig
 from .linear_adapter import LinearAdapter
 from .rotated_weight import RotatedWeight

@@ -1,4 +1,4 @@
-"""What save_adapter writes, load_adapter reads; what it could not read is not written."""
+"""Files of save_adapter can be loaded; tensors that could not be read are not written."""
 
 import pytest
 import torch
