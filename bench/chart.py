@@ -1,4 +1,4 @@
-"""The bar chart: what each adapter adds to the time of a frozen linear layer."""
+"""Bar chart of the time that each adapter adds to a frozen linear layer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # a file, no window
+mpl.use("Agg")  # draws to a file, without a window
 
 import matplotlib.pyplot as plt
 from contestants import FLOOR, NAMES, PEFT_BOFT
 from operators import BOTH
 from results import Results, Row
 
-# Okabe and Ito's palette, told apart with every common kind of colour blindness. Peers are hatched
-# as well, so that print in grey still says who is who.
+# Okabe and Ito's palette, whose colors remain distinct with every common form of color blindness.
+# The bars of other packages are hatched too, so that they remain distinct in gray print.
 STYLES = {
     "lora-r16": ("#E69F00", "//"),
     "peft-oft": ("#F0E442", "\\\\"),
@@ -27,19 +27,19 @@ STYLES = {
     "boft-4-4": ("#003A5C", ""),
     "boft-dense": ("#009E73", ""),
 }
-WIDTH = 0.8  # of a group with all the bars
+WIDTH = 0.8  # width of a group of bars; groups are 1 apart
 
 
 def draw(path: Path, results: Results) -> None:
-    """Grouped bars: overhead of forward + backward over the frozen layer, by shape."""
+    """Draw the overhead of forward + backward over the frozen layer, one group of bars a shape."""
     groups = [g for g, direction in results.groups("layer") if direction == BOTH]
-    there = {row.name for row in results.rows if row.suite == "layer"}
-    names = [name for name in NAMES if name in there - {FLOOR}]
+    measured = {row.name for row in results.rows if row.suite == "layer"}
+    names = [name for name in NAMES if name in measured - {FLOOR}]
     top = _axis_end(results, groups)
     fig, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
-    for at, group in enumerate(groups):
+    for center, group in enumerate(groups):
         rows = [row for row in results.table(group, BOTH) if row.name != FLOOR]
-        _bars(axes, rows, at, WIDTH / len(names), top)
+        _bars(axes, rows, center, WIDTH / len(names), top)
     axes.set_xticks(range(len(groups)), [_title(g) for g in groups])
     axes.set_ylim(min(0, axes.get_ylim()[0]), top)
     axes.yaxis.set_major_formatter("{x:.0f} %")
@@ -53,10 +53,10 @@ def draw(path: Path, results: Results) -> None:
         f"Forward + backward of one layer, {machine['dtype']}, {_device(machine)}: "
         "lower is better; whiskers are quartiles",
         fontsize=11,
-        pad=18,  # above the figures of the bars that are cut off
+        pad=18,  # leaves room for the numbers above bars that are cut off
     )
     handles, labels = axes.get_legend_handles_labels()
-    bars = dict(zip(labels, handles, strict=True))  # one for each label, of all its shapes
+    bars = dict(zip(labels, handles, strict=True))  # one bar for each label, not one a shape
     look = {"ncols": (len(bars) + 1) // 2, "fontsize": 9, "frameon": False}
     fig.legend(bars.values(), bars.keys(), loc="outside lower center", **look)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,15 +64,15 @@ def draw(path: Path, results: Results) -> None:
     plt.close(fig)
 
 
-def _bars(axes, rows: list[Row], at: int, width: float, top: float) -> None:
-    """The bars of one shape, side by side around ``at``."""
+def _bars(axes, rows: list[Row], center: int, width: float, top: float) -> None:
+    """Draw the bars of one shape side by side around ``center``."""
     for i, row in enumerate(rows):
-        x = at + (i - (len(rows) - 1) / 2) * width
+        x = center + (i - (len(rows) - 1) / 2) * width
         value, low, high = (100 * (row.info[k] - 1) for k in ("ratio", "ratio_q1", "ratio_q3"))
-        colour, hatch = STYLES[row.name]
-        look = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+        color, hatch = STYLES[row.name]
+        look = {"color": color, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
         axes.bar(x, min(value, top), width, label=row.info["label"], **look)
-        if value > top:  # cut off, and said so
+        if value > top:  # the bar is cut off, so its value is written above it
             axes.annotate(
                 f"{value:.0f} %",
                 (x, top),
@@ -88,7 +88,7 @@ def _bars(axes, rows: list[Row], at: int, width: float, top: float) -> None:
 
 
 def _axis_end(results: Results, groups: list[str]) -> float:
-    """Where the axis ends: PEFT's BOFT would dwarf all the others."""
+    """End of the axis in percent, chosen without PEFT's BOFT, which would dwarf all other bars."""
     rows = [r for g in groups for r in results.table(g, BOTH) if r.name != PEFT_BOFT]
     return 1.1 * max(100 * max(r.info["ratio_q3"] - 1, 0.01) for r in rows)
 

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and what their results say about the machine."""
+"""Options of the benchmarks, and the description of the machine in their results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this file
 
 import environment
 from contestants import EXTRAS, Shape
@@ -20,35 +20,39 @@ from models import MODELS
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("boft_ops benchmarks")
-    group.addoption("--rounds", type=int, default=60, help="at most so many rounds (60)")
+    group.addoption("--rounds", type=int, default=60, help="largest number of rounds (60)")
     group.addoption(
         "--seconds",
         type=float,
         default=45.0,
-        help="time for each shape and direction, at most about (45)",
+        help="approximate time limit of each shape and direction (45)",
     )
     group.addoption(
         "--shapes",
         type=lambda text: tuple(Shape.parse(part) for part in text.split(",")),
-        help="DxNxTOKENS, comma-separated (those of the comparison)",
+        help="shapes DxNxTOKENS, separated by commas (the shapes of the committed results)",
     )
     group.addoption("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     group.addoption("--dtype", choices=environment.DTYPES, default="fp32")
-    group.addoption("--extras", type=_extras, default=(), help=f"also {', '.join(EXTRAS)}")
-    group.addoption("--minutes", type=float, help="start no measurement after so many")
-    group.addoption("--model", choices=MODELS, help="of the training step (by device)")
+    group.addoption(
+        "--extras", type=_extras, default=(), help=f"further contestants: {', '.join(EXTRAS)}"
+    )
+    group.addoption("--minutes", type=float, help="start no measurement after this many minutes")
+    group.addoption(
+        "--model", choices=MODELS, help="model of the training step (depends on the device)"
+    )
 
 
 def _extras(text: str) -> tuple[str, ...]:
-    found = tuple(filter(None, text.split(",")))
-    if not set(found) <= set(EXTRAS):
+    names = tuple(filter(None, text.split(",")))
+    if not set(names) <= set(EXTRAS):
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(EXTRAS)}, got {text!r}")
-    return found
+    return names
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # pytest-timeout's: it is no requirement of the benchmarks, and markers are strict
-    config.addinivalue_line("markers", "timeout(seconds): where pytest-timeout is installed")
+    # Markers are strict, and this one is pytest-timeout's, which the benchmarks do not require.
+    config.addinivalue_line("markers", "timeout(seconds): time limit, for pytest-timeout")
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +84,7 @@ def _settled_heap() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    # in place of the plugin's own, which has the name of the machine
+    # This replaces the plugin's own description, which contains the name of the machine.
     machine_info.clear()
     machine_info.update(environment.describe(config.getoption("device")))
     machine_info["dtype"] = config.getoption("dtype")

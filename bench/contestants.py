@@ -1,4 +1,4 @@
-"""The layers that are compared, all over one frozen weight."""
+"""The layers that are compared. All of them adapt one frozen weight."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ OFT_BLOCK = 8
 
 
 class Butterfly(NamedTuple):
-    """A BOFT(m, b), which mixes groups of b 2^(m-1) features.
+    """A BOFT(m, b), which mixes groups of b * 2^(m-1) features.
 
     Attributes:
-        d: the only number of input features with which it takes part, or None for any.
+        m: number of factors.
+        b: block size.
+        d: the only number of input features at which it is measured; None for any number.
     """
 
     m: int
@@ -33,20 +35,20 @@ class Butterfly(NamedTuple):
     d: int | None = None
 
 
-# groups of 16, 16 and 32 features, and the butterfly that mixes all 4096
+# The first three mix groups of 16, 16 and 32 features; the last one mixes all 4096.
 OURS = {
     "boft-1-16": Butterfly(1, 16),
     "boft-2-8": Butterfly(2, 8),
     "boft-4-4": Butterfly(4, 4),
     "boft-dense": Butterfly(10, 8, d=4096),
 }
-# Who takes part where asked for: torch.compile takes a while, LyCORIS is not always there.
+# Measured only on request: torch.compile takes long, and LyCORIS is not always installed.
 EXTRAS = ("compiled-boft", "lycoris-boft")
 NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *EXTRAS, *OURS)
 
 
 class Shape(NamedTuple):
-    """A linear layer of d inputs and n outputs, and how many rows go through it."""
+    """Input features d and output features n of a linear layer, and its number of input rows."""
 
     d: int
     n: int
@@ -57,7 +59,11 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """From "768x3072x512": d, n, tokens."""
+        """Read a shape such as "768x3072x512": d, n and tokens.
+
+        Raises:
+            ValueError: the text is not three integers with an x between them.
+        """
         try:
             d, n, tokens = (int(part) for part in text.split("x"))
         except ValueError:
@@ -71,16 +77,22 @@ SHAPES = (
     Shape(2048, 2048, 1024),
     Shape(4096, 4096, 512),
 )
-BULK = Shape(4096, 4096, 8192)  # enough to keep a GPU busy
+BULK = Shape(4096, 4096, 8192)  # large enough to keep a GPU busy
 
 
 def default_shapes(device: torch.device) -> tuple[Shape, ...]:
-    """The shapes of the comparison; first what a GPU is for, if the time is not enough for all."""
+    """List the shapes of the committed results.
+
+    On a GPU the largest shape comes first, because the time may not suffice for all shapes.
+    """
     return SHAPES if device.type == "cpu" else (BULK, *SHAPES)
 
 
 def names(shape: Shape, extras: Sequence[str] = ()) -> list[str]:
-    """Who takes part at a shape, in the order of ``NAMES``; of ``EXTRAS`` those asked for."""
+    """List the contestants at a shape, in the order of ``NAMES``.
+
+    Of the contestants in ``EXTRAS`` only those in ``extras`` take part.
+    """
     left_out = set(EXTRAS) - set(extras)
     left_out |= {name for name, ours in OURS.items() if ours.d not in (None, shape.d)}
     return [name for name in NAMES if name not in left_out]
@@ -92,9 +104,9 @@ class Entry:
 
     Attributes:
         name: one of ``NAMES``.
-        label: what tables and charts call it.
-        layer: called as ``layer(x)``.
-        note: what a reader has to know about this row, or "".
+        label: name in tables and charts.
+        layer: the module, called as ``layer(x)``.
+        note: a remark for the reader of the results, or "".
     """
 
     name: str
@@ -103,21 +115,26 @@ class Entry:
     note: str = ""
 
     def trainable(self) -> list[nn.Parameter]:
+        """List the trainable parameters."""
         return [p for p in self.layer.parameters() if p.requires_grad]
 
     def state(self) -> list[torch.Tensor]:
-        """Parameters and buffers."""
+        """List the parameters and buffers."""
         return [*self.layer.parameters(), *self.layer.buffers()]
 
 
 def frozen(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    """The layer whose weight and bias all contestants at this shape share."""
+    """Make the frozen layer whose weight and bias all contestants at this shape share."""
     torch.manual_seed(0)
     return nn.Linear(shape.d, shape.n, device=device, dtype=dtype).requires_grad_(False)
 
 
 def build(name: str, base: nn.Linear) -> Entry:
-    """The contestant of that name over the weight and bias of ``base``."""
+    """Build a contestant over the weight and bias of ``base``, with small random adapters.
+
+    Raises:
+        RuntimeError: the contestant copied the weight instead of sharing it.
+    """
     entry = _make(name, base)
     entry.layer.train()
     _perturb(entry)
@@ -152,13 +169,13 @@ def _oft(base: nn.Linear, neumann: bool) -> Entry:
     config = peft.OFTConfig(
         r=0, oft_block_size=OFT_BLOCK, use_cayley_neumann=neumann, target_modules=["0"]
     )
-    name, kind = ("peft-oft", "default") if neumann else ("peft-oft-exact", "exact")
+    name, variant = ("peft-oft", "default") if neumann else ("peft-oft-exact", "exact")
     note = "its default is a truncated series, orthogonal only nearly" if neumann else ""
-    return Entry(name, f"PEFT OFT b={OFT_BLOCK} ({kind})", _inject(base, config), note)
+    return Entry(name, f"PEFT OFT b={OFT_BLOCK} ({variant})", _inject(base, config), note)
 
 
 def _peft_boft(base: nn.Linear) -> Entry:
-    """PEFT's BOFT(2, 8), or what it makes of it: without its CUDA extension m becomes 1."""
+    """Build PEFT's BOFT(2, 8), which becomes BOFT(1, 8) if PEFT's CUDA extension is missing."""
     asked = 2
     forgo_extension()
     config = peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=asked, target_modules=["0"])
@@ -169,7 +186,7 @@ def _peft_boft(base: nn.Linear) -> Entry:
 
 
 def _compiled_boft(base: nn.Linear) -> Entry:
-    """BOFT(2, 8) as one would write it in torch, left to torch.compile."""
+    """Build BOFT(2, 8) in plain torch under torch.compile."""
     layer = torch.compile(PlainBOFT(base, n_factors=2, block_size=8))
     return Entry("compiled-boft", "torch.compile of plain BOFT(2,8)", layer)
 
@@ -181,18 +198,21 @@ def _lycoris_boft(base: nn.Linear) -> Entry:
 
 
 def _inject(base: nn.Linear, config: peft.PeftConfig) -> nn.Module:
-    """PEFT's tuner layer over the weight of ``base``, without the model around it."""
+    """Make PEFT's adapted layer over the weight of ``base``, without a model around it."""
     linear = nn.Linear(base.in_features, base.out_features, device="meta")
     linear.weight, linear.bias = base.weight, base.bias
     with warnings.catch_warnings():
-        # that its extension was not built; the entry's note says what followed from it
+        # PEFT warns that its extension was not built; the note of the entry states the result.
         warnings.simplefilter("ignore")
         return peft.inject_adapter_in_model(config, nn.Sequential(linear))[0]
 
 
 @torch.no_grad()
 def _perturb(entry: Entry) -> None:
-    """Small random adapters: zeros could be skipped by accident, and gradients would vanish."""
+    """Add small random numbers to the adapter, because zeros could hide errors.
+
+    With zeros a contestant could skip work unnoticed, and gradients would vanish.
+    """
     generator = torch.Generator().manual_seed(1)
     for parameter in entry.trainable():
         noise = torch.randn(parameter.shape, generator=generator) * 0.02
@@ -200,14 +220,15 @@ def _perturb(entry: Entry) -> None:
 
 
 def _check_shares(entry: Entry, base: nn.Linear) -> None:
+    """Raise RuntimeError if a contestant has copied the weight of ``base``."""
     if not any(p is base.weight or p.data_ptr() == base.weight.data_ptr() for p in entry.state()):
         raise RuntimeError(f"{entry.name}: expected the shared weight, got a copy of it")
 
 
 class Job:
-    """One entry on one batch: forward alone, or forward and backward.
+    """A contestant with a batch: runs forward, or forward and backward.
 
-    x requires a gradient, as inside a network; the upstream gradient is random.
+    x requires a gradient, as it does inside a network. The upstream gradient is random.
     """
 
     def __init__(self, entry: Entry, x: torch.Tensor, grad: torch.Tensor) -> None:
@@ -215,23 +236,27 @@ class Job:
         self._leaves = [x, *entry.trainable()]
 
     def forward(self) -> torch.Tensor:
+        """Run forward."""
         return self.entry.layer(self.x)
 
     def both(self) -> None:
+        """Run forward and backward."""
         self.entry.layer(self.x).backward(self.grad)
 
     def reset(self) -> None:
+        """Clear all gradients."""
         for leaf in self._leaves:
             leaf.grad = None
 
     def runner(self, direction: str) -> Callable[[], object]:
+        """Return the function that runs a direction."""
         return self.forward if direction == "forward" else self.both
 
 
 def batch(
     shape: Shape, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The x and upstream gradient that all contestants get."""
+    """Make the x and the upstream gradient that all contestants get."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(shape.tokens, shape.d, generator=generator).to(device, dtype)
     grad = torch.randn(shape.tokens, shape.n, generator=generator).to(device, dtype)

@@ -1,4 +1,4 @@
-"""What a layer must get right before anyone times it."""
+"""Checks of a layer's results, made before the layer is timed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 from boft_ops import BOFTLinear
 
-# relative errors in the Frobenius norm, with room for sums in another order
+# Limits of relative errors in the Frobenius norm, with room for sums in another order.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-10}
 
 
 def check_merged(layer: BOFTLinear, x: torch.Tensor, grad: torch.Tensor) -> None:
-    """Output and input gradient of a layer agree with those of its merged weight.
+    """Compare the output and the input gradient of a layer with those of its merged weight.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: they differ.
     """
     weight = layer.merged_weight()
     x = x.detach().requires_grad_(True)
@@ -26,14 +26,14 @@ def check_merged(layer: BOFTLinear, x: torch.Tensor, grad: torch.Tensor) -> None
 
 
 def check_gradients(m: int, b: int, device: torch.device, dtype: torch.dtype) -> None:
-    """All gradients of a small layer agree with autograd through dense float64 matrices.
+    """Compare all gradients of a small layer with autograd through dense float64 matrices.
 
-    Of 256 features, and of as many of the m factors as it takes to mix all of them.
+    The layer has 256 features, and at most as many factors as it takes to mix all of them.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: they differ.
     """
-    d, n, tokens = 256, 48, 97  # rows enough for the kernels of whole layers
+    d, n, tokens = 256, 48, 97  # enough rows for the kernels that compute a whole layer
     m = min(m, (d // b).bit_length())
     torch.manual_seed(3)
     layer = BOFTLinear(d, n, n_factors=m, block_size=b, device=device, dtype=dtype)
@@ -56,7 +56,7 @@ def check_gradients(m: int, b: int, device: torch.device, dtype: torch.dtype) ->
 
 
 def _dense_rotation(skew: torch.Tensor, b: int) -> torch.Tensor:
-    """R = C_{m-1} ... C_0 from its definition, element by element (docs/butterfly.md)."""
+    """Compute R = C_{m-1} ... C_0 from its definition, element by element (docs/butterfly.md)."""
     m, n_blocks, _ = skew.shape
     d, r = n_blocks * b, max(b // 2, 1)
     rows, columns = torch.triu_indices(b, b, 1)
@@ -69,13 +69,13 @@ def _dense_rotation(skew: torch.Tensor, b: int) -> torch.Tensor:
     rotation = torch.eye(d, dtype=q.dtype)
     for i in range(m):
         features = torch.tensor([[_feature(i, k, e, r) for e in range(b)] for k in range(n_blocks)])
-        at = features[:, :, None], features[:, None, :]
-        rotation = q.new_zeros(d, d).index_put(at, blocks[i]) @ rotation
+        index = features[:, :, None], features[:, None, :]
+        rotation = q.new_zeros(d, d).index_put(index, blocks[i]) @ rotation
     return rotation
 
 
 def _feature(i: int, k: int, e: int, r: int) -> int:
-    """Which feature element e of block k of factor i is."""
+    """Number of the feature that is element e of block k of factor i."""
     group, chunk = divmod(k, 2**i)
     return (group * 2 ** (i + 1) + chunk + e // r * 2**i) * r + e % r
 
@@ -83,7 +83,7 @@ def _feature(i: int, k: int, e: int, r: int) -> int:
 def compare(
     name: str, actual: torch.Tensor, expected: torch.Tensor, computed_in: torch.dtype
 ) -> None:
-    """Raise AssertionError if the relative error is more than that dtype explains."""
+    """Raise AssertionError if the relative error is larger than rounding in a dtype explains."""
     tolerance = TOLERANCE[computed_in]
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     error = float((actual - expected).norm() / expected.norm())

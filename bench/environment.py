@@ -1,4 +1,4 @@
-"""What a result has to say about the machine and the software, and nothing that names the place."""
+"""Description of the machine and the software in results, without the names of host and folders."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["DTYPES", "ROOT", "commit", "describe", "device_name", "slug", "write
 
 ROOT = Path(__file__).resolve().parents[1]
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in results
-# what a measurement depends on; results and documents are written by it
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # names in results -> dtypes
+# The files that a measurement depends on. Results and documents are its outputs.
 MEASURED = ("boft_ops", "csrc", "triton", "bench", "setup.py", ":!bench/results")
 
 
 def describe(device: torch.device) -> dict:
-    """Device, threads and versions, for the machine_info of a result."""
+    """Describe device, threads and versions, for the machine_info of a result."""
     forced = os.environ.get("BOFT_OPS_BACKEND")
     return {
         "device": device_name(device),
@@ -42,7 +42,8 @@ def describe(device: torch.device) -> dict:
         "triton": version("triton"),
         "boft_ops": boft_ops.__version__,
         "backend": forced or "auto",
-        "tuned": len(tuned.table_of(device)) > 0,  # measured choices (docs/tuning.md) were in use
+        # True if measured choices (docs/tuning.md) were in use.
+        "tuned": bool(tuned.table(tuned.number_of(device)).names),
         "serving": {
             row["op"]: forced or row["serving"]
             for row in backend.report()
@@ -52,19 +53,20 @@ def describe(device: torch.device) -> dict:
 
 
 def device_name(device: torch.device) -> str:
+    """Name of a device in results: that of the GPU, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def commit() -> dict:
-    """The commit that was measured, and whether files that matter differed from it."""
+    """Return the commit that is measured; "dirty" is true if measured files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    # a copy of a checkout may have a repository around it that knows nothing of the copy
-    if said := os.environ.get("BOFT_OPS_BENCH_COMMIT"):
-        return {"id": said, "dirty": None}
+    # A copy of a checkout may lie inside another repository, which does not know the copy.
+    if given := os.environ.get("BOFT_OPS_BENCH_COMMIT"):
+        return {"id": given, "dirty": None}
     try:
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "-s", "--", *MEASURED))}
     except (OSError, subprocess.CalledProcessError):  # an sdist, or no git
@@ -72,18 +74,18 @@ def commit() -> dict:
 
 
 def write(folder: Path) -> None:
-    """environment.json: the machine, the software, and the clocks as they are seen (never set)."""
+    """Write environment.json: the machine, the software, and the clocks, which are only read."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = describe(device) | {"commit": commit()}
+    facts = describe(device) | {"commit": commit()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         names = ("multi_processor_count", "total_memory", "L2_cache_size", "major", "minor")
-        found["properties"] = {name: getattr(properties, name, None) for name in names}
+        facts["properties"] = {name: getattr(properties, name, None) for name in names}
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-        seen = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        values = map(str.strip, seen.split(","))
-        found["nvidia-smi"] = dict(zip(QUERY.split(","), values, strict=False))
-    text = json.dumps(found, indent=2)
+        line = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        values = map(str.strip, line.split(","))
+        facts["nvidia-smi"] = dict(zip(QUERY.split(","), values, strict=False))
+    text = json.dumps(facts, indent=2)
     (folder / "environment.json").write_text(text + "\n")
     print(text)

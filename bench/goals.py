@@ -1,4 +1,4 @@
-"""The goals of the project, and what a run says about them."""
+"""The goals of the project, and the verdict of a run on each."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from results import Results
 from sizes import CPU, GPU
 
 MET, NOT_MET, UNCLEAR = "met", "not met", "not separable"
-OURS = "boft-2-8"  # the one that most of the goals are about
+OURS = "boft-2-8"  # the contestant of most goals
 MEDIUM, LARGE = Shape(2048, 2048, 1024), Shape(4096, 4096, 512)
 
 
 class Goal(NamedTuple):
+    """A goal, the measurement that decides it, and its verdict, all in words."""
+
     text: str
     measured: str
     verdict: str
 
 
 class Part(NamedTuple):
-    """A goal at one place.
+    """A goal in one case, such as one of the shapes that it names.
 
     Attributes:
-        place: the shape, or "" for a goal that has but one place.
-        measured: what came out, in words.
-        excess: by round, how far beyond the bound; zero and less is within.
+        case: name of the case, or "" for a goal that has only one.
+        measured: the measurement, in words.
+        excess: for each round, the amount beyond the bound; zero or less keeps the bound.
     """
 
-    place: str
+    case: str
     measured: str
     excess: list[float]
 
     @property
     def verdict(self) -> str:
-        """By the quartiles: a difference around zero is none."""
+        """Judge the quartiles of the excess; if zero lies between them, the run cannot tell."""
         _, low, high = summary(self.excess)
         if high <= 0:
             return MET
@@ -46,41 +48,43 @@ class Part(NamedTuple):
 
     def __str__(self) -> str:
         kept = sum(e <= 0 for e in self.excess)
-        place = f"{self.place} {self.verdict}: " if self.place else ""
-        return f"{place}{self.measured}, kept in {kept} of {len(self.excess)} rounds"
+        case = f"{self.case} {self.verdict}: " if self.case else ""
+        return f"{case}{self.measured}, kept in {kept} of {len(self.excess)} rounds"
 
 
 def goals(results: Results) -> list[Goal]:
-    """The goals of this run's backend that it can speak about: it measured all they need."""
+    """Judge the goals of a run's backend for which the run measured everything that they need."""
     machine = results.machine
     sources = {"auto": [_with_kernels], "reference": [_in_plain_torch]}.get(machine["backend"], [])
     if machine["device"] != "cpu" and (machine["backend"], machine["dtype"]) == ("auto", "bf16"):
         sources.append(_on_gpu)
-    found = []
+    judged = []
     for text, parts, needed in chain.from_iterable(source(results) for source in sources):
         if None not in parts:
-            found.append(Goal(text, "; ".join(map(str, parts)), _verdict(parts, needed)))
-    return found
+            judged.append(Goal(text, "; ".join(map(str, parts)), joint_verdict(parts, needed)))
+    return judged
 
 
 def gpu_goals() -> list[str]:
-    """The goals that a run on a GPU alone can speak about, in words."""
-    nothing = Results({"machine_info": {}, "commit_info": {}, "datetime": "", "benchmarks": []})
-    return [text for text, _, _ in _on_gpu(nothing)]
+    """List the texts of the goals that only a run on a GPU can judge."""
+    empty = Results({"machine_info": {}, "commit_info": {}, "datetime": "", "benchmarks": []})
+    return [text for text, _, _ in _on_gpu(empty)]
 
 
-def _verdict(parts: Sequence[Part], needed: int) -> str:
-    """Of a goal that is to be met at so many of the places."""
+def joint_verdict(parts: Sequence[Part], needed: int) -> str:
+    """Judge a goal that must be met in ``needed`` of its cases."""
     verdicts = [part.verdict for part in parts]
     if verdicts.count(MET) >= needed:
         return MET
     return NOT_MET if verdicts.count(NOT_MET) > len(parts) - needed else UNCLEAR
 
 
-Candidate = tuple[str, list[Part | None], int]  # text, places, how many of them must meet it
+# Text of a goal, its cases (None if not measured), and the number of cases that must meet it.
+Candidate = tuple[str, list[Part | None], int]
 
 
 def _with_kernels(results: Results) -> Iterator[Candidate]:
+    """Yield the goals of a run with the package's kernels on a CPU or GPU."""
     n = len(SHAPES)
     layer = f"BOFT(2,8), {BOTH}"
     yield (
@@ -98,9 +102,9 @@ def _with_kernels(results: Results) -> Iterator[Candidate]:
         [_overhead(results, LARGE, "boft-dense", 1.0)],
         1,
     )
-    for peer, kind in (("peft-oft", "default"), ("peft-oft-exact", "exact")):
+    for peer, variant in (("peft-oft", "default"), ("peft-oft-exact", "exact")):
         yield (
-            f"{layer}: faster than PEFT OFT ({kind}), at each shape",
+            f"{layer}: faster than PEFT OFT ({variant}), at each shape",
             [_speedup(results, str(shape), BOTH, peer, OURS, 1) for shape in SHAPES],
             n,
         )
@@ -124,6 +128,7 @@ def _with_kernels(results: Results) -> Iterator[Candidate]:
 
 
 def _in_plain_torch(results: Results) -> Iterator[Candidate]:
+    """Yield the goals of a run without kernels."""
     yield (
         f"BOFT(2,8), {BOTH}: overhead at most that of PEFT LoRA r=16 on at least 3 of 4 shapes",
         [_overhead(results, shape, OURS, 1.0) for shape in SHAPES],
@@ -137,8 +142,8 @@ LARGE_GROUPS = {256: "rotate-6-8", GPU.features: "rotate-10-8"}
 
 
 def _on_gpu(results: Results) -> Iterator[Candidate]:
-    """Of bfloat16 and rows enough to keep a GPU busy."""
-    # a copy moves two arrays, so does a rotation; its backward with the Gram matrices moves three
+    """Yield the goals of a run in bfloat16, with enough rows to keep a GPU busy."""
+    # A copy and a rotation move two arrays; a backward with the Gram matrices moves three.
     for direction, what, arrays in (
         (FORWARD, FORWARD, 2),
         (BACKWARD, f"{BACKWARD} with the Gram matrices, half as many bytes again", 3),
@@ -184,7 +189,7 @@ def _on_gpu(results: Results) -> Iterator[Candidate]:
             [_speedup(results, str(BULK), BOTH, peer, OURS, 1, alone=True)],
             1,
         )
-    # 28 numbers in and 64 out, against 3.35 TB/s, the bandwidth of an H100 by its data sheet
+    # A block takes 28 numbers in and 64 out. 3.35 TB/s is the bandwidth in the H100's data sheet.
     floor = GPU.n_blocks * (28 + 64) * 4 / 3.35e12
     yield (
         f"cayley in CUDA C++ of {GPU.n_blocks} blocks, {FORWARD}: at most twice the time that its "
@@ -200,7 +205,10 @@ def _against_peft_boft(results: Results, shape: Shape, times: int) -> Candidate:
 
 
 def _overhead(results: Results, shape: Shape, name: str, share: float) -> Part | None:
-    """The overhead of ``name`` against a share of LoRA's, in parts of the frozen layer's time."""
+    """Compare the overhead of ``name`` with a share of LoRA's overhead.
+
+    An overhead is divided by the time of the frozen layer.
+    """
     rounds = _paired(results, str(shape), BOTH, (FLOOR, LORA, name))
     if not rounds:
         return None
@@ -221,7 +229,10 @@ def _speedup(
     least: float,
     alone: bool = False,
 ) -> Part | None:
-    """How many times as fast as the peer; ``alone``: the goal has no other place."""
+    """Compare the speed of ``name``, relative to a peer's, with the least speedup.
+
+    ``alone`` means that the goal has no other case.
+    """
     rounds = _paired(results, group, direction, (peer, name))
     if not rounds:
         return None
@@ -238,17 +249,18 @@ def _slowdown(
     peer: str,
     name: str,
     most: float,
-    place: str = "",
+    case: str = "",
 ) -> Part | None:
+    """Compare the time of ``name``, divided by a peer's time, with the largest allowed ratio."""
     rounds = _paired(results, group, direction, (peer, name))
     if not rounds:
         return None
     times = [ours / theirs for theirs, ours in rounds]
-    return Part(place, f"{_quartiles(times, '{:.2f}'.format)} times", [v - most for v in times])
+    return Part(case, f"{_quartiles(times, '{:.2f}'.format)} times", [v - most for v in times])
 
 
 def _duration(results: Results, group: str, name: str, most: float) -> Part | None:
-    """The time itself against a number of seconds."""
+    """Compare the time of ``name`` with the largest allowed number of seconds."""
     times = [t for (t,) in _paired(results, group, FORWARD, (name,))]
     if not times:
         return None
@@ -259,7 +271,7 @@ def _duration(results: Results, group: str, name: str, most: float) -> Part | No
 def _paired(
     results: Results, group: str, direction: str, names: Sequence[str]
 ) -> list[tuple[float, ...]]:
-    """The times of all of them, for each round in which all of them ran."""
+    """List the times of several contestants, for each round in which all of them ran."""
     rows = [results.find(group, direction, name) for name in names]
     if None in rows:
         return []
@@ -268,5 +280,6 @@ def _paired(
 
 
 def _quartiles(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Format the median and, in brackets, the quartiles."""
     middle, low, high = map(show, summary(values))
     return f"{middle} [{low}, {high}]"

@@ -1,6 +1,6 @@
-"""The operators where they are compared on a GPU: whole models' rotations, and rows in bulk.
+"""Comparison of operators at the sizes of a GPU: the rotations of whole models, and many rows.
 
-Nothing here is tied to a GPU but the sizes that it is called with.
+Only the sizes are specific to a GPU; the code runs on any device.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from boft_ops._runtime import backend as backends
 from boft_ops._runtime import native
 from boft_ops.ops.compose import compose_forward
 from boft_ops.ops.rotate import apply_stages, apply_stages_backward
-from boft_ops.ops.stage_from_skew import make_matrices
+from boft_ops.ops.stage_from_skew import stages_from_skew
 from boft_ops.ops.stages import Stage, plan
 
 
 def cayley_contest(
     sizes: Sizes, device: torch.device, solve: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[Contestant]:
-    """All rotations of a model, in float32: their skews one by one, and as one tensor."""
+    """Compare ways to make all rotations of a model, from one skew a layer and from one tensor.
+
+    All skews are in float32.
+    """
     packed = BLOCK * (BLOCK - 1) // 2
     skews = [0.1 * torch.randn(LLAMA_FACTORS, d // BLOCK, packed) for d in sizes.linears]
     skews = [skew.to(device).requires_grad_(True) for skew in skews]
@@ -48,12 +51,12 @@ def cayley_contest(
 
 
 def rivals() -> tuple[str, ...]:
-    """The set of GPU kernels that is not the one which serves by default, where both are there."""
+    """Backends to measure besides the default one: CUDA C++ if Triton is available too."""
     return ("cuda",) if native.kernels("cuda") and backends.has_triton() else ()
 
 
 def forced(backend: str, run: Callable[[], object]) -> Callable[[], object]:
-    """The same on one backend."""
+    """Return a function that makes the same call on one backend."""
 
     def on_backend() -> object:
         with backends.force(backend):
@@ -65,9 +68,10 @@ def forced(backend: str, run: Callable[[], object]) -> Callable[[], object]:
 def rotation_contest(
     sizes: Sizes, backward: bool, device: torch.device, dtype: torch.dtype
 ) -> list[Contestant]:
-    """The passes over the rows, without autograd and without making the stages.
+    """Compare passes over the rows, without autograd and without the time to make the stages.
 
-    A copy of this size takes a GPU less time than Python takes for a step of autograd.
+    Autograd is left out because one of its steps takes Python longer than a GPU takes to copy
+    operands of this size.
     """
     x, grad = (torch.randn(sizes.rows, sizes.features).to(device, dtype) for _ in range(2))
     contestants = [Contestant("clone", lambda: x.clone())]
@@ -75,7 +79,7 @@ def rotation_contest(
         skew = (0.1 * torch.randn(m, sizes.features // b, b * (b - 1) // 2)).to(device)
         stages = plan(m, b, device.type)
         with torch.no_grad():
-            _, matrices = make_matrices(skew, None, stages, "exact", dtype)
+            _, matrices = stages_from_skew(skew, None, "exact", stages, dtype)
             _check(name, x, grad, matrices, stages)
         run = _backward(grad, x, matrices, stages) if backward else _forward(x, matrices, stages)
         contestants.append(Contestant(name, run))
@@ -90,7 +94,7 @@ def _forward(
     x: torch.Tensor, matrices: list[torch.Tensor], stages: tuple[Stage, ...]
 ) -> Callable[[], object]:
     def run() -> object:
-        with torch.no_grad():  # where gradients are on, ops run their reference
+        with torch.no_grad():  # with gradients on, ops run their reference
             return apply_stages(x, matrices, stages, False)
 
     return run
@@ -116,13 +120,14 @@ def _check(
     matrices: list[torch.Tensor],
     stages: tuple[Stage, ...],
 ) -> None:
-    """The rows, their gradient and the gradients of the stages agree with float64."""
-    ours = _forward(x, matrices, stages)(), *_backward(grad, x, matrices, stages)()
-    wide = [matrix.double() for matrix in matrices]
+    """Compare the rows, their gradient and the gradients of the stages with float64."""
+    y = _forward(x, matrices, stages)()
+    dx, d_stages = _backward(grad, x, matrices, stages)()
+    matrices64 = [matrix.double() for matrix in matrices]
     with backends.force("reference"):
-        y = _forward(x.double(), wide, stages)()
-        theirs = y, *_backward(grad.double(), x.double(), wide, stages)()
-    compare(f"{name}: output", ours[0], theirs[0], x.dtype)
-    compare(f"{name}: gradient of x", ours[1], theirs[1], x.dtype)
-    for one, other in zip(ours[2], theirs[2], strict=True):
+        y64 = _forward(x.double(), matrices64, stages)()
+        dx64, d_stages64 = _backward(grad.double(), x.double(), matrices64, stages)()
+    compare(f"{name}: output", y, y64, x.dtype)
+    compare(f"{name}: gradient of x", dx, dx64, x.dtype)
+    for one, other in zip(d_stages, d_stages64, strict=True):
         compare(f"{name}: gradient of a stage", one.sum(0), other.sum(0), x.dtype)

@@ -1,11 +1,12 @@
-"""`make gpu-report`: everything that a machine with a GPU has to tell, in one command.
+"""Run everything that needs a GPU, in one command: `make gpu-report`.
 
-Uses the Python that runs it: no network, no virtual environment, nothing installed. Each step has a
-process of its own and a time limit, and goes on whatever became of the one before. What there is so
-far is packed into one archive after each step, so that a run that is cut short leaves its results.
+The report uses the Python that runs it. It needs no network and no virtual environment, and it
+installs nothing. Each step has its own process and its own time limit, and runs even if an earlier
+step failed. After each step all results are packed into one archive, so that a run that is cut
+short leaves the results of its finished steps.
 
-python bench/gpu_report.py --quick         9 minutes instead of 25
-python bench/gpu_report.py --device cpu --quick       the same steps without a GPU
+python bench/gpu_report.py --quick                    takes 9 minutes instead of 25
+python bench/gpu_report.py --device cpu --quick       runs the same steps without a GPU
 """
 
 from __future__ import annotations
@@ -28,9 +29,16 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "gpu-report.tar.gz"
 TESTS = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 PEFT = "from peft.tuners.boft.layer import get_fbd_cuda; raise SystemExit(get_fbd_cuda() is None)"
-NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"  # of peers.py
-# What --quick tunes, the passes over the rows first.
-QUICK_OPS = ("rotate", "rotate_backward", "rotate_linear", "rotation", "rotation_backward", "plan")
+NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"  # read by peers.py
+# The decisions that --quick measures, the passes over the rows first.
+QUICK_OPS = (
+    "rotate",
+    "rotate_backward",
+    "rotated_linear",
+    "stage_from_skew",
+    "stage_from_skew_backward",
+    "plan",
+)
 SUITES = ("layer", "ops", "model")
 
 
@@ -38,10 +46,10 @@ class Step(NamedTuple):
     """One step of the report.
 
     Attributes:
-        name: of its log, too.
-        command: arguments of this Python.
-        minutes: after which it is stopped.
-        skip: why it is left out, if it is.
+        name: name of the step and of its log.
+        command: arguments of the Python interpreter.
+        minutes: time limit.
+        skip: reason for skipping the step, or "" to run it.
     """
 
     name: str
@@ -54,17 +62,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="in 9 minutes instead of 25")
+    parser.add_argument("--quick", action="store_true", help="take 9 minutes instead of 25")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, help="where the archive goes (build/gpu-report)")
-    parser.add_argument("--dry-run", action="store_true", help="print the steps alone")
-    parser.add_argument("--commit", help="that is measured, where there is no git to ask")
+    parser.add_argument("--out", type=Path, help="folder of the archive (build/gpu-report)")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and run nothing")
+    parser.add_argument("--commit", help="the commit that is measured, if git cannot tell")
     parser.add_argument("--environment", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
-    """The steps and their limits, which add up to no more than 9 or 25 minutes."""
+    """List the steps with their time limits, which add up to at most 9 or 25 minutes."""
     gpu, quick = options.device == "cuda", options.quick
     device, dtype = f"--device={options.device}", "bfloat16" if gpu else "float32"
     limits = (0.2, 1.5, 0.6, 1.6, 1.5, 1.2, 1.3, 1.0) if quick else (0.5, 2, 1, 5, 7, 2.5, 3.5, 3)
@@ -81,7 +89,7 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
     return [
         Step("environment", ("bench/gpu_report.py", "--environment", str(folder)), environment),
         Step("build", ("-m", "boft_ops", "build"), build, native and f"there already: {native}"),
-        # else its first layer builds it, in the middle of a benchmark
+        # Without this step PEFT would build its extension in the middle of a benchmark.
         Step("peft", ("-c", PEFT), peers, _why_no_extension(gpu)),
         Step(
             "tests",
@@ -92,7 +100,7 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
             "tune",
             (
                 *("-m", "boft_ops.tune", device, f"--dtype={dtype}", f"--shapes={shapes}"),
-                f"--seconds={60 * tune - 20:.0f}",  # less what it takes to start
+                f"--seconds={60 * tune - 20:.0f}",  # the limit less 20 seconds for the start
                 *(("--ops", *QUICK_OPS) if gpu and quick else ()),
             ),
             tune,
@@ -116,12 +124,13 @@ def steps(options: argparse.Namespace, folder: Path) -> list[Step]:
 
 
 def _why_no_extension(gpu: bool) -> str:
+    """Reason for not building PEFT's extension, or ""."""
     forgone = f"{NO_EXTENSION}=1" if os.environ.get(NO_EXTENSION) == "1" else ""
     return forgone if gpu else "its extension is for a GPU"
 
 
 def _workers(gpu: bool) -> tuple[str, ...]:
-    """Several processes compile kernels sooner than one."""
+    """Options of pytest that use several processes, which compile kernels faster than one."""
     from importlib.util import find_spec
 
     return ("-n", str(min(8, os.cpu_count() or 1))) if gpu and find_spec("xdist") else ()
@@ -134,8 +143,8 @@ def _extras() -> str:
 
 
 def _native_library() -> str:
-    """The library that this checkout would load, if there is one."""
-    code = "from boft_ops import _native; print(_native.library or '')"
+    """Path of the library that this checkout loads, or ""."""
+    code = "from boft_ops._runtime import native; print(native.library or '')"
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=ROOT,
@@ -147,13 +156,13 @@ def _native_library() -> str:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Of the steps: this checkout, and caches where one may write whatever the home folder is."""
+    """Make the environment of a step: this checkout, and caches that do not need a home folder."""
     environment = dict(os.environ)
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), inherited)))
     environment["PYTHONUNBUFFERED"] = "1"
     if folder != Path():
-        cache = folder / "cache"  # with what the step "tune" measured, for the benchmarks
+        cache = folder / "cache"  # the benchmarks find the results of the step "tune" here
         environment["BOFT_OPS_CACHE"] = str(cache)
         environment["TORCH_EXTENSIONS_DIR"] = str(cache / "extensions")
         environment.setdefault("TRITON_CACHE_DIR", str(cache / "triton"))
@@ -162,7 +171,10 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def run(step: Step, folder: Path) -> dict[str, object]:
-    """What became of a step, which never raises; its output is in a log and on the screen."""
+    """Run a step and describe its outcome; a failing step does not raise.
+
+    The output goes to a log, and its last lines to the screen.
+    """
     print(f"==> {step.name}: at most {step.minutes:g} min", flush=True)
     if step.skip:
         print(step.skip)
@@ -176,8 +188,8 @@ def run(step: Step, folder: Path) -> dict[str, object]:
             env=_environment(folder),
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a step's own children end with it
-            # a report in the background of a shell ignores it, and so would the step
+            start_new_session=True,  # so that a step's child processes end with it
+            # In the background of a shell this process ignores SIGINT, and the step would too.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
@@ -195,7 +207,7 @@ def run(step: Step, folder: Path) -> dict[str, object]:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Interrupt, so that it writes what it has; then end it and its children."""
+    """Interrupt a step, so that it can write its results, then kill it and its children."""
     for sign, patience in ((signal.SIGINT, 5), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, sign)
@@ -205,8 +217,11 @@ def _stop(process: subprocess.Popen) -> None:
             continue
 
 
-def collect(work: Path, outcomes: list[dict[str, object]], place: Path) -> list[Path]:
-    """Put what there is where it is committed, and render the page; returns the files."""
+def collect(work: Path, root: Path) -> list[Path]:
+    """Copy the results to their committed paths below ``root`` and render the page.
+
+    Returns the paths of all written files.
+    """
     sys.path.insert(0, str(ROOT))  # for boft_ops, which need not be installed
     import run as bench
     from environment import slug
@@ -218,39 +233,42 @@ def collect(work: Path, outcomes: list[dict[str, object]], place: Path) -> list[
         contents = [json.loads(path.read_text()) for path in parts]
         merged = contents[0] | {"benchmarks": [b for c in contents for b in c["benchmarks"]]}
         text = json.dumps(merged, indent=1)
-        found = Results.load_text(text)
-        home = place / "bench" / "results" / slug(found.machine["device"])
-        path = bench.write(found, text, home)
+        results = Results.load_text(text)
+        folder = root / "bench" / "results" / slug(results.machine["device"])
+        path = bench.write(results, text, folder)
         written += [path, path.with_suffix(".csv")]
         if (work / bench.MACHINE).is_file():
-            written.append(Path(shutil.copy(work / bench.MACHINE, home)))
-        images = place / "docs" / "images"
+            written.append(Path(shutil.copy(work / bench.MACHINE, folder)))
+        images = root / "docs" / "images"
         images.mkdir(parents=True, exist_ok=True)
-        bench.publish(place / "bench" / "results", place / "docs")
-        written += [place / "docs" / "benchmarks.md", *sorted(images.glob("bench_layer_*"))]
+        bench.publish(root / "bench" / "results", root / "docs")
+        written += [root / "docs" / "benchmarks.md", *sorted(images.glob("bench_layer_*"))]
     for tuned in (work / "cache" / "tuned").glob("*.json"):
-        configs = place / "boft_ops" / "configs"
+        configs = root / "boft_ops" / "configs"
         configs.mkdir(parents=True, exist_ok=True)
         written.append(Path(shutil.copy(tuned, configs)))
     return written
 
 
-def pack(out: Path, work: Path, place: Path, written: Sequence[Path]) -> Path:
-    """One archive: unpacked at the root of the repository, results and configs are in place."""
+def pack(out: Path, work: Path, root: Path, written: Sequence[Path]) -> Path:
+    """Pack the written files and the logs into one archive.
+
+    Unpacking it at the root of the repository puts all results and configs where they belong.
+    """
     archive = out / ARCHIVE
-    aside = out / f".{ARCHIVE}"
-    with tarfile.open(aside, "w:gz") as tar:
+    partial = out / f".{ARCHIVE}"
+    with tarfile.open(partial, "w:gz") as tar:
         for path in written:
-            tar.add(path, path.relative_to(place))
+            tar.add(path, path.relative_to(root))
         for path in sorted((*work.glob("*.log"), work / "report.json")):
             if path.is_file():
                 tar.add(path, Path("build") / "gpu-report" / path.name)
-    aside.replace(archive)
+    partial.replace(archive)
     return archive
 
 
 def report(options: argparse.Namespace) -> int:
-    """All steps; 0 if every one of them was done or had a reason not to be."""
+    """Run all steps; returns 0 if every step succeeded or was skipped, else 1."""
     out = options.out or ROOT / "build" / "gpu-report"
     with tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch:
         work = Path(scratch)
@@ -263,10 +281,10 @@ def report(options: argparse.Namespace) -> int:
                 print(f"{step.minutes:4.1f} min  {step.name}: {' '.join(step.command)}{note}")
             return 0
         out.mkdir(parents=True, exist_ok=True)
-        # a run without a GPU must not pass for results of this repository
-        place = ROOT if options.device == "cuda" and os.access(ROOT, os.W_OK) else work / "place"
-        if place != ROOT:
-            shutil.copytree(ROOT / "bench" / "results", place / "bench" / "results")
+        # A run without a GPU must not change the committed results of this repository.
+        root = ROOT if options.device == "cuda" and os.access(ROOT, os.W_OK) else work / "root"
+        if root != ROOT:
+            shutil.copytree(ROOT / "bench" / "results", root / "bench" / "results")
         outcomes: list[dict[str, object]] = []
         for step in todo:
             outcomes.append(run(step, work))
@@ -274,11 +292,11 @@ def report(options: argparse.Namespace) -> int:
                 os.environ[NO_EXTENSION] = "1"
             (work / "report.json").write_text(json.dumps(outcomes, indent=2) + "\n")
             try:
-                written = collect(work, outcomes, place)
-            except Exception as error:  # half a result: the next step may still say something
+                written = collect(work, root)
+            except Exception as error:  # the results of the next step may still be complete
                 outcomes.append({"step": f"after {step.name}", "outcome": f"failed: {error!r}"})
                 written = []
-            archive = pack(out, work, place, written)
+            archive = pack(out, work, root, written)
         shutil.copy(work / "report.json", out)
     for outcome in outcomes:
         print(f"{outcome['step']:<12} {outcome['outcome']}  {outcome.get('seconds', '')}")

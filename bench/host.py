@@ -1,11 +1,11 @@
-"""What it takes a host to make a training step on a GPU, measured without one.
+"""Time of the host for a training step on a GPU, measured without a GPU.
 
     python bench/host.py [--rounds 101]
 
-Where a GPU is done before the next launch comes, a layer takes the time that Python and torch take
-to make its launches. Here tiny layers run on the CPU by the code that runs on CUDA tensors with
-Triton, up to the compiled kernels: in their place is something that does nothing, after about the
-Python that Triton has there. Everyone's matrix products and additions are torch's own.
+If a GPU finishes each kernel before the next launch arrives, a layer takes the time that Python and
+torch need to make its launches. Here tiny layers run on the CPU through the code for CUDA tensors
+with Triton. The compiled kernels are replaced by a stub that does nothing, after about as much
+Python as Triton runs at that point. All contestants use torch's own matrix products and additions.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SHAPE = Shape(64, 64, 16)
 NAMES = (FLOOR, LORA, "peft-oft", "boft-1-16", "boft-2-8", "boft-4-4")
 
 
-class Nothing:
-    """What takes the place of Triton's compiled kernels."""
+class EmptyKernel:
+    """Stub of a compiled Triton kernel: takes the same calls and does nothing."""
 
     function, packed_metadata = 0, (4, 1, 0)
 
@@ -52,22 +52,26 @@ class Nothing:
         return None
 
 
-class Compiled(dict):
-    """Of whatever kind a launch is, it has been compiled: to ``Nothing``."""
+class EmptyKernels(dict):
+    """Stub of the cache of compiled kernels: every lookup succeeds and returns an EmptyKernel."""
 
-    def __contains__(self, kind: object) -> bool:
+    def __contains__(self, key: object) -> bool:
         return True
 
-    def __getitem__(self, kind: object) -> tuple[Nothing, tuple]:
-        return Nothing(), ()
+    def __getitem__(self, key: object) -> tuple[EmptyKernel, tuple]:
+        return EmptyKernel(), ()
 
 
 @contextmanager
 def launches_left_out() -> Iterator[None]:
-    """Within the block layers on the CPU take the way of CUDA tensors, and no kernel runs."""
+    """Let layers on the CPU take the code path of CUDA tensors, and run no kernel.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is not 1, so Triton would look for a GPU.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET: expected 1, or Triton would look for a GPU")
-    backend.ops()["rotate"].launcher()  # imports what it belongs to
+    backend.ops()["rotate"].launcher()  # imports the module of the launches
     module = importlib.import_module("boft_ops.triton_kernels.launch")
     before = {name: op.defaults["cpu"] for name, op in backend.ops().items()}
     compiled = module._compiled
@@ -76,7 +80,7 @@ def launches_left_out() -> Iterator[None]:
         for name, op in backend.ops().items():
             op.defaults["cpu"] = defaults[name]
         module._compiled = kernels
-        # launches and decisions made so far belong to the other kernels
+        # Launches and decisions that were made so far belong to the other kernels.
         for name, loaded in list(sys.modules.items()):
             if name.startswith(module.__package__):
                 for value in vars(loaded).values():
@@ -89,7 +93,7 @@ def launches_left_out() -> Iterator[None]:
             name: Choice("triton" if "triton" in op.kernels else "reference")
             for name, op in backend.ops().items()
         },
-        Compiled(),
+        EmptyKernels(),
     )
     try:
         yield
@@ -98,13 +102,14 @@ def launches_left_out() -> Iterator[None]:
 
 
 def jobs() -> list[Job]:
+    """Build the contestants, all with the same batch."""
     base = frozen(SHAPE, torch.device("cpu"), torch.float32)
     x, grad = batch(SHAPE, torch.device("cpu"), torch.float32)
     return [Job(build(name, base), x, grad) for name in NAMES]
 
 
 def count_calls(function: Callable[[], object]) -> int:
-    """How many functions Python calls in it, in whatever language; not what C++ calls."""
+    """Count the functions that Python calls, in any language, without the calls made by C++."""
     n_calls = 0
 
     def count(frame: object, event: str, _: object) -> None:
@@ -120,7 +125,11 @@ def count_calls(function: Callable[[], object]) -> int:
 
 
 def table(rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """A row per contestant: microseconds forward and with backward, parts of LoRA's, and calls."""
+    """Measure a row for each contestant.
+
+    A row has the microseconds of forward and of both passes, each also divided by LoRA's, and the
+    number of function calls.
+    """
     entrants, rows = jobs(), []
     timed = {
         direction: measure(
@@ -145,7 +154,9 @@ def table(rounds: int, seconds: float) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=101)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each direction, about")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="approximate time for each direction"
+    )
     options = parser.parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)

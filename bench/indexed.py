@@ -1,9 +1,10 @@
-"""Rows by their own adapter, against looping over the adapters and against one adapter for all.
+"""Time of rotating each row by its own adapter.
+
+It is compared with a loop over the adapters and with one adapter for all rows. The contestants run
+interleaved in one process, and a ratio is the median over the rounds.
 
 python bench/indexed.py            prints, and writes bench/results/<device>/indexed.csv
-python bench/indexed.py --dry-run  prints
-
-Everything is timed in turn in one process; a ratio is the median over the rounds.
+python bench/indexed.py --dry-run  prints only
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from boft_ops.ops.rotate_indexed import compose_all, rotate_indexed_rows
 from boft_ops.ops.stages import plan
 
 D, M, B = 2048, 2, 8
-# adapters, rows, rows of one request: prefill, and decoding one token each
+# (adapters, rows, rows of one request), for prefill and for decoding one token at a time.
 CASES = [(8, 1024, 128), (8, 64, 1), (64, 1024, 16), (64, 64, 1)]
 NAMES = ("one adapter", "rotate_indexed", "loop with masks", "x.clone()")
 
 
 def contest(adapters: int, rows: int, run: int, device: torch.device) -> list[Contestant]:
-    """The same batch four ways, after a check that the two ways to serve it agree."""
+    """Build the contestants for one batch, after a check that the loop and the kernel agree."""
     torch.manual_seed(0)
     skew = 0.1 * torch.randn(adapters, M, D // B, B * (B - 1) // 2)
     (stage,) = plan(M, B, device.type)
@@ -39,8 +40,8 @@ def contest(adapters: int, rows: int, run: int, device: torch.device) -> list[Co
     def loop() -> torch.Tensor:
         y = torch.empty_like(x)
         for adapter in range(adapters):
-            mine = (index == adapter).nonzero()[:, 0]
-            y.index_copy_(0, mine, rotate_rows(x.index_select(0, mine), stages[adapter], *layout))
+            own = (index == adapter).nonzero()[:, 0]  # numbers of the adapter's rows
+            y.index_copy_(0, own, rotate_rows(x.index_select(0, own), stages[adapter], *layout))
         return y
 
     ours = rotate_indexed_rows(x, stages, index, *layout)
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case, about")
+    parser.add_argument("--seconds", type=float, default=4.0, help="approximate time for each case")
     options = parser.parse_args()
     device = torch.device(options.device)
     table = []
@@ -74,8 +75,8 @@ def main() -> None:
             for name in NAMES:
                 ratio, low, high = summary(ratios(durations, name, NAMES[0]))
                 middle = 1e6 * sorted(durations[name].values())[len(durations[name]) // 2]
-                table.append([adapters, rows, run, name, f"{middle:.0f}", f"{ratio:.2f}",
-                              f"{low:.2f}", f"{high:.2f}"])  # fmt: skip
+                ratios_text = [f"{value:.2f}" for value in (ratio, low, high)]
+                table.append([adapters, rows, run, name, f"{middle:.0f}", *ratios_text])
                 print(*table[-1], sep="\t")
     if options.dry_run:
         return

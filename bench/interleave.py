@@ -1,4 +1,4 @@
-"""Timing several functions side by side, and handing the durations to pytest-benchmark."""
+"""Interleaved timing of several functions, and the transfer of durations to pytest-benchmark."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from statistics import median, quantiles
 import torch
 
 MIN_ROUNDS = 7
-# A contestant this many times slower than the median one runs in fewer rounds ...
+# A contestant that is SLOW times slower than the median one runs in fewer rounds, so that it takes
+# at most SLOW_SHARE of the time.
 SLOW = 5.0
-# ... so that it takes at most this part of the time.
 SLOW_SHARE = 0.25
 
 
@@ -25,8 +25,8 @@ class Contestant:
 
     Attributes:
         name: key in the results.
-        run: the timed call; what it returns is dropped outside of the timed part.
-        reset: called after each run, outside of the timed part.
+        run: the timed call. Its result is freed outside of the timed part.
+        reset: a function that is called after each run, outside of the timed part.
     """
 
     name: str
@@ -38,11 +38,11 @@ Durations = dict[str, dict[int, float]]  # name -> round -> seconds
 
 
 def order(n: int, round_: int) -> list[int]:
-    """The order of n contestants in a round.
+    """Return the order of n contestants in a round, as a row of a Williams square.
 
-    Rotating one fixed order would leave each contestant behind the same neighbour, with the caches
-    and the heap as that one left them. These are the rows of a Williams square: over n rounds (2n
-    for odd n) everyone follows everyone else equally often, and starts equally often.
+    If one fixed order were rotated, each contestant would always run after the same neighbor, with
+    the caches and the heap as that neighbor left them. In a Williams square each contestant follows
+    every other one equally often, and starts equally often, over n rounds (2n for odd n).
     """
     zigzag = [(k + 1) // 2 if k % 2 else -(k // 2) for k in range(n)]
     row = [(position + round_) % n for position in zigzag]
@@ -61,13 +61,18 @@ def measure(
     """Time all contestants in turn, round after round.
 
     Args:
-        contestants: who takes part; names are unique.
-        rounds: at most so many.
-        seconds: aim at taking about this long, in no fewer than ``MIN_ROUNDS`` rounds (or
-            ``rounds``, if that is less).
-        synchronize: waits until the device is idle; called before each reading of the clock.
-        calls: so many in a row between two readings of the clock; a duration is that of one.
-        clock: seconds.
+        contestants: the contestants, with unique names.
+        rounds: largest number of rounds.
+        seconds: approximate time to take, but at least ``MIN_ROUNDS`` rounds are run (or
+            ``rounds`` if that is less).
+        synchronize: a function that waits until the device is idle, called before each reading of
+            the clock.
+        calls: number of calls between two readings of the clock. A duration is the time of one
+            call. The default is 1.
+        clock: a function that returns the time in seconds.
+
+    Returns:
+        The seconds of each contestant, by round.
     """
 
     def once(contestant: Contestant) -> float:
@@ -84,7 +89,7 @@ def measure(
     with _no_collections():
         estimates = {c.name: once(c) for c in contestants}  # also the warm-up
         for c in contestants:
-            if estimates[c.name] < 1.0:  # the first call pays for allocations, plans, caches
+            if estimates[c.name] < 1.0:  # the first call includes allocations, plans and caches
                 estimates[c.name] = once(c)
         n_rounds, turns = schedule(estimates, rounds, seconds / calls)
         durations: Durations = {c.name: {} for c in contestants}
@@ -99,9 +104,9 @@ def measure(
 def schedule(
     estimates: dict[str, float], rounds: int, seconds: float
 ) -> tuple[int, dict[str, frozenset[int]]]:
-    """How many rounds there are, and in which of them each contestant runs.
+    """Choose the number of rounds, and the rounds in which each contestant runs.
 
-    Slow ones run in a few rounds, spread evenly, so that the others can run in many.
+    Slow contestants run in few rounds, spread evenly, so that the others can run in many.
     """
     limit = SLOW * median(estimates.values())
     fast = sum(t for t in estimates.values() if t <= limit)
@@ -117,13 +122,13 @@ def schedule(
 
 
 def ratios(durations: Durations, name: str, floor: str) -> list[float]:
-    """Duration of ``name`` over that of ``floor``, in each round in which both ran."""
+    """Divide the duration of ``name`` by that of ``floor`` for each round in which both ran."""
     ours, theirs = durations[name], durations[floor]
     return [ours[r] / theirs[r] for r in sorted(ours.keys() & theirs.keys())]
 
 
 def summary(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
+    """Return the median, the lower and the upper quartile."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = quantiles(values, n=4, method="inclusive")
@@ -132,7 +137,7 @@ def summary(values: Sequence[float]) -> tuple[float, float, float]:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """The garbage collector would strike whichever contestant happens to run."""
+    """Turn the garbage collector off, because a collection would fall on a random contestant."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -144,29 +149,29 @@ def _no_collections() -> Iterator[None]:
 
 
 class ReplayClock:
-    """Durations measured before, replayed through pytest-benchmark.
+    """A clock that replays measured durations through pytest-benchmark.
 
-    pytest-benchmark times one function until it is done and only then the next, so that a minute in
-    which the machine is slower falls on one contestant alone. Ratios need all of them interleaved:
-    ``measure`` does that, and each test hands its own durations to the plugin, which keeps its
-    statistics, tables and files.
+    pytest-benchmark finishes timing one function before it starts the next, so a slow minute of the
+    machine falls on one contestant alone. Ratios need interleaved contestants. ``measure`` runs
+    them so, and each test then hands its durations to the plugin, which makes its statistics,
+    tables and files.
 
-    Sound by the plugin's own rules: ``pedantic`` neither calibrates nor warms up unless asked, and
-    with one iteration a round's duration is ``timer() - timer()`` around one call of the target.
-    Here the timer reads a clock that only the target moves, and that is set back to zero before
-    each round, so that the difference is the measured duration to the last bit.
+    The replay is exact. ``pedantic`` neither calibrates nor warms up unless asked, and with one
+    iteration a round's duration is ``timer() - timer()`` around one call of the target. Here the
+    timer reads a clock that only the target moves. The clock is set back to zero before each round,
+    so that the difference is the measured duration to the last bit.
     """
 
     def __init__(self) -> None:
         self._now = 0.0
 
     def read(self) -> float:
-        """The timer to give to pytest-benchmark."""
+        """Return the time; this method is the timer of pytest-benchmark."""
         return self._now
 
     def replay(self, benchmark, durations: Sequence[float]) -> None:
-        """Make the results of this ``benchmark`` fixture the given durations, in seconds."""
-        source = itertools.cycle(durations)  # --benchmark-cprofile calls once more
+        """Record durations, in seconds, as the results of a ``benchmark`` fixture."""
+        source = itertools.cycle(durations)  # --benchmark-cprofile makes an additional call
 
         def back_to_zero() -> None:
             self._now = 0.0
@@ -178,7 +183,7 @@ class ReplayClock:
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits for a device to be idle."""
+    """Return a function that waits until a device is idle."""
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None

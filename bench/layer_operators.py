@@ -1,6 +1,6 @@
-"""The operators beside a layer's rotation: factors composed into stages, the scale of outputs.
+"""Comparison of a layer's other operators: composing factors into stages, scaling outputs.
 
-As on a GPU, without autograd: they are timed as a layer calls them.
+They are timed without autograd, as a layer calls them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from boft_ops.ops.scale import scale_backward, scale_forward
 
 
 def compose_contest(sizes: Sizes, backward: bool, device: torch.device) -> list[Contestant]:
-    """The stages of a butterfly of ``COMPOSED`` factors, in float32 in every run."""
+    """Compare ways to compose ``COMPOSED`` factors into stages, in float32 in every run."""
     skew = 0.1 * torch.randn(COMPOSED, sizes.composed, BLOCK * (BLOCK - 1) // 2)
     with torch.no_grad():
         factors = cayley(skew.to(device))
@@ -31,29 +31,32 @@ def compose_contest(sizes: Sizes, backward: bool, device: torch.device) -> list[
 def scale_contest(
     sizes: Sizes, backward: bool, device: torch.device, dtype: torch.dtype
 ) -> list[Contestant]:
-    """y = scale * (x - bias) + bias for the rows of a layer's outputs, and its gradients."""
+    """Compare y = scale * (x - bias) + bias for rows of outputs, or its gradients."""
     x, grad = (torch.randn(sizes.rows, sizes.features).to(device, dtype) for _ in range(2))
-    wide = torch.promote_types(dtype, torch.float32)
-    scale = 1 + 0.1 * torch.randn(sizes.features).to(device, wide)
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    scale = 1 + 0.1 * torch.randn(sizes.features).to(device, compute_dtype)
     bias = torch.randn(sizes.features).to(device, dtype)
     op, arguments = scale_forward, (x, scale, bias, bias)
     if backward:
-        op, arguments = scale_backward, (grad, x, scale, bias.to(wide))
+        op, arguments = scale_backward, (grad, x, scale, bias.to(compute_dtype))
     return [Contestant("clone", lambda: x.clone()), *_contest("scale", op, arguments)]
 
 
 def _contest(name: str, op: backends.Op, arguments: tuple) -> list[Contestant]:
-    """What serves the call, plain torch, and the other set of kernels where there are two."""
+    """Build the contestants of an operator, and check their results against float64.
+
+    They are the default backend, the reference in plain torch, and the backends in ``rivals``.
+    """
 
     def run() -> object:
-        with torch.no_grad():  # where gradients are on, ops run their reference
+        with torch.no_grad():  # with gradients on, ops run their reference
             return op(*arguments)
 
     contestants = [Contestant(name, run)]
     for backend in ("reference", *rivals()):
         contestants.append(Contestant(f"{name}-{backend}", forced(backend, run)))
-    wide = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-    truth = _tuple(op.reference(*wide))
+    arguments64 = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+    truth = _tuple(op.reference(*arguments64))
     dtype = arguments[0].dtype
     for contestant in contestants:
         for i, (one, other) in enumerate(zip(_tuple(contestant.run()), truth, strict=True)):
@@ -66,5 +69,5 @@ def _tuple(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tenso
 
 
 def names(op: str) -> tuple[str, ...]:
-    """The contestants of an operator, in their order."""
+    """List the contestants of an operator, in their order."""
     return op, f"{op}-reference", *(f"{op}-{backend}" for backend in rivals())

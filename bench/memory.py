@@ -1,4 +1,4 @@
-"""What a layer keeps and needs: bytes saved for backward, peak memory of forward and backward."""
+"""Memory of a layer: bytes saved for backward, and the peak of forward and backward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], excluded: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes that the graph made by ``forward`` keeps for its backward.
+    """Count the bytes that the graph made by ``forward`` keeps for its backward.
 
-    Each storage counts once, in full, however many tensors look at it. The storages of ``excluded``
-    (parameters and buffers: there anyway) do not count.
+    Each storage counts once and in full, however many tensors view it. The storages of ``excluded``
+    do not count; these are parameters and buffers, which exist anyway.
     """
     known = {t.untyped_storage().data_ptr() for t in excluded}
     kept: dict[int, int] = {}
@@ -26,21 +26,21 @@ def saved_bytes(forward: Callable[[], torch.Tensor], excluded: Iterable[torch.Te
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output packed as itself would keep its own graph alive
+        return tensor.detach()  # an output that is packed itself would keep its own graph alive
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()  # alive until counted, so that no address is used twice
+        output = forward()  # kept until all bytes are counted, so that no address is used twice
     total = sum(kept.values())
     del output
     return total
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory that ``run`` holds at any time, beyond what was there before.
+    """Measure the peak memory of ``run`` in bytes, beyond the memory that was in use before.
 
-    On a GPU, of torch's caching allocator. On a CPU, the running sum over all allocations and
-    releases of tensor memory, as torch's profiler records them: scratch memory that a BLAS takes
-    from the system directly is in neither.
+    On a GPU it is the peak of torch's caching allocator. On a CPU it is the peak of the running sum
+    of all allocations and releases of tensor memory, as torch's profiler records them. Scratch
+    memory that a BLAS takes directly from the system is in neither.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -59,22 +59,23 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def settle_heap() -> None:
-    """Bring glibc's allocator to where a process of some age has it.
+    """Bring glibc's allocator to the state of a long-running process.
 
-    At first it takes each large block from the system and gives it back at once, and every new page
-    costs a fault: more than most operators here. Freeing one block just below its limit of 32 MiB
-    raises the thresholds for good. Without this call the first contestant to free such a block
-    would do so, and times would depend on who came before. Elsewhere than glibc it does nothing.
+    In a new process glibc takes each large block from the system and returns it at once. Every new
+    page then costs a page fault, which takes longer than most operators here. Freeing one block
+    just below the limit of 32 MiB raises glibc's thresholds permanently. Without this call the
+    first contestant that frees such a block would raise them, and times would depend on the order
+    of contestants. With other C libraries the call has no effect.
     """
     block = torch.empty((32 << 20) - 65536, dtype=torch.uint8)
     del block
 
 
 def _changes(profiler: profile) -> list[int]:
-    """Bytes allocated (or, negative, released), in the order in which that happened.
+    """List the bytes allocated (positive) or released (negative), in order of time.
 
-    The exported trace is the one public place that has every change; the event list keeps only
-    those outside of an operator.
+    The exported trace is the only public source of all changes. The event list has only those
+    outside of an operator.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

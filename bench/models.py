@@ -1,4 +1,4 @@
-"""A whole model, finetuned in several ways: one training step of each, on random weights."""
+"""Training steps of a whole model with random weights, finetuned in several ways."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUTTERFLY = {"n_factors": 2, "block_size": 8}
 
 
 class Architecture(NamedTuple):
-    """A model of the Llama architecture, and what it is trained on."""
+    """Sizes of a model of the Llama architecture, and of its training batch."""
 
     hidden: int
     inner: int
@@ -32,14 +32,15 @@ class Architecture(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Number of tokens in a batch."""
         return self.batch * self.length
 
 
 MODELS = {
-    "tiny": Architecture(64, 128, 2, 4, 2, 256, 1, 16),  # to see that all of it works
+    "tiny": Architecture(64, 128, 2, 4, 2, 256, 1, 16),  # for tests
     "small": Architecture(512, 1536, 4, 8, 4, 4096, 1, 256),
-    "quarter": Architecture(2048, 8192, 4, 32, 8, 32000, 2, 2048),  # of the layers of the next
-    "1b": Architecture(2048, 8192, 16, 32, 8, 32000, 2, 2048),  # that of Llama-3.2-1B
+    "quarter": Architecture(2048, 8192, 4, 32, 8, 32000, 2, 2048),  # a quarter of the layers of 1b
+    "1b": Architecture(2048, 8192, 16, 32, 8, 32000, 2, 2048),  # the layers of Llama-3.2-1B
 }
 LABELS = {
     "lora-r16": "PEFT LoRA r=16",
@@ -50,17 +51,18 @@ LABELS = {
 
 
 def group(name: str) -> str:
-    """What results call a model."""
+    """Name of a model in results."""
     a = MODELS[name]
     return f"Llama {name}, {a.layers} layers of {a.hidden}, {a.batch}x{a.length} tokens"
 
 
 def default_model(device: torch.device) -> str:
+    """Name of the model that is measured on a device by default."""
     return "small" if device.type == "cpu" else "1b"
 
 
 def base(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The frozen model that all contestants share the weights of."""
+    """Make the frozen model whose weights all contestants share."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     a = MODELS[name]
@@ -78,14 +80,14 @@ def base(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with device:  # made where it is to be: random numbers of 1e9 weights take a CPU a minute
+        with device:  # a CPU would need a minute for the random numbers of 1e9 weights
             return LlamaForCausalLM(config).requires_grad_(False).train()
     finally:
         torch.set_default_dtype(before)
 
 
 def build(name: str, model: nn.Module) -> nn.Module:
-    """The model with adapters, over the same weights."""
+    """Copy a model, sharing its weights, and add the adapters of a contestant."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared)
     if name == "boft-2-8":
@@ -101,21 +103,21 @@ def build(name: str, model: nn.Module) -> nn.Module:
         ),
     }[name](target_modules=list(TARGETS))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that PEFT's extension was not built
+        warnings.simplefilter("ignore")  # PEFT warns that its extension was not built
         return peft.inject_adapter_in_model(config, model)
 
 
 def label(name: str, model: nn.Module) -> str:
-    """What tables call a contestant: of PEFT's BOFT with the m that it made of 2."""
+    """Name of a contestant in tables. That of PEFT's BOFT has the m that PEFT made of 2."""
     if name != "peft-boft":
         return LABELS[name]
-    found = (m.boft_R["default"].shape for m in model.modules() if hasattr(m, "boft_R"))
-    m, _, b, _ = next(found)
+    shapes = (m.boft_R["default"].shape for m in model.modules() if hasattr(m, "boft_R"))
+    m, _, b, _ = next(shapes)
     return f"{LABELS[name]}({m},{b})"
 
 
 def training_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Forward, loss, backward and AdamW; returns the loss."""
+    """Return a function that runs forward, loss, backward and AdamW, and returns the loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
@@ -130,7 +132,7 @@ def training_step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Ten
 
 
 def text(name: str, device: torch.device) -> torch.Tensor:
-    """Random token ids."""
+    """Make a batch of random token ids, (batch, length)."""
     a = MODELS[name]
     generator = torch.Generator().manual_seed(4)
     return torch.randint(a.vocabulary, (a.batch, a.length), generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""Single operators, what each is compared with, and the work that it cannot do without."""
+"""Single operators, the contestants that each is compared with, and the least work of each."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from layer_operators import compose_contest, names, scale_contest
 from sizes import BLOCK, COMPOSED, Sizes, sizes_on
 
 from boft_ops import butterfly_matmul, cayley
-from boft_ops.ops.linear import linear_backward, linear_forward
+from boft_ops.ops.rotated_linear import rotated_linear_backward, rotated_linear_forward
 from boft_ops.ops.stages import plan
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
-SIZE = 16  # of the stage inside the fused layer
+SIZE = 16  # size of the stage's blocks inside the fused layer
 LABELS = {
     "mm": "torch.mm",
     "solve": "torch.linalg.solve",
@@ -36,35 +36,35 @@ LABELS = {
 
 
 def members(device: torch.device, dtype: torch.dtype) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Who takes part in each group and direction; the first is what the others are compared with.
+    """List the contestants of each group and direction; the others are compared with the first.
 
-    The fused layer takes part where a kernel serves it: elsewhere layers are made of other ops.
+    The fused layer takes part only if a kernel serves it. Without one, layers use other ops.
     """
     sizes = sizes_on(device.type)
-    found = {(sizes.product, FORWARD): ("mm",)}
+    contestants = {(sizes.product, FORWARD): ("mm",)}
     if sizes.linears:
         others = (f"cayley-{backend}" for backend in rivals())
-        found[sizes.cayley, FORWARD] = ("solve", "cayley", "butterfly_groups", *others)
+        contestants[sizes.cayley, FORWARD] = ("solve", "cayley", "butterfly_groups", *others)
     else:
         for direction in (FORWARD, BACKWARD, BOTH):
-            found[sizes.cayley, direction] = ("solve", "cayley")
+            contestants[sizes.cayley, direction] = ("solve", "cayley")
     for direction in (FORWARD, BACKWARD):
-        found[sizes.rotation, direction] = ("clone", *sizes.rotations)
-        if sizes.raw:  # on a GPU, each followed by the same on the other backend
+        contestants[sizes.rotation, direction] = ("clone", *sizes.rotations)
+        if sizes.raw:  # on a GPU each rotation is followed by the same one on other backends
             pairs = ((name, *(f"{name}-{b}" for b in rivals())) for name in sizes.rotations)
-            found[sizes.rotation, direction] = ("clone", *chain.from_iterable(pairs))
-        found[sizes.compose, direction] = names("compose")
-        found[sizes.scale, direction] = ("clone", *names("scale"))
+            contestants[sizes.rotation, direction] = ("clone", *chain.from_iterable(pairs))
+        contestants[sizes.compose, direction] = names("compose")
+        contestants[sizes.scale, direction] = ("clone", *names("scale"))
     x = torch.empty(sizes.rows, SIZE, device=device, dtype=dtype)
     weight, stage = x[:SIZE], torch.empty(1, SIZE, SIZE, device=device)
-    if linear_forward.has_kernel(x, weight, stage, None, None, True):
-        found[sizes.linear, FORWARD] = ("f-linear", "boft-linear")
-        found[sizes.linear, BACKWARD] = ("grad-weight", "boft-linear")
-    return found
+    if rotated_linear_forward.kernel_backend(x, weight, stage, None, None, False, True):
+        contestants[sizes.linear, FORWARD] = ("f-linear", "boft-linear")
+        contestants[sizes.linear, BACKWARD] = ("grad-weight", "boft-linear")
+    return contestants
 
 
 def label(name: str, device: torch.device) -> str:
-    """What tables call a contestant."""
+    """Name of a contestant in tables."""
     sizes = sizes_on(device.type)
     for backend in ("reference", *rivals()):
         if name.endswith(f"-{backend}"):
@@ -78,7 +78,11 @@ def label(name: str, device: torch.device) -> str:
 def contest(
     group: str, direction: str, device: torch.device, dtype: torch.dtype
 ) -> list[Contestant]:
-    """The members of a group, ready to be timed."""
+    """Build the contestants of a group, ready to be timed.
+
+    Raises:
+        AssertionError: the results of a contestant are wrong.
+    """
     torch.manual_seed(0)
     sizes = sizes_on(device.type)
     if group == sizes.product:
@@ -100,7 +104,7 @@ def contest(
 
 
 def solve(skew: torch.Tensor) -> torch.Tensor:
-    """The Cayley transform by autograd through torch.linalg."""
+    """Compute the Cayley transform with torch.linalg.solve, for autograd."""
     i, j = torch.triu_indices(BLOCK, BLOCK, 1, device=skew.device)
     upper = skew.new_zeros(len(skew), BLOCK, BLOCK)
     upper[:, i, j] = skew
@@ -110,7 +114,7 @@ def solve(skew: torch.Tensor) -> torch.Tensor:
 
 
 def _cayley_contest(sizes: Sizes, direction: str, device: torch.device) -> list[Contestant]:
-    # float32 in every run: batched solvers know no bfloat16
+    # Every run uses float32, because batched solvers do not support bfloat16.
     skew = 0.1 * torch.randn(sizes.n_blocks, BLOCK * (BLOCK - 1) // 2)
     skew = skew.to(device).requires_grad_(True)
     grad = torch.randn(sizes.n_blocks, BLOCK, BLOCK).to(device)
@@ -151,45 +155,49 @@ def _rotation(
 def _backward(
     y: torch.Tensor, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor
 ) -> Callable[[], object]:
-    """The backward of one graph, again and again."""
+    """Return a function that runs the backward of one graph, any number of times."""
     return lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True)
 
 
 def _linear_contest(
     sizes: Sizes, direction: str, device: torch.device, dtype: torch.dtype
 ) -> list[Contestant]:
-    """The ops themselves, without autograd and without making the stage."""
+    """Compare the ops themselves, without autograd and without the time to make the stage."""
     d = sizes.features
     x, grad = (torch.randn(sizes.rows, d).to(device, dtype) for _ in range(2))
     weight = (torch.randn(d, d) / d**0.5).to(device, dtype)
     bias = torch.randn(d).to(device, dtype)
     scale = 1 + 0.1 * torch.randn(d).to(device)
     stage = cayley(0.1 * torch.randn(d // SIZE, SIZE * (SIZE - 1) // 2).to(device))
-    arguments = (x, weight, stage, scale, bias, True)
-    y, z = linear_forward.raw(*arguments)
+    arguments = (x, weight, stage, scale, bias, False, True)
+    y, z = rotated_linear_forward.raw(*arguments)
     if direction == FORWARD:
-        compare("fused layer", y, linear_forward.reference(*arguments)[0], dtype)
+        compare("fused layer", y, rotated_linear_forward.reference(*arguments)[0], dtype)
         return [
             Contestant("f-linear", lambda: F.linear(x, weight, bias)),
-            Contestant("boft-linear", lambda: linear_forward.raw(*arguments)),
+            Contestant("boft-linear", lambda: rotated_linear_forward.raw(*arguments)),
         ]
-    arguments = (grad, x, weight, stage, scale, z)
+    arguments = (grad, x, weight, stage, scale, None, z, 1, True)
     names = ("x", "the stage", "the scale", "the bias")
-    ours, theirs = linear_backward.raw(*arguments), linear_backward.reference(*arguments)
+    ours, theirs = (
+        rotated_linear_backward.raw(*arguments),
+        rotated_linear_backward.reference(*arguments),
+    )
     for name, one, other in zip(names, ours, theirs, strict=True):
         compare(f"fused layer: gradient of {name}", one, other, dtype)
     return [
         Contestant("grad-weight", lambda: grad @ weight),
-        Contestant("boft-linear", lambda: linear_backward.raw(*arguments)),
+        Contestant("boft-linear", lambda: rotated_linear_backward.raw(*arguments)),
     ]
 
 
 class Work(NamedTuple):
-    """What an operator cannot do without.
+    """Least work of an operator.
 
     Attributes:
-        bytes: large tensors read and written, each once.
-        flops: at the rate of a matrix product in the run's dtype; a multiply-add is two.
+        bytes: bytes of all large tensors that are read or written, each counted once.
+        flops: number of operations at the rate of a matrix product in the run's dtype. A
+            multiply-add counts as two.
     """
 
     bytes: int
@@ -197,7 +205,7 @@ class Work(NamedTuple):
 
 
 def work(group: str, direction: str, name: str, device: torch.device, dtype: torch.dtype) -> Work:
-    """The work of a contestant in its group."""
+    """Compute the least work of a contestant in its group."""
     sizes, size = sizes_on(device.type), dtype.itemsize
     d = sizes.features
     for backend in ("reference", *rivals()):
@@ -210,50 +218,59 @@ def work(group: str, direction: str, name: str, device: torch.device, dtype: tor
         array = sizes.rows * d
         if name == "clone":
             return Work(2 * array * size, 0)
-        # the groups that are mixed: of all its features, or of each stage where there are several
+        # The number of features that a rotation mixes, summed over its stages.
         mixed = sum(stage.size for stage in plan(*sizes.rotations[name], device.type))
-        if direction == FORWARD:  # x in and out
+        if direction == FORWARD:  # reads x and writes y
             return Work(2 * array * size, 2 * array * mixed)
-        # x and the gradient in, the gradient of x out; its product and the Gram matrix
+        # Reads x and the gradient, writes the gradient of x; one product and the Gram matrix.
         return Work(3 * array * size, 4 * array * mixed)
     if group == sizes.compose:
         return _compose_work(sizes, direction, dtype)
     if group == sizes.scale:
-        # a multiply-add for each number; backward a product and two sums
+        # A multiply-add for each number; the backward makes a product and two sums.
         arrays, flops = (2, 2) if direction == FORWARD else (3, 5)
         if name == "clone":
             arrays, flops = 2, 0
         return Work(arrays * sizes.rows * d * size, flops * sizes.rows * d)
-    # The same in both directions: rows in and out, the weight in, one product. The fused layer also
-    # writes (forward) or reads (backward) the output before the scale; and x, in the backward.
-    rows, fused = sizes.rows * d, name == "boft-linear"
-    arrays = 2 if not fused else 3 if direction == FORWARD else 4
-    rotation = (2 if direction == FORWARD else 4) * rows * SIZE if fused else 0
-    return Work((arrays * rows + d**2) * size, 2 * rows * d + rotation)
+    # In both directions a product reads the weight and rows, and writes rows.
+    array = sizes.rows * d
+    arrays, rotation = 2, 0
+    if name == "boft-linear" and direction == FORWARD:
+        # The fused layer also writes the output before the scale.
+        arrays, rotation = 3, 2 * array * SIZE
+    elif name == "boft-linear":
+        # Its backward also reads that output and x.
+        arrays, rotation = 4, 4 * array * SIZE
+    return Work((arrays * array + d**2) * size, 2 * array * d + rotation)
 
 
 def _compose_work(sizes: Sizes, direction: str, dtype: torch.dtype) -> Work:
-    """Factors in and the stage out; backward the stage's gradient in and the factors' out as well.
+    """Compute the least work of composing factors into a stage.
 
-    Each product of a factor of b with groups of s is b multiply-adds for each number of the result;
-    backward there are two, and the groups are made again.
+    Forward reads the factors and writes the stage. Backward reads the factors and the stage's
+    gradient, and writes the factors' gradients. A product of a factor of size b with groups takes b
+    multiply-adds for each number of the result. Backward makes two such products, and makes the
+    groups again.
     """
     features = sizes.composed * BLOCK
-    factors, groups = COMPOSED * features * BLOCK, [features * BLOCK << i for i in range(COMPOSED)]
-    forward = 2 * BLOCK * sum(groups[1:])
+    factors = COMPOSED * features * BLOCK
+    groups = [features * BLOCK << i for i in range(COMPOSED)]
+    flops = 2 * BLOCK * sum(groups[1:])
     if direction == FORWARD:
-        found = Work(4 * (factors + groups[-1]), forward)
+        result = Work(4 * (factors + groups[-1]), flops)
     else:
-        found = Work(4 * (2 * factors + groups[-1]), 3 * forward)
-    return found if dtype == torch.float32 else found._replace(flops=0)
+        result = Work(4 * (2 * factors + groups[-1]), 3 * flops)
+    return result if dtype == torch.float32 else result._replace(flops=0)
 
 
 def _cayley_work(n_blocks: int, direction: str, dtype: torch.dtype) -> Work:
-    """Forward: an elimination of b^3 multiply-adds a block. Backward: two products of as many each.
+    """Compute the least work of the Cayley transform.
 
-    They are done in float64, taken to run at half the rate of float32: four flops a multiply-add.
-    Without a float32 rate, in runs in another dtype, the bytes alone count. Two factors composed
-    into stages are as many numbers as their blocks.
+    For each block, forward is an elimination of b^3 multiply-adds, and backward two products of b^3
+    multiply-adds each. They run in float64, at half the rate of float32 by assumption, so a
+    multiply-add counts as four flops. Runs in other dtypes do not measure the rate of float32;
+    there only the bytes count. Two factors composed into stages have as many numbers as their
+    blocks, so the bytes of ``butterfly_groups`` are the same.
     """
     packed, square = n_blocks * BLOCK * (BLOCK - 1) // 2, n_blocks * BLOCK**2
     forward = Work(4 * (packed + square), 4 * n_blocks * BLOCK**3)

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, made from the committed results."""
+"""Page docs/benchmarks.md, made from the committed results."""
 
 from __future__ import annotations
 
@@ -16,105 +16,118 @@ METHOD = """\
 
 # Benchmarks
 
-`make bench` measures, prints the tables below, and writes them here with the raw data
-([bench/results](../bench/results)). `pytest bench/ --benchmark-only` is the same without the
-report; `make bench ARGS=--help` lists the options (device, dtype, shapes, backend, rounds).
+`make bench` runs the benchmarks, prints the tables below and writes them to this page. It also
+writes the raw data ([bench/results](../bench/results)). `pytest bench/ --benchmark-only` measures
+without the report. `make bench ARGS=--help` lists the options, such as device, dtype, shapes,
+backend and rounds.
 
 ## What is compared
 
-One linear layer with a bias, given as input features x output features x tokens, forward alone
-and with its backward: the frozen `nn.Linear` (the floor), PEFT's adapters around it, and
-`BOFTLinear` as BOFT(m, b): m factors of block size b. BOFT(10, 8), the butterfly of which every
-output depends on every input, takes part at 4096 features only. All share one weight. The input
-requires a gradient, as inside a network, the upstream gradient is random, and the adapters hold
-small random numbers. PEFT's layers are called directly, without the model around them.
+The benchmark of layers times one linear layer with a bias. Its shape is given as input features x
+output features x tokens. It is timed in forward alone, and in forward with backward. The
+contestants are the frozen `nn.Linear` (the floor), PEFT's adapters around it, and `BOFTLinear` as
+BOFT(m, b), with m factors of block size b. BOFT(10, 8) is the butterfly in which every output
+depends on every input; it is measured only at 4096 features.
 
-## How
+All contestants share one weight. The input requires a gradient, as it does inside a network. The
+upstream gradient is random, and the adapters hold small random numbers. PEFT's layers are called
+directly, without a model around them.
 
-- The contestants run **interleaved**: every round times each of them once, in an order that lets
-  each follow each of the others equally often. A slow minute of the machine falls on all alike.
-- The **overhead** is the median, over the rounds, of the time divided by the floor's time in the
-  same round, minus one; brackets hold its quartiles. Contestants more than five times slower than
-  the median one run in a few of the rounds only.
+## How it is measured
+
+- The contestants run **interleaved**. Every round times each of them once, in an order in which
+  each follows each of the others equally often. A slow minute of the machine therefore falls on
+  all of them alike.
+- The **overhead** of a contestant is its time divided by the floor's time in the same round, minus
+  one. The tables show the median over the rounds, with the quartiles in brackets. Contestants more
+  than five times slower than the median one run in only a few of the rounds.
 - "Forward" includes making the graph. Gradients are cleared outside of the timed part, garbage
-  collection is off, and the device is idle before each reading of the clock. The heap is brought
-  to the state of a long-running process first (on Linux a young one pays page faults instead).
-- **Saved** is what the graph keeps for backward: each storage once, without parameters and
-  buffers. The frozen layer keeps nothing (the gradient of its input needs the weight alone), so
-  the input counts for whoever keeps it. **Peak** is the most that forward and backward hold beyond
-  what was there before: all tensor memory, not the scratch of the BLAS. **Adapter** is what the
-  adapter's parameters and buffers take.
-- Before a layer is timed, its output and the gradient of its input are checked against the merged
-  weight, and on a layer of 256 features all gradients against float64 matrices built from the
-  definition (of BOFT(10, 8) with the six factors that mix all of those). A wrong answer is not
-  timed.
+  collection is off, and the device is idle before each reading of the clock. Before the
+  measurement the heap is brought to the state of a long-running process, because a new process on
+  Linux pays for page faults.
+- **Saved** is the memory that the graph keeps for backward. Each storage counts once; parameters
+  and buffers do not count. The frozen layer keeps nothing, because the gradient of its input needs
+  only the weight, so an adapter that keeps the input pays for it. **Peak** is the largest amount
+  of tensor memory that forward and backward hold beyond the memory in use before. It does not
+  contain the scratch memory of the BLAS. **Adapter** is the memory of the adapter's parameters and
+  buffers.
+- Before a layer is timed, its output and the gradient of its input are compared with those of the
+  merged weight. On a layer of 256 features all gradients are compared with float64 matrices built
+  from the definition. (BOFT(10, 8) is checked there with six factors, which mix all 256 features.)
+  A layer with wrong results is not timed.
 - pytest-benchmark times one function after the other, so the interleaved durations are replayed
-  through its clock; bench/interleave.py says why that is sound.
+  through its clock. bench/interleave.py explains why that is exact.
 
-Where asked for (`--extras`) a BOFT(2, 8) in plain torch under torch.compile takes part, and
-LyCORIS' BOFT, which rotates the outputs in as many factors as there can be.
+With `--extras` two more contestants take part: a BOFT(2, 8) in plain torch under torch.compile,
+and LyCORIS' BOFT, which rotates the outputs with as many factors as possible.
 
-PEFT's BOFT falls back to one factor wherever its CUDA extension is not built, so on a CPU always,
-and with torch 2.11, whose headers it does not compile with (PEFT 0.21.0): the name of its row has
-the m that was measured.
+PEFT's BOFT falls back to one factor if its CUDA extension is not built. That is always so on a
+CPU, and with torch 2.11, because the extension of PEFT 0.21.0 does not compile with its headers.
+The name of its row contains the m that was measured.
 
 ## Operators and their floors
 
-Every operator has a **floor**: the larger of its bytes at the rate of the fastest `x.clone()` of
-the rotation's x, and its flops at the rate of the fastest `torch.mm` of 2048 x 2048 matrices in the
-run's dtype, both measured in the same run. "Of floor" is that floor in parts of the median time,
-and which of the two it comes from; "GB/s" is the same bytes over that time. That x takes 8 MiB in
-float32 and may lie in a large cache, for the copy as for the rotation.
+Every operator has a **floor**, the larger of two times. One is the time for its bytes at the rate
+of the fastest `x.clone()` of the rotation's x. The other is the time for its flops at the rate of
+the fastest `torch.mm` of 2048 x 2048 matrices in the run's dtype. Both rates are measured in the
+same run. The column "of floor" gives the floor divided by the median time, and names the quantity
+that determines the floor. The column "GB/s" gives the same bytes divided by the median time. That
+x takes 8 MiB in float32, so both the copy and the rotation may find it in a large cache.
 
-On a GPU the operands are larger: 8192 rows of 4096 features, matrices of 4096 x 4096, and for the
-Cayley transform the blocks of all linear layers of Llama-3.1-8B as BOFT(2, 8). A rotation is there
-the passes over the rows, without autograd and without making the stages, and ten calls lie between
-two readings of the clock, so that the device need not wait for each launch. `butterfly_groups`
-gets the 224 parameters of those layers one by one, and its time has all that Python does with them
-in it.
+On a GPU the operands are larger: 8192 rows of 4096 features, and matrices of 4096 x 4096. The
+Cayley transform gets the blocks of all linear layers of Llama-3.1-8B as BOFT(2, 8). A rotation is
+timed there as its passes over the rows, without autograd and without the time to make the stages.
+Ten calls lie between two readings of the clock, so that the device need not wait for each launch.
+`butterfly_groups` gets the 224 parameters of those layers one by one, and its time includes
+everything that Python does with them.
 
-- **Rotation** of N rows of d features in groups of S = b 2^(m-1): x in and out and 2 N d S flops;
-  for the backward, which gives the Gram matrices as well, x and the gradient in, the gradient of x
-  out and 4 N d S flops. For S = 16 in float32 that is 4 flops for each byte forward and 5.3
-  backward. A CPU that does fewer flops than that in the time of a byte has its floor in the
-  arithmetic, not in the bytes, and cannot rotate as fast as it copies. Where the factors make
-  several stages, S is the sum of theirs.
-- **Cayley transform** of blocks of size b, in float32 in every run: parameters, blocks and
-  gradients once each; b^3 multiply-adds a block forward and two products of b^3 backward. They are
-  float64 inside, and that is taken to run at half the rate of float32. (In runs in another dtype,
-  which do not measure that rate, the bytes alone count.)
-- **Compose** and **scale**, without autograd: four factors of size 8 into stages of 64, in float32
-  in every run, and the scale of outputs around their bias. "Reference" is the same in plain torch.
-- **Linear**: the product itself, `F.linear` or `grad @ weight`, against the op that does the whole
-  of a layer of one stage of size 16 in it: rotation, product, scale and bias, keeping what the
-  backward needs; backward the gradients of x, stage, scale and bias. Where no kernel serves that
-  op it is not in the table. The kernel has a matrix product of its own, which can be faster than
-  the BLAS that torch calls: then the op takes less time than the product alone, a part of the floor
-  above 100 % is possible, and a layer's overhead can fall below zero. That comes from the product,
-  not from work left out: the op's results are checked against plain torch before it is timed.
+- **Rotation** of N rows of d features in groups of S = b 2^(m-1). Forward reads and writes x and
+  takes 2 N d S flops. Backward also computes the Gram matrices; it reads x and the gradient,
+  writes the gradient of x, and takes 4 N d S flops. For S = 16 in float32 that is 4 flops for each
+  byte forward and 5.3 backward. On a CPU that computes fewer flops in the time of a byte, the
+  arithmetic determines the floor, and a rotation cannot be as fast as a copy. If the factors form
+  several stages, S is the sum over the stages.
+- **Cayley transform** of blocks of size b, in float32 in every run. Parameters, blocks and
+  gradients each move once. A block takes b^3 multiply-adds forward, and two products of b^3
+  multiply-adds backward. The computation runs in float64, which is assumed to have half the rate
+  of float32. Runs in another dtype do not measure the rate of float32, so there only the bytes
+  count.
+- **Compose** and **scale**, without autograd. Compose makes stages of size 64 from four factors of
+  size 8, in float32 in every run. Scale multiplies outputs by a scale around their bias.
+  "Reference" is the same operation in plain torch.
+- **Linear** compares a plain product, `F.linear` or `grad @ weight`, with the op that computes a
+  whole layer of one stage of size 16. The op's forward does rotation, product, scale and bias, and
+  keeps what the backward needs. Its backward computes the gradients of x, stage, scale and bias.
+  If no kernel serves that op, it is not in the table. The kernel has its own matrix product, which
+  can be faster than the BLAS that torch calls. The op can then take less time than the plain
+  product, a value above 100 % of the floor is possible, and the overhead of a layer can fall below
+  zero. The reason is the faster product, not omitted work: the results of the op are compared with
+  plain torch before it is timed.
 
 ## Models
 
-A model of the Llama architecture with random weights, all linear layers of its blocks adapted; one
-training step: forward, loss, backward, AdamW on what is trained. The contestants share the frozen
-weights, and their steps are interleaved as above. **Peak** is what a step holds beyond weights,
-adapters and optimizer state. "Together" in a row was a hook that made the rotations of a model in
-one launch; it was measured to cost host time and was removed. On a CPU the model is a small one,
-whose figures say little about large ones.
+The model has the Llama architecture and random weights, and all linear layers of its blocks are
+adapted. A training step is forward, loss, backward, and AdamW on the trained parameters. The
+contestants share the frozen weights, and their steps are interleaved as above. **Peak** is the
+memory that a step holds beyond weights, adapters and optimizer state. "Together" in the name of a
+row was a hook that made all rotations of a model in one launch. Measurements showed that it cost
+host time, and it was removed. On a CPU the model is small, and its figures say little about large
+models.
 
 ## Goals
 
 A goal compares times of the same round. Brackets hold the quartiles of that comparison over the
-rounds. If both are within the bound, the goal is met; if both are beyond, not met; otherwise the
-run cannot tell, and the verdict is **not separable**, whatever the median says. A goal for several
-shapes is met if every one of them meets it, and not met as soon as one does not. A goal is
-judged only where a run measured all that it needs. Times of single kernels on an H200, from
-replayed CUDA graphs, each with its floor, are in [Kernels](kernels.md), whatever is judged here.
+rounds. The goal is met if both quartiles are within the bound, and not met if both are beyond it.
+Otherwise the run cannot tell, and the verdict is **not separable**, whatever the median is. A goal
+for several shapes is met if every shape meets it, and not met if one shape does not. A goal is
+judged only if the run measured everything that it needs. [Kernels](kernels.md) has times of single
+kernels on an H200, measured with replayed CUDA graphs, each with its floor. They do not enter the
+verdicts here.
 """
 
 
 def write(path: Path, results: Sequence[Results]) -> None:
-    """The page for the results given, in their order."""
+    """Write the page of the given results, in their order."""
     parts = [METHOD]
     devices = list(dict.fromkeys(r.machine["device"] for r in results))
     if devices == ["cpu"]:
@@ -143,7 +156,7 @@ tunes, measures, writes its results into bench/results and its figures here
 
 
 def image(results: Results) -> str:
-    """Path of the chart of a device, from the folder of the page."""
+    """Path of the chart of a device, relative to the folder of the page."""
     return f"images/bench_layer_{slug(results.machine['device']).replace('-', '_')}.png"
 
 
@@ -163,16 +176,16 @@ def _section(results: Results) -> Iterator[str]:
         yield from _details(results)
         yield from _ops(results)
         yield from _models(results)
-    found = goals(results)
-    asked = gpu_goals() if machine["device"] != "cpu" and backend == "auto" else []
-    left = [text for text in asked if text not in {goal.text for goal in found}]
-    if found or left:
+    judged = goals(results)
+    relevant = gpu_goals() if machine["device"] != "cpu" and backend == "auto" else []
+    unmeasured = [text for text in relevant if text not in {goal.text for goal in judged}]
+    if judged or unmeasured:
         yield "### Goals"
         yield ""
-        for goal in found:
+        for goal in judged:
             verdict = MET if goal.verdict == MET else f"**{goal.verdict}**"
             yield f"- {verdict}: {goal.text}. Measured: {goal.measured}."
-        yield from (f"- not measured: {text}." for text in left)
+        yield from (f"- not measured: {text}." for text in unmeasured)
         yield ""
 
 
@@ -198,7 +211,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 
 def _overheads(results: Results, direction: str) -> Iterator[str]:
-    groups = [g for g, of in results.groups("layer") if of == direction]
+    groups = [g for g, measured in results.groups("layer") if measured == direction]
     if not groups:
         return
     yield f"### Overhead of {direction}"
@@ -291,7 +304,7 @@ def model_cells(row: Row) -> list[str]:
 
 
 def op_cells(results: Results, row: Row) -> list[str]:
-    """Bytes per second, and the floor in parts of the time, with what the floor comes from."""
+    """Format the rate in bytes, and the floor divided by the time, with what determines it."""
     seconds, floor = row.stats["median"], results.floor(row)
     rate = f"{row.info['bytes'] / seconds / 1e9:.1f}" if "bytes" in row.info else ""
     return [rate, f"{floor.seconds / seconds:.0%} ({floor.by})" if floor is not None else ""]

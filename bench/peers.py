@@ -1,8 +1,7 @@
-"""Layers of others, and the layer that one would write without this package."""
+"""Layers of other packages, and a BOFT layer in plain torch."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
@@ -11,9 +10,10 @@ from torch import nn
 
 
 class PlainBOFT(nn.Module):
-    """y = scale * (x R W^T) + bias in plain torch: a solve, then factor after factor.
+    """A BOFT layer in plain torch: y = scale * (x R W^T) + bias.
 
-    It rotates the activations, as ours does; no permutation matrix is made.
+    It makes the blocks with torch.linalg.solve and applies one factor after the other. Like
+    BOFTLinear it rotates the activations and makes no permutation matrix.
     """
 
     def __init__(self, base: nn.Linear, n_factors: int, block_size: int) -> None:
@@ -25,6 +25,7 @@ class PlainBOFT(nn.Module):
         self.scale = nn.Parameter(torch.ones(base.out_features, device=base.weight.device))
 
     def blocks(self) -> torch.Tensor:
+        """Compute the rotations (m, d/b, b, b) from the skew parameters."""
         b = self.block_size
         i, j = torch.triu_indices(b, b, 1, device=self.skew.device)
         upper = self.skew.new_zeros(*self.skew.shape[:2], b, b)
@@ -37,7 +38,7 @@ class PlainBOFT(nn.Module):
         rows, d = x.shape
         b, blocks = self.block_size, self.blocks().to(x.dtype)
         for i in reversed(range(len(blocks))):
-            # blocks of two chunks of b / 2 features, 2^i chunks apart
+            # A block consists of two chunks of b / 2 features, 2^i chunks apart.
             runs = x.view(rows, d // (b << i), 2, 1 << i, b // 2).transpose(2, 3)
             mixed = torch.einsum("nke,kef->nkf", runs.reshape(rows, d // b, b), blocks[i])
             x = mixed.view(rows, d // (b << i), 1 << i, 2, b // 2).transpose(2, 3).reshape(rows, d)
@@ -48,23 +49,22 @@ NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"
 
 
 def forgo_extension() -> None:
-    """Where it is known not to build, PEFT need not try it again in every process."""
+    """Keep PEFT from building its CUDA extension if an environment variable says so.
+
+    If the build is known to fail, PEFT would otherwise try it again in every process.
+    """
     if os.environ.get(NO_EXTENSION) == "1":
         from peft.tuners.boft import layer
 
         layer.get_fbd_cuda = lambda: None
 
 
-def has_lycoris() -> bool:
-    return importlib.util.find_spec("lycoris") is not None
-
-
 class LycorisBOFT(nn.Module):
     """LyCORIS' layer over the weight of ``base``.
 
     Attributes:
-        m, b: its number of factors, and its block size: the largest up to ``block_size`` that it
-            finds for the outputs.
+        m: its number of factors.
+        b: its block size, the largest one up to ``block_size`` that it finds for the outputs.
     """
 
     def __init__(self, base: nn.Linear, block_size: int) -> None:
@@ -75,7 +75,7 @@ class LycorisBOFT(nn.Module):
         self.linear.weight, self.linear.bias = base.weight, base.bias
         self.adapter = ButterflyOFTModule("boft", self.linear, 1.0, block_size, 1.0)
         self.adapter.to(base.weight.device)
-        self.adapter.apply_to()  # the forward of the linear is the adapter's from here on
+        self.adapter.apply_to()  # replaces the forward of the linear layer by the adapter's
         self.m, self.b = self.adapter.boft_m, self.adapter.block_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,19 @@
-"""A training step of a whole PEFT model: accelerated BOFT against stock BOFT and LoRA r=16.
+"""Training step of a whole PEFT model: accelerated BOFT against stock BOFT and LoRA r=16.
 
-python bench/peft_model.py            into bench/results/<device>/models/peft.json
-python bench/peft_model.py --smoke    tiny, prints, writes nothing
+python bench/peft_model.py            writes bench/results/<device>/models/peft.json
+python bench/peft_model.py --smoke    runs a tiny model, prints, writes nothing
 
-The model is a BERT encoder of 6 layers of 768 features with random weights, four sequences of 128
-tokens, adapters on all 36 linear layers; a step is forward, loss, backward and AdamW. The three
-take turns, step by step; before that, accelerated and stock BOFT are checked to agree.
+The model is a BERT encoder with random weights: 6 layers of 768 features, with adapters on all 36
+linear layers. The batch has four sequences of 128 tokens. A step is forward, loss, backward and
+AdamW. Before the measurement, accelerated and stock BOFT are checked to agree. The steps of the
+three models are interleaved.
 
-What was expected, written before the first run: the frozen model's forward and backward are some
-90 GFLOP, about a second on two cores. LoRA adds 4 small products to each layer: 1.1 times that.
-Stock BOFT multiplies dense d x d matrices, 375 GFLOP in each of the six layers, mostly for d =
-3072: 15 to 25 seconds. Accelerated BOFT reads the activations a little more often: 1.0. So 15 to 25
-times as fast as stock, and 0.9 of LoRA's time.
+This estimate was written before the first run. Forward and backward of the frozen model take about
+90 GFLOP, about a second on two cores. LoRA adds 4 small products to each layer and takes 1.1 times
+that. Stock BOFT multiplies dense d x d matrices, mostly for d = 3072. It takes 375 GFLOP in each of
+the six layers, or 15 to 25 seconds. Accelerated BOFT reads the activations slightly more often and
+takes 1.0 times the frozen model. It should therefore be 15 to 25 times as fast as stock BOFT and
+take 0.9 of LoRA's time.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ from boft_ops.interop.peft import accelerate
 
 TARGETS = ["query", "key", "value", "dense"]
 STOCK, OURS, LORA = "peft-boft", "accelerated-boft", "lora-r16"
-GOALS = ((STOCK, 1 / 3), (LORA, 1.0))  # the most that OURS may take, in parts of theirs
+GOALS = ((STOCK, 1 / 3), (LORA, 1.0))  # largest allowed time of OURS, divided by theirs
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """Sizes of the model and its batch, and limits of the measurement."""
+
     layers: int = 6
     features: int = 768
     heads: int = 12
@@ -53,7 +57,7 @@ SMOKE = Sizes(layers=1, features=32, heads=2, sequences=2, tokens=8, rounds=2, s
 
 
 class Step:
-    """One training step of a model, again and again."""
+    """A training step of a model, which can be called any number of times."""
 
     def __init__(self, model: torch.nn.Module, sizes: Sizes) -> None:
         self.model = model.train()
@@ -65,6 +69,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
 
     def loss(self) -> torch.Tensor:
+        """Compute the loss of the batch."""
         y = self.model(input_ids=self.ids).last_hidden_state
         return (y - self.target).square().mean()
 
@@ -75,7 +80,7 @@ class Step:
 
 
 def build(sizes: Sizes) -> dict[str, torch.nn.Module]:
-    """The three models over equal frozen weights, with small random adapters."""
+    """Build the three models with equal frozen weights and small random adapters."""
     torch.manual_seed(0)
     base = BertModel(
         BertConfig(
@@ -92,7 +97,7 @@ def build(sizes: Sizes) -> dict[str, torch.nn.Module]:
     boft = peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=1, target_modules=TARGETS)
     lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that PEFT's extension was not built
+        warnings.simplefilter("ignore")  # PEFT warns that its extension was not built
         stock = peft.get_peft_model(copy.deepcopy(base), boft)
     models = {LORA: peft.get_peft_model(base, lora), STOCK: stock}
     for model in models.values():
@@ -104,7 +109,11 @@ def build(sizes: Sizes) -> dict[str, torch.nn.Module]:
 
 
 def check(ours: Step, stock: Step) -> None:
-    """Equal losses and gradients, or no measurement."""
+    """Compare losses and gradients of accelerated and stock BOFT.
+
+    Raises:
+        AssertionError: they differ.
+    """
     for step in (ours, stock):
         step.loss().backward()
     torch.testing.assert_close(ours.loss(), stock.loss(), rtol=1e-4, atol=1e-5)
@@ -119,7 +128,7 @@ def check(ours: Step, stock: Step) -> None:
 
 
 def run(sizes: Sizes) -> dict:
-    """Everything that a result holds."""
+    """Measure the models and return the content of a result file."""
     models = build(sizes)
     trainable = {
         n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()
@@ -142,6 +151,7 @@ def run(sizes: Sizes) -> dict:
 
 
 def show(result: dict) -> None:
+    """Print the times, the ratios and the verdicts on the goals."""
     for name, seconds in result["seconds"].items():
         middle, low, high = summary(seconds)
         print(f"{name:17} {middle:8.3f} s  [{low:.3f}, {high:.3f}], {len(seconds)} steps")
@@ -156,7 +166,9 @@ def show(result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny; prints, writes nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="run a tiny model, print, and write nothing"
+    )
     options = parser.parse_args(argv)
     if options.smoke:
         show(run(SMOKE))

@@ -1,4 +1,4 @@
-"""Results of a run as rows, with the floors of its operators, and as CSV."""
+"""Results of a run: its rows, the floors of its operators, and CSV output."""
 
 from __future__ import annotations
 
@@ -12,21 +12,41 @@ from operators import FORWARD
 from sizes import sizes_on
 
 CSV_FIELDS = (
-    *("suite", "shape", "direction", "contestant", "label", "median_ms", "q1_ms", "q3_ms", "ratio"),
-    *("ratio_q1", "ratio_q3", "overhead", "saved_bytes", "peak_bytes", "adapter_bytes"),
-    *(
-        "trainable",
-        "tokens_per_s",
-        "bytes",
-        "flops",
-        "floor_ms",
-        "rounds",
-        "note",
-        "dtype",
-        "threads",
-        "backend",
-    ),
-    *("device", "cpu", "python", "torch", "peft", "triton", "boft_ops", "commit", "dirty", "date"),
+    "suite",
+    "shape",
+    "direction",
+    "contestant",
+    "label",
+    "median_ms",
+    "q1_ms",
+    "q3_ms",
+    "ratio",
+    "ratio_q1",
+    "ratio_q3",
+    "overhead",
+    "saved_bytes",
+    "peak_bytes",
+    "adapter_bytes",
+    "trainable",
+    "tokens_per_s",
+    "bytes",
+    "flops",
+    "floor_ms",
+    "rounds",
+    "note",
+    "dtype",
+    "threads",
+    "backend",
+    "device",
+    "cpu",
+    "python",
+    "torch",
+    "peft",
+    "triton",
+    "boft_ops",
+    "commit",
+    "dirty",
+    "date",
 )
 
 
@@ -35,10 +55,12 @@ class Row(NamedTuple):
 
     Attributes:
         suite: "layer", "ops" or "model".
-        group: the shape (layer), the operation (ops) or the model.
-        by_round: round -> seconds.
+        group: the shape, the operation or the model, depending on the suite.
+        direction: "forward", "backward", "forward+backward" or "training step".
+        name: name of the contestant.
+        by_round: seconds, by number of the round.
         info: the extra_info of the result.
-        stats: pytest-benchmark's statistics, seconds.
+        stats: pytest-benchmark's statistics, in seconds.
     """
 
     suite: str
@@ -54,8 +76,8 @@ class Floor(NamedTuple):
     """The least time that an operator can take.
 
     Attributes:
-        seconds: at the rates that the same run measured.
-        by: what it comes from, "bytes" or "flops".
+        seconds: the time at the rates that the same run measured.
+        by: the quantity that determines it, "bytes" or "flops".
     """
 
     seconds: float
@@ -63,7 +85,7 @@ class Floor(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """The best that a run saw: bytes per second of a copy, flops per second of a matrix product."""
+    """Best rates of a run: bytes per second of a copy, flops per second of a matrix product."""
 
     bytes: float
     flops: float
@@ -79,36 +101,40 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
+        """Read a result file."""
         return cls.load_text(path.read_text())
 
     @classmethod
     def load_text(cls, text: str) -> Results:
+        """Read the text of a result file."""
         return cls(json.loads(text))
 
     @property
     def is_main(self) -> bool:
-        """Whether this run is the one that its device's chart shows."""
+        """True if the chart of the device shows this run."""
         dtype = "fp32" if self.machine["device"] == "cpu" else "bf16"
         return (self.machine["backend"], self.machine["dtype"]) == ("auto", dtype)
 
     def groups(self, suite: str) -> list[tuple[str, str]]:
-        """(group, direction), in the order of the run."""
+        """List the groups of a suite with their directions, in the order of the run."""
         return list(dict.fromkeys((r.group, r.direction) for r in self.rows if r.suite == suite))
 
     def table(self, group: str, direction: str) -> list[Row]:
+        """List the rows of a group and direction."""
         return [r for r in self.rows if (r.group, r.direction) == (group, direction)]
 
     def left_out(self) -> dict[str, list[str]]:
-        """Shape -> labels of the contestants that needed more memory than the device has."""
+        """List, by shape, the labels of the contestants that ran out of memory."""
         labels = {r.name: r.info["label"] for r in self.rows}
         names = {r.group: r.info["left_out"] for r in self.rows if "left_out" in r.info}
         return {group: [labels.get(n, n) for n in left_out] for group, left_out in names.items()}
 
     def find(self, group: str, direction: str, name: str) -> Row | None:
+        """Find the row of a contestant; None if it was not measured."""
         return next((r for r in self.table(group, direction) if r.name == name), None)
 
     def rates(self) -> Rates | None:
-        """Of x.clone() and of torch.mm; None if the run has not measured both."""
+        """Compute the rates of x.clone() and torch.mm; None if the run did not measure both."""
         sizes = sizes_on(self.machine["device"])
         copy = self.find(sizes.rotation, FORWARD, "clone")
         product = self.find(sizes.product, FORWARD, "mm")
@@ -120,7 +146,7 @@ class Results:
         )
 
     def floor(self, row: Row) -> Floor | None:
-        """Of a row with bytes and flops, in a run that measured its rates."""
+        """Compute the floor of a row; None if its work or the rates of the run are unknown."""
         rates = self.rates()
         if rates is None or "flops" not in row.info:
             return None
@@ -128,6 +154,7 @@ class Results:
         return max(floors)
 
     def write_csv(self, path: Path) -> None:
+        """Write all rows as a CSV file."""
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, CSV_FIELDS, lineterminator="\n")
             writer.writeheader()
@@ -140,11 +167,11 @@ class Results:
             info = {k: v for k, v in row.info.items() if k in CSV_FIELDS}
             info = {k: round(v, 6) if isinstance(v, float) else v for k, v in info.items()}
             ms = {f"{k}_ms": round(1e3 * row.stats[k], 6) for k in ("median", "q1", "q3")}
-            place = {"suite": row.suite, "shape": row.group, "rounds": len(row.by_round)}
+            keys = {"suite": row.suite, "shape": row.group, "rounds": len(row.by_round)}
             floor = self.floor(row)
             if floor is not None:
                 ms["floor_ms"] = round(1e3 * floor.seconds, 6)
-            yield common | info | ms | place
+            yield common | info | ms | keys
 
 
 def _row(benchmark: dict) -> Row:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The roofline of the operators from committed results: flops per byte against flop/s.
+"""Roofline plot of the operators from committed results: flops per byte against flop/s.
 
-python bench/roofline.py        # docs/images/roofline_cpu.png from bench/results/cpu/auto.json
+python bench/roofline.py    # draws docs/images/roofline_cpu.png from bench/results/cpu/auto.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # a file, no window
+mpl.use("Agg")  # draws to a file, without a window
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +21,7 @@ from results import Results
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cpu" / "auto.json"
 IMAGE = ROOT / "docs" / "images" / "roofline_cpu.png"
-# By kind of operator: its colour (Okabe and Ito's palette), its marker, what it is called.
+# Contestant -> color (of Okabe and Ito's palette), marker and label.
 LOOKS = {
     "cayley": ("#009E73", "^", "Cayley transform"),
     "rotate-1-16": ("#56B4E9", "o", "rotation, BOFT(1,16)"),
@@ -34,36 +34,40 @@ LOOKS = {
 
 
 def points(results: Results) -> list[tuple[str, str, float, float]]:
-    """(name, direction, flops per byte, flops per second at the median) of every operator."""
-    found = []
+    """List (name, direction, flops per byte, flops per second at the median) of all operators."""
+    operators = []
     for group, direction in results.groups("ops"):
         if direction == BOTH:
-            continue  # the two passes are there one by one
+            continue  # forward and backward are listed separately
         for row in results.table(group, direction):
             if row.name in LOOKS and row.info.get("flops"):
                 rate = row.info["flops"] / row.stats["median"]
-                found.append((row.name, direction, row.info["flops"] / row.info["bytes"], rate))
-    return found
+                operators.append((row.name, direction, row.info["flops"] / row.info["bytes"], rate))
+    return operators
 
 
 def draw(path: Path, results: Results) -> None:
-    """Points below the roof that a copy and a matrix product of the same run make."""
+    """Draw the operators below the roof, which a copy and a matrix product of the run determine.
+
+    Raises:
+        ValueError: the run did not measure a copy and a matrix product.
+    """
     rates = results.rates()
     if rates is None:
         raise ValueError("results: expected a run that measured a copy and a matrix product")
     fig, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    found = points(results)
-    span = np.geomspace(0.5 * min(p[2] for p in found), 2 * max(p[2] for p in found), 200)
+    operators = points(results)
+    span = np.geomspace(0.5 * min(p[2] for p in operators), 2 * max(p[2] for p in operators), 200)
     roof = np.minimum(rates.bytes * span, rates.flops)
     axes.plot(span, roof / 1e9, color="black", lw=1.5)
     note = f"{rates.bytes / 1e9:.0f} GB/s copied, {rates.flops / 1e9:.0f} GFLOP/s in a product"
     axes.text(span[-1], 0.93 * rates.flops / 1e9, note, ha="right", va="top")
-    for name, direction, intensity, rate in found:
-        colour, marker, label = LOOKS[name]
+    for name, direction, intensity, rate in operators:
+        color, marker, label = LOOKS[name]
         backward = direction == BACKWARD
         fill = {"markerfacecolor": "white"} if backward and marker != "x" else {}
         label = "" if backward else label
-        axes.plot(intensity, rate / 1e9, marker, color=colour, label=label or None, ms=7, **fill)
+        axes.plot(intensity, rate / 1e9, marker, color=color, label=label or None, ms=7, **fill)
     axes.set(xscale="log", yscale="log", xlabel="flops per byte that must move", ylabel="GFLOP/s")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -77,8 +81,8 @@ def draw(path: Path, results: Results) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=IMAGE)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="result file to read")
+    parser.add_argument("--out", type=Path, default=IMAGE, help="image file to write")
     args = parser.parse_args()
     draw(args.out, Results.load(args.results))
 

@@ -1,9 +1,9 @@
-"""`make bench`: run the benchmarks, print the tables, write results, chart and docs/benchmarks.md.
+"""Run the benchmarks, print tables, and write results, charts and docs/benchmarks.md: `make bench`.
 
-python bench/run.py                        everything, into bench/results/<device>
-python bench/run.py --backend reference    the same in plain torch
+python bench/run.py                        runs all suites, writes to bench/results/<device>
+python bench/run.py --backend reference    the same in plain torch, without kernels
 python bench/run.py --shapes 768x768x512   a quick look: prints, writes nothing
-python bench/run.py --suites ops,model     some of ops, layer and model
+python bench/run.py --suites ops,model     runs some of the suites ops, layer and model
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from rich.table import Table
 
 FOLDER = ROOT / "bench" / "results"
 SUITES = {"layer": "test_layer.py", "ops": "test_operators.py", "model": "test_model.py"}
-MACHINE = "environment.json"  # beside the results: what gpu_report.py saw of the machine
+MACHINE = "environment.json"  # gpu_report.py's description of the machine, beside the results
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="BOFT_OPS_BACKEND")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--shapes", help="DxNxTOKENS, comma-separated; prints, writes nothing")
-    parser.add_argument("--rounds", type=int, help="at most so many rounds")
-    parser.add_argument("--seconds", type=float, help="time for each shape and direction, about")
-    parser.add_argument("--extras", help="also compiled-boft, lycoris-boft")
-    parser.add_argument("--model", help="of the training step: tiny, small or 1b (by device)")
-    parser.add_argument("--minutes", type=float, help="start no measurement of a suite after")
-    parser.add_argument("--suites", default=",".join(SUITES), help="of these alone")
-    parser.add_argument("--keep-going", action="store_true", help="without the suites that fail")
-    parser.add_argument("--out", type=Path, help="write JSON and CSV here, and nothing else")
+    add = parser.add_argument
+    add("--backend", choices=BACKENDS, default="auto", help="value of BOFT_OPS_BACKEND")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--shapes", help="shapes DxNxTOKENS, separated by commas; nothing is written")
+    add("--rounds", type=int, help="largest number of rounds")
+    add("--seconds", type=float, help="approximate time for each shape and direction")
+    add("--extras", help="further contestants: compiled-boft, lycoris-boft")
+    add("--model", help="model of the training step: tiny, small, quarter or 1b")
+    add("--minutes", type=float, help="start no measurement of a suite after this many minutes")
+    add("--suites", default=",".join(SUITES), help="the suites to run, separated by commas")
+    add("--keep-going", action="store_true", help="leave failed suites out and go on")
+    add("--out", type=Path, help="folder for JSON and CSV; nothing else is written")
     options = parser.parse_args(argv)
     options.suites = options.suites.split(",")
     if not set(options.suites) <= SUITES.keys():
@@ -58,12 +59,13 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def run(options: argparse.Namespace) -> str:
-    """The benchmarks of all suites as one JSON text.
+    """Run the suites and merge their results into one JSON text.
 
-    Each suite has a process of its own, so that the backend is set before any import. What fails
-    is left out if ``--keep-going``; otherwise, or if nothing is left, it ends the program.
+    Each suite runs in its own process, so that the backend is set before any import. With
+    ``--keep-going`` a failed suite is left out. Otherwise, or if no suite succeeds, the program
+    ends.
     """
-    found: dict | None = None
+    merged: dict | None = None
     for suite in options.suites:
         with tempfile.TemporaryDirectory() as scratch:
             json_file = Path(scratch) / "results.json"
@@ -74,13 +76,13 @@ def run(options: argparse.Namespace) -> str:
                 print(f"{suite}: failed (pytest: {code}), left out", file=sys.stderr)
                 continue
             content = json.loads(json_file.read_text())
-        if found is None:
-            found = content
+        if merged is None:
+            merged = content
         else:
-            found["benchmarks"] += content["benchmarks"]
-    if found is None:
+            merged["benchmarks"] += content["benchmarks"]
+    if merged is None:
         sys.exit("no benchmark was run: no result is written")
-    return json.dumps(found, indent=1)
+    return json.dumps(merged, indent=1)
 
 
 def _run_suite(options: argparse.Namespace, suite: str, json_file: Path) -> int:
@@ -99,7 +101,7 @@ def _run_suite(options: argparse.Namespace, suite: str, json_file: Path) -> int:
 
 
 def show(results: Results, console: Console) -> None:
-    """A table per shape, and the goals."""
+    """Print a table for each group, and the goals."""
     machine = results.machine
     console.print(
         f"\n{machine['device']} ({machine['cpu']}), {machine['threads']} threads, "
@@ -117,9 +119,9 @@ def show(results: Results, console: Console) -> None:
         console.print(table)
     for group, labels in results.left_out().items():
         console.print(f"{group}: out of memory, left out: {', '.join(labels)}", highlight=False)
-    colours = {MET: "green", NOT_MET: "red"}
+    colors = {MET: "green", NOT_MET: "red"}
     for goal in goals(results):
-        mark = f"[{colours.get(goal.verdict, 'yellow')}]{goal.verdict}[/]"
+        mark = f"[{colors.get(goal.verdict, 'yellow')}]{goal.verdict}[/]"
         console.print(f"{mark}: {goal.text}\n     {escape(goal.measured)}", highlight=False)
 
 
@@ -154,13 +156,10 @@ def _style(name: str) -> str | None:
 
 
 def write(results: Results, raw: str, folder: Path) -> Path:
-    """Raw JSON and CSV; returns the path of the JSON file."""
-    machine = results.machine
-    name = (
-        machine["backend"]
-        if machine["dtype"] == "fp32"
-        else "-".join((machine["backend"], machine["dtype"]))
-    )
+    """Write raw JSON and CSV; returns the path of the JSON file."""
+    name = results.machine["backend"]
+    if results.machine["dtype"] != "fp32":
+        name += f"-{results.machine['dtype']}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(raw if raw.endswith("\n") else raw + "\n")
@@ -170,11 +169,12 @@ def write(results: Results, raw: str, folder: Path) -> Path:
 
 def publish(folder: Path, docs: Path) -> None:
     """Redraw the charts and rewrite docs/benchmarks.md from all results under ``folder``."""
-    found = [Results.load(path) for path in sorted(folder.glob("*/*.json")) if path.name != MACHINE]
-    for results in found:
+    paths = [path for path in sorted(folder.glob("*/*.json")) if path.name != MACHINE]
+    every = [Results.load(path) for path in paths]
+    for results in every:
         if results.is_main and results.groups("layer"):
             chart.draw(docs / page.image(results), results)
-    page.write(docs / "benchmarks.md", found)
+    page.write(docs / "benchmarks.md", every)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,29 +1,29 @@
-"""How large the operands of single operators are, and what their groups are called."""
+"""Sizes of the operands of single operators, and names of their groups."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-BLOCK = 8  # of the Cayley transforms
-COMPOSED = 4  # factors of that size, in a stage that is composed of them
+BLOCK = 8  # block size of the Cayley transforms
+COMPOSED = 4  # number of factors of that block size that are composed into one stage
 
-# Llama-3.1-8B: input features of q, k, v, o, gate, up and down, of each of its layers
+# Llama-3.1-8B: input features of q, k, v, o, gate, up and down in each layer.
 LLAMA_LAYERS = 32
 LLAMA_INPUTS = (4096, 4096, 4096, 4096, 4096, 4096, 14336)
 LLAMA_FACTORS = 2
 
 
 class Sizes(NamedTuple):
-    """The sizes on one kind of device.
+    """Sizes for one device type.
 
     Attributes:
-        rows: of what is rotated, and of what goes through the fused layer.
-        features: of each row, and of the matrices of the product in each direction.
-        rotations: contestant -> (m, b).
-        n_blocks: of the Cayley transform.
-        linears: input features of the layers whose rotations are made at once, or none.
-        raw: whether a rotation is its passes over the rows alone, outside of autograd.
-        calls: how many calls lie between two readings of the clock.
+        rows: number of rows that are rotated or that go through the fused layer.
+        features: features of each row, and rows and columns of the matrices of the product.
+        rotations: (m, b) of each rotation, by contestant.
+        n_blocks: number of blocks of the Cayley transform.
+        linears: input features of the layers whose rotations are made at once, or ().
+        raw: if true, only the passes over the rows are timed, without autograd.
+        calls: number of calls between two readings of the clock.
     """
 
     rows: int
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
 
     @property
     def composed(self) -> int:
-        """Blocks of each factor of the stages that are composed."""
+        """Number of blocks in each factor of the composed stages."""
         return -(-self.n_blocks // (1 << COMPOSED)) << (COMPOSED - 1)
 
     @property
@@ -78,8 +78,9 @@ CPU = Sizes(
     raw=False,
     calls=1,
 )
-# What is smaller than this fits into the caches of a GPU, or takes no longer than a launch. Single
-# calls would still be timed with their launch; in a row the device is busy while the next is made.
+# Smaller operands would fit into the caches of a GPU or take no longer than a launch. Ten calls in
+# a row keep the device busy while the next launch is made; a single call would be timed with its
+# launch.
 GPU = Sizes(
     rows=8192,
     features=4096,
@@ -92,5 +93,5 @@ GPU = Sizes(
 
 
 def sizes_on(device: str) -> Sizes:
-    """By the type of a device, or by its name in a result."""
+    """Return the sizes for a device type, or for the name of a device in a result."""
     return CPU if device == "cpu" else GPU

@@ -1,9 +1,9 @@
-"""Whole layers, forward and forward + backward: the frozen layer, PEFT's adapters, ours.
+"""Benchmark of whole layers, forward and forward + backward.
 
     pytest bench/ --benchmark-only
 
-One run times all contestants of a shape and direction interleaved (interleave.py), also when -k
-selects some of them.
+The contestants are the frozen layer, PEFT's adapters and this package's. One run times all
+contestants of a shape and direction interleaved (interleave.py), even if -k selects some of them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ DIRECTIONS = ("forward", "forward+backward")
 
 @dataclass
 class Memory:
+    """Bytes saved for backward, and the peak of forward and backward in bytes."""
+
     saved: int
     peak: int
 
 
 class Contest:
-    """The contestants at one shape; measures a direction once, when first asked.
+    """The contestants at one shape. A direction is measured once, when it is first requested.
 
     Attributes:
-        left_out: names of those for whom the memory of the device did not suffice.
+        left_out: names of the contestants that ran out of memory.
     """
 
     def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, options) -> None:
@@ -55,21 +57,22 @@ class Contest:
             try:
                 job = Job(build(name, base), x, grad)
                 if name in OURS:
-                    # a fast wrong answer is worth nothing: refuse to time it
+                    # Refuse to time a layer whose results are wrong.
                     check_gradients(OURS[name].m, OURS[name].b, device, dtype)
                     check_merged(job.entry.layer, x, grad)
                 self.memory[name] = self._memory(job)
             except torch.OutOfMemoryError:
-                if name == FLOOR:  # nothing to compare with
+                if name == FLOOR:  # without it there is nothing to compare with
                     raise
                 self.left_out.append(name)
                 _say(options, f"{shape}: {name} needs more memory than there is, and is left out")
             else:
                 self.jobs[name] = job
-            job = x.grad = None  # so that what was left out gives its memory back
+            job = x.grad = None  # frees the memory of a contestant that was left out
         self._durations: dict[str, Durations] = {}
 
     def durations(self, direction: str) -> Durations:
+        """Return the durations of all contestants, measuring them on the first call."""
         if direction not in self._durations:
             _say(self.options, f"measuring {self.shape} {direction}")
             self._durations[direction] = measure(
@@ -81,14 +84,14 @@ class Contest:
         return self._durations[direction]
 
     def _memory(self, job: Job) -> Memory:
-        # the first call also makes what is made once: handles, plans, workspaces
+        # The first call also makes handles, plans and workspaces, which are made only once.
         saved = saved_bytes(job.forward, job.entry.state())
         peak = peak_bytes(job.both, self.device)
         job.reset()
         return Memory(saved, peak)
 
     def facts(self, name: str, direction: str) -> dict:
-        """What goes into the extra_info of a result."""
+        """Collect the extra_info of a result."""
         entry, durations = self.jobs[name].entry, self.durations(direction)
         ratio, low, high = summary(ratios(durations, name, FLOOR))
         adapter = sum(t.nbytes for t in entry.state()) - sum(
@@ -117,7 +120,7 @@ class Contest:
 
 
 def _say(config: pytest.Config, line: str) -> None:
-    """A line past pytest's capture: a shape takes a minute in which nothing else appears."""
+    """Print a line past pytest's capture, because measuring a shape takes a minute in silence."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.write_line(line)
@@ -125,6 +128,8 @@ def _say(config: pytest.Config, line: str) -> None:
 
 @pytest.fixture(scope="session")
 def contest(device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Config):
+    """Return a function that makes the contest of a shape, once for all tests."""
+
     @cache
     def get(shape: str) -> Contest:
         return Contest(Shape.parse(shape), device, dtype, pytestconfig)
@@ -144,9 +149,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.benchmark(timer=CLOCK.read)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_layer(benchmark, contest, shape: str, direction: str, name: str) -> None:
-    of_shape = contest(shape)
-    if name in of_shape.left_out:
+    contestants = contest(shape)
+    if name in contestants.left_out:
         pytest.skip("out of memory")
     benchmark.group = f"{shape} {direction}"
-    benchmark.extra_info.update(of_shape.facts(name, direction))
-    CLOCK.replay(benchmark, list(of_shape.durations(direction)[name].values()))
+    benchmark.extra_info.update(contestants.facts(name, direction))
+    CLOCK.replay(benchmark, list(contestants.durations(direction)[name].values()))

@@ -1,4 +1,4 @@
-"""A whole model: one training step with PEFT's adapters and with ours.
+"""Benchmark of a training step of a whole model, with PEFT's adapters and with this package's.
 
 pytest bench/test_model.py --benchmark-only
 """
@@ -41,8 +41,8 @@ class Training:
             try:
                 adapted = build(contestant, model)
                 step = training_step(adapted, ids)
-                losses = [float(step()) for _ in range(2)]  # also makes what is made once
-                if not 0 < losses[0] < 20 or losses[1] == losses[0]:  # NaN too; or nothing learned
+                losses = [float(step()) for _ in range(2)]  # the first step also fills caches
+                if not 0 < losses[0] < 20 or losses[1] == losses[0]:  # refuses NaN too
                     raise AssertionError(f"{contestant}: expected losses that move, got {losses}")
                 self.peak[contestant] = peak_bytes(step, device)
             except torch.OutOfMemoryError:
@@ -64,12 +64,13 @@ class Training:
 
 @pytest.fixture(scope="session")
 def training(device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Config):
+    """Return a function that measures a model, once for all tests."""
     return cache(lambda name: Training(name, device, dtype, pytestconfig))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
-    # a quick look at some shape needs no large model
+    # With --shapes, which asks for a quick look, no large model is measured.
     name = option("model") or ("tiny" if option("shapes") else default_model(option("device")))
     metafunc.parametrize(("model", "contestant"), [(name, c) for c in LABELS])
 

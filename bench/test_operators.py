@@ -1,7 +1,9 @@
-"""Single operators: the Cayley transform against a batched solve, the rotation against a copy, the
-fused layer against a plain matrix product.
+"""Benchmark of single operators.
 
     pytest bench/ --benchmark-only
+
+The Cayley transform is compared with a batched solve, the rotation with a copy, and the fused layer
+with a plain matrix product.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ CLOCK = ReplayClock()
 
 @pytest.fixture(scope="session")
 def op_durations(device: torch.device, dtype: torch.dtype, pytestconfig: pytest.Config):
+    """Return a function that measures a group and direction, once for all tests."""
+
     @cache
     def get(group: str, direction: str) -> Durations:
         return measure(

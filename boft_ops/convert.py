@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--prefix",
         default=PREFIX,
-        help="the prefix of LyCORIS' names of layers, e.g. lora_unet (default: %(default)s)",
+        help="the prefix of LyCORIS' names of layers, e.g. lora_unet or lora_te1; layers of other "
+        "trainers' prefixes are left out (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     try:

@@ -24,7 +24,7 @@ inline std::optional<Tensor> mask_of(const std::optional<Tensor>& drop,
   if (!drop) return std::nullopt;
   bool fits = drop->scalar_type() == ScalarType::Bool && drop->dim() == int64_t(sizes.size());
   for (size_t i = 0; fits && i < sizes.size(); ++i) fits = drop->size(int64_t(i)) == sizes[i];
-  STD_TORCH_CHECK(fits, "cayley: drop: expected a boolean for each block");
+  STD_TORCH_CHECK(fits, "cayley: drop_mask: expected a boolean for each block");
   return torch::stable::contiguous(*drop);
 }
 

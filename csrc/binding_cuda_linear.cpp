@@ -1,4 +1,4 @@
-// The operator rotate_linear: all launches of a rotated layer in one call, forward and backward. It
+// The operator rotated_linear: all launches of a rotated layer in one call, forward and backward. It
 // rotates the rows, multiplies them by the weight with torch's own product, and scales the result.
 // Python could do the same in separate calls, but each of them costs host time.
 #ifdef BOFT_OPS_CUDA
@@ -22,7 +22,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
   const auto error = torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "rotate_linear: torch's linear failed");
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "rotated_linear: torch's linear failed");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -30,11 +30,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
 
 // Returns y (rows, n), and z = x R W^T + bias from before the scale if there is a scale and `save`
 // is set, else an empty tensor for z.
-std::tuple<Tensor, Tensor> rotate_linear_cuda(const Tensor& x, const Tensor& weight,
-                                              const Tensor& stage, const MaybeTensor& scale,
-                                              const MaybeTensor& bias, bool save) {
-  check_layer("rotate_linear", x, weight);
-  check_square(stage, 3, "rotate_linear: stage");
+std::tuple<Tensor, Tensor> rotated_linear_cuda(const Tensor& x, const Tensor& weight,
+                                               const Tensor& stage, const MaybeTensor& scale,
+                                               const MaybeTensor& bias, bool bias_in_z, bool save) {
+  check_layer("rotated_linear", x, weight);
+  STD_TORCH_CHECK(bias_in_z || !bias, "rotated_linear: bias_in_z: expected true on a GPU");
+  check_square(stage, 3, "rotated_linear: stage");
   const Tensor z = linear(rotate_cuda(x, stage, stage.size(2), 1, false), weight, bias);
   const Tensor none = torch::stable::new_empty(x, {0, weight.size(0)});
   if (!scale) return {z, none};
@@ -42,21 +43,23 @@ std::tuple<Tensor, Tensor> rotate_linear_cuda(const Tensor& x, const Tensor& wei
 }
 
 // Returns the gradient of x, `splits` partial sums of that of the stage, and those of scale and
-// bias. The last two are empty without z.
-std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_linear_backward_cuda(
+// bias. The last two are empty without z. `center` is the bias, which z holds.
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
     const Tensor& grad_, const Tensor& x, const Tensor& weight, const Tensor& stage,
-    const MaybeTensor& scale, const MaybeTensor& bias, const MaybeTensor& z, int64_t splits) {
-  check_layer("rotate_linear_backward", x, weight);
-  check_square(stage, 3, "rotate_linear_backward: stage");
+    const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,
+    bool need_bias) {
+  check_layer("rotated_linear_backward", x, weight);
+  check_square(stage, 3, "rotated_linear_backward: stage");
   STD_TORCH_CHECK(grad_.dim() == 2 && grad_.size(0) == x.size(0) &&
                       grad_.size(1) == weight.size(0) && grad_.scalar_type() == x.scalar_type(),
-                  "rotate_linear_backward: grad: expected (rows, n) in the dtype of x");
-  STD_TORCH_CHECK(scale || !z, "rotate_linear_backward: z: expected none without a scale");
+                  "rotated_linear_backward: grad: expected (rows, n) in the dtype of x");
+  STD_TORCH_CHECK(scale || !z, "rotated_linear_backward: z: expected none without a scale");
+  STD_TORCH_CHECK(z || !need_bias, "rotated_linear_backward: need_bias: expected false without z");
   Tensor grad = grad_;
   Tensor scale_grad = torch::stable::new_empty(stage, {0});
-  Tensor bias_grad = torch::stable::new_empty(stage, {0});
+  Tensor bias_grad = torch::stable::new_empty(grad, {0});
   if (z) {
-    std::tie(grad, scale_grad, bias_grad) = scale_backward_cuda(grad, *z, *scale, bias);
+    std::tie(grad, scale_grad, bias_grad) = scale_backward_cuda(grad, *z, *scale, center);
   } else if (scale) {
     grad = scale_cuda(grad, *scale, std::nullopt, std::nullopt);
   }

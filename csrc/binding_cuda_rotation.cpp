@@ -1,5 +1,5 @@
 // Operators that make stage matrices from skew-symmetric parameters, on a GPU: cayley, compose, and
-// both in one, rotation; each with its gradient.
+// both in one, stage_from_skew; each with its gradient.
 #ifdef BOFT_OPS_CUDA
 #include "binding_cuda.h"
 
@@ -88,36 +88,36 @@ Tensor compose_backward_cuda(const Tensor& factors_, const Tensor& grad_, int64_
   return factors_grad;
 }
 
-std::tuple<Tensor, Tensor> rotation_cuda(const Tensor& skew_, const MaybeTensor& drop_) {
-  const auto dtype = wide_cuda_dtype_of(skew_, "rotation: skew");
-  STD_TORCH_CHECK(skew_.dim() == 3, "rotation: skew: expected 3 dimensions");
+std::tuple<Tensor, Tensor> stage_from_skew_cuda(const Tensor& skew_, const MaybeTensor& drop_) {
+  const auto dtype = wide_cuda_dtype_of(skew_, "stage_from_skew: skew");
+  STD_TORCH_CHECK(skew_.dim() == 3, "stage_from_skew: skew: expected 3 dimensions");
   const Butterfly shape(skew_.size(0), skew_.size(1), block_size(skew_), 0);
-  check_stage_size("rotation", shape, boft::cuda::kMaxRotation);
-  check_device("rotation", skew_, {given(drop_)});
+  check_stage_size("stage_from_skew", shape, boft::cuda::kMaxRotation);
+  check_device("stage_from_skew", skew_, {given(drop_)});
   const Tensor skew = torch::stable::contiguous(skew_);
   const auto drop = mask_of(drop_, {shape.n, shape.n_blocks});
   Tensor blocks = torch::stable::new_empty(skew, {shape.n, shape.n_blocks, shape.b, shape.b});
   Tensor stages = torch::stable::new_empty(skew, {shape.groups, shape.size, shape.size});
-  check_launch("rotation",
-               boft::cuda::rotation(skew.const_data_ptr(), pointer<bool>(drop),
+  check_launch("stage_from_skew",
+               boft::cuda::stage_from_skew(skew.const_data_ptr(), pointer<bool>(drop),
                                     blocks.mutable_data_ptr(), stages.mutable_data_ptr(), shape.n,
                                     shape.n_blocks, shape.b, dtype, queue_of(skew)));
   return {blocks, stages};
 }
 
-Tensor rotation_backward_cuda(const Tensor& blocks_, const MaybeTensor& drop_,
-                              const Tensor& grad_) {
-  const auto dtype = wide_cuda_dtype_of(blocks_, "rotation_backward: blocks");
+Tensor stage_from_skew_backward_cuda(const Tensor& blocks_, const MaybeTensor& drop_,
+                                     const Tensor& grad_) {
+  const auto dtype = wide_cuda_dtype_of(blocks_, "stage_from_skew_backward: blocks");
   const auto shape = Butterfly::of(blocks_, 0);
-  check_stage_size("rotation_backward", shape, boft::cuda::kMaxRotation);
-  check_device("rotation_backward", blocks_, {given(drop_), &grad_});
+  check_stage_size("stage_from_skew_backward", shape, boft::cuda::kMaxRotation);
+  check_device("stage_from_skew_backward", blocks_, {given(drop_), &grad_});
   const Tensor blocks = torch::stable::contiguous(blocks_), grad = shape.grad(grad_, blocks_);
   const auto drop = mask_of(drop_, {shape.n, shape.n_blocks});
   Tensor blocks_grad = torch::stable::empty_like(blocks);
   Tensor skew_grad = torch::stable::new_empty(
       blocks, {shape.n, shape.n_blocks, shape.b * (shape.b - 1) / 2});
-  check_launch("rotation_backward",
-               boft::cuda::rotation_backward(
+  check_launch("stage_from_skew_backward",
+               boft::cuda::stage_from_skew_backward(
                    blocks.const_data_ptr(), pointer<bool>(drop), grad.const_data_ptr(),
                    blocks_grad.mutable_data_ptr(), skew_grad.mutable_data_ptr(), shape.n,
                    shape.n_blocks, shape.b, grad.size(0), dtype, queue_of(blocks)));

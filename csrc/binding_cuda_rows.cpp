@@ -65,9 +65,9 @@ Tensor rotate_indexed_cuda(const Tensor& x_, const Tensor& stages_, const Tensor
   return y;
 }
 
-Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+Tensor rotate_stage_grad_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits) {
-  return gram_of("gram", grad, x, stage_of(x, size, chunk, stride), false, splits, nullptr,
+  return gram_of("rotate_stage_grad", grad, x, stage_of(x, size, chunk, stride), false, splits, nullptr,
                  nullptr);
 }
 

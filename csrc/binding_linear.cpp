@@ -1,4 +1,4 @@
-// The operator linear, a rotated layer as one matrix product in float32, on a CPU, and its
+// The operator rotated_linear, a rotated layer as one matrix product in float32, on a CPU, and its
 // gradients.
 #include "binding_ops.h"
 
@@ -20,20 +20,20 @@ struct Shape {
     STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
                         x.scalar_type() == ScalarType::Float &&
                         weight.scalar_type() == ScalarType::Float,
-                    "linear: expected x (rows, d) and weight (n, d) in float32");
-    check_square(stage, 3, "linear: stage");
+                    "rotated_linear: expected x (rows, d) and weight (n, d) in float32");
+    check_square(stage, 3, "rotated_linear: stage");
     rows = x.size(0), d = x.size(1), n = weight.size(0), size = stage.size(2);
     STD_TORCH_CHECK(boft::cpu::linear_takes(size) && size <= d && stage.size(0) == d / size &&
                         d % size == 0 && stage.scalar_type() == ScalarType::Float,
-                    "linear: stage: expected d / size matrices in float32, of a size that divides "
-                    "192");
+                    "rotated_linear: stage: expected d / size matrices in float32, of a size that "
+                    "divides 192");
   }
 
   // Contiguous scale or bias, (n,).
   std::optional<Tensor> vector(const MaybeTensor& t) const {
     if (!t) return std::nullopt;
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n && t->scalar_type() == ScalarType::Float,
-                    "linear: scale, bias: expected (n,) in float32");
+                    "rotated_linear: scale, bias: expected (n,) in float32");
     return torch::stable::contiguous(*t);
   }
   // Memory for the packed panels of at_once rows of `columns` columns.
@@ -60,10 +60,12 @@ void sum_parts(const float* in, float* out, int64_t parts, int64_t n) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x_, const Tensor& weight_, const Tensor& stage_,
-                                      const MaybeTensor& scale_,
-                                      const MaybeTensor& bias_, bool save) {
+std::tuple<Tensor, Tensor> rotated_linear_cpu(const Tensor& x_, const Tensor& weight_,
+                                              const Tensor& stage_, const MaybeTensor& scale_,
+                                              const MaybeTensor& bias_, bool bias_in_z, bool save) {
   const Shape s(x_, weight_, stage_);
+  STD_TORCH_CHECK(!bias_in_z || !bias_, "rotated_linear: bias_in_z: expected false on a CPU");
+  save = save && scale_;
   const auto scale = s.vector(scale_), bias = s.vector(bias_);
   const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
   const Tensor stage = torch::stable::contiguous(stage_);
@@ -85,17 +87,20 @@ std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x_, const Tensor& weight_, c
   return {y, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cpu(
     const Tensor& grad_, const Tensor& x_, const Tensor& weight_, const Tensor& stage_,
-    const MaybeTensor& scale_, const MaybeTensor& z_) {
+    const MaybeTensor& scale_, const MaybeTensor& center, const MaybeTensor& z_, int64_t splits,
+    bool need_bias) {
   const Shape s(x_, weight_, stage_);
+  STD_TORCH_CHECK(!center, "rotated_linear_backward: center: expected none on a CPU");
+  STD_TORCH_CHECK(splits == 1, "rotated_linear_backward: splits: expected 1 on a CPU");
   const auto scale = s.vector(scale_);
   const auto fits = [&](const Tensor& t) {
     return t.dim() == 2 && t.size(0) == s.rows && t.size(1) == s.n &&
            t.scalar_type() == ScalarType::Float;
   };
   STD_TORCH_CHECK(fits(grad_) && (!z_ || fits(*z_)),
-                  "linear_backward: grad, z: expected (rows, n) in float32");
+                  "rotated_linear_backward: grad, z: expected (rows, n) in float32");
   const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
   const Tensor weight = torch::stable::contiguous(weight_);
   const Tensor stage = torch::stable::contiguous(torch::stable::transpose(stage_, 1, 2));
@@ -122,12 +127,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
                                  s.n, s.size, begin, end);
     });
   }
-  Tensor stage_grad = torch::stable::new_empty(x, {groups, s.size, s.size});
+  need_bias = need_bias || z;
+  Tensor stage_grad = torch::stable::new_empty(x, {1, groups, s.size, s.size});
   Tensor scale_grad = torch::stable::new_empty(x, {z ? s.n : 0});
-  Tensor bias_grad = torch::stable::new_empty(x, {s.n});
+  Tensor bias_grad = torch::stable::new_empty(x, {need_bias ? s.n : 0});
   sum_parts(data(grams), data(stage_grad), blocks, s.d * s.size);
   if (z) sum_parts(data(sums), data(scale_grad), panels, s.n);
-  sum_parts(data(sums) + panels * s.n, data(bias_grad), panels, s.n);
+  if (need_bias) sum_parts(data(sums) + panels * s.n, data(bias_grad), panels, s.n);
   return {x_grad, stage_grad, scale_grad, bias_grad};
 }
 

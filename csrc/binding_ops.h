@@ -12,8 +12,9 @@ Tensor cayley_cpu(const Tensor& skew, const MaybeTensor& drop);
 Tensor cayley_backward_cpu(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
 Tensor compose_cpu(const Tensor& factors, int64_t first);
 Tensor compose_backward_cpu(const Tensor& factors, const Tensor& grad, int64_t first);
-std::tuple<Tensor, Tensor> rotation_cpu(const Tensor& skew, const MaybeTensor& drop);
-Tensor rotation_backward_cpu(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+std::tuple<Tensor, Tensor> stage_from_skew_cpu(const Tensor& skew, const MaybeTensor& drop);
+Tensor stage_from_skew_backward_cpu(const Tensor& blocks, const MaybeTensor& drop,
+                                    const Tensor& grad);
 Tensor rotate_cpu(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
                   bool transpose);
 Tensor rotate_indexed_cpu(const Tensor& x, const Tensor& stages, const Tensor& index, int64_t chunk,
@@ -21,25 +22,28 @@ Tensor rotate_indexed_cpu(const Tensor& x, const Tensor& stages, const Tensor& i
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor& x,
                                                const Tensor& stage, int64_t chunk, int64_t stride,
                                                bool transpose, int64_t splits);
-Tensor gram_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+Tensor rotate_stage_grad_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                 int64_t splits);
 Tensor scale_cpu(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                  const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad, const Tensor& x,
                                                       const Tensor& scale,
                                                       const MaybeTensor& center);
-std::tuple<Tensor, Tensor> linear_cpu(const Tensor& x, const Tensor& weight, const Tensor& stage,
-                                      const MaybeTensor& scale, const MaybeTensor& bias, bool save);
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_backward_cpu(
+std::tuple<Tensor, Tensor> rotated_linear_cpu(const Tensor& x, const Tensor& weight,
+                                              const Tensor& stage, const MaybeTensor& scale,
+                                              const MaybeTensor& bias, bool bias_in_z, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cpu(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
-    const MaybeTensor& scale, const MaybeTensor& z);
+    const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,
+    bool need_bias);
 
 Tensor cayley_cuda(const Tensor& skew, const MaybeTensor& drop);
 Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
 Tensor compose_cuda(const Tensor& factors, int64_t first);
 Tensor compose_backward_cuda(const Tensor& factors, const Tensor& grad, int64_t first);
-std::tuple<Tensor, Tensor> rotation_cuda(const Tensor& skew, const MaybeTensor& drop);
-Tensor rotation_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
+std::tuple<Tensor, Tensor> stage_from_skew_cuda(const Tensor& skew, const MaybeTensor& drop);
+Tensor stage_from_skew_backward_cuda(const Tensor& blocks, const MaybeTensor& drop,
+                                     const Tensor& grad);
 Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
                    bool transpose);
 Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& index,
@@ -47,32 +51,32 @@ Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& 
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
                                                 const Tensor& stage, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits);
-Tensor gram_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+Tensor rotate_stage_grad_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits);
 Tensor scale_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                   const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const Tensor& x,
                                                        const Tensor& scale,
                                                        const MaybeTensor& center);
-std::tuple<Tensor, Tensor> rotate_linear_cuda(const Tensor& x, const Tensor& weight,
-                                              const Tensor& stage, const MaybeTensor& scale,
-                                              const MaybeTensor& bias, bool save);
-std::tuple<Tensor, Tensor, Tensor, Tensor> rotate_linear_backward_cuda(
+std::tuple<Tensor, Tensor> rotated_linear_cuda(const Tensor& x, const Tensor& weight,
+                                               const Tensor& stage, const MaybeTensor& scale,
+                                               const MaybeTensor& bias, bool bias_in_z, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
-    const MaybeTensor& scale, const MaybeTensor& bias, const MaybeTensor& z, int64_t splits);
+    const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,
+    bool need_bias);
 
 }  // namespace boft::binding
 
 // Names of the operators with a CPU kernel: <name>_cpu is registered for each.
 #define BOFT_CPU_OPS(OP)                                                                       \
-  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)                 \
-  OP(rotation_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(gram) OP(scale)   \
-  OP(scale_backward) OP(linear) OP(linear_backward)
+  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)          \
+  OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(rotate_stage_grad)      \
+  OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)
 
 // Names of the operators with a CUDA kernel: <name>_cuda is registered for each, if csrc/cuda was
 // compiled.
-#define BOFT_CUDA_OPS(OP)                                                        \
-  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(rotation)   \
-  OP(rotation_backward) OP(rotate) OP(rotate_indexed) \
-  OP(rotate_backward) OP(gram) OP(scale) OP(scale_backward) OP(rotate_linear)    \
-  OP(rotate_linear_backward)
+#define BOFT_CUDA_OPS(OP)                                                                    \
+  OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)        \
+  OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(rotate_stage_grad)    \
+  OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)

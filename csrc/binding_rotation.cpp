@@ -1,5 +1,5 @@
 // Operators that make stage matrices from skew-symmetric parameters, on a CPU: cayley, compose, and
-// both in one, rotation; each with its gradient.
+// both in one, stage_from_skew; each with its gradient.
 #include "binding_checks.h"
 #include "binding_ops.h"
 
@@ -121,9 +121,9 @@ P behind(P pointer, int64_t index, int64_t byte_size) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> rotation_cpu(const Tensor& skew_, const MaybeTensor& drop_) {
-  const auto dtype = wide_dtype_of(skew_, "rotation: skew");
-  STD_TORCH_CHECK(skew_.dim() == 3, "rotation: skew: expected 3 dimensions");
+std::tuple<Tensor, Tensor> stage_from_skew_cpu(const Tensor& skew_, const MaybeTensor& drop_) {
+  const auto dtype = wide_dtype_of(skew_, "stage_from_skew: skew");
+  STD_TORCH_CHECK(skew_.dim() == 3, "stage_from_skew: skew: expected 3 dimensions");
   const Butterfly shape(skew_.size(0), skew_.size(1), block_size(skew_), 0);
   const Tensor skew = torch::stable::contiguous(skew_);
   const auto drop = mask_of(drop_, {shape.n, shape.n_blocks});
@@ -144,9 +144,9 @@ std::tuple<Tensor, Tensor> rotation_cpu(const Tensor& skew_, const MaybeTensor& 
   return {blocks, stages};
 }
 
-Tensor rotation_backward_cpu(const Tensor& blocks_, const MaybeTensor& drop_,
-                             const Tensor& grad_) {
-  const auto dtype = wide_dtype_of(blocks_, "rotation_backward: blocks");
+Tensor stage_from_skew_backward_cpu(const Tensor& blocks_, const MaybeTensor& drop_,
+                                    const Tensor& grad_) {
+  const auto dtype = wide_dtype_of(blocks_, "stage_from_skew_backward: blocks");
   const auto shape = Butterfly::of(blocks_, 0);
   const Tensor blocks = torch::stable::contiguous(blocks_), grad = one_grad(shape, grad_, blocks_);
   const auto drop = mask_of(drop_, {shape.n, shape.n_blocks});

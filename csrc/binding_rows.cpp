@@ -55,8 +55,8 @@ namespace {
 // fills x_grad, the gradient of x.
 Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::Stage& shape, bool transpose,
                const Tensor* stage, Tensor* x_grad) {
-  const auto dtype = dtype_of(x_, "gram: x");
-  STD_TORCH_CHECK(alike(x_, grad_), "gram: grad: expected the shape and dtype of x");
+  const auto dtype = dtype_of(x_, "rotate_stage_grad: x");
+  STD_TORCH_CHECK(alike(x_, grad_), "rotate_stage_grad: grad: expected the shape and dtype of x");
   const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
   const int64_t rows = x.size(0), d = x.size(1), groups = d / shape.size;
   Tensor out = torch::stable::new_empty(x, {1, groups, shape.size, shape.size}, compute_dtype(x));
@@ -78,7 +78,7 @@ void check_splits(int64_t splits) {
 
 }  // namespace
 
-Tensor gram_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
+Tensor rotate_stage_grad_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                 int64_t splits) {
   check_splits(splits);
   return gram_of(x, grad, stage_of(x, size, chunk, stride), false, nullptr, nullptr);

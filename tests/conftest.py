@@ -1,4 +1,4 @@
-"""What every test stands on: seeds, poisoned memory, the backends of this machine."""
+"""Fixtures of all tests: seeds, poisoned memory, the backends of this machine."""
 
 import os
 import sys
@@ -23,6 +23,15 @@ from boft_ops._runtime import tuned
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    """Mark the parameters of a test as exhaustive that ``exhaustive_if(condition=...)`` picks."""
+    for item in items:
+        for mark in item.iter_markers("exhaustive_if"):
+            if mark.kwargs["condition"](**item.callspec.params):
+                item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ def positions(tile, offset, d, SIZE: tl.constexpr, W: tl.constexpr, BANDS: tl.co
 @triton.jit
 def same_group(inner, column, inside, SIZE: tl.constexpr, W: tl.constexpr):
     """Mask of the existing entries of a tile of the stage whose row and column share a group."""
-    if W >= 2 * SIZE:  # else a band has only one group
+    if W >= 2 * SIZE:  # otherwise a band has only one group
         inside = inside & (inner // SIZE == column // SIZE)
     return inside
 

@@ -17,6 +17,14 @@ import torch
 # default's. Hashable, because it is a part of what launches are cached by.
 MeasuredTile = tuple[tuple[str, int], ...]
 
+# dtype of the rows -> dtype of sums, blocks and stages; a look-up takes no call
+COMPUTE = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
 # Cached launches per builder; bounds memory if the sizes keep changing.
 LAUNCHES = 1024
 

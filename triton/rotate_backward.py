@@ -21,7 +21,7 @@ from .groups import (
     rows_axis,
     same_group,
 )
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
 from .rotate import count_tiles, launch_with, rotate, tile_for
 
 # inner must hold a whole group. Larger groups have no tile: the gradients of x and of the stage
@@ -163,7 +163,7 @@ def rotate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch ``rotate_backward_kernel``. The caller checks the arguments.
 
-    Large groups take two launches, by ``rotate`` and ``gram`` with their default tiles, because
+    Large groups take two launches, ``rotate`` and ``rotate_stage_grad`` with their default tiles:
     their x^T grad alone fills the registers of a program.
 
     Args:
@@ -184,14 +184,14 @@ def rotate_backward(
     launch = _backward_launch(x.dtype, *x.shape, splits, *structure, transpose, tile)
     if launch is None:
         pair = (grad, x) if transpose else (x, grad)
-        partials = gram(*pair, *structure, splits)
+        partials = rotate_stage_grad(*pair, *structure, splits)
         return rotate(grad, stage, chunk, stride, not transpose), partials
     grad, stage = grad.contiguous(), stage.contiguous()
     x_grad = torch.empty_like(grad)
     return x_grad, _partials(launch, x, grad, stage, x_grad, stage.shape[-1], splits)
 
 
-def gram(
+def rotate_stage_grad(
     x: torch.Tensor,
     grad: torch.Tensor,
     size: int,
@@ -215,7 +215,7 @@ def gram(
     Returns:
         Partial sums (splits, d/size, size, size), in float64 if x is, else float32.
     """
-    launch = _gram_launch(x.dtype, *x.shape, splits, size, chunk, stride, tile)
+    launch = _stage_grad_launch(x.dtype, *x.shape, splits, size, chunk, stride, tile)
     return _partials(launch, x, grad.contiguous(), None, None, size, splits)
 
 
@@ -230,7 +230,7 @@ def _partials(
 ) -> torch.Tensor:
     x = x.contiguous()
     shape = splits, x.shape[1] // size, size, size
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = COMPUTE[x.dtype]
     if x.numel() == 0:
         return x.new_zeros(shape, dtype=dtype)
     partials = x.new_empty(shape, dtype=dtype)
@@ -252,7 +252,7 @@ def _backward_launch(
 
 
 @lru_cache(LAUNCHES)
-def _gram_launch(
+def _stage_grad_launch(
     dtype: torch.dtype, n: int, d: int, splits: int, size: int, chunk: int, stride: int,
     measured: MeasuredTile,
 ) -> Launch:  # fmt: skip

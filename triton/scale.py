@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .config_scale import BACKWARD, FORWARD, PROGRAMS, ScaleConfig
 from .groups import round_to
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
 from .rotate import INTERPRETED
 
 
@@ -179,7 +179,7 @@ def scale_backward(
     if x.numel() == 0:
         return x_grad, torch.zeros_like(scale), torch.zeros_like(scale)
     splits, launch = _backward_launch(*x.shape, tile)
-    sum_dtype = torch.promote_types(x.dtype, torch.float32)
+    sum_dtype = COMPUTE[x.dtype]
     sums = x.new_empty(splits, 2, x.shape[1], dtype=sum_dtype)
     launch(grad, x, scale, center, x_grad, sums)
     scale_grad, bias_grad = sums.sum(0)

@@ -1,4 +1,4 @@
-"""Autocast as torch's own linear has it: activations and weights are cast, the rotation is not."""
+"""Autocast as torch's linear has it: it casts activations and weights, but not the rotation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def cast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def disabled(device: str) -> AbstractContextManager:
-    """A context without autocast; free where it is off anyway."""
+    """A context without autocast; it costs nothing if autocast is off anyway."""
     return torch.autocast(device, enabled=False) if enabled(device) else nullcontext()
 
 
 def enabled(device: str) -> bool:
-    """Whether autocast is on for devices of this type."""
+    """True if autocast is on for devices of this type."""
     known = device in ("cuda", "cpu") or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)

@@ -6,7 +6,7 @@ backward of an autograd.Function. It is also registered with torch.library, so t
 holds it as one node with a fake.
 
 Which backend runs a call, and with which tile, is one ``Choice``: a forced backend, else the
-measured one, else the default of the device. ``Op.choose`` makes it, once a call.
+measured one, else the default of the device. ``Op.choose`` makes it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .tuned import Choice, ShapeClass, Tunable
 from .workload import Workload
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-# The order of preference on each type of device; the reference runs wherever nothing else can.
-# On an H200 Triton's kernels of the rows were faster at every size than those in CUDA C++, as these
-# were then; BOFT_OPS_BACKEND=cuda chooses the latter (docs/cuda.md).
+# The order of preference on each type of device; the reference runs if no kernel can. On an H200
+# Triton's kernels of the rows were faster at every size than those in CUDA C++ of that time, which
+# have changed since (docs/cuda.md). BOFT_OPS_BACKEND=cuda chooses the latter.
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 REFERENCE = Choice("reference")
 
@@ -108,61 +108,78 @@ class Op:
             self.tunable = measured_as.tunable._replace(shape_class=shape_class)
         elif shape_class is not None:
             self.tunable = tuned.register(Tunable(self.name, shape_class, self._accept))
+        self._launcher: Callable | None = None
+        # device number -> the generation of ``tuned`` in which nothing was measured for it there
+        self._unmeasured: dict[int, int] = {}
         _ops[self.name] = self
+
+    @property
+    def is_measured(self) -> bool:
+        """True if the tuner measures this operator, and not another one in its place."""
+        return self.tunable is not None and self.tunable.name == self.name
 
     # --- The choice -------------------------------------------------------------------------------
 
     def supports(self, backend: str, args: tuple) -> bool:
-        """True if the kernel of an available backend takes these arguments."""
+        """False if this backend has a kernel that does not take these arguments."""
         supports = self.kernels[backend].supports if backend in self.kernels else None
         return supports is None or supports(*args)
 
+    def kernel_backend(self, *args) -> str | None:
+        """The backend whose kernel would run this call, None if the reference would.
+
+        A caller that can do the same by several other operators asks this first.
+        """
+        backend = self.choose(args, not torch.compiler.is_compiling()).backend
+        return None if backend == "reference" else backend
+
     def choose(self, args: tuple, eager: bool = True) -> Choice:
-        """The backend and tile for a call; the reference where no kernel can run it.
+        """The backend and tile for a call; the reference if no kernel can run it.
 
         Args:
             args: the arguments of the call.
             eager: False while a graph is made.
-
-        Raises:
-            ValueError, RuntimeError: a backend is forced that does not exist, or that cannot run
-                this call.
         """
-        if _forced:
-            self._check_forced(args)
-        return self._choose(args, eager)
-
-    def has_kernel(self, *args) -> bool:
-        """True if a kernel, not the reference, would run this call.
-
-        A caller that can do the same by several other operators asks this first.
-        """
-        return self._choose(args, not torch.compiler.is_compiling()).backend != "reference"
-
-    def _choose(self, args: tuple, eager: bool) -> Choice:
         x = args[0]
-        choice = None if self.tunable is None else tuned.measured(self.tunable, x, args, eager)
+        number = tuned.CPU if x.is_cpu else x.get_device() if x.is_cuda else tuned.OTHER
+        choice = None
+        if not eager or self._unmeasured.get(number) != tuned.generation:
+            choice = self._measured(args, eager, number)
         if _forced:
             if choice is None or choice.backend != _forced:
                 choice = Choice(_forced)
-        elif choice is None or choice.backend in self.unavailable:
-            device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
-            choice = self.defaults.get(device, REFERENCE)
-        if choice.backend in self.unavailable or not self.supports(choice.backend, args):
+        elif choice is None:
+            choice = self.defaults.get(tuned.DEVICE_TYPES.get(number, "cuda"), REFERENCE)
+            if choice.backend == "reference" and number == tuned.CPU and "cpu" in self.kernels:
+                native.tell_absence()
+        kernel = self.kernels.get(choice.backend)
+        if kernel is None or choice.backend in self.unavailable:
             return REFERENCE
-        return choice
+        return choice if kernel.supports is None or kernel.supports(*args) else REFERENCE
+
+    def _measured(self, args: tuple, eager: bool, number: int) -> Choice | None:
+        """The measured choice for a call, or None; notes if there is none for any call."""
+        choice = None
+        if self.tunable is not None:
+            choice = tuned.measured(self.tunable, args[0], args, eager)
+            if choice is not None or tuned.knows(self.tunable, number):
+                usable = choice is not None and choice.backend not in self.unavailable
+                return choice if usable else None
+        if eager:  # later calls on this device then skip the look-up: it costs host time
+            self._unmeasured[number] = tuned.generation
+        return None
 
     # --- The call ---------------------------------------------------------------------------------
 
     def __call__(self, *args):
+        if _forced:
+            self._check_forced(args)
         x = args[0]
         eager = not torch.compiler.is_compiling()
         if eager and (
             torch.is_grad_enabled()  # a gradient of gradients: kernels are not differentiable,
             or torch._C._are_functorch_transforms_active()  # nor can they be vmapped
         ):
-            if _forced:
-                self._check_forced(args)
             choice = REFERENCE
         else:
             choice = self.choose(args, eager)
@@ -171,14 +188,14 @@ class Op:
             with autocast.disabled(x.device.type):
                 return self.reference(*args)
         if choice.backend == "triton" and x.is_cpu:
-            return self._run(choice, args)  # the interpreter; the raw op has the C++ kernel there
+            return self._run(choice, args)  # in its interpreter; the raw op runs the C++ kernel
         if eager and x.is_cuda and bypasses_dispatch(x):
-            return self._run(choice, args)  # the raw op would come back to Python for that
+            return self._run(choice, args)  # the dispatcher would only call _on_cuda
         return self.raw(*args)
 
     def _on_cuda(self, *args):
         """The raw op on CUDA tensors, maybe as a node of a compiled graph."""
-        choice = self._choose(args, eager=True)
+        choice = self.choose(args)
         if choice.backend not in ("triton", "cuda"):
             return self.reference(*args)
         return self._run(choice, args)
@@ -191,16 +208,20 @@ class Op:
 
     def launch(self, *args):
         """Launch the Triton kernel in its measured tile, for a call that it supports."""
-        choice = None
-        if self.tunable is not None:
-            choice = tuned.measured(self.tunable, args[0], args)
+        choice, x = None, args[0]
+        number = x.get_device()  # -1 on a CPU
+        if self._unmeasured.get(number) != tuned.generation:
+            choice = self._measured(args, True, number)
         if choice is None or choice.backend != "triton":
             return self.launcher()(*args)
         return self.launcher()(*args, tile=choice.config)
 
     def launcher(self) -> Callable:
         """The function that launches the Triton kernel; imports triton on first use."""
-        return _launcher(self.kernels["triton"].launcher)
+        if self._launcher is None:
+            target = self.kernels["triton"].launcher
+            self._launcher = target() if callable(target) else triton_object(target)
+        return self._launcher
 
     def native(self) -> Callable:
         """The CUDA kernel of the native library, which registers it in a namespace of its own."""
@@ -231,12 +252,10 @@ class Op:
     def _why_unavailable(self, backend: str) -> str | None:
         if backend == "reference":
             return None
-        if backend == "triton":
-            if "triton" not in self.kernels:
-                return "no Triton kernel of this op"
-            return None if has_triton() else "triton is not installed"
         if backend not in self.kernels:
-            return f"no {backend} kernel of this op"
+            return f"no {'Triton' if backend == 'triton' else backend} kernel of this op"
+        if backend == "triton":
+            return None if has_triton() else "triton is not installed"
         if native.library is None:
             return f"native library {native.status}"
         if not native.kernels(backend):
@@ -277,11 +296,9 @@ def forced() -> str | None:
 def force(backend: str | None) -> Iterator[None]:
     """Within the block every operator runs on ``backend``, or raises why it cannot.
 
-    None forces nothing.
-
-    The programmatic form of the environment variable BOFT_OPS_BACKEND. It holds for the process and
-    is read when an operator is called: a backward pass belongs inside the block too. Gradients of
-    gradients and torch.func transforms run the reference all the same.
+    None forces nothing. This is the programmatic form of the variable BOFT_OPS_BACKEND. It holds
+    for the process and is read when an operator is called: a backward pass belongs inside the
+    block too. Gradients of gradients and torch.func transforms run the reference all the same.
     """
     global _forced
     if backend is not None and backend not in BACKENDS:
@@ -339,11 +356,6 @@ def triton_object(name: str) -> Any:
 def _native_kernel(name: str, schema: str) -> Callable:
     _define(name, schema, namespace=native.CUDA_NS)
     return getattr(getattr(torch.ops, native.CUDA_NS), name).default
-
-
-@cache
-def _launcher(target: str | Callable[[], Callable]) -> Callable:
-    return target() if callable(target) else triton_object(target)
 
 
 def _define(

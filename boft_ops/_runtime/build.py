@@ -1,9 +1,10 @@
-"""How the native library is made: one list of sources, flags and steps for setup.py and `build`.
+"""Build of the native library, for setup.py and for `python -m boft_ops build`.
 
-Standard library only and no relative import: setup.py loads this file by its path, before the
-package exists and where torch cannot be imported. torch is only looked for, because all that the
-build needs of it is two folders. The library uses nothing but torch's stable C ABI, so one binary
-serves every torch >= 2.10, with and without CUDA, and every Python.
+This file imports only the standard library and has no relative import, because setup.py loads it by
+its path, before the package exists and where torch may not be importable. The build locates torch
+without importing it, because it needs nothing of torch but its headers and libraries. The native
+library uses only torch's stable C ABI, so one binary serves every torch >= 2.10, with and without
+CUDA, and every Python.
 """
 
 import hashlib
@@ -19,34 +20,50 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# An importable suffix would make an extension module of it, which it is not.
+# The library is not an extension module, so its name must not have an importable suffix.
 LIB = "libboft_native.so"
-INFO = "_build_info.json"  # beside LIB: what it was built from, or why there is none
-MIN_TORCH = (2, 10)  # the first whose stable ABI has parallel_for
+INFO = "_build_info.json"  # beside LIB: how the library was built, or why there is none
+MIN_TORCH = (2, 10)  # the first version whose stable ABI has parallel_for
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 
 
 class BuildError(RuntimeError):
-    """The library cannot be built, or its build failed; the message is meant for the user."""
+    """The library cannot be built, or its build failed. The message is meant for the user."""
 
 
 class SettingError(BuildError):
-    """An environment variable asks for something impossible: never an occasion to go on without."""
+    """An environment variable has a value that cannot be honored.
+
+    This error always ends the build; it never leads to a package without the library.
+    """
 
 
 class Torch(NamedTuple):
+    """An installed torch: its folder, its version, and its CUDA version or None."""
+
     root: Path
     version: str
     cuda: str | None
 
 
 class Plan(NamedTuple):
-    nvcc: str | None  # None: the CPU kernels alone
+    """The compiler of the CUDA kernels and the devices that are built for.
+
+    Attributes:
+        nvcc: path of nvcc, or None to compile only the CPU kernels.
+        why: the devices, and the reason if CUDA is left out.
+    """
+
+    nvcc: str | None
     why: str
 
 
 def flag(name: str) -> bool:
-    """Whether an environment variable is on; anything that is neither on nor off is an error."""
+    """Read an environment variable that is on or off; unset means off.
+
+    Raises:
+        SettingError: the value is neither on nor off.
+    """
     value = os.environ.get(name, "").strip().lower()
     if value in ("1", "true", "yes", "on"):
         return True
@@ -56,14 +73,23 @@ def flag(name: str) -> bool:
 
 
 def words(name: str) -> list[str]:
-    """A variable that holds a part of a command line."""
+    """Split an environment variable that holds a part of a command line.
+
+    Raises:
+        SettingError: a quotation mark is not closed.
+    """
     try:
         return shlex.split(os.environ.get(name, ""))
-    except ValueError:  # a quotation mark without another
+    except ValueError:
         raise SettingError(f"{name}: expected shell words, got {os.environ[name]!r}") from None
 
 
 def wanted_cuda() -> str:
+    """Read BOFT_OPS_CUDA: "auto", "0" or "1".
+
+    Raises:
+        SettingError: it has another value.
+    """
     want = os.environ.get("BOFT_OPS_CUDA", "").strip().lower() or "auto"
     if want not in ("auto", "0", "1"):
         got = os.environ["BOFT_OPS_CUDA"]
@@ -72,14 +98,21 @@ def wanted_cuda() -> str:
 
 
 def check_settings() -> None:
-    """Raise SettingError for a value of ours that is not understood, also where it has no use."""
+    """Raise SettingError if one of the package's own variables has a value that is not understood.
+
+    Variables are checked even if the present build does not need them.
+    """
     for name in ("BOFT_OPS_SKIP_EXT", "BOFT_OPS_FORCE_EXT", "BOFT_OPS_DEBUG"):
         flag(name)
     wanted_cuda()
 
 
 def find_torch(more: list[str] | None = None) -> Torch | None:
-    """The torch to build against, found but not imported; `more` extends sys.path."""
+    """Locate the torch to build against, without importing it.
+
+    Args:
+        more: folders to search after sys.path.
+    """
     spec = importlib.util.find_spec("torch")
     roots = [Path(p) for p in (spec and spec.submodule_search_locations) or ()]
     for root in [*roots, *(Path(p) / "torch" for p in more or ())]:
@@ -95,7 +128,7 @@ def find_torch(more: list[str] | None = None) -> Torch | None:
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler as a command prefix: $CXX, else the first of c++, g++, clang++."""
+    """Find the C++ compiler, as a command prefix: $CXX, else the first of c++, g++, clang++."""
     for command in [words("CXX")] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]:
         if command and shutil.which(command[0]):
             return command
@@ -103,6 +136,7 @@ def compiler() -> list[str] | None:
 
 
 def find_nvcc() -> str | None:
+    """Find nvcc in CUDA_HOME, CUDA_PATH or PATH."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (Path(home) / "bin" / "nvcc").is_file():
             return str(Path(home) / "bin" / "nvcc")
@@ -110,7 +144,7 @@ def find_nvcc() -> str | None:
 
 
 def obstacle(csrc: Path | None, torch: Torch | None) -> str | None:
-    """Why the library cannot be built here, as half a sentence, or None."""
+    """Return the reason why the library cannot be built here, without a full stop, or None."""
     if sys.platform != "linux":
         return f"the native library is built on Linux only (this is {sys.platform})"
     if csrc is None or not (csrc / "binding.cpp").is_file():
@@ -126,15 +160,20 @@ def obstacle(csrc: Path | None, torch: Torch | None) -> str | None:
 
 
 def sources(csrc: Path, cuda: bool) -> list[Path]:
+    """List the source files, with those of the CUDA kernels if ``cuda``.
+
+    The kernels come first and the bindings last: a file that takes long must not be the last one
+    that is compiled, while the other cores have nothing to do.
+    """
     return [
-        *sorted(csrc.glob("*.cpp")),
-        *sorted((csrc / "cpu").glob("*.cpp")),
         *(sorted((csrc / "cuda").glob("*.cu")) if cuda else []),
+        *sorted((csrc / "cpu").glob("*.cpp")),
+        *sorted(csrc.glob("*.cpp")),
     ]
 
 
 def source_hash(csrc: Path) -> str:
-    """Identifies the sources: a library that was built from others is never loaded."""
+    """Compute a hash of the sources. A library that was built from other sources is not loaded."""
     digest = hashlib.sha256()
     for file in sorted(csrc.rglob("*")):
         if file.suffix in (".h", ".cpp", ".cu", ".cuh"):
@@ -143,7 +182,11 @@ def source_hash(csrc: Path) -> str:
 
 
 def plan(csrc: Path, torch: Torch) -> Plan:
-    """Whether the CUDA kernels are compiled too. Without CUDA sources nvcc is never asked for."""
+    """Decide if the CUDA kernels are compiled too. Without CUDA sources nvcc is not needed.
+
+    Raises:
+        SettingError: BOFT_OPS_CUDA=1, but there is no nvcc.
+    """
     want = wanted_cuda()
     if not any((csrc / "cuda").glob("*.cu")):
         return Plan(None, "CPU (there are no CUDA sources)")
@@ -157,12 +200,14 @@ def plan(csrc: Path, torch: Torch) -> Plan:
     return Plan(nvcc, "CPU and CUDA") if nvcc else Plan(None, "CPU (no nvcc)")
 
 
-def write_info(folder: Path, **what) -> None:
+def write_info(folder: Path, **facts) -> None:
+    """Write facts about a build to INFO."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INFO).write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
+    (folder / INFO).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def read_info(folder: Path) -> dict:
+    """Read the facts that ``write_info`` wrote; an unreadable file has none."""
     try:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -171,13 +216,20 @@ def read_info(folder: Path) -> dict:
 
 
 def note_absence(folder: Path, why: str) -> None:
-    """Removes the library of an earlier build, which would go on being used, and says why."""
+    """Record why there is no library, and remove the library of an earlier build.
+
+    The earlier library would otherwise still be loaded.
+    """
     (folder / LIB).unlink(missing_ok=True)
     write_info(folder, native=False, why=why)
 
 
-def _gencode(archs: str) -> list[str]:
-    """Torch's own notation, "8.0;9.0a;10.0+PTX" or "native", as nvcc options."""
+def gencode(archs: str) -> list[str]:
+    """Translate TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a;10.0+PTX" or "native", to nvcc options.
+
+    Raises:
+        SettingError: an architecture is not understood.
+    """
     if archs.strip() == "native":
         return ["-arch=native"]
     options = []
@@ -193,14 +245,17 @@ def _gencode(archs: str) -> list[str]:
 
 
 def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
-    """The commands, as (command, inputs, output): one for each source, and the link last."""
+    """List the commands of a build as (command, inputs, output).
+
+    There is one command for each source file; the last one links the library.
+    """
     cxx = compiler()
     debug = flag("BOFT_OPS_DEBUG")
     common = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-DNDEBUG"]
     host = [*common, "-fPIC", "-fvisibility=hidden"]
-    # no folder of the build machine in error messages
+    # Error messages must not contain a folder of the build machine.
     host.append(f"-ffile-prefix-map={csrc}=csrc")
-    # GCC only: else two copies of the library in one process share their static variables
+    # Without this flag of GCC, two copies of the library in one process share static variables.
     if "clang" not in os.path.basename(os.path.realpath(shutil.which(cxx[0]))):
         host.append("-fno-gnu-unique")
     host += ["-std=c++17", "-Wall", f"-I{csrc}"]
@@ -213,7 +268,7 @@ def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
     device = [*common, "-std=c++17", f"-I{csrc}", "--expt-relaxed-constexpr"]
     device += ["--threads", "2", "-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     device += ["-Xcompiler", f"-ffile-prefix-map={csrc}=csrc"]
-    device += _gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS) if nvcc else []
+    device += gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS) if nvcc else []
 
     steps, objects = [], []
     for source in sources(csrc, bool(nvcc)):
@@ -222,8 +277,8 @@ def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
         command = [*start, "-MD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
         steps.append((command, [source], obj))
         objects.append(obj)
-    # Of torch, the stable C ABI and nothing else; the CUDA runtime is static. So one library loads
-    # beside any torch. nvcc links in its own runtime, wherever that lies.
+    # The library uses only torch's stable C ABI and links the CUDA runtime statically, so it loads
+    # beside any torch. nvcc finds its own runtime and links it in.
     torch_lib = [f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
     if nvcc:
         link = [nvcc, "-shared", "-cudart", "static", "-ccbin", cxx[0]]
@@ -235,12 +290,14 @@ def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
     return [*steps, (command, objects, out)]
 
 
-def _ninja() -> str | None:
-    # A virtual environment's own bin is not on PATH when its python is called by path.
+def find_ninja() -> str | None:
+    """Find ninja beside the running Python or on PATH."""
+    # The bin folder of a virtual environment is not on PATH if its Python is called by path.
     return shutil.which("ninja", path=os.path.dirname(sys.executable)) or shutil.which("ninja")
 
 
 def _run(command: list[str], verbose: bool) -> None:
+    """Run a command; raise BuildError with the first error message if it fails."""
     if verbose:
         print(shlex.join(command), file=sys.stderr, flush=True)
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -252,6 +309,8 @@ def _run(command: list[str], verbose: bool) -> None:
 
 
 def _ninja_file(steps) -> str:
+    """Write the steps of a build as the text of a build.ninja file."""
+
     def path(p: Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(p))
 
@@ -265,19 +324,35 @@ def _ninja_file(steps) -> str:
 
 
 def compile_library(csrc: Path, torch: Torch, work: Path, out: Path, verbose: bool = False) -> Plan:
-    """Compile csrc into the library `out`, INFO beside it; `work` keeps objects for next time."""
+    """Compile the sources into a library, and write INFO beside it.
+
+    Args:
+        csrc: folder of the sources.
+        torch: the torch to build against.
+        work: folder of the object files, which speed up the next build.
+        out: path of the library.
+        verbose: print the commands and their output. The default is False.
+
+    Returns:
+        The plan that was followed.
+
+    Raises:
+        BuildError: the compiler failed.
+        SettingError: an environment variable has a value that is not understood.
+    """
     chosen = plan(csrc, torch)
     csrc, work, out = csrc.resolve(), work.resolve(), out.resolve()
-    # before the compiler reads the sources: an edit meanwhile then makes the library stale
+    # The hash is taken before the compiler reads the sources, so that an edit during the build
+    # makes the library stale.
     built_from = source_hash(csrc)
     steps = _steps(csrc, torch, chosen.nvcc, work, out)
     for _, _, output in steps:
         output.parent.mkdir(parents=True, exist_ok=True)
-    (out.parent / INFO).unlink(missing_ok=True)  # never a new library with an old description
+    (out.parent / INFO).unlink(missing_ok=True)  # it would describe an earlier library
     jobs = os.environ.get("MAX_JOBS", "")
     if jobs and not (jobs.isdecimal() and int(jobs)):
         raise SettingError(f"MAX_JOBS: expected a positive number, got {jobs!r}")
-    if ninja := _ninja():
+    if ninja := find_ninja():
         (work / "build.ninja").write_text(_ninja_file(steps))
         limit = ["-j", jobs] if jobs else []
         _run([ninja, "-C", str(work), *limit, *(["-v"] if verbose else [])], verbose)

@@ -1,5 +1,7 @@
-"""Argument checks shared by the public functions: every message names the argument, what was
-expected and what came."""
+"""Argument checks of the public functions.
+
+Every message names the argument, what was expected, and what came.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def kaleidoscope(name: str, value: object, n_factors: int) -> None:
-    """A number of levels l >= 0 of R_{l,1} R_{l,2}^T ... that n_factors make sense for."""
+    """Check a number of levels l >= 0 of R_{l,1} R_{l,2}^T ... for n_factors."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < 0:
@@ -30,7 +32,7 @@ def kaleidoscope(name: str, value: object, n_factors: int) -> None:
 
 
 def tensor(name: str, value: object, *, min_dim: int = 0) -> None:
-    """A floating-point tensor of at least ``min_dim`` dimensions."""
+    """Check for a dense floating-point tensor of at least ``min_dim`` dimensions."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     floating_dtype(name, value.dtype)
@@ -152,7 +154,7 @@ def linear_arguments(
     side: str,
     method: str,
 ) -> None:
-    """The arguments of a rotated linear layer fit together, or TypeError or ValueError."""
+    """Raise TypeError or ValueError unless the arguments of a rotated linear layer fit."""
     named = {"x": x, "weight": weight, "skew": skew, "scale": scale, "bias": bias}
     for name, value in named.items():
         if value is not None or name in ("x", "weight", "skew"):
@@ -188,12 +190,12 @@ def linear_arguments(
             )
         same_device(name, vector, "x", x)
     if bias is not None:
-        _same_dtype("bias", bias, x)
+        _same_dtype("bias", bias, "x", x)
 
 
 def linear_input(x: torch.Tensor, weight: torch.Tensor) -> None:
-    """x (..., d) fits a weight (n, d): all that is left to check in a layer, at every step."""
-    if (  # in one go what holds as a rule: each call of a function counts here
+    """Raise unless x (..., d) fits a weight (n, d): the one check of a layer at every step."""
+    if (  # the usual case in one go, as every function call counts here
         type(x) is torch.Tensor
         and x.dtype == weight.dtype
         and x.dtype in FLOATING
@@ -209,17 +211,21 @@ def linear_input(x: torch.Tensor, weight: torch.Tensor) -> None:
             f"x: expected a last dimension of {weight.shape[1]}, as weight {tuple(weight.shape)} "
             f"has, got shape {tuple(x.shape)}"
         )
-    same_device("weight", weight, "x", x)
-    _same_dtype("weight", weight, x)
+    if weight.is_meta:  # a placeholder without numbers, not an x in the wrong place
+        same_device("weight", weight, "x", x)
+    same_device("x", x, "weight", weight)
+    _same_dtype("x", x, "weight", weight)
 
 
-def _same_dtype(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
-    if autocast.cast(value).dtype != autocast.cast(x).dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {value.dtype}")
+def _same_dtype(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if autocast.cast(value).dtype != autocast.cast(other).dtype:
+        raise TypeError(
+            f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}"
+        )
 
 
 def rotation(name: str, value: object, skew: torch.Tensor, dropout: object) -> None:
-    """The dense groups of the butterfly that ``skew`` is the parameter of, and no dropout."""
+    """Check the dense groups of the butterfly that ``skew`` parametrizes, without dropout."""
     tensor(name, value)
     m, n_blocks, packed = skew.shape
     size = block_size_from_packed("skew", packed) << (m - 1)

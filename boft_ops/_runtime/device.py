@@ -1,4 +1,4 @@
-"""What a measurement depends on: the device, by name, and the versions of the software."""
+"""The names of devices and the versions of software, on which measurements depend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import native
 
 
 def name_of(device: torch.device) -> str:
-    """The model of a GPU; a CPU's, with its instruction set and the number of threads."""
+    """The model of a GPU; of a CPU also the instruction set and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {native.isa or 'no kernels'}, {torch.get_num_threads()} threads"
@@ -36,7 +36,7 @@ def slug(name: str) -> str:
 
 @cache
 def cpu_name() -> str:
-    """The model, with family and model number where the name alone says little."""
+    """The model of this CPU, with family and model number, as the name alone may say little."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -57,7 +57,7 @@ def version(package: str) -> str | None:
 
 
 def versions(device: torch.device) -> dict[str, str | None]:
-    """Those that a measurement on this device holds for; of torch and Triton the minor one."""
+    """The versions that a measurement on this device holds for; minor ones of torch and Triton."""
     triton = version("triton") if device.type == "cuda" else None
     minor = {"torch": torch.__version__, "triton": triton}
     short = {k: v and ".".join(v.split(".")[:2]) for k, v in minor.items()}

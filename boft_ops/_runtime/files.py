@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -104,9 +105,8 @@ def write_whole(path: Path, content: bytes) -> None:
     path = Path(path).resolve()
     temporary = path.with_name(f".boft_ops-{uuid.uuid4().hex}")
     try:
-        _write_new(temporary, content)
-        with suppress(FileNotFoundError):
-            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+        _write_new(temporary, content, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -134,20 +134,43 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     _flush_folder(path.parent)
 
 
-def _write_new(path: Path, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_new(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write a new file, with these permissions, or with those of any new file.
+
+    Until it is whole it has no name, where the file system can do that: a killed process then
+    leaves nothing behind. It is never more readable than in the end.
+    """
+    access = 0o666 if mode is None else 0o600
+    try:
+        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, access)
+        with open(descriptor, "wb") as file:
+            _write(file, content, mode)
+            # src_dir_fd has no effect on this path, but Python follows the link only with it.
+            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
+        return
+    except (AttributeError, OSError):  # not Linux, or no unnamed files, no links, no /proc
+        pass
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, access), "wb") as file:
+        _write(file, content, mode)
+
+
+def _write(file: BinaryIO, content: bytes, mode: int | None) -> None:
+    file.write(content)
+    file.flush()
+    if mode is not None and hasattr(os, "fchmod"):
+        os.fchmod(file.fileno(), mode)
+    os.fsync(file.fileno())
 
 
 def _flush_folder(path: Path) -> None:
     """Make the new name in this folder survive a crash of the machine."""
     if os.name == "nt":  # Windows opens no folders
         return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems refuse; the file itself is written
+    # Some network file systems refuse, and so do folders that cannot be read: the file is written.
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)

@@ -3,8 +3,8 @@
     boft_ops                          ->  torch.ops.boft_ops
     mytrainer.third_party.boft_ops    ->  torch.ops.mytrainer__third_party__boft_ops
 
-So an installed package and any number of vendored copies live in one process, none of them
-registering over another.
+An installed package and any number of vendored copies can therefore share one process, because no
+copy registers its operators over those of another.
 """
 
 import re

@@ -1,13 +1,14 @@
-"""Finds and loads the native library, and registers its kernels under this copy's own namespace.
+"""The native library: find it, load it, and register its kernels under this package's namespace.
 
-The library is not a Python extension: it is opened with ctypes and puts its kernels under the
-namespace that it is told. A copy without a usable library works all the same, in Triton and
-PyTorch; `status` says in a sentence what was found.
+The library is not a Python extension. It is opened with ctypes, and it registers its kernels under
+the namespace that it is given. A copy of the package without a usable library still works, with
+Triton and PyTorch. `status` describes the state of the library in one sentence.
 """
 
 import ctypes
 import os
 import platform
+import stat
 import struct
 import sys
 import tempfile
@@ -20,33 +21,38 @@ from . import build as build_tools
 from . import paths
 from .namespace import NS, PACKAGE
 
-# Where the library's CUDA kernels are: the operators themselves choose among backends.
+# The library registers its CUDA kernels apart from the operators, which choose among backends.
 CUDA_NS = f"{NS}_cuda"
 status: str = "not looked for yet"
 library: Path | None = None
-isa: str | None = None  # the instruction set that its CPU kernels run on
-ISAS = ("baseline", "avx2", "avx512")  # of csrc/cpu/isa.cpp
+isa: str | None = None  # the instruction set of its CPU kernels
+ISAS = ("baseline", "avx2", "avx512")  # the names in csrc/cpu/isa.cpp
 _lib: ctypes.CDLL | None = None
+_untold = False  # True until the absence of the library is told, where that is no one's choice
 _kernels: dict[str, frozenset[str]] = {}
 
 
 def kernels(device: str) -> frozenset[str]:
-    """The operators that the loaded library has a kernel of, on "cpu" or on "cuda"."""
+    """Names of the operators for which the loaded library has a kernel on "cpu" or "cuda"."""
     return _kernels.get(device, frozenset())
 
 
 def load() -> bool:
-    """Open the library, if there is one that fits the sources. Never compiles or prints.
+    """Open the library if one was built from the present sources; never compile or print.
 
-    Warns only where a library is there but cannot be used: one that is merely absent is no fault.
+    A library that exists but cannot be used causes a RuntimeWarning. An absent library causes none
+    here: see ``tell_absence``.
+
+    Returns:
+        True if a library is loaded.
 
     Raises:
-        ValueError: BOFT_OPS_CPU_ISA is no instruction set, or none that this machine has.
+        ValueError: BOFT_OPS_CPU_ISA is not an instruction set, or this machine lacks it.
     """
-    global status, library, isa, _lib, _kernels
+    global status, library, isa, _lib, _kernels, _untold
     namespace = getattr(torch.ops, NS)
-    # Kept on torch's own object: when this package is reloaded or imported anew in one process,
-    # its kernels are registered already, and a second registration would be an error.
+    # The state is kept on torch's own object. If this package is imported a second time in one
+    # process, its kernels are registered already, and registering them again would be an error.
     state = vars(namespace).get("_native_library")
     if state is None:
         wanted = _wanted_isa()
@@ -61,6 +67,7 @@ def load() -> bool:
             break
         else:
             status = "; ".join(faults) or _absence()
+            _untold = not faults and sys.platform == "linux"
             if faults:
                 message = f"{PACKAGE}: the native library is {status}; running without it"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -72,7 +79,32 @@ def load() -> bool:
     return True
 
 
+def tell_absence() -> None:
+    """Warn that an operator runs without its C++ kernel, once, and only if that was not chosen."""
+    global _untold
+    if not _untold:
+        return
+    _untold = False
+    reason = build_tools.read_info(paths.HERE).get("why") or ""
+    if not (reason.startswith("BOFT_OPS_SKIP_EXT") or build_tools.flag("BOFT_OPS_SKIP_EXT")):
+        message = (
+            f"{PACKAGE}: operators run as plain PyTorch on this CPU, without their C++ kernels: "
+            f"the native library is {status}"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+# Dynamo calls it while it makes a graph, as torch.compiler.assume_constant_result has it; that
+# would import torch._dynamo here.
+tell_absence._dynamo_marked_constant = True
+
+
 def _wanted_isa() -> str | None:
+    """Read BOFT_OPS_CPU_ISA; None if it is not set.
+
+    Raises:
+        ValueError: it is not an instruction set.
+    """
     wanted = os.environ.get("BOFT_OPS_CPU_ISA") or None
     if wanted not in (None, *ISAS):
         raise ValueError(f"BOFT_OPS_CPU_ISA: expected one of {ISAS}, got {wanted!r}")
@@ -80,7 +112,18 @@ def _wanted_isa() -> str | None:
 
 
 def build(verbose: bool = False) -> Path:
-    """Compile the library of this copy into the cache, where load() finds it; returns its path."""
+    """Compile the library of this copy into the cache, where load() finds it.
+
+    Args:
+        verbose: print the commands and their output. The default is False.
+
+    Returns:
+        The path of the library.
+
+    Raises:
+        BuildError: the library cannot be built here, or the compiler failed.
+        SettingError: an environment variable has a value that is not understood.
+    """
     build_tools.check_settings()
     source = paths.csrc()
     target = build_tools.find_torch([str(Path(torch.__file__).parent.parent)])
@@ -89,39 +132,53 @@ def build(verbose: bool = False) -> Path:
     with_cuda = build_tools.plan(source, target).nvcc is not None
     folder = _cached(build_tools.source_hash(source), with_cuda).parent
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Built aside and then moved, so that no process ever opens half a library and a killed build
-    # leaves nothing that blocks the next one.
+    # The library is built in a temporary folder and then moved. No process can then open half a
+    # library, and an interrupted build leaves nothing that blocks the next one.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".build-") as work:
         out = Path(work) / "out"
         build_tools.compile_library(source, target, Path(work), out / build_tools.LIB, verbose)
         folder.mkdir(exist_ok=True)
+        for path in (folder, out / build_tools.LIB):  # a usual umask lets the group write
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
         for name in (build_tools.INFO, build_tools.LIB):
             os.replace(out / name, folder / name)
     return folder / build_tools.LIB
 
 
 def cache_folder() -> Path:
-    """Of compiled libraries and tuned choices; need not be there yet.
+    """Return the folder of compiled libraries and tuned choices, which need not exist yet.
 
     Raises:
-        ValueError: BOFT_OPS_CACHE can be no folder.
+        ValueError: BOFT_OPS_CACHE is set to a path that cannot be a folder.
+        RuntimeError: there is no home folder, or its path is relative.
     """
     if chosen := os.environ.get("BOFT_OPS_CACHE"):
-        folder = Path(os.path.expanduser(chosen))  # leaves the ~ of a user that there is not
+        folder = Path(os.path.expanduser(chosen))  # keeps the ~ of an unknown user
         if str(folder).startswith("~") or not paths.nearest(folder).is_dir():
             raise ValueError(f"BOFT_OPS_CACHE: expected a folder, got {chosen!r}")
         return folder
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "boft_ops"
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is invalid and ignored. Libraries are loaded from here,
+    # and must not come from whatever folder the process was started in.
+    folder = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+    if not folder.is_absolute():
+        raise RuntimeError(f"HOME: expected an absolute path, got {os.environ.get('HOME')!r}")
+    return folder / "boft_ops"
 
 
 def _cached(built_from: str, cuda: bool) -> Path:
-    # No namespace in it: one library serves every copy that has the same sources.
+    """Path of the cached library for a hash of the sources, with or without CUDA kernels."""
+    # The path contains no namespace: one library serves every copy that has the same sources.
     folder = f"{built_from}-{platform.machine()}-{'cuda' if cuda else 'cpu'}"
     return cache_folder() / folder / build_tools.LIB
 
 
 def _candidates(faults: list[str]):
-    """The libraries to try, the package's own first; one built from other sources is a fault."""
+    """Yield the libraries to try, the package's own first.
+
+    A library that was built from other sources, or that another user could have written, is not
+    yielded; its description goes into ``faults``.
+    """
     source = paths.csrc()
     built_from = source and build_tools.source_hash(source)
     own = paths.HERE / build_tools.LIB
@@ -133,29 +190,48 @@ def _candidates(faults: list[str]):
     for cuda in (True, False) if source else ():
         try:
             path = _cached(built_from, cuda)
-            if path.is_file():
+            if not path.is_file():
+                continue
+            if why := _suspicion(path):
+                faults.append(f"not trusted: {path}: {why}")
+            else:
                 yield path
-        except (OSError, RuntimeError):  # an unreadable cache, or no home folder to have one in
+        except (OSError, RuntimeError):  # the cache is unreadable, or there is no home folder
             continue
 
 
+def _suspicion(library: Path) -> str | None:
+    """Reason why code in the cache may be another user's, or None: loading it is running it."""
+    for path in (library, library.parent):
+        state = path.stat()
+        if state.st_uid not in (0, os.geteuid()):
+            return f"{path} belongs to another user, of number {state.st_uid}"
+        if state.st_mode & 0o022:
+            return f"other users may write to {path} (chmod go-w)"
+    return None
+
+
 def _remedy() -> str:
+    """Advice on how to get a library that fits the sources."""
     return f"`python -m {PACKAGE} build`, or install again"
 
 
 def _absence() -> str:
+    """Reason why there is no library, and the way to get one."""
     if sys.platform != "linux":
         return "absent: it is built on Linux only"
-    why = build_tools.read_info(paths.HERE).get("why") or "this copy was never built"
+    why = build_tools.read_info(paths.HERE).get("why")
     if paths.csrc() is None:
-        return f"absent: {why}"
+        return f"absent: {why or 'this copy has no C++ sources'}"
+    why = why or "this copy was never built"
     return f"absent: {why}; `python -m {PACKAGE} build` compiles it"
 
 
 def _check_whole(path: Path) -> None:
-    """Raise for a file cut short by a full disk or an interrupted copy: opening it would kill us.
+    """Raise OSError for a file that a full disk or an interrupted copy has cut short.
 
-    The loader maps such a file and then dies of SIGBUS. A linker puts the section headers last.
+    The loader would map such a file, and the process would die of SIGBUS. A linker puts the section
+    headers last, so a file that contains all of them is complete.
     """
     with path.open("rb") as file:
         head = file.read(64)
@@ -170,16 +246,21 @@ def _check_whole(path: Path) -> None:
 def _open(
     path: Path, wanted_isa: str | None
 ) -> tuple[ctypes.CDLL, Path, str, dict[str, frozenset[str]]]:
+    """Open a library and register its kernels.
+
+    Returns:
+        The library, its path, its instruction set, and the names of its kernels by device.
+    """
     _check_whole(path)
     lib = ctypes.CDLL(str(path))
     lib.boft_ops_isa.restype = ctypes.c_char_p
     lib.boft_ops_kernels.restype = ctypes.c_char_p
     lib.boft_ops_kernels.argtypes = [ctypes.c_char_p]
     lib.boft_ops_register.argtypes = [*[ctypes.c_char_p] * 3, ctypes.c_int]
-    found = lib.boft_ops_isa().decode()  # the one asked for, or the best of this machine
-    if wanted_isa not in (None, found):
+    loaded_isa = lib.boft_ops_isa().decode()  # the wanted one if this machine has it, else its best
+    if wanted_isa not in (None, loaded_isa):
         raise ValueError(
-            f"BOFT_OPS_CPU_ISA: expected an instruction set of this machine, up to {found}, "
+            f"BOFT_OPS_CPU_ISA: expected an instruction set of this machine, up to {loaded_isa}, "
             f"got {wanted_isa!r}"
         )
     names = {}
@@ -191,4 +272,4 @@ def _open(
         call = namespace.encode(), device.encode(), message, len(message)
         if names[device] and lib.boft_ops_register(*call) != 0:
             raise RuntimeError(message.value.decode(errors="replace"))
-    return lib, path, found, names
+    return lib, path, loaded_isa, names

@@ -1,7 +1,8 @@
-"""Where the kernel sources lie: inside an installed or vendored package, beside it in a checkout.
+"""Paths of the kernel sources: inside an installed or vendored package, beside it in a checkout.
 
 The repository keeps its Triton kernels in a top-level folder `triton/`. Its modules are always
-imported as `<package>.triton_kernels`, never as `triton`: that stays the compiler's name.
+imported as `<package>.triton_kernels`, never as `triton`, because that name belongs to the
+compiler.
 """
 
 import importlib.util
@@ -15,12 +16,12 @@ ROOT = HERE.parent
 
 
 def in_checkout() -> bool:
-    """Whether this package is the source tree itself (also when installed as editable)."""
+    """Return True if this package is the source tree itself, also when installed as editable."""
     return (ROOT / "setup.py").is_file() and (ROOT / "csrc" / "binding.cpp").is_file()
 
 
 def csrc() -> Path | None:
-    """The folder of C++ sources, or None in a copy that was stripped of them."""
+    """Find the folder of C++ sources; None in a copy that lacks them."""
     for folder in (HERE / "csrc", ROOT / "csrc" if in_checkout() else None):
         if folder and (folder / "binding.cpp").is_file():
             return folder
@@ -28,7 +29,7 @@ def csrc() -> Path | None:
 
 
 def triton_kernels() -> Path | None:
-    """The folder of Triton kernels, or None in a copy that was stripped of them."""
+    """Find the folder of Triton kernels; None in a copy that lacks them."""
     for folder in (HERE / "triton_kernels", ROOT / "triton" if in_checkout() else None):
         if folder and folder.is_dir():
             return folder
@@ -36,7 +37,7 @@ def triton_kernels() -> Path | None:
 
 
 def license_file() -> Path | None:
-    """The licence text that has to travel with every copy."""
+    """Find the license text, which belongs in every copy of the package; None if it is missing."""
     for file in (HERE / "LICENSE", ROOT / "LICENSE" if in_checkout() else None):
         if file and file.is_file():
             return file
@@ -44,14 +45,18 @@ def license_file() -> Path | None:
 
 
 def nearest(path: Path) -> Path:
-    """The path, or what is there of the way to it: a folder, if the path can be made one."""
+    """Find the path itself or else its nearest existing parent.
+
+    The result is a folder if the path can be made a folder.
+    """
     return next((p for p in (path, *path.absolute().parents) if os.path.exists(p)), path)
 
 
 def mount_triton(package: str) -> None:
-    """In a checkout, make `<package>.triton_kernels` the folder triton/, installed or not.
+    """Make the folder triton/ of a checkout importable as `<package>.triton_kernels`.
 
-    Elsewhere triton_kernels/ is an ordinary folder inside the package and nothing is needed.
+    In other copies triton_kernels/ is an ordinary folder inside the package, and this function does
+    nothing.
     """
     name = f"{package}.triton_kernels"
     folder = triton_kernels()
@@ -63,10 +68,11 @@ def mount_triton(package: str) -> None:
 
 
 def hide_phantom_triton() -> None:
-    """Without Triton, keep the checkout's triton/ folder from passing for it.
+    """Keep torch from mistaking the checkout's folder triton/ for an installed Triton.
 
-    Python started in the repository root then finds an empty namespace package `triton`, torch
-    believes it, and every torch.compile dies: "module 'triton' has no attribute 'language'".
+    If Triton is not installed and Python starts in the repository root, `import triton` finds that
+    folder as an empty namespace package. torch then takes Triton for installed, and every
+    torch.compile fails with "module 'triton' has no attribute 'language'".
     """
     try:
         spec = importlib.util.find_spec("triton")
@@ -78,7 +84,8 @@ def hide_phantom_triton() -> None:
     if folders != {ROOT / "triton"}:
         return
     sys.modules["triton"] = None  # from now on `import triton` raises ImportError, as it should
-    torch_answers = sys.modules.get("torch.utils._triton")
-    for function in vars(torch_answers).values() if torch_answers else ():
+    # torch caches its answers to "is Triton installed?"; make it ask again.
+    torch_triton = sys.modules.get("torch.utils._triton")
+    for function in vars(torch_triton).values() if torch_triton else ():
         if hasattr(function, "cache_clear"):
             function.cache_clear()

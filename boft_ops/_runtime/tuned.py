@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ import torch
 from . import dtypes, tuned_file
 from .namespace import PACKAGE
 
-NEAR = 4.0  # octaves, summed over the sizes, beyond which a measured class says nothing
-MEMO = 4096  # look-ups remembered for each tunable: ever new batch sizes must not fill the memory
+NEAR = 4.0  # largest distance at which a measurement applies, in octaves summed over the sizes
+MEMO = 4096  # look-ups that a table remembers: ever new batch sizes must not fill the memory
 
 
 class ShapeClass(NamedTuple):
@@ -29,7 +30,7 @@ class ShapeClass(NamedTuple):
 
     Attributes:
         structure: names of the numbers that have to agree exactly.
-        sizes: names of the numbers of which the nearest measured ones are taken.
+        sizes: names of the numbers that are matched to the nearest measured ones.
         of: the arguments of a call -> (structure, sizes).
     """
 
@@ -70,45 +71,26 @@ class _Table:
     """The choices of one device, with the look-ups made so far."""
 
     def __init__(self, rows: list[tuned_file.Row]) -> None:
-        self._classes: dict[str, dict[tuple, list[tuple[tuple[int, ...], Choice]]]] = {}
-        self._memo: dict[str, dict[tuple, Choice | None]] = {}
+        # (name, dtype, structure) -> the measured sizes, each with its choice
+        self._classes: dict[tuple, list[tuple[tuple[int, ...], Choice]]] = {}
         for row in rows:
-            key = row["dtype"], *row["structure"].values()
+            key = row["op"], row["dtype"], tuple(row["structure"].values())
             choice = Choice(row["backend"], tuple(row["config"].items()))
-            classes = self._classes.setdefault(row["op"], {})
-            classes.setdefault(key, []).append((tuple(row["sizes"].values()), choice))
-            self._memo[row["op"]] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._memo
-
-    def __len__(self) -> int:
-        return len(self._classes)
+            sizes = tuple(row["sizes"].values())
+            self._classes.setdefault(key, []).append((sizes, choice))
+        self.names = {row["op"] for row in rows}
+        self._nearest = lru_cache(MEMO)(self._find)
 
     def lookup(self, name: str, dtype: str, structure: tuple, sizes: tuple) -> Choice | None:
         """The choice of the nearest class, the larger one of two equally near, or None."""
-        memo, key = self._memo[name], (dtype, structure, sizes)
-        try:
-            return memo[key]
-        except KeyError:
-            pass
-        except TypeError:  # symbolic sizes cannot be hashed
-            key = None
-        known = tuple(size if type(size) is int else None for size in sizes)
-        exact = dtype, *map(operator.index, structure)
-        nearest = min(
-            self._classes[name].get(exact, ()),
-            key=lambda entry: (_distance(known, entry[0]), [-size for size in entry[0]]),
-            default=None,
-        )
-        choice = None
-        if nearest is not None and _distance(known, nearest[0]) <= NEAR:
-            choice = nearest[1]
-        if key is not None:
-            if len(memo) >= MEMO:
-                memo.clear()
-            memo[key] = choice
-        return choice
+        known = tuple(size if type(size) is int else None for size in sizes)  # or symbolic
+        return self._nearest(name, dtype, tuple(map(operator.index, structure)), known)
+
+    def _find(self, name: str, dtype: str, structure: tuple, sizes: tuple) -> Choice | None:
+        classes = self._classes.get((name, dtype, structure), ())
+        near = [(_distance(sizes, at), [-size for size in at], choice) for at, choice in classes]
+        distance, _, choice = min(near, default=(math.inf, None, None))
+        return choice if distance <= NEAR else None
 
 
 def _distance(sizes: tuple, measured: tuple) -> float:
@@ -120,6 +102,7 @@ def _distance(sizes: tuple, measured: tuple) -> float:
 # --- What this process knows ----------------------------------------------------------------------
 
 CPU, OTHER = -1, -2  # device numbers beside those of GPUs, which torch counts from 0
+DEVICE_TYPES = {CPU: "cpu", OTHER: ""}  # every other number is a GPU's
 _NOTHING = _Table([])
 _tables: dict[int, _Table] = {}
 _pinned: dict[str, Choice] | None = None
@@ -134,11 +117,11 @@ def is_on() -> bool:
     return value != "0"
 
 
-is_on()  # refuses an invalid value at import: a call may never come to where a table is read
+is_on()  # validates the variable at import, as a call may never read a table
 
 
 def register(tunable: Tunable) -> Tunable:
-    """Let the tuner and the files know a decision."""
+    """Register a decision that the tuner may measure."""
     tunables[tunable.name] = tunable
     return tunable
 
@@ -156,9 +139,9 @@ def table(number: int) -> _Table:
     return found
 
 
-def table_of(device: torch.device) -> _Table:
-    """The choices of a device."""
-    return table({"cpu": CPU, "cuda": device.index or 0}.get(device.type, OTHER))
+def number_of(device: torch.device) -> int:
+    """The number of a device."""
+    return {"cpu": CPU, "cuda": device.index or 0}.get(device.type, OTHER)
 
 
 def _read(number: int) -> _Table:
@@ -204,7 +187,7 @@ def forget() -> None:
 
 @contextmanager
 def pinned(**choices: Choice) -> Iterator[None]:
-    """Within the block these decisions are made so, and all others by default. In eager mode."""
+    """Within the block these decisions are made so, and all others by default."""
     global _pinned, generation
     before, _pinned = _pinned, choices
     generation += 1
@@ -224,44 +207,48 @@ def measured(tunable: Tunable, x: torch.Tensor, args: tuple, eager: bool = True)
     Args:
         tunable: the decision.
         x: a tensor that has the device and dtype of the call.
-        args: what ``tunable.shape_class.of`` takes.
+        args: the arguments of ``tunable.shape_class.of``.
         eager: False while a graph is made. A choice is then a constant of that graph, which is
             made for any number of rows: it is looked up by the structure alone.
     """
     if not eager:
         structure = tuple(map(operator.index, tunable.shape_class.of(*args)[0]))
         return _in_graph(tunable.name, x.device.type, x.device.index, str(x.dtype), *structure)
-    if _pinned is not None:
-        return _pinned.get(tunable.name)
-    choices = table(device_number(x))
-    if tunable.name not in choices:
+    number = device_number(x)
+    if not knows(tunable, number):
         return None
-    return choices.lookup(tunable.name, dtypes.name_of(x.dtype), *tunable.shape_class.of(*args))
-
-
-def _in_graph(
-    name: str, device: str, index: int | None, dtype: str, *structure: int
-) -> Choice | None:
-    if _pinned is not None:
-        return _pinned.get(name)
-    choices = table_of(torch.device(device, index))
-    if name not in choices:
-        return None
-    sizes = (None,) * len(tunables[name].shape_class.sizes)
-    return choices.lookup(name, dtype.removeprefix("torch."), structure, sizes)
-
-
-# What torch.compiler.assume_constant_result sets, which would import torch._dynamo here.
-_in_graph._dynamo_marked_constant = True
+    return _find(tunable.name, number, x.dtype, *tunable.shape_class.of(*args))
 
 
 def lookup(
     tunable: Tunable, device: torch.device, dtype: torch.dtype, structure: tuple, sizes: tuple
 ) -> Choice | None:
     """The measured choice for a class that is given by its numbers, or None."""
+    return _find(tunable.name, number_of(device), dtype, structure, sizes)
+
+
+def knows(tunable: Tunable, number: int) -> bool:
+    """True if a look-up for some call on the device of this number may find a choice."""
+    return _pinned is not None or tunable.name in table(number).names
+
+
+def _in_graph(
+    name: str, device: str, index: int | None, dtype: str, *structure: int
+) -> Choice | None:
+    sizes = (None,) * len(tunables[name].shape_class.sizes)
+    return _find(name, number_of(torch.device(device, index)), dtype, structure, sizes)
+
+
+# As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
+_in_graph._dynamo_marked_constant = True
+
+
+def _find(
+    name: str, number: int, dtype: torch.dtype | str, structure: tuple, sizes: tuple
+) -> Choice | None:
     if _pinned is not None:
-        return _pinned.get(tunable.name)
-    choices = table_of(device)
-    if tunable.name not in choices:
+        return _pinned.get(name)
+    choices = table(number)
+    if name not in choices.names:
         return None
-    return choices.lookup(tunable.name, dtypes.name_of(dtype), structure, sizes)
+    return choices.lookup(name, dtypes.name_of(dtype), structure, sizes)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .dtypes import COMPUTE
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -31,7 +33,7 @@ class Workload:
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of blocks, stages and scales: that of the rows, in at least float32."""
-        return torch.promote_types(self.dtype, torch.float32)
+        return COMPUTE[self.dtype]
 
     def tensor(
         self, *shape: int, salt: int = 0, std: float = 1.0, dtype: torch.dtype | None = None

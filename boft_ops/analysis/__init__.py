@@ -1,1 +1,1 @@
-"""What the paper's figures and claims rest on, as functions."""
+"""The calculations behind the paper's figures and claims (arXiv 2311.06243), as functions."""

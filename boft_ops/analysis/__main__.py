@@ -1,4 +1,7 @@
-"""python -m boft_ops.analysis D B M: what BOFT(M, B) of D features mixes: numbers and a graph."""
+"""Count and draw which features BOFT(M, B) of D features mixes: python -m boft_ops.analysis D B M.
+
+arXiv 2311.06243, section 3, explains the numbers and the graph; so does docs/paper/transmission.md.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,23 @@ from .transmission import Transmission
 PROG = f"python -m {__package__}"
 
 
-def describe(found: Transmission) -> str:
-    """The report as lines of text."""
+def describe(result: Transmission) -> str:
+    """Lay out the numbers of a factorization as aligned lines of text."""
     lines = {
-        "features d": found.d,
-        "factors m": found.m,
-        "dense": "yes" if found.dense else "no",
-        "non-zeros of the product": f"{found.nonzeros} of {found.d**2}",
-        "edges": found.edges,
-        "free edges": f"{found.free_edges} ({found.d**2 - found.d} of one dense matrix)",
-        "rank": f"{found.d} (orthogonal)",
-        "parameters": found.parameters,
-        "dimension of the products": found.dimension,
-        "all rotations of d features": found.all_rotations,
+        "features d": result.d,
+        "factors m": result.m,
+        "dense": "yes" if result.dense else "no",
+        "non-zeros of the product": f"{result.nonzeros} of {result.d**2}",
+        "edges": result.edges,
+        "free edges": f"{result.free_edges} ({result.d**2 - result.d} of one dense matrix)",
+        "rank": f"{result.d} (orthogonal)",
+        "parameters": result.parameters,
+        "dimension of the products": result.dimension,
+        "all rotations of d features": result.all_rotations,
     }
-    if found.forbidden:
-        lines["entries that orthogonality forbids"] = found.forbidden
-    if found.parameters is None:
+    if result.forbidden:
+        lines["entries that orthogonality forbids"] = result.forbidden
+    if result.parameters is None:
         why = f"not computed: more than {transmission.LARGEST} features are connected"
         lines |= {"parameters": why, "dimension of the products": why}
     width = max(map(len, lines))
@@ -38,25 +41,30 @@ def describe(found: Transmission) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 0 or 1."""
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__)
-    parser.add_argument("d", type=int, help="features")
+    parser.add_argument("d", type=int, help="number of features")
     parser.add_argument("b", type=int, nargs="?", help="block_size")
     parser.add_argument("m", type=int, nargs="?", default=1, help="n_factors (default 1: OFT)")
     parser.add_argument(
-        "--shuffle", action="store_true", help="block-diagonal factors with shuffles between them"
+        "--shuffle",
+        action="store_true",
+        help="use block-diagonal factors with shuffles between them, not a butterfly",
     )
     parser.add_argument(
         "--edges",
         type=Path,
         metavar="FILE",
-        help="instead of b and m: lines of LEVEL SOURCE TARGET, counted from 1; the straight edges "
-        "are there anyway",
+        help="read the edges from this file instead of making them from b and m: lines of LEVEL "
+        "SOURCE TARGET, counted from 1; the straight edges are always added",
     )
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="where to draw the graph")
+    parser.add_argument(
+        "--svg", type=Path, metavar="FILE", help="file for the drawing of the graph"
+    )
     args = parser.parse_args(argv)
     try:
         pattern, name = _pattern(args)
-        print(describe(transmission.analyse(pattern)))
+        print(describe(transmission.analyze(pattern)))
         if args.svg is None and args.d > graph.MAX_FEATURES:
             return 0
         path = args.svg or Path(f"{name}.svg")
@@ -69,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pattern(args: argparse.Namespace) -> tuple[torch.Tensor, str]:
+    """Make the pattern that the arguments ask for, and the name of its default SVG file."""
     if args.edges is not None:
         if args.b is not None or args.shuffle:
             raise ValueError("--edges: expected no b, m or --shuffle beside it")
@@ -76,11 +85,12 @@ def _pattern(args: argparse.Namespace) -> tuple[torch.Tensor, str]:
     if args.b is None:
         raise ValueError("b: expected a block_size, or --edges")
     make = transmission.shuffle_pattern if args.shuffle else transmission.butterfly_pattern
-    kind = "shuffle" if args.shuffle else "boft"
-    return make(args.d, args.b, args.m), f"{kind}_d{args.d}_b{args.b}_m{args.m}"
+    structure = "shuffle" if args.shuffle else "boft"
+    return make(args.d, args.b, args.m), f"{structure}_d{args.d}_b{args.b}_m{args.m}"
 
 
 def _read_edges(path: Path) -> list[tuple[int, ...]]:
+    """Read lines of LEVEL SOURCE TARGET; blank lines and text after a # are skipped."""
     edges = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = line.partition("#")[0].split()

@@ -1,8 +1,10 @@
-"""How well a product of block-sparse rotations approximates a given orthogonal matrix.
+"""Approximation of an orthogonal matrix by a product of block-sparse rotations.
 
-min ||R - A||_F over R = C_{m-1} ... C_1 C_0, each C_i made of blocks of SO(b) at given places, is
-max tr(R^T A), as both are orthogonal. In one factor alone that is an orthogonal Procrustes problem
-for each of its blocks, solved exactly by a singular value decomposition (docs/paper/figure5.md).
+The product is R = C_{m-1} ... C_1 C_0. Each factor C_i consists of blocks of SO(b) at given
+positions. Because R and A are both orthogonal, minimizing ||R - A||_F maximizes tr(R^T A). With all
+other factors fixed, each block of one factor is an orthogonal Procrustes problem, which a singular
+value decomposition solves exactly. Figure 5 of arXiv 2311.06243 is made with these functions
+(docs/paper/figure5.md).
 """
 
 from __future__ import annotations
@@ -15,17 +17,19 @@ import torch
 from .._runtime import checks, linalg
 from ..ops.cayley import pack
 from ..ops.compose import compose_forward
-from ..ops.rotate import gram, rotate_rows
+from ..ops.rotate import rotate_rows, rotate_stage_grad
 from ..ops.stages import plan
 
 
 class Factor(NamedTuple):
-    """Where the blocks of one factor lie: ``size / chunk`` chunks of features, ``stride`` apart.
+    """Positions of the blocks of one factor.
+
+    A block acts on ``size / chunk`` chunks of neighboring features, ``stride`` chunks apart.
 
     Attributes:
-        size: b, rows and columns of a block.
-        chunk: features that stay neighbours.
-        stride: distance between the chunks of a block, in chunks.
+        size: b, the number of rows and columns of a block.
+        chunk: number of features that stay neighbors.
+        stride: distance between two chunks of a block, in chunks.
     """
 
     size: int
@@ -34,7 +38,16 @@ class Factor(NamedTuple):
 
 
 def butterfly_factors(d: int, block_size: int, n_factors: int) -> list[Factor]:
-    """The factors of BOFT(m, b), smallest stride first (arXiv 2311.06243, section 4)."""
+    """List the factors of BOFT(m, b), smallest stride first (arXiv 2311.06243, section 4).
+
+    Args:
+        d: number of features, divisible by block_size * 2^(n_factors - 1).
+        block_size: b, the number of rows and columns of a block.
+        n_factors: m, the number of factors.
+
+    Raises:
+        ValueError: no butterfly has this d, block_size and n_factors.
+    """
     checks.butterfly_shape(d, block_size, n_factors)
     if n_factors == 1:
         return [Factor(block_size, block_size, 1)]
@@ -42,15 +55,22 @@ def butterfly_factors(d: int, block_size: int, n_factors: int) -> list[Factor]:
 
 
 def shuffle_factors(d: int, block_size: int, n_factors: int) -> list[Factor]:
-    """Block-diagonal factors with the shuffle of Group-and-Shuffle matrices between them.
+    """List block-diagonal factors with the shuffle of Group-and-Shuffle matrices between them.
 
-    Block-diagonal factor, permutation P, block-diagonal factor, P, ... (arXiv 2406.10019), with P
-    the transpose of (d/b, b), and every factor written in the order of the original features:
-    P^-j diag(...) P^j. For powers of two, P turns the bits of a feature's index by log2(b) places,
-    so that factor j mixes the b features whose indices differ in a window of log2(b) bits.
+    The product alternates a block-diagonal factor and a permutation P (arXiv 2406.10019). P
+    transposes the features, seen as a (d/b, b) array. Every factor is written in the order of the
+    original features, as P^-j diag(...) P^j. For powers of two, P rotates the bits of a feature's
+    index by log2(b) positions. Factor j therefore mixes the b features whose indices differ only in
+    a window of log2(b) bits.
+
+    Args:
+        d: number of features, a power of two.
+        block_size: b, the number of rows and columns of a block, a power of two in [2, d].
+        n_factors: m, the number of factors.
 
     Raises:
-        ValueError: d or block_size is no power of two, or block_size is not in [2, d].
+        ValueError: d or block_size is not a power of two, block_size is not in [2, d], or n_factors
+            is not positive.
     """
     for name, value in (("d", d), ("block_size", block_size)):
         if value < 2 or value & (value - 1):
@@ -62,18 +82,18 @@ def shuffle_factors(d: int, block_size: int, n_factors: int) -> list[Factor]:
     factors = []
     for j in range(n_factors):
         low = j * window % bits
-        wrapped = max(0, low + window - bits)  # the lowest bits, which the window comes round to
+        wrapped = max(0, low + window - bits)  # bits of the window that wrap around to the bottom
         factors.append(Factor(block_size, 1 << wrapped, 1 << (low - wrapped if wrapped else low)))
     return factors
 
 
 class Fit(NamedTuple):
-    """What ``approximate`` found.
+    """Result of ``approximate``.
 
     Attributes:
-        blocks: (m, n * d/b, b, b), the matrices of all factors, in the dtype of the targets; those
-            of the n targets side by side, as one product of n d features.
-        errors: (sweeps, n), ||R - A||_F^2 / (2 d) after each sweep, in float64.
+        blocks: (m, n * d/b, b, b), the blocks of all factors, in the dtype of the targets. The
+            blocks of the n targets lie side by side, as in one product of n * d features.
+        errors: (sweeps, n), float64, ||R - A||_F^2 / (2 d) after each sweep.
     """
 
     blocks: torch.Tensor
@@ -84,8 +104,8 @@ class _Stage(NamedTuple):
     """Consecutive factors as one dense matrix for each group of features."""
 
     group: Factor
-    inner: list[Factor]  # within a group, its features in order
-    first: int
+    inner: list[Factor]  # its factors, on the features of one group
+    first: int  # index of its first factor
 
 
 @torch.no_grad()
@@ -97,19 +117,24 @@ def approximate(
     tolerance: float = 1e-3,
     start: torch.Tensor | None = None,
 ) -> Fit:
-    """Block coordinate ascent: each factor in turn is set to its optimum, given all the others.
+    """Approximate orthogonal matrices by block coordinate ascent (figure 5 of arXiv 2311.06243).
 
-    The error never grows. It is compared at sweeps 25, 50, 100, ...: where twice the sweeps gained
-    less than ``tolerance`` in the mean over the targets, the fit has converged and stops (one
-    factor alone is exact after one). All targets are fitted side by side, as the groups of one wide
-    product.
+    Each factor in turn is set to its optimum, given all the others, so the error never grows. The
+    error is compared at sweeps 25, 50, 100, and so on. The fit stops when doubling the number of
+    sweeps gains less than ``tolerance`` in the mean over the targets. A single factor is exact
+    after one sweep. All targets are fitted side by side, as the groups of one product.
 
     Args:
         targets: (n, d, d), float32 or float64, orthogonal.
-        factors: of ``butterfly_factors`` or ``shuffle_factors`` for d, of one block size.
-        max_sweeps: how often at most all factors are visited.
-        tolerance: of the error ||R - A||_F^2 / (2 d), which is 1 - tr(R^T A) / d.
-        start: blocks as in ``Fit``, orthogonal; None starts at the identity, as finetuning does.
+        factors: result of ``butterfly_factors`` or ``shuffle_factors`` for d.
+        max_sweeps: upper limit of sweeps, each of which visits all factors once.
+        tolerance: smallest gain of the error ||R - A||_F^2 / (2 d) that goes on. The error equals
+            1 - tr(R^T A) / d.
+        start: orthogonal blocks, shaped as in ``Fit``. None starts at the identity, as finetuning
+            does.
+
+    Returns:
+        The blocks and the error after each sweep.
 
     Raises:
         TypeError: targets are not floating-point.
@@ -139,8 +164,8 @@ def approximate(
             if (errors[check - 1] - errors[-1]).mean() < tolerance:
                 break
             check *= 2
-    found = [_ungrouped(blocks[i], stage, i) for stage in stages for i in _range(stage)]
-    return Fit(torch.stack(found), torch.stack(errors))
+    fitted = [_ungrouped(blocks[i], stage, i) for stage in stages for i in _range(stage)]
+    return Fit(torch.stack(fitted), torch.stack(errors))
 
 
 def _sweep(
@@ -150,17 +175,17 @@ def _sweep(
     stages: list[_Stage],
     n: int,
 ) -> torch.Tensor:
-    """Visit all factors once, change ``blocks``; returns tr(R^T A) of each target, (n,).
+    """Optimize all factors once, in place in ``blocks``; returns tr(R^T A) of each target, (n,).
 
-    The trace is <C, X^T Y> in a stage with matrix C, where X are the rows of the identity times all
-    larger stages and Y the rows of A times the transpose of all smaller ones.
+    For a stage with matrix C the trace equals <C, X^T Y>. X (``left``) is the identity times all
+    later stages; Y (``right``) is A times the transposes of all earlier stages.
     """
     matrices = [_compose(blocks, stage) for stage in stages]
     for i in range(len(stages) - 1, 0, -1):
         left = _rotate(left, matrices[i], stages[i].group, False)
     for i, stage in enumerate(stages):
         size, chunk, stride = stage.group
-        product = gram(left, right, size, chunk, stride, 1)[0]
+        product = rotate_stage_grad(left, right, size, chunk, stride, 1)[0]
         if len(stage.inner) == 1:
             blocks[stage.first] = nearest_rotation(product)
         else:
@@ -173,7 +198,7 @@ def _sweep(
 
 
 def _visit_group(product: torch.Tensor, blocks: list[torch.Tensor], stage: _Stage) -> None:
-    """The same within the groups of one stage, whose target is ``product`` (groups, s, s)."""
+    """Sweep over the factors of one stage, whose target is ``product``, (groups, s, s)."""
     groups, size, _ = product.shape
     rows = product.transpose(0, 1).reshape(size, groups * size)
     eye = torch.eye(size, dtype=product.dtype).repeat(1, groups)
@@ -182,38 +207,50 @@ def _visit_group(product: torch.Tensor, blocks: list[torch.Tensor], stage: _Stag
 
 
 def nearest_rotation(matrices: torch.Tensor) -> torch.Tensor:
-    """The C of SO(b) with the largest <C, M>, for each M of (..., b, b)."""
-    if matrices.shape[-1] == 2:  # in closed form: SVDs of thousands of tiny matrices are slow
+    """Return the rotation C of SO(b) with the largest inner product <C, M>, for each matrix M.
+
+    Args:
+        matrices: (..., b, b), floating-point.
+
+    Returns:
+        (..., b, b), rotations in the dtype of ``matrices``.
+    """
+    if matrices.shape[-1] == 2:  # closed form: the SVD of thousands of tiny matrices is slow
         cos = matrices[..., 0, 0] + matrices[..., 1, 1]
         sin = matrices[..., 0, 1] - matrices[..., 1, 0]
         angle = torch.atan2(sin, cos)
         cos, sin = angle.cos(), angle.sin()
         return torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))
     u, _, vh = torch.linalg.svd(matrices)
-    # determinant +1: turn the direction of the smallest singular value round
+    # For determinant +1, flip the direction of the smallest singular value where necessary.
     u[..., -1] *= linalg.determinant(u @ vh).sign()[..., None]
     return u @ vh
 
 
 def inverse_cayley(blocks: torch.Tensor) -> torch.Tensor:
-    """The packed skew-symmetric parameters with ``cayley(skew) == blocks``, in float64.
+    """Return the packed skew-symmetric parameters with ``cayley(skew) == blocks``.
 
     Args:
-        blocks: (..., b, b), orthogonal with determinant +1 and without an eigenvalue of -1, which
-            no finite parameter gives; near one the parameters are large.
+        blocks: (..., b, b), floating-point, orthogonal with determinant +1. No finite parameters
+            give an eigenvalue of -1, and they grow large near one.
 
     Returns:
-        (..., b(b-1)/2), Q = (R - I)(R + I)^-1 as ``torch.triu_indices(b, b, 1)`` orders it.
+        (..., b(b-1)/2), float64: the upper triangle of Q = (R - I)(R + I)^-1 in the order of
+        ``torch.triu_indices(b, b, 1)``.
+
+    Raises:
+        TypeError: ``blocks`` is not a floating-point tensor.
+        ValueError: ``blocks`` has fewer than two dimensions.
     """
     checks.tensor("blocks", blocks, min_dim=2)
-    wide = blocks.double()
-    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    q = linalg.inverse(wide + eye) @ (wide - eye)  # the two factors commute
+    rotations = blocks.double()
+    eye = torch.eye(rotations.shape[-1], dtype=rotations.dtype, device=rotations.device)
+    q = linalg.inverse(rotations + eye) @ (rotations - eye)  # the two factors commute
     return 0.5 * pack(q)
 
 
 def _stages(factors: Sequence[Factor]) -> list[_Stage]:
-    """Butterfly factors in the stages of the package's plan; others one by one."""
+    """Group butterfly factors into the stages of the package's plan, other factors not at all."""
     b, m = factors[0].size, len(factors)
     if m == 1 or list(factors) != butterfly_factors(b << (m - 1), b, m):
         return [_Stage(factor, [factor], i) for i, factor in enumerate(factors)]
@@ -228,10 +265,12 @@ def _stages(factors: Sequence[Factor]) -> list[_Stage]:
 
 
 def _range(stage: _Stage) -> range:
+    """Indices of the factors of a stage."""
     return range(stage.first, stage.first + len(stage.inner))
 
 
 def _compose(blocks: list[torch.Tensor], stage: _Stage) -> torch.Tensor:
+    """Multiply the factors of a stage into one dense matrix for each group, (groups, s, s)."""
     if len(stage.inner) == 1:
         return blocks[stage.first]
     return compose_forward(torch.stack([blocks[i] for i in _range(stage)]), 0)
@@ -240,11 +279,12 @@ def _compose(blocks: list[torch.Tensor], stage: _Stage) -> torch.Tensor:
 def _rotate(
     rows: torch.Tensor, matrix: torch.Tensor, group: Factor, transpose: bool
 ) -> torch.Tensor:
+    """Rotate the groups of each row by a stage's matrix or by its transpose."""
     return rotate_rows(rows, matrix, group.chunk, group.stride, transpose)
 
 
 def _grouped(factor: torch.Tensor, stage: _Stage, i: int) -> torch.Tensor:
-    """Blocks (K, b, b) of factor i in the order of the stage's groups, then within them."""
+    """Reorder the blocks (K, b, b) of factor i by the stage's groups, then by position in them."""
     if len(stage.inner) == 1:
         return factor.clone()
     stride, within = stage.group.stride, stage.inner[i - stage.first].stride
@@ -254,7 +294,7 @@ def _grouped(factor: torch.Tensor, stage: _Stage, i: int) -> torch.Tensor:
 
 
 def _ungrouped(factor: torch.Tensor, stage: _Stage, i: int) -> torch.Tensor:
-    """Inverse of ``_grouped``."""
+    """Restore the order of blocks that ``_grouped`` changed."""
     if len(stage.inner) == 1:
         return factor
     stride, within = stage.group.stride, stage.inner[i - stage.first].stride

@@ -1,4 +1,4 @@
-"""The shortest way from the identity to a rotation, in the Cayley transform's parameters."""
+"""The shortest path from the identity to a rotation, in the parameters of the Cayley transform."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from ..ops.cayley import unpack
 
 
 def geodesic(skew: torch.Tensor, t: float) -> torch.Tensor:
-    """Parameters of R^t, where ``skew`` holds those of R = (I + Q)(I - Q)^-1.
+    """Return the parameters of R^t, where ``skew`` holds those of R = (I + Q)(I - Q)^-1.
 
-    R turns planes by angles 2 atan(l), with i l the eigenvalues of Q; R^t turns them by t times
-    that, so its parameters have the eigenvalues i tan(t atan(l)). The way is the shortest one in
-    SO(b) and is travelled at constant speed. For small Q it is t Q, up to O(|Q|^3).
+    If i l is an eigenvalue of Q, R turns a plane by the angle 2 atan(l). R^t turns that plane by t
+    times the angle, so its parameters have the eigenvalues i tan(t atan(l)). As t grows, R^t
+    follows the shortest path in SO(b) at constant speed. For small Q its parameters are t Q, up to
+    O(|Q|^3). The interpolation of arXiv 2311.06243, section 6.3, uses it
+    (docs/paper/interpolation.md).
 
     Args:
-        skew: (..., b(b-1)/2), floating point; computed in float64.
-        t: from 0, the identity, to 1, R itself.
+        skew: (..., b(b-1)/2), floating-point. The computation runs in float64.
+        t: position on the path, from 0 (the identity) to 1 (R itself).
 
     Returns:
-        As ``skew``, in its dtype.
+        A tensor of the shape and dtype of ``skew``.
 
     Raises:
         TypeError: ``skew`` is not a floating-point tensor.

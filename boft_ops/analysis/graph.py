@@ -1,4 +1,4 @@
-"""The picture of a factorisation as a graph of levels, as in the paper's Figures 2 to 4: SVG."""
+"""SVG drawings of a factorization as a graph of levels (figures 2 to 4 of arXiv 2311.06243)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import torch
 
 from .transmission import product
 
-MAX_FEATURES = 64  # more cannot be told apart
+MAX_FEATURES = 64  # a drawing of more is illegible
 
-STRAIGHT, FREE, ENTRY, ZERO, TEXT = "#b0b0b0", "#0072B2", "#0072B2", "#f0f0f0", "#222222"
-LEFT, TOP, WIDTH = 34, 34, 110  # margins, and the distance of two levels
+# Colors of edges from a node to itself, of other edges, of a matrix's entries, and of the rest.
+STRAIGHT = "#b0b0b0"
+FREE = "#0072B2"
+ENTRY = "#0072B2"
+ZERO = "#f0f0f0"
+TEXT = "#222222"
+
+LEFT, TOP = 34, 34  # margins, in pixels
+WIDTH = 110  # distance between two levels, in pixels
 
 
 def draw(pattern: torch.Tensor, title: str = "") -> str:
-    """An SVG of the graph, of each factor's pattern and of the products B_i ... B_1 so far.
+    """Draw the graph, and below it the pattern of each factor and of each product B_i ... B_1.
 
     Args:
-        pattern: boolean (m, d, d), B_1 first, d <= 64.
-        title: a line above the graph.
+        pattern: (m, d, d), boolean, B_1 first, with d <= 64.
+        title: a line above the graph. The default is none.
+
+    Returns:
+        The text of an SVG file.
 
     Raises:
         ValueError: there are more than 64 features.
@@ -33,11 +43,11 @@ def draw(pattern: torch.Tensor, title: str = "") -> str:
     parts = [_text(LEFT - 20, 14, title, 11)] if title else []
     for i, factor in enumerate(pattern):
         for target, source in factor.nonzero().tolist():
-            colour, width = (STRAIGHT, 1) if target == source else (FREE, 1.4)
+            color, width = (STRAIGHT, 1) if target == source else (FREE, 1.4)
             ends = (LEFT + i * WIDTH, TOP + source * pitch, LEFT + (i + 1) * WIDTH)
             parts.append(
                 f'<line x1="{ends[0]}" y1="{ends[1]}" x2="{ends[2]}" y2="{TOP + target * pitch}" '
-                f'stroke="{colour}" stroke-width="{width}"/>'
+                f'stroke="{color}" stroke-width="{width}"/>'
             )
     for i in range(m + 1):
         x = LEFT + i * WIDTH
@@ -66,6 +76,7 @@ def draw(pattern: torch.Tensor, title: str = "") -> str:
 
 
 def _grid(matrix: torch.Tensor, x: float, y: float, cell: float, name: str) -> list[str]:
+    """Draw a boolean matrix as a grid of cells, with its name above."""
     side = cell * len(matrix)
     parts = [_text(x + side / 2, y - 5, name, 8, "middle")]
     parts.append(
@@ -81,6 +92,7 @@ def _grid(matrix: torch.Tensor, x: float, y: float, cell: float, name: str) -> l
 
 
 def _text(x: float, y: float, text: str, size: float, anchor: str = "start") -> str:
+    """Make a text element, with the characters that XML reserves escaped."""
     safe = text.replace("&", "&amp;").replace("<", "&lt;")
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{TEXT}" '

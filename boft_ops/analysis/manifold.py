@@ -1,4 +1,7 @@
-"""Sets of orthogonal matrices with given zeros, and of products of them: numerical dimensions."""
+"""Numerical dimensions of sets of orthogonal matrices with given zeros, and of their products.
+
+``transmission.analyze`` uses them to count the parameters of a factorization.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ from typing import NamedTuple
 
 import torch
 
-STARTS = 4  # of the search for an orthogonal matrix with zeros that are no blocks
+STARTS = 4  # random starts of the search for an orthogonal matrix whose zeros form no blocks
 
 
 class Member(NamedTuple):
-    """A random orthogonal matrix B within a pattern, and how it can move there.
+    """A random orthogonal matrix B within a pattern, and the directions that keep it there.
 
     Attributes:
         matrix: B, (n, n), float64.
-        moves: pairs of columns (k,) and skew-symmetric matrices (t, k, k): B moves along B Omega
-            with Omega one of these, placed at the columns.
+        moves: pairs of columns (k,) and skew-symmetric matrices (t, k, k). B can move along
+            B Omega, where Omega is one of these matrices in the rows and columns given by the pair.
     """
 
     matrix: torch.Tensor
@@ -23,14 +26,23 @@ class Member(NamedTuple):
 
     @property
     def dimension(self) -> int:
+        """Number of independent directions."""
         return sum(len(omegas) for _, omegas in self.moves)
 
 
 def usable(factor: torch.Tensor, number: int) -> torch.Tensor:
-    """The entries (n, n) that are not zero in every orthogonal matrix within the pattern.
+    """Find the entries that differ from zero in some orthogonal matrix within the pattern.
 
-    Squared, the entries of an orthogonal matrix are doubly stochastic, a mean of permutations
-    (Birkhoff): an entry that is in no permutation within the pattern is zero.
+    The squared entries of an orthogonal matrix form a doubly stochastic matrix. By Birkhoff's
+    theorem that is a mean of permutations. An entry that no permutation within the pattern contains
+    is therefore zero in every orthogonal matrix within it.
+
+    Args:
+        factor: (n, n), boolean pattern.
+        number: number of the factor, for the error message.
+
+    Returns:
+        (n, n), boolean.
 
     Raises:
         ValueError: there is no permutation within the pattern, so no invertible matrix.
@@ -39,7 +51,7 @@ def usable(factor: torch.Tensor, number: int) -> torch.Tensor:
     row_of = _matching(factor)
     if row_of is None:
         raise ValueError(f"pattern: expected an invertible factor, no B_{number} of it is")
-    # an edge is in some perfect matching if an alternating cycle leads through it
+    # An edge belongs to some perfect matching if an alternating cycle leads through it.
     reach = factor[:, torch.argsort(row_of)].float() + torch.eye(n)
     for _ in range(n.bit_length()):
         reach = (reach @ reach > 0).float()
@@ -48,13 +60,13 @@ def usable(factor: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def _matching(factor: torch.Tensor) -> torch.Tensor | None:
-    """The row that each column is matched with, (n,), if all can be at once."""
+    """Match each column with a row of its own, (n,); None if that is impossible."""
     columns = [row.nonzero().flatten().tolist() for row in factor]
     row_of: dict[int, int] = {}
 
     def augment(start: int) -> bool:
-        # breadth first, as a recursion may be as deep as there are rows
-        parent: dict[int, int] = {}  # column -> the row that found it
+        # Breadth first, because a recursion could be as deep as there are rows.
+        parent: dict[int, int] = {}  # column -> the row it was reached from
         queue = [start]
         while queue:
             row = queue.pop(0)
@@ -79,10 +91,17 @@ def _matching(factor: torch.Tensor) -> torch.Tensor | None:
 
 
 def components(allowed: torch.Tensor) -> list[list[torch.Tensor]]:
-    """The connected parts of the graph of a pattern (m, d, d): their nodes on each level."""
+    """Find the connected components of the graph of a pattern.
+
+    Args:
+        allowed: (m, d, d), boolean.
+
+    Returns:
+        For each component, its nodes on each of the m + 1 levels, as index tensors.
+    """
     m, d, _ = allowed.shape
     label = torch.arange((m + 1) * d).reshape(m + 1, d)
-    while True:  # every node takes the smallest label of its neighbours
+    while True:  # every node takes the smallest label of its neighbors
         before = label.clone()
         for i, factor in enumerate(allowed):
             large = torch.full_like(factor, (m + 1) * d, dtype=torch.int64)
@@ -98,7 +117,15 @@ def components(allowed: torch.Tensor) -> list[list[torch.Tensor]]:
 
 
 def random_member(factor: torch.Tensor, generator: torch.Generator) -> Member:
-    """A random orthogonal matrix within a usable pattern (n, n)."""
+    """Draw a random orthogonal matrix within a pattern of usable entries.
+
+    Args:
+        factor: (n, n), boolean, as ``usable`` returns it.
+        generator: source of the random numbers.
+
+    Raises:
+        ValueError: no orthogonal matrix was found within the pattern.
+    """
     matrix = torch.zeros(factor.shape, dtype=torch.float64)
     moves = []
     for columns, rows in components(factor[None]):
@@ -113,6 +140,7 @@ def random_member(factor: torch.Tensor, generator: torch.Generator) -> Member:
 
 
 def _full_block(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw an orthogonal matrix without zeros, and all n(n-1)/2 skew-symmetric directions."""
     q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
     i, j = torch.triu_indices(n, n, 1)
     omegas = torch.zeros(len(i), n, n, dtype=torch.float64)
@@ -122,9 +150,10 @@ def _full_block(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch
 
 
 def _searched(part: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gauss-Newton on B^T B = I in the entries that may differ from zero, from several starts.
+    """Solve B^T B = I by Gauss-Newton in the entries that may differ from zero.
 
-    The set may have pieces of several dimensions: the largest that was found counts.
+    The solutions may form pieces of several dimensions. The search runs from several starts and
+    keeps the solution with the most directions.
     """
     n = len(part)
     rows, columns = part.nonzero().T
@@ -139,13 +168,13 @@ def _searched(part: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
             if residual.abs().max() < 1e-13:
                 break
             jacobian = _jacobian(b, rows, columns, upper)
-            # the pseudo-inverse, as the equations may depend on each other
+            # gelsd applies the pseudo-inverse, because the equations may depend on each other.
             b[rows, columns] -= torch.linalg.lstsq(jacobian, residual, driver="gelsd").solution
         if not residual.abs().max() < 1e-9:
             continue
         _, values, vh = torch.linalg.svd(_jacobian(b, rows, columns, upper))
         rank = int((values > 1e-9 * values[0]).sum())
-        free = vh[rank:]  # directions in which no equation changes
+        free = vh[rank:]  # directions that change none of the equations
         moves = torch.zeros(len(free), n, n, dtype=torch.float64)
         moves[:, rows, columns] = free
         if best is None or len(free) > len(best[1]):
@@ -158,7 +187,7 @@ def _searched(part: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
 def _jacobian(
     b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, upper: torch.Tensor
 ) -> torch.Tensor:
-    """d(B^T B) / dB, (n(n+1)/2, entries)."""
+    """Derivative of B^T B by the entries of B that may differ from zero, (n(n+1)/2, entries)."""
     change = torch.zeros(len(rows), *b.shape, dtype=b.dtype)
     change[torch.arange(len(rows)), columns] = b[rows]
     change = change + change.mT
@@ -166,10 +195,13 @@ def _jacobian(
 
 
 def product_dimension(members: list[Member]) -> int:
-    """The dimension of the set of products B_m ... B_1, at these members.
+    """Dimension of the set of products B_m ... B_1, at the matrices given.
 
-    The rank of the Jacobian: with S = B_{i-1} ... B_1, moving B_i along B_i Omega moves the product
-    R along R (S^T Omega S).
+    It is the rank of a Jacobian. With S = B_{i-1} ... B_1, moving B_i along B_i Omega moves the
+    product R along R (S^T Omega S).
+
+    Args:
+        members: one matrix per factor, B_1 first, all of one size.
     """
     n = len(members[0].matrix)
     upper = torch.triu_indices(n, n, 1)

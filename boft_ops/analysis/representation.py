@@ -1,7 +1,8 @@
-"""Any rotation as a kaleidoscope: the constructive proof of Theorem 1 (arXiv 2311.06243).
+"""Representation of any rotation as a kaleidoscope (theorem 1 of arXiv 2311.06243).
 
-The paper's proof goes through Householder reflections, which have determinant -1 and so are no
-product of Cayley blocks. Here the reflections come in pairs (docs/paper/theorem1.md).
+The paper's proof is constructive, but it uses Householder reflections. These have determinant -1,
+so no product of Cayley blocks equals one. Here the reflections come in pairs, which are rotations
+(docs/paper/theorem1.md).
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from .approximation import inverse_cayley
 def kaleidoscope_parameters(
     rotation: torch.Tensor, block_size: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parameters with which R_G = R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T is a given rotation.
+    """Compute parameters whose kaleidoscope R_G equals a given rotation.
 
-    For every rotation, without exception, with l = d - 1 levels of dense butterflies; the
-    parameters are at most 1 in absolute value. Meant for small d: O(d^3 log d) operations.
+    R_G = R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T has l = d - 1 levels of dense butterflies. Every
+    rotation has such parameters, and they are at most 1 in absolute value. The function is meant
+    for small d, because it takes O(d^3 log d) operations.
 
     Args:
-        rotation: (d, d), orthogonal to 1e-4 with determinant +1; computed in float64.
-        block_size: b even, with d = b 2^(m-1) for some m.
+        rotation: (d, d), floating-point, orthogonal to 1e-4 with determinant +1. The computation
+            runs in float64.
+        block_size: b, even, with d = b * 2^(m-1) for some m. The default is 2.
 
     Returns:
-        skew of R_{1,1}, ..., R_{l,1} and of R_{1,2}, ..., R_{l,2}, each (l, m, d/b, b(b-1)/2),
-        float64. ``kaleidoscope_matmul(x, cayley(first), cayley(second))`` is x @ rotation.
+        The skews of R_{1,1}, ..., R_{l,1} and those of R_{1,2}, ..., R_{l,2}, each of shape
+        (l, m, d/b, b(b-1)/2) in float64.
+        ``kaleidoscope_matmul(x, cayley(first), cayley(second))`` is x @ rotation.
 
     Raises:
         TypeError: ``rotation`` is not a floating-point tensor.
-        ValueError: it is not square and orthogonal, its determinant is -1, which no product of
-            Cayley transforms has, or no dense butterfly has this d and block_size.
+        ValueError: ``rotation`` is not square and orthogonal, its determinant is -1, or no dense
+            butterfly has this d and block_size.
     """
     checks.tensor("rotation", rotation)
     if rotation.dim() != 2 or rotation.shape[0] != rotation.shape[1] or len(rotation) < 2:
@@ -50,24 +54,31 @@ def kaleidoscope_parameters(
     shape = (d - 1, m, d // block_size, block_size * (block_size - 1) // 2)
     first = torch.zeros(shape, dtype=rest.dtype, device=rest.device)
     second = torch.zeros_like(first)
-    mirrored = False  # whether a reflection D of feature 0 is left over on the right
+    mirrored = False  # true while a reflection D of feature 0 is left over on the right
     for level, k in enumerate(range(d - 1, 0, -1)):
         normal = _householder(rest[:, k], k)
         if normal is None:  # the column is e_k already
             continue
-        # H = V D V^T, and D V^T D is the transpose of a butterfly as well: of V mirrored
+        # H = V D V^T, and D V^T D is also the transpose of a butterfly: that of V mirrored.
         skew = inverse_cayley(_gather(normal, block_size, m))
-        other = skew.clone()
-        other[:, 0, : block_size - 1] *= -1
-        at = d - 2 - level  # level l stands on the left
-        first[at], second[at] = (other, skew) if mirrored else (skew, other)
+        mirrored_skew = skew.clone()
+        mirrored_skew[:, 0, : block_size - 1] *= -1
+        index = d - 2 - level  # the last level is the leftmost factor
+        if mirrored:
+            first[index], second[index] = mirrored_skew, skew
+        else:
+            first[index], second[index] = skew, mirrored_skew
         mirrored = not mirrored
         rest = rest - 2 * normal[:, None] * (normal @ rest)
     return first, second
 
 
 def dense_factors(d: int, block_size: int) -> int:
-    """The m with which BOFT(m, block_size) mixes all d features: block_size 2^(m-1) = d."""
+    """Return the m for which BOFT(m, block_size) mixes all d features: block_size * 2^(m-1) = d.
+
+    Raises:
+        ValueError: ``block_size`` is odd, or d is not a power of two times ``block_size``.
+    """
     checks.positive_int("block_size", block_size)
     m = (d // block_size).bit_length()
     if block_size % 2 or block_size << max(m - 1, 0) != d:
@@ -79,26 +90,29 @@ def dense_factors(d: int, block_size: int) -> int:
 
 
 def _householder(column: torch.Tensor, k: int) -> torch.Tensor | None:
-    """The unit normal of the mirror that takes the column, zero below k, to e_k."""
+    """Return the unit normal of the mirror that maps a column, zero below k, to e_k.
+
+    None means that the column is e_k already.
+    """
     normal, head = column.clone(), column[:k].square().sum()
     normal[k + 1 :] = 0
     if head == 0 and column[k] > 0:
         return None
-    # x_k - 1 without cancellation: the column has norm 1
+    # This is x_k - 1 without cancellation, because the column has norm 1.
     normal[k] = -head / (1 + column[k]) if column[k] > 0 else column[k] - 1
     return normal / normal.norm()
 
 
 def _gather(vector: torch.Tensor, block_size: int, m: int) -> torch.Tensor:
-    """Blocks (m, K, b, b) of a butterfly V with V^T vector = +-|vector| e_0.
+    """Make the blocks (m, K, b, b) of a butterfly V with V^T vector = +-|vector| e_0.
 
-    Each block turns what its features hold into the first of them, by a quarter turn at most, so
-    that its Cayley parameters stay within [-1, 1].
+    Each block turns the vector of its features onto the first of them. It turns by at most a
+    quarter turn, so its Cayley parameters stay within [-1, 1].
     """
     d, r = len(vector), block_size // 2
     blocks = []
-    for i in reversed(range(m)):  # V^T meets the largest stride first
-        # runs of 2^(i+1) chunks: element e of a block is chunk e // r of a pair 2^i apart
+    for i in reversed(range(m)):  # V^T applies the factor of the largest stride first
+        # Runs of 2^(i+1) chunks; element e of a block is in chunk e // r of a pair 2^i apart.
         runs = vector.reshape(-1, 2, 1 << i, r).transpose(1, 2)
         parts = runs.reshape(d // block_size, block_size)
         norms = parts.norm(dim=1, keepdim=True)
@@ -107,7 +121,7 @@ def _gather(vector: torch.Tensor, block_size: int, m: int) -> torch.Tensor:
         start[:, 0] = 1
         unit = torch.where(norms > 0, signs * parts / norms, start)
         total = unit + start
-        # the rotation in the plane of both that takes unit to start
+        # The rotation in the plane of ``unit`` and ``start`` that maps ``unit`` to ``start``.
         turn = torch.eye(block_size, dtype=parts.dtype, device=parts.device)
         turn = turn - total[:, :, None] * total[:, None, :] / (1 + unit[:, :1, None])
         turn = turn + 2 * start[:, :, None] * unit[:, None, :]

@@ -1,7 +1,8 @@
-"""What an orthogonal transform of a weight keeps: singular values, angles, hyperspherical energy.
+"""Properties of a weight that an orthogonal transform keeps.
 
-A weight is a matrix (n, d) of n neurons, its rows. arXiv 2311.06243, section 5 ("spectral
-properties"), and arXiv 2306.07280 for the hyperspherical energy. Everything is computed in float64.
+These are the singular values, the angles between neurons and the hyperspherical energy. A weight is
+a matrix (n, d); its rows are n neurons. The spectral properties are in section 5 of arXiv
+2311.06243 and the hyperspherical energy in arXiv 2306.07280. All computations run in float64.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from .._runtime import checks
 
 
 class Drift(NamedTuple):
-    """How far a weight has moved, and what of its geometry moved with it. All dimensionless.
+    """Distance that a weight moved, and changes of its geometry.
+
+    All numbers are dimensionless and not negative.
 
     Attributes:
         distance: ||W' - W||_F / ||W||_F.
-        singular_values: largest change of a singular value, over the largest singular value.
-        spectral_norm: change of the largest singular value, over itself.
-        energy: change of the hyperspherical energy, over itself.
+        singular_values: largest change of a singular value, divided by the largest singular value.
+        spectral_norm: relative change of the largest singular value.
+        energy: relative change of the hyperspherical energy.
         angle: largest change of the angle between two neurons, in radians.
     """
 
@@ -35,10 +38,13 @@ def drift(before: torch.Tensor, after: torch.Tensor) -> Drift:
     """Compare a pretrained weight with a finetuned one.
 
     Args:
-        before, after: (n, d) with n >= 2, floating point, of one shape, without zero rows.
+        before: pretrained weight, (n, d) with n >= 2, floating-point, without zero rows.
+        after: finetuned weight, of the same shape.
 
     Raises:
-        TypeError, ValueError: an argument is no such matrix.
+        TypeError: a weight is not a floating-point tensor.
+        ValueError: a weight is not a matrix of at least two rows, has a zero row, or the shapes
+            differ.
     """
     before, after = _matrix("before", before), _matrix("after", after)
     if before.shape != after.shape:
@@ -56,17 +62,35 @@ def drift(before: torch.Tensor, after: torch.Tensor) -> Drift:
 
 
 def pairwise_angles(weight: torch.Tensor) -> torch.Tensor:
-    """Angles between all pairs of rows of (n, d), in radians, (n (n-1) / 2,) in float64."""
+    """Compute the angles between all pairs of rows.
+
+    Args:
+        weight: (n, d) with n >= 2, floating-point, without zero rows.
+
+    Returns:
+        (n(n-1)/2,), float64, in radians.
+
+    Raises:
+        TypeError: ``weight`` is not a floating-point tensor.
+        ValueError: ``weight`` is not a matrix of at least two rows, or has a zero row.
+    """
     rows = _unit_rows(weight)
     i, j = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
     return torch.arccos((rows @ rows.mT)[i, j].clamp(-1, 1))
 
 
 def hyperspherical_energy(weight: torch.Tensor) -> float:
-    """Sum over all pairs of rows of 1 / |u - v|, u and v being the rows at length 1.
+    """Sum 1 / |u - v| over all pairs of rows, where u and v are the rows scaled to length 1.
+
+    arXiv 2306.07280 defines this energy.
+
+    Args:
+        weight: (n, d) with n >= 2, floating-point, without zero rows.
 
     Raises:
-        ValueError: two rows have the same direction, so that the energy is infinite.
+        TypeError: ``weight`` is not a floating-point tensor.
+        ValueError: ``weight`` is not a matrix of at least two rows, has a zero row, or two of its
+            rows have the same direction, which makes the energy infinite.
     """
     distances = torch.pdist(_unit_rows(weight))
     if (distances == 0).any():
@@ -75,9 +99,17 @@ def hyperspherical_energy(weight: torch.Tensor) -> float:
 
 
 def orthogonality_error(matrix: torch.Tensor) -> float:
-    """||R^T R - I||_F / sqrt(d) of (..., d, d), the root mean square over leading dimensions.
+    """Compute ||R^T R - I||_F / sqrt(d), as the root mean square over leading dimensions.
 
-    0 for an orthogonal matrix; for one whose singular values are all 1 + e, about 2 e.
+    An orthogonal matrix has the error 0. A matrix whose singular values are all 1 + e has an error
+    of about 2 e.
+
+    Args:
+        matrix: (..., d, d), floating-point.
+
+    Raises:
+        TypeError: ``matrix`` is not a floating-point tensor.
+        ValueError: the last two dimensions of ``matrix`` differ.
     """
     checks.tensor("matrix", matrix)
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
@@ -88,11 +120,13 @@ def orthogonality_error(matrix: torch.Tensor) -> float:
 
 
 def _unit_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Scale the rows to length 1, in float64."""
     weight = _matrix("weight", weight)
     return weight / weight.norm(dim=1, keepdim=True)
 
 
 def _matrix(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Check that an argument is a weight, and convert it to float64."""
     checks.tensor(name, value)
     if value.dim() != 2 or len(value) < 2:
         raise ValueError(f"{name}: expected shape (n, d) with n >= 2, got {tuple(value.shape)}")

@@ -1,9 +1,11 @@
-"""Which features a product of sparse orthogonal matrices mixes (arXiv 2311.06243, section 3).
+"""Information transmission of products of sparse orthogonal matrices (arXiv 2311.06243, section 3).
 
-R = B_m ... B_1 is seen as a graph of m + 1 levels of d nodes: entry (j, k) of B_i is an edge from
-node k of level i to node j of level i + 1, and R_jk can differ from zero where a path leads from
-node k of the first level to node j of the last. A *pattern* is a boolean tensor (m, d, d) of the
-entries that may differ from zero, B_1 first.
+The product R = B_m ... B_1 is a graph of m + 1 levels with d nodes each. Entry (j, k) of B_i is an
+edge from node k of level i to node j of level i + 1. R_jk can differ from zero if a path leads from
+node k of the first level to node j of the last.
+
+A *pattern* is a boolean tensor (m, d, d) that marks the entries that may differ from zero, B_1
+first.
 """
 
 from __future__ import annotations
@@ -16,52 +18,80 @@ import torch
 from .approximation import Factor, butterfly_factors, shuffle_factors
 from .manifold import components, product_dimension, random_member, usable
 
-LARGEST = 64  # features that are connected with each other, for numerical ranks
+LARGEST = 64  # numerical ranks are computed for at most this many connected features
 
 
 def block_diagonal_pattern(d: int, block_size: int) -> torch.Tensor:
-    """OFT: one block-diagonal factor, (1, d, d)."""
+    """Make the pattern of OFT, one block-diagonal factor, (1, d, d).
+
+    Raises:
+        ValueError: ``block_size`` does not divide ``d``.
+    """
     return pattern(d, butterfly_factors(d, block_size, 1))
 
 
 def butterfly_pattern(d: int, block_size: int, n_factors: int) -> torch.Tensor:
-    """BOFT(m, b): B_{i+1} = C_i, (m, d, d)."""
+    """Make the pattern of BOFT(m, b), where B_{i+1} = C_i, (m, d, d).
+
+    Raises:
+        ValueError: no butterfly has this d, block_size and n_factors.
+    """
     return pattern(d, butterfly_factors(d, block_size, n_factors))
 
 
 def kaleidoscope_pattern(d: int, block_size: int, n_factors: int, levels: int) -> torch.Tensor:
-    """R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T, all BOFT(m, b): (2 l m, d, d)."""
+    """Make the pattern of R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T (theorem 1 of the paper).
+
+    Args:
+        d: number of features.
+        block_size: b of every butterfly.
+        n_factors: m of every butterfly.
+        levels: l, the number of pairs of a butterfly and a transposed one.
+
+    Returns:
+        (2 * l * m, d, d), boolean.
+
+    Raises:
+        ValueError: no butterfly has this d, block_size and n_factors.
+    """
     one = butterfly_pattern(d, block_size, n_factors)
     return torch.cat([one.flip(0).mT, one]).repeat(levels, 1, 1)
 
 
 def shuffle_pattern(d: int, block_size: int, n_factors: int) -> torch.Tensor:
-    """Block-diagonal factors with shuffles between them, (m, d, d); see ``shuffle_factors``."""
+    """Make the pattern of block-diagonal factors with shuffles between them, (m, d, d).
+
+    ``shuffle_factors`` describes the factors and the errors.
+    """
     return pattern(d, shuffle_factors(d, block_size, n_factors))
 
 
 def pattern(d: int, factors: Sequence[Factor]) -> torch.Tensor:
-    """The pattern (m, d, d) of factors whose blocks lie as ``Factor`` says."""
-    made = torch.zeros(len(factors), d, d, dtype=torch.bool)
+    """Make the pattern (m, d, d) of factors from the positions of their blocks."""
+    result = torch.zeros(len(factors), d, d, dtype=torch.bool)
     for i, (size, chunk, stride) in enumerate(factors):
         feature = torch.arange(d).reshape(-1, size // chunk, stride, chunk)
         groups = feature.transpose(1, 2).reshape(d // size, size)
-        made[i, groups[:, :, None], groups[:, None, :]] = True
-    return made
+        result[i, groups[:, :, None], groups[:, None, :]] = True
+    return result
 
 
 def edges_pattern(
     d: int, edges: Iterable[tuple[int, int, int]], *, straight: bool = True
 ) -> torch.Tensor:
-    """The pattern of a list of edges (level, source, target), all counted from 1 as in the paper.
+    """Make the pattern of a list of edges, all numbers counted from 1 as in the paper.
 
     Args:
-        d: nodes of each level.
-        edges: (i, k, j): entry (j, k) of B_i may differ from zero.
-        straight: add the edges from every node to the one of the same number.
+        d: number of nodes in each level.
+        edges: tuples (level i, source k, target j); entry (j, k) of B_i may differ from zero.
+        straight: add the edges from every node to the node of the same number. The default is
+            True.
+
+    Returns:
+        (m, d, d), boolean, where m is the largest level of an edge.
 
     Raises:
-        ValueError: there is no edge, or one leads from or to a node that is not in 1..d.
+        ValueError: there is no edge, or an edge leads from or to a node outside of 1..d.
     """
     edges = list(edges)
     if not edges:
@@ -69,34 +99,37 @@ def edges_pattern(
     for edge in edges:
         if len(edge) != 3 or edge[0] < 1 or not all(1 <= node <= d for node in edge[1:]):
             raise ValueError(f"edges: expected (level, source, target) within 1..{d}, got {edge}")
-    made = torch.zeros(max(edge[0] for edge in edges), d, d, dtype=torch.bool)
+    result = torch.zeros(max(edge[0] for edge in edges), d, d, dtype=torch.bool)
     for level, source, target in edges:
-        made[level - 1, target - 1, source - 1] = True
-    return made | torch.eye(d, dtype=torch.bool) if straight else made
+        result[level - 1, target - 1, source - 1] = True
+    return result | torch.eye(d, dtype=torch.bool) if straight else result
 
 
 def product(pattern: torch.Tensor) -> torch.Tensor:
-    """Where B_m ... B_1 may differ from zero: boolean (d, d)."""
-    made = torch.eye(pattern.shape[1], dtype=torch.bool)
+    """Mark the entries of B_m ... B_1 that may differ from zero, (d, d), boolean."""
+    result = torch.eye(pattern.shape[1], dtype=torch.bool)
     for factor in pattern:
-        made = (factor.float() @ made.float()) > 0
-    return made
+        result = (factor.float() @ result.float()) > 0
+    return result
 
 
 class Transmission(NamedTuple):
-    """What ``analyse`` found.
+    """Result of ``analyze``.
 
     Attributes:
-        d, m: features and factors.
-        nonzeros: entries of the product that may differ from zero; d^2 if it is dense.
-        edges: of all factors, those that orthogonality forbids left out.
-        forbidden: entries of the pattern that are zero in every orthogonal matrix within it.
-        free_edges: edges without the d of each factor that any invertible matrix needs, the
-            paper's count.
-        parameters: the sum of the dimensions of the factors, as sets of orthogonal matrices; None
-            if it was not computed.
-        dimension: that of the set of products: how many parameters are not redundant.
-        all_rotations: d(d-1)/2, for comparison.
+        d: number of features.
+        m: number of factors.
+        nonzeros: number of entries of the product that may differ from zero; d^2 if it is dense.
+        edges: number of edges of all factors, without those that orthogonality forbids.
+        forbidden: number of entries of the pattern that are zero in every orthogonal matrix within
+            it.
+        free_edges: number of edges beyond the d of each factor that any invertible matrix needs.
+            This is the paper's count.
+        parameters: sum of the dimensions of the factors, as sets of orthogonal matrices; None if it
+            was not computed.
+        dimension: dimension of the set of products, which is the number of parameters that are not
+            redundant; None if it was not computed.
+        all_rotations: d(d-1)/2, the dimension of all rotations of d features, for comparison.
     """
 
     d: int
@@ -111,22 +144,25 @@ class Transmission(NamedTuple):
 
     @property
     def dense(self) -> bool:
+        """True if every entry of the product may differ from zero."""
         return self.nonzeros == self.d**2
 
 
-def analyse(pattern: torch.Tensor, *, seed: int = 0) -> Transmission:
-    """What information a factorisation transmits, and how large a family of matrices it is.
+def analyze(pattern: torch.Tensor, *, seed: int = 0) -> Transmission:
+    """Measure the information that a factorization transmits and the size of its family.
 
-    ``parameters`` and ``dimension`` are numerical: the ranks of Jacobians at random orthogonal
-    matrices within the pattern. They are left out where more than 64 features are connected.
+    ``parameters`` and ``dimension`` are numerical. They are the ranks of Jacobians at random
+    orthogonal matrices within the pattern. They are not computed if more than 64 features are
+    connected with each other.
 
     Args:
-        pattern: boolean (m, d, d), B_1 first.
-        seed: of the random matrices.
+        pattern: (m, d, d), boolean, B_1 first.
+        seed: seed of the random matrices. The default is 0.
 
     Raises:
         TypeError: ``pattern`` is not a boolean tensor.
-        ValueError: its shape is not (m, d, d), or no orthogonal matrix lies within a factor.
+        ValueError: the shape of ``pattern`` is not (m, d, d), or no orthogonal matrix lies within
+            one of its factors.
     """
     if not isinstance(pattern, torch.Tensor) or pattern.dtype != torch.bool:
         raise TypeError(

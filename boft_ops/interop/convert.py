@@ -42,7 +42,9 @@ def convert(
         base: the pretrained model, as a module, a safetensors file or a folder of them; only names
             and shapes are read. LyCORIS as a source needs it, because its names have lost their
             dots. Other conversions that need it say so in their error.
-        prefix: the prefix of LyCORIS' names of layers.
+        prefix: the prefix of LyCORIS' names of layers. A trainer's file may hold several networks,
+            such as lora_unet, lora_te1 and lora_te2: the one with this prefix is converted, and a
+            warning counts the layers of the others.
 
     Returns:
         The ``Checkpoint`` that was written.

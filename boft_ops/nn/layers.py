@@ -8,6 +8,7 @@ from torch import nn
 from .._runtime import checks
 from ..ops.linear import rotated_linear
 from ..ops.merge import rotate_weight
+from ..ops.rotation import SkewRotation
 from .base import BOFTLayer
 from .config import RotationConfig
 
@@ -120,16 +121,16 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         skew, scale, config = self.skew, self.scale, self.config
         if skew.is_meta or (scale is not None and scale.is_meta):
             self._check_numbers(x)
-        skew = self._active(skew)
+        if self.n_identity:
+            skew = self._active(skew)
+        drop_mask = self.dropout.draw(skew) if self.training and self.dropout.p_block else None
         return rotated_linear(
             x,
             weight,
-            skew,
+            SkewRotation(skew, config.method, drop_mask),
             scale=scale,
             bias=self.bias,
-            drop=self.dropout.draw(skew),
             side=config.side,
-            method=config.method,
             kaleidoscope=config.kaleidoscope,
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .._runtime import autocast, checks
+from .._runtime.dtypes import COMPUTE
 from ..ops.butterfly import butterfly_matmul
 from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
@@ -257,7 +258,7 @@ class MultiAdapterLinear(nn.Module):
 
     def _forward_indexed(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         x = autocast.cast(x)
-        compute_dtype = torch.promote_types(x.dtype, torch.float32)
+        compute_dtype = COMPUTE[x.dtype]
         if self._is_stale():
             self.forget()
         prepared = self._prepared  # another thread may forget it

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from .._runtime import checks
-from .stage_from_skew import MAX_SIZE, Rotation
+from .._runtime.limits import MAX_ROTATION
+from .stage_from_skew import StageFromSkew
 
 
 def butterfly_groups(
-    skews: Sequence[torch.Tensor], drops: Sequence[torch.Tensor | None] | None = None
+    skews: Sequence[torch.Tensor], drop_masks: Sequence[torch.Tensor | None] | None = None
 ) -> list[torch.Tensor]:
     """The butterfly matrix R of each skew as its dense groups, all of them in one launch.
 
@@ -26,50 +27,50 @@ def butterfly_groups(
     Args:
         skews: (m, K, b(b-1)/2) each, packed as for ``cayley``: of one floating dtype, on one
             device, with one m and one b, any K. S is at most 64.
-        drops: for each skew a boolean (m, K), true where the block is to be the identity, or None.
-            None drops nothing anywhere.
+        drop_masks: for each skew a boolean (m, K), true where the block is to be the identity,
+            or None. None for all of them drops nothing.
 
     Returns:
         For each skew its groups, (K b / S, S, S), in the wider of float32 and the dtype of the
         skews. An empty list for no skews.
 
     Raises:
-        TypeError: a skew is not a floating-point tensor, a drop is not a boolean one, or the
+        TypeError: a skew is not a floating-point tensor, a mask is not a boolean one, or the
             dtypes of the skews differ.
         ValueError: shapes or devices differ, no butterfly has this shape, or S > 64.
     """
     skews = list(skews)
-    drops = [None] * len(skews) if drops is None else list(drops)
-    if len(drops) != len(skews):
+    drop_masks = [None] * len(skews) if drop_masks is None else list(drop_masks)
+    if len(drop_masks) != len(skews):
         raise ValueError(
-            f"drops: expected {len(skews)} masks, as there are skews, got {len(drops)}"
+            f"drop_masks: expected {len(skews)} masks, as there are skews, got {len(drop_masks)}"
         )
-    for i, (skew, drop) in enumerate(zip(skews, drops, strict=True)):
+    for i, (skew, drop_mask) in enumerate(zip(skews, drop_masks, strict=True)):
         _check(f"skews[{i}]", skew, skews[0])
-        if drop is not None:
-            _check_mask(f"drops[{i}]", drop, skew)
+        if drop_mask is not None:
+            _check_mask(f"drop_masks[{i}]", drop_mask, skew)
     if not skews:
         return []
     mask = None
-    if any(drop is not None for drop in drops):
+    if any(drop_mask is not None for drop_mask in drop_masks):
         masks = [
-            skew.new_zeros(skew.shape[:2], dtype=torch.bool) if drop is None else drop
-            for skew, drop in zip(skews, drops, strict=True)
+            skew.new_zeros(skew.shape[:2], dtype=torch.bool) if drop_mask is None else drop_mask
+            for skew, drop_mask in zip(skews, drop_masks, strict=True)
         ]
         mask = torch.cat(masks, 1)
-    groups = Rotation.apply(torch.cat(skews, 1) if len(skews) > 1 else skews[0], mask)
+    groups = StageFromSkew.apply(torch.cat(skews, 1) if len(skews) > 1 else skews[0], mask)
     m = len(skews[0])
     return list(groups.split([skew.shape[1] >> (m - 1) for skew in skews]))
 
 
-def _check_mask(name: str, drop: object, skew: torch.Tensor) -> None:
+def _check_mask(name: str, drop_mask: object, skew: torch.Tensor) -> None:
     expected = tuple(skew.shape[:2])
-    if not isinstance(drop, torch.Tensor) or drop.dtype != torch.bool:
-        got = drop.dtype if isinstance(drop, torch.Tensor) else type(drop).__name__
+    if not isinstance(drop_mask, torch.Tensor) or drop_mask.dtype != torch.bool:
+        got = drop_mask.dtype if isinstance(drop_mask, torch.Tensor) else type(drop_mask).__name__
         raise TypeError(f"{name}: expected a boolean tensor or None, got {got}")
-    if drop.shape != expected:
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(drop.shape)}")
-    checks.same_device(name, drop, "its skew", skew)
+    if drop_mask.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(drop_mask.shape)}")
+    checks.same_device(name, drop_mask, "its skew", skew)
 
 
 def _check(name: str, skew: torch.Tensor, first: torch.Tensor) -> None:
@@ -85,8 +86,8 @@ def _check(name: str, skew: torch.Tensor, first: torch.Tensor) -> None:
     m, n_blocks, packed = skew.shape
     b = checks.block_size_from_packed(name, packed)
     checks.butterfly_shape(n_blocks * b, b, m)
-    if b << (m - 1) > MAX_SIZE:
+    if b << (m - 1) > MAX_ROTATION:
         raise ValueError(
-            f"{name}: expected groups of block_size * 2**(n_factors-1) <= {MAX_SIZE} features, got "
-            f"{b << (m - 1)}"
+            f"{name}: expected groups of block_size * 2**(n_factors-1) <= {MAX_ROTATION} features, "
+            f"got {b << (m - 1)}"
         )

@@ -12,7 +12,7 @@ import torch
 
 from .._runtime import checks, limits, linalg
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import COMPUTE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 from .dropout import drop_blocks
@@ -29,38 +29,40 @@ def unpack(skew: torch.Tensor) -> torch.Tensor:
     packed = low * (2 * b - low - 1) // 2 + high - low - 1  # as triu_indices(b, b, 1) orders them
     packed = packed.clamp(min=0, max=skew.shape[-1] - 1)  # the diagonal: any entry, times sign 0
     sign = torch.sign(j - i).to(skew.dtype)
-    return skew.index_select(-1, packed.flatten()).unflatten(-1, (b, b)).mul(sign)
+    # reshape, as torch's older vmap (is_grads_batched, jacobian(vectorize=True)) has no unflatten
+    return skew.index_select(-1, packed.flatten()).reshape(*skew.shape[:-1], b, b).mul(sign)
 
 
 def pack(square: torch.Tensor) -> torch.Tensor:
     """Gradient of ``unpack``: (..., b, b) -> (..., b(b-1)/2), entries U_ij - U_ji for i < j."""
     b = square.shape[-1]
     i, j = torch.triu_indices(b, b, 1, device=square.device)
-    return (square - square.mT).flatten(-2).index_select(-1, i * b + j)
+    flat = (square - square.mT).reshape(*square.shape[:-2], b * b)  # see unpack
+    return flat.index_select(-1, i * b + j)
 
 
 def _solve_dtype(tensor: torch.Tensor) -> torch.dtype:
-    # The blocks are tiny beside the activations, and float64 makes R accurate to float32 rounding
-    # for |Q| up to 1e12, where a float32 inverse is off by |Q| times as much. MPS has no float64.
+    # Blocks are tiny beside activations. In float64 R is accurate to float32 rounding even for a
+    # large |Q|, where a float32 inverse is off by |Q| times as much. MPS has no float64.
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def cayley_reference(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+def cayley_reference(skew: torch.Tensor, drop_mask: torch.Tensor | None = None) -> torch.Tensor:
     q = unpack(skew.to(_solve_dtype(skew)))
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     # The symmetric part of I - Q is I: never singular, nothing to check (and no host sync).
     inverse = linalg.inverse(eye - q)
-    return drop_blocks((2 * inverse - eye).to(skew.dtype), drop)
+    return drop_blocks((2 * inverse - eye).to(skew.dtype), drop_mask)
 
 
 def cayley_backward_reference(
-    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+    blocks: torch.Tensor, drop_mask: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
-    r = blocks.to(compute_dtype(blocks))
+    r = blocks.to(COMPUTE[blocks.dtype])
     eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
     half = (eye + r).mT
     skew_grad = pack(0.5 * (half @ grad.to(r.dtype) @ half)).to(blocks.dtype)
-    return skew_grad if drop is None else skew_grad.masked_fill(drop[..., None], 0)
+    return skew_grad if drop_mask is None else skew_grad.masked_fill(drop_mask[..., None], 0)
 
 
 def _horner(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -72,13 +74,13 @@ def _horner(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _neumann5(skew: torch.Tensor) -> torch.Tensor:
-    q = unpack(skew.to(compute_dtype(skew)))
+    q = unpack(skew.to(COMPUTE[skew.dtype]))
     eye, p1, _, _ = _horner(q)
     return (eye + q @ p1).to(skew.dtype)
 
 
 def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    q = unpack(skew.to(compute_dtype(skew)))
+    q = unpack(skew.to(COMPUTE[skew.dtype]))
     _, p1, p2, p3 = _horner(q)
     grad = grad.to(q.dtype)
     total = grad @ p1.mT  # Horner's scheme differentiated from the outside in
@@ -88,13 +90,13 @@ def _neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return pack(total + q.mT @ grad).to(skew.dtype)
 
 
-def _fake_forward(skew: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+def fake_cayley(skew: torch.Tensor, drop_mask: torch.Tensor | None = None) -> torch.Tensor:
     b = checks.block_size_from_packed("skew", skew.shape[-1])
     return skew.new_empty(*skew.shape[:-1], b, b)
 
 
 def fake_cayley_backward(
-    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+    blocks: torch.Tensor, drop_mask: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
     return blocks.new_empty(*blocks.shape[:-2], packed_size(blocks.shape[-1]))
 
@@ -130,51 +132,51 @@ def _class_of_skew(skew: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
     return (b,), (math.prod(skew.shape[:-1]),)
 
 
-def _cpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+def _cpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
     # the elimination beats LAPACK up to blocks of 128 rows
     return skew.dtype != torch.float16 and skew.shape[-1] <= packed_size(128)
 
 
-def _cpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+def _cpu_supports_blocks(blocks: torch.Tensor, *_: object) -> bool:
     return blocks.dtype != torch.float16 and blocks.shape[-1] <= 32  # BLAS wins on larger blocks
 
 
-def _gpu_takes_blocks(blocks: torch.Tensor, *_: object) -> bool:
+def _gpu_supports_blocks(blocks: torch.Tensor, *_: object) -> bool:
     return blocks.shape[-1] <= limits.MAX_BLOCK
 
 
-def _gpu_takes_skew(skew: torch.Tensor, *_: object) -> bool:
+def _gpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
     return skew.shape[-1] <= packed_size(limits.MAX_BLOCK)
 
 
 cayley_forward = Op(
-    "cayley(Tensor skew, Tensor? drop) -> Tensor",
+    "cayley(Tensor skew, Tensor? drop_mask) -> Tensor",
     reference=cayley_reference,
-    fake=_fake_forward,
+    fake=fake_cayley,
     samples=_sample_skew,
     kernels={
-        "cpu": Kernel(_cpu_takes_skew),
-        "cuda": Kernel(_gpu_takes_skew),
-        "triton": Kernel(_gpu_takes_skew, "cayley:cayley", "config:CAYLEY"),
+        "cpu": Kernel(_cpu_supports_skew),
+        "cuda": Kernel(_gpu_supports_skew),
+        "triton": Kernel(_gpu_supports_skew, "cayley:cayley", "config:CAYLEY"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_skew),
 )
 cayley_backward = Op(
-    "cayley_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
+    "cayley_backward(Tensor blocks, Tensor? drop_mask, Tensor grad) -> Tensor",
     reference=cayley_backward_reference,
     fake=fake_cayley_backward,
     samples=_sample_blocks,
     kernels={
-        "cpu": Kernel(_cpu_takes_blocks),
-        "cuda": Kernel(_gpu_takes_blocks),
-        "triton": Kernel(_gpu_takes_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
+        "cpu": Kernel(_cpu_supports_blocks),
+        "cuda": Kernel(_gpu_supports_blocks),
+        "triton": Kernel(_gpu_supports_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_blocks),
 )
 neumann5_forward = Op(
     "cayley_neumann5(Tensor skew) -> Tensor",
     reference=_neumann5,
-    fake=_fake_forward,
+    fake=fake_cayley,
     samples=lambda w: iter([(w.skew(),)]),
 )
 neumann5_backward = Op(
@@ -229,6 +231,8 @@ def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
     R = (I + Q)(I - Q)^-1, the paper's parametrisation (arXiv 2311.06243, section 3), where Q is
     skew-symmetric with ``skew`` as its strict upper triangle in the row-major order of
     ``torch.triu_indices(b, b, 1)``. Zeros give the identity, exactly.
+
+    Equivalent to ``torch.linalg.solve(eye - q, eye + q)`` for each Q, in float64.
 
     Args:
         skew: (..., b(b-1)/2) in float64, float32, bfloat16 or float16; b from 1 up.

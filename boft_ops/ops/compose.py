@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import widest
 from .._runtime.limits import MAX_BLOCK, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
@@ -79,7 +79,8 @@ def _partial(factors: torch.Tensor, first: int) -> list[torch.Tensor]:
 
 
 def compose_reference(factors: torch.Tensor, first: int) -> torch.Tensor:
-    stage = _partial(factors, first)[-1].flatten(0, 1)
+    groups = _partial(factors, first)[-1]
+    stage = groups.reshape(-1, *groups.shape[2:])
     return stage.clone() if len(factors) == 1 else stage  # an op must not return its input
 
 
@@ -88,7 +89,8 @@ def compose_backward_reference(
 ) -> torch.Tensor:
     stride = 1 << first
     groups = _partial(factors, first)
-    grad = grad.sum(0).unflatten(0, (grad.shape[1] // stride, stride))
+    # reshape, as torch's older vmap (is_grads_batched, jacobian(vectorize=True)) has no unflatten
+    grad = grad.sum(0).reshape(grad.shape[1] // stride, stride, *grad.shape[2:])
     grads = []
     for i in range(len(factors) - 1, 0, -1):
         paired, halves = _pair(factors[i], stride, 1 << i), _halves(groups[i - 1], 1 << i)
@@ -99,30 +101,30 @@ def compose_backward_reference(
     return torch.stack(grads[::-1])
 
 
-def _fake_compose(factors: torch.Tensor, first: int) -> torch.Tensor:
+def fake_compose(factors: torch.Tensor, first: int) -> torch.Tensor:
     n, n_blocks, b, _ = factors.shape
     size = b << (n - 1)
     return factors.new_empty(n_blocks * b // size, size, size)
 
 
-def _fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
+def fake_compose_backward(factors: torch.Tensor, grad: torch.Tensor, first: int) -> torch.Tensor:
     return torch.empty_like(factors, memory_format=torch.contiguous_format)
 
 
-def _native_takes(factors: torch.Tensor, grad_or_first: torch.Tensor | int, *_: int) -> bool:
+def _cpu_supports(factors: torch.Tensor, grad_or_first: torch.Tensor | int, *_: int) -> bool:
     """Stages that fit a core's cache; BLAS wins beyond."""
     n, _, b, _ = factors.shape
     one_part = not isinstance(grad_or_first, torch.Tensor) or len(grad_or_first) == 1
     return b << (n - 1) <= 64 and b % 2 == 0 and one_part
 
 
-def _cuda_takes(factors: torch.Tensor, *_: object) -> bool:
+def _cuda_supports(factors: torch.Tensor, *_: object) -> bool:
     n, _, b, _ = factors.shape
     wide = factors.dtype in (torch.float32, torch.float64)
     return wide and b << (n - 1) <= MAX_STAGE and (n == 1 or b % 2 == 0)
 
 
-def _triton_takes(factors: torch.Tensor, *_: object) -> bool:
+def _triton_supports(factors: torch.Tensor, *_: object) -> bool:
     n, _, b, _ = factors.shape
     return n == 1 or (b % 2 == 0 and b <= MAX_BLOCK and b << (n - 1) <= MAX_STAGE)
 
@@ -157,12 +159,12 @@ _CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 compose_forward = Op(
     "compose(Tensor factors, int first) -> Tensor",
     reference=compose_reference,
-    fake=_fake_compose,
+    fake=fake_compose,
     samples=_samples,
     kernels={
-        "cpu": Kernel(_native_takes),
-        "cuda": Kernel(_cuda_takes),
-        "triton": Kernel(_triton_takes, "compose:compose"),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(_triton_supports, "compose:compose"),
     },
     shape_class=_CLASS,
 )
@@ -170,12 +172,12 @@ compose_backward = Op(
     # grad (splits, d/size, size, size): partial sums, added up here
     "compose_backward(Tensor factors, Tensor grad, int first) -> Tensor",
     reference=compose_backward_reference,
-    fake=_fake_compose_backward,
+    fake=fake_compose_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(_native_takes),
-        "cuda": Kernel(_cuda_takes),
-        "triton": Kernel(_triton_takes, "compose:compose_backward"),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(_triton_supports, "compose:compose_backward"),
     },
     shape_class=_CLASS,
 )
@@ -219,7 +221,7 @@ def compose(
 
     Computed in the widest of the blocks' dtype, ``dtype`` and float32.
     """
-    blocks = blocks.to(torch.promote_types(compute_dtype(blocks), dtype)).contiguous()
+    blocks = blocks.to(widest(blocks.dtype, dtype)).contiguous()
     if blocks.shape[0] == 1:
         return (blocks[0],)  # one factor is its own stage
     return Compose.apply(blocks, stages)

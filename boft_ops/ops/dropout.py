@@ -25,6 +25,8 @@ def multiplicative_dropout(
     ``generator``), without a host sync, so seeding and activation checkpointing reproduce it. The
     gradient of a replaced block is zero.
 
+    Equivalent to ``torch.where(mask[..., None, None], torch.eye(b), blocks)`` for that mask (m, K).
+
     Args:
         blocks: (m, K, b, b), floating point.
         p_component: share of the factors to choose, in [0, 1].
@@ -33,7 +35,7 @@ def multiplicative_dropout(
         generator: source of randomness, on the device of ``blocks``; None is torch's default one.
 
     Returns:
-        (m, K, b, b); ``blocks`` itself where there is nothing to drop.
+        (m, K, b, b); ``blocks`` itself where there is nothing to drop_mask.
 
     Raises:
         TypeError: ``blocks`` is not a floating-point tensor, or a share is not a number.
@@ -50,16 +52,16 @@ def multiplicative_dropout(
     if not training:
         return blocks
     m, n_blocks = blocks.shape[:2]
-    drop = draw_mask(m, n_blocks, p_component, p_block, blocks.device, generator)
-    return drop_blocks(blocks, drop)
+    drop_mask = draw_mask(m, n_blocks, p_component, p_block, blocks.device, generator)
+    return drop_blocks(blocks, drop_mask)
 
 
-def drop_blocks(blocks: torch.Tensor, drop: torch.Tensor | None) -> torch.Tensor:
-    """Blocks (..., b, b) with the identity where the boolean (...) is true."""
-    if drop is None:
+def drop_blocks(blocks: torch.Tensor, drop_mask: torch.Tensor | None) -> torch.Tensor:
+    """Blocks (..., b, b), with the identity where the drop mask (...) is true."""
+    if drop_mask is None:
         return blocks
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    return torch.where(drop[..., None, None], eye, blocks)
+    return torch.where(drop_mask[..., None, None], eye, blocks)
 
 
 def draw_mask(
@@ -70,18 +72,18 @@ def draw_mask(
     device: torch.device,
     generator: torch.Generator | None,
 ) -> torch.Tensor | None:
-    """Which blocks to drop, a boolean (m, n_blocks); None if that is none of them."""
+    """A random drop mask, boolean (m, n_blocks); None if no block is to be dropped."""
     n_components, n_dropped = count(p_component, m), count(p_block, n_blocks)
     if n_components == 0 or n_dropped == 0:
         return None
-    drop = _draw((m, n_blocks), n_dropped, device, generator)
+    drop_mask = _draw((m, n_blocks), n_dropped, device, generator)
     if n_components < m:
-        drop = drop & _draw((m,), n_components, device, generator)[:, None]
-    return drop
+        drop_mask = drop_mask & _draw((m,), n_components, device, generator)[:, None]
+    return drop_mask
 
 
 def count(p: float, n: int) -> int:
-    """floor(p n), where p n is a whole number in decimal: 0.29 * 100 is 28.999999999999996."""
+    """floor(p n), also if p n is whole in decimal alone: 0.29 * 100 is 28.999999999999996."""
     return math.floor(p * n + 1e-9)
 
 

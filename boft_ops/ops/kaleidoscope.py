@@ -21,10 +21,13 @@ def kaleidoscope_matmul(
 ) -> torch.Tensor:
     """x @ R_G, or x @ R_G^T, with R_G = R_{l,1} R_{l,2}^T ... R_{1,1} R_{1,2}^T.
 
-    Every R_{j,i} is a butterfly matrix, as in ``butterfly_matmul``; x meets level l first. Where
-    all of them are one stage with groups of the same size (up to 64 features on a CPU, more on a
-    GPU), their product is composed once and x is read once. Otherwise x goes through 2 l
-    butterflies, of which each keeps its input for backward.
+    Every R_{j,i} is a butterfly matrix, as in ``butterfly_matmul``; x meets level l first. If all
+    of them are one stage with groups of the same size (up to 64 features on a CPU, more on a GPU),
+    their product is composed once and x is read once. Otherwise x goes through 2 l butterflies,
+    and each of them keeps its input for backward.
+
+    Equivalent to ``butterfly_matmul(butterfly_matmul(x, first[l]), second[l], transpose=True)`` for
+    l from the last level to 0, without ``transpose``.
 
     Args:
         x: (..., d), float64, float32, bfloat16 or float16.
@@ -94,7 +97,7 @@ def _compose_levels(
 
 
 def _groups(blocks: torch.Tensor, stages: tuple[Stage, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The groups of all levels, (l, d/size, size, size): one wide butterfly, all side by side."""
+    """The groups of all levels, (l, d/size, size, size), composed as one wide butterfly."""
     n_levels, m, n_blocks, b, _ = blocks.shape
     wide = blocks.transpose(0, 1).reshape(m, n_levels * n_blocks, b, b)
     return compose(wide, stages, dtype)[0].unflatten(0, (n_levels, -1))
@@ -103,7 +106,7 @@ def _groups(blocks: torch.Tensor, stages: tuple[Stage, ...], dtype: torch.dtype)
 def multiply(
     x: torch.Tensor, blocks: torch.Tensor, kaleidoscope: int, transpose: bool = False
 ) -> torch.Tensor:
-    """x R (or x R^T) for a layer's blocks: of a butterfly, or of 2 l of them one after another."""
+    """x R, or x R^T, for the blocks of a layer: one butterfly, or 2 l of them for l levels."""
     if not kaleidoscope:
         return butterfly_matmul(x, blocks, transpose=transpose)
     levels = blocks.unflatten(0, (kaleidoscope, 2, -1))

@@ -1,140 +1,135 @@
-"""The BOFT linear layer as a function (arXiv 2311.06243, sections 3 and 4; docs/linear.md)."""
+"""The BOFT linear layer as a function (arXiv 2311.06243, sections 3 and 4; docs/linear.md).
+
+A rotated layer is computed by one of four strategies, for rows x and a frozen weight W:
+
+- ``fused``: one C++ kernel rotates x, multiplies by W^T, scales and adds the bias.
+- ``batched``: one call makes the launches of rotate, linear and scale.
+- ``separate``: rotate, linear and scale are called one by one.
+- ``rotate_weight``: W goes through the stage instead of x.
+"""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-import torch.nn.functional as F
 
-from .._runtime import autocast, checks
-from .cayley import cayley
-from .dropout import draw_mask, drop_blocks
-from .fused_linear import linear_backward, linear_forward
-from .kaleidoscope import multiply
-from .rotate import apply_stages, apply_stages_backward
-from .rotate_linear import rotate_linear_backward, rotate_linear_forward, weight_side_backward
-from .scale import Scale, scale_backward, scale_columns
-from .stage_from_skew import ALL_GIVEN, GIVEN, make_matrices, make_matrices_backward
-from .strategy import decide, is_rotated, known
+from .._runtime import autocast, backend, checks, tuned
+from .._runtime.dtypes import widest
+from .composed_linear import composed_linear
+from .dropout import draw_mask
+from .planner import WEIGHT_SIDE_ROWS, layer_plan
+from .rotate import rotate_backward, rotate_rows
+from .rotated_linear import MIN_ROWS, RotatedLinear, rotated_linear_forward
+from .rotation import DenseRotation, Rotation, SkewRotation
+from .scale import scale_backward, scale_forward
+from .stages import Stage
+
+Strategy = Literal["fused", "batched", "separate", "rotate_weight"]
+Plan = tuple[tuple[Stage, ...], Strategy]
 
 
-class RotatedLinear(torch.autograd.Function):
-    """y = scale * (x R W^T) + bias with a frozen W: every gradient in closed form.
+# --- Strategies -----------------------------------------------------------------------------------
 
-    Returns rows (N, n), whatever the shape of x: a Function that returned a view of them would
-    forbid changing its output in place.
-    Saves x, the blocks, the stage matrices and, for a trained scale alone, the output before it.
-    Where that was chosen, one stage alone rotates W instead of x: see weight_side_backward.
+_plans: dict[tuple, Plan] = {}  # call signature -> plan
+_generation = 0  # generation of the measurements that the plans rest on
+
+
+def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
+    """Return the stages of R and the strategy for a call; eager calls remember both.
+
+    Every check that leads to a decision costs host time. The rules ask only if the rows exceed two
+    thresholds, so the signature of a call holds the two answers and not the number of rows: batches
+    of ever new sizes find their plan. Where measurements decide, the number counts as well.
     """
-
-    @staticmethod
-    def forward(ctx, x, weight, skew, scale, bias, drop, method):
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        kind, stages, way = known(rows, weight, skew, method)
-        blocks, matrices = make_matrices(skew, drop, stages, method, x.dtype)
-        way = way or decide(kind, rows, weight, stages, matrices)
-        if way in ("weight side", "fused") and method not in ALL_GIVEN and not is_rotated(skew):
-            way = "composed"
-        wide_scale = None if scale is None else _scale_like(scale, x)
-        save = scale is not None and ctx.needs_input_grad[3]
-        if way == "fused":
-            rows = apply_stages(rows, matrices[1:], stages[1:], False)
-            y, z = linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
-        elif way == "launched":
-            y, z = rotate_linear_forward(rows, weight, matrices[0], wide_scale, bias, save)
-        else:
-            # the bias inside the product, as torch's linear has it: see _compose_functions
-            if way == "weight side":
-                z = F.linear(rows, apply_stages(weight, matrices, stages, True), bias)
-            else:
-                z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
-            y = z if scale is None else Scale.forward(z, wide_scale, bias, bias)
-        ctx.stages, ctx.way, ctx.method = stages, way, method
-        tensors = (x, weight, skew, scale, bias, drop, z if save else None)
-        ctx.save_for_backward(*tensors, blocks, *matrices)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, skew, scale, bias, drop, z, blocks, *matrices = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grad)
-        need_x, _, need_skew, need_scale, need_bias, *_ = ctx.needs_input_grad
-        stages, rows = ctx.stages, x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        grad = grad.contiguous()
-        scale_grad = sums = None
-        if scale is not None:
-            wide_scale = _scale_like(scale, x)
-        if ctx.way == "fused":
-            inner = apply_stages(rows, matrices[1:], stages[1:], False)
-            rows_grad, stage_grad, scale_grad, sums = linear_backward(
-                grad, inner, weight, matrices[0], wide_scale if scale is not None else None, z
-            )
-            x_grad, partials = rows_grad, [stage_grad[None]]
-            if len(stages) > 1:
-                x_grad, outer = apply_stages_backward(
-                    rows_grad, rows if need_skew else None, matrices[1:], stages[1:], False, need_x
-                )
-                partials += outer
-        elif ctx.way == "launched" and need_skew and need_x:
-            with autocast.disabled(grad.device.type):  # it may be on in backward alone
-                x_grad, partial, scale_grad, sums = rotate_linear_backward(
-                    *(grad, rows, weight, matrices[0], None if scale is None else wide_scale),
-                    *(bias, z, stages[0].splits(rows)),
-                )
-            partials = [partial]
-            if z is None:
-                sums = grad.sum(0) if need_bias else None
-        else:
-            if need_scale:
-                center = None if bias is None else bias.to(wide_scale)
-                grad, scale_grad, sums = scale_backward(grad, z, wide_scale, center)
-            else:
-                sums = grad.sum(0) if need_bias else None
-                grad = grad if scale is None else Scale.forward(grad, wide_scale, None, None)
-            x_grad, partials = None, []
-            if ctx.way == "weight side" and (need_x or need_skew):
-                x_grad, partials = weight_side_backward(
-                    grad, rows if need_skew else None, weight, matrices[0], stages
-                )
-            elif need_x or need_skew:
-                with autocast.disabled(grad.device.type):
-                    rows_grad = grad @ weight
-                x_grad, partials = apply_stages_backward(
-                    rows_grad, rows if need_skew else None, matrices, stages, False, need_x
-                )
-        skew_grad = None
-        if need_skew:
-            skew_grad = make_matrices_backward(skew, blocks, drop, stages, ctx.method, partials)
-        return (
-            (x_grad if x.dim() == 2 else x_grad.reshape(x.shape)) if need_x else None,
-            None,
-            skew_grad,
-            _as(scale_grad, scale) if need_scale else None,
-            _as(sums, bias) if need_bias else None,
-            None,
-            None,
-        )
+    global _generation
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) is not torch.Tensor
+    ):
+        return _decide(x, weight, rotation)
+    if _generation != tuned.generation:
+        _plans.clear()
+        _generation = tuned.generation
+    inputs, outputs = x.shape[-1], weight.shape[0]
+    rows = x.shape[0] if x.dim() == 2 else x.numel() // inputs
+    parameter, kind = rotation[:2]  # skew and method, or matrix and orthogonal
+    signature = (
+        backend.forced(),
+        x.device,
+        x.dtype,
+        parameter.dtype,
+        parameter.shape,
+        kind,
+        outputs,
+        rows >= MIN_ROWS,
+        rows >= WEIGHT_SIDE_ROWS * outputs,
+    )
+    plan = _plans.get(signature) or _plans.get((signature, rows))
+    if plan is None:
+        plan = _decide(x, weight, rotation)
+        if len(_plans) >= tuned.MEMO:  # bounds the memory that measured sizes take
+            _plans.clear()
+        measured = bool(tuned.table(tuned.device_number(x)).names)
+        _plans[(signature, rows) if measured else signature] = plan
+    return plan
 
 
-def _as(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """In the dtype of the parameter; a call of .to() takes longer to find out that it is."""
-    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+def _decide(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
+    # rotate_weight computes the gradient of R as that of an orthogonal matrix
+    outputs = weight.shape[0] if rotation.is_orthogonal() else None
+    stages, rotates_weight = layer_plan(x, *rotation.factors(), outputs)
+    if rotates_weight:
+        return stages, "rotate_weight"
+    if torch.compiler.is_exporting():  # for any number of rows, while other graphs are for few
+        return stages, "separate"
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    # predicates look at the size and the dtype of the first stage: an empty one will do
+    dtype = widest(x.dtype, rotation[0].dtype)
+    stage = x.new_empty((0, stages[0].size, stages[0].size), dtype=dtype)
+    found = rotated_linear_forward.kernel_backend(rows, weight, stage, None, None, False, False)
+    if found == "cpu":
+        return stages, "fused"
+    # a graph, or a dispatch mode such as a flop counter, is to see the products
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if found and len(stages) == 1 and not watched and _parts_agree(found, rows, weight, stage):
+        return stages, "batched"
+    return stages, "separate"
 
 
-def _scale_like(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The scale in the dtype that the kernels compute in."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return scale if scale.dtype == wide else scale.to(wide)
+def _parts_agree(
+    backend_name: str, x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor
+) -> bool:
+    """Return True unless a part of the batched op was measured to be faster on another backend.
+
+    A measurement of the whole op counts for more than those of its parts.
+    """
+    whole = x, weight, stage
+    if backend.forced() or tuned.measured(rotated_linear_forward.tunable, x, whole):
+        return True
+    size = stage.shape[-1]
+    rotation, scale = ((size, size, 1), x.shape), ((), (x.shape[0], weight.shape[0]))
+    classes = {rotate_rows: rotation, rotate_backward: rotation}
+    classes |= {scale_forward: scale, scale_backward: scale}
+    measured = [tuned.lookup(op.tunable, x.device, x.dtype, *c) for op, c in classes.items()]
+    return all(choice is None or choice.backend == backend_name for choice in measured)
 
 
-def _differentiable_backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients as functions of everything, for gradients of gradients."""
-    *inputs, drop, _ = ctx.saved_tensors[:7]
-    wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-    with torch.enable_grad(), autocast.disabled(grad.device.type):
-        y = _compose_functions(*inputs, drop, "in", ctx.method).reshape(grad.shape)
-        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return *(next(grads) if need else None for need in ctx.needs_input_grad[:5]), None, None
+def is_rotated(skew: torch.Tensor) -> bool:
+    """Return False if R is known to be the identity: the layer must then equal torch's own exactly.
+
+    Looks at the data, which is free of a host sync only on a CPU; True elsewhere and in graphs.
+    """
+    if torch.compiler.is_compiling() or not skew.is_cpu:
+        return True
+    try:
+        return bool(skew.detach().count_nonzero())
+    except RuntimeError:  # FakeTensorMode and make_fx have no data to look at
+        return True
+
+
+# --- Functions ------------------------------------------------------------------------------------
 
 
 def boft_linear(
@@ -187,70 +182,55 @@ def boft_linear(
     checks.linear_arguments(x, weight, skew, scale, bias, side, method)
     if rotation is not None:
         checks.rotation("rotation", rotation, skew, dropout)
-    drop = None
+    drop_mask = None
     if dropout is not None:
         if not (isinstance(dropout, tuple) and len(dropout) == 2):
             raise ValueError(f"dropout: expected (p_component, p_block) or None, got {dropout!r}")
         checks.probability("p_component", dropout[0])
         checks.probability("p_block", dropout[1])
-        drop = draw_mask(*skew.shape[:2], *dropout, x.device, generator)
-    # On a CPU an identity stays torch's own layer, bit for bit: see is_rotated.
+        drop_mask = draw_mask(*skew.shape[:2], *dropout, x.device, generator)
+    # on a CPU the identity must stay torch's own layer, bit for bit, which only skew can tell
     if rotation is not None and (x.device.type != "cpu" or is_rotated(skew)):
-        skew, method = rotation, GIVEN
-    return rotated_linear(x, weight, skew, scale, bias, drop, side, method)
+        chosen = DenseRotation(rotation)
+    else:
+        chosen = SkewRotation(skew, method, drop_mask)
+    return rotated_linear(x, weight, chosen, scale=scale, bias=bias, side=side)
 
 
 def rotated_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    skew: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    drop: torch.Tensor | None,
-    side: str,
-    method: str,
+    rotation: Rotation,
+    *,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    side: str = "in",
     kaleidoscope: int = 0,
 ) -> torch.Tensor:
-    """``boft_linear`` of checked arguments, with the mask (m, K) of the blocks to drop.
+    """``boft_linear`` of checked arguments, whose rotation is a ``SkewRotation`` or a dense one.
 
-    With kaleidoscope = l, skew is (2 l m, K, b(b-1)/2): R_{1,1}, R_{1,2}, ..., R_{l,1}, R_{l,2}.
+    With kaleidoscope = l > 0, the rotation is a ``SkewRotation`` whose skew is
+    (2 l m, K, b(b-1)/2): R_{1,1}, R_{1,2}, ..., R_{l,1}, R_{l,2}.
     """
     if autocast.enabled(x.device.type):
         x, weight = autocast.cast(x), autocast.cast(weight)
         bias = None if bias is None else autocast.cast(bias)
-    # One Function for the usual case; the rest is put together from the package's other functions.
-    plain = side == "in" and not (torch.is_grad_enabled() and weight.requires_grad)
-    plain = plain and not kaleidoscope
-    if plain and not torch._C._are_functorch_transforms_active():
-        if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
-            scale = scale.detach()  # else the Function would save for it: it cannot see no_grad
-        y = RotatedLinear.apply(x, weight, skew, scale, bias, drop, method)
-        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
-    return _compose_functions(x, weight, skew, scale, bias, drop, side, method, kaleidoscope)
-
-
-def _compose_functions(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    skew: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    drop: torch.Tensor | None,
-    side: str,
-    method: str,
-    kaleidoscope: int = 0,
-) -> torch.Tensor:
-    """The layer as functions that are differentiable any number of times, in every argument."""
-    blocks = skew[None] if method in ALL_GIVEN else drop_blocks(cayley(skew, method=method), drop)
-    if side == "in":
-        x = multiply(x, blocks, kaleidoscope)
-    # The bias goes into the matrix product, where torch's linear has it, and what the scale and the
-    # rotation then do to it is taken back below. Both corrections vanish exactly at the identity.
-    y, shift = F.linear(x, weight, bias), bias
-    if side == "out":
-        y = multiply(y, blocks, kaleidoscope, transpose=True)
-        if bias is not None:
-            shift = multiply(bias, blocks, kaleidoscope, transpose=True)
-    if scale is None:
-        return y if side == "in" or bias is None else y + (bias - shift)
-    return scale_columns(y, scale, shift, bias)
+    # RotatedLinear is for the usual case; differentiable functions are composed for all others
+    usual = side == "in" and not kaleidoscope
+    usual = usual and not (torch.is_grad_enabled() and weight.requires_grad)
+    if not usual or torch._C._are_functorch_transforms_active():
+        return composed_linear(x, weight, rotation, scale, bias, side, kaleidoscope)
+    if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
+        scale = scale.detach()  # a Function cannot see no_grad, and would save z for this gradient
+    stages, strategy = choose_strategy(x, weight, rotation)
+    if isinstance(rotation, DenseRotation):
+        plan = None, stages, strategy
+        y = RotatedLinear.apply(x, weight, scale, bias, None, None, rotation.matrix, plan)
+    else:
+        skew, method, drop_mask = rotation
+        # the fused kernel and a rotated W round differently from torch's linear where R is I
+        if strategy in ("fused", "rotate_weight") and not is_rotated(skew):
+            strategy = "separate"
+        plan = method, stages, strategy
+        y = RotatedLinear.apply(x, weight, scale, bias, skew, drop_mask, None, plan)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])

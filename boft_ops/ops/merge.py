@@ -12,6 +12,7 @@ from functools import wraps
 import torch
 
 from .._runtime import autocast, linalg
+from .._runtime.dtypes import widest
 from .kaleidoscope import multiply
 
 
@@ -121,5 +122,4 @@ def _multiply(
 
 
 def _as_matrix(weight: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    compute_dtype = torch.promote_types(weight.dtype, blocks.dtype)
-    return weight.flatten(1).to(torch.promote_types(compute_dtype, torch.float32))
+    return weight.flatten(1).to(widest(weight.dtype, blocks.dtype))

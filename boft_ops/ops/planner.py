@@ -7,11 +7,11 @@ import math
 import torch
 
 from .._runtime import tuned
-from .._runtime.limits import MAX_FUSED
 from .._runtime.tuned import Choice, ShapeClass, Tunable
 from .stages import Stage, plan
 
-WEIGHT_SIDE_ROWS = 8  # for each output, from which W is rotated instead of x: see default_plan
+# A CPU rotates W instead of x from this size of a group and this many rows an output on.
+WEIGHT_SIDE_SIZE, WEIGHT_SIDE_ROWS = 65, 8
 
 
 def _class_of(
@@ -87,5 +87,5 @@ def rotates_weight(stages: tuple[Stage, ...], device: str, rows: int, outputs: i
     rotates groups of up to 64 features inside its matrix product, where 6 to 11 % were gained at
     most. On a GPU none of it was measured.
     """
-    large = len(stages) == 1 and stages[0].size > MAX_FUSED
+    large = len(stages) == 1 and stages[0].size >= WEIGHT_SIDE_SIZE
     return large and device == "cpu" and rows >= WEIGHT_SIDE_ROWS * outputs

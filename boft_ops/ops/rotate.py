@@ -1,9 +1,9 @@
-"""Rows times the stages of a butterfly: the only op that touches the activations.
+"""Operators that multiply the rows of x by the stages of a butterfly.
 
-``rotate`` multiplies each row by one block-diagonal stage; ``rotate_backward`` gives both of its
-gradients in one pass over the rows, ``gram`` that of the stage alone. All see x (N, d) as N rows of
-H x M x L chunks of r features, and a stage matrix of group (h, l) mixes the M chunks that lie L
-apart.
+``rotate`` multiplies each row by one block-diagonal stage. ``rotate_backward`` gives both of its
+gradients in one pass over the rows, ``rotate_stage_grad`` that of the stage alone. A row of d
+features has d / (size * stride) runs of size / chunk * stride chunks. A group is the chunks of one
+run that lie ``stride`` apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import COMPUTE
 from .._runtime.limits import MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
@@ -21,7 +21,7 @@ from .stages import Stage, plan
 
 
 def _groups(x: torch.Tensor, size: int, chunk: int, stride: int) -> torch.Tensor:
-    """(N, d) -> (d/size, N, size); a view where the chunks of a group are neighbours."""
+    """(N, d) -> (d/size, N, size); a view if the chunks of a group are neighbors."""
     n, d = x.shape
     if stride == 1:
         return x.reshape(n, d // size, size).transpose(0, 1)
@@ -52,13 +52,13 @@ def rotate_reference(
     return _ungroup(torch.bmm(groups, stage), chunk, stride)
 
 
-def _gram(
+def rotate_stage_grad_reference(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
     left = _groups(x, size, chunk, stride)
     right = _groups(grad, size, chunk, stride)
     product = torch.bmm(left.mT, right)[None]
-    product = product.to(compute_dtype(x))
+    product = product.to(COMPUTE[x.dtype])
     # the whole sum in the first part: kernels divide it, one part for each share of the rows
     return torch.cat([product, product.new_zeros(splits - 1, *product.shape[1:])])
 
@@ -73,8 +73,8 @@ def rotate_backward_reference(
     splits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     pair = (grad, x) if transpose else (x, grad)
-    gram = _gram(*pair, stage.shape[-1], chunk, stride, splits)
-    return rotate_reference(grad, stage, chunk, stride, not transpose), gram
+    stage_grad = rotate_stage_grad_reference(*pair, stage.shape[-1], chunk, stride, splits)
+    return rotate_reference(grad, stage, chunk, stride, not transpose), stage_grad
 
 
 def fake_rotate(
@@ -83,10 +83,10 @@ def fake_rotate(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_gram(
+def _fake_stage_grad(
     x: torch.Tensor, grad: torch.Tensor, size: int, chunk: int, stride: int, splits: int
 ) -> torch.Tensor:
-    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=compute_dtype(x))
+    return x.new_empty(splits, x.shape[1] // size, size, size, dtype=COMPUTE[x.dtype])
 
 
 def _fake_rotate_backward(
@@ -99,27 +99,27 @@ def _fake_rotate_backward(
     splits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x_grad, _fake_gram(x, grad, stage.shape[-1], chunk, stride, splits)
+    return x_grad, _fake_stage_grad(x, grad, stage.shape[-1], chunk, stride, splits)
 
 
 MAX_CPU_SIZE = 128  # features of a group, up to which the CPU kernels beat a BLAS
 
 
-def _cpu_takes_group(x: torch.Tensor, size: int) -> bool:
+def _cpu_supports_group(x: torch.Tensor, size: int) -> bool:
     return x.dtype != torch.float16 and size <= MAX_CPU_SIZE
 
 
-def cuda_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+def cuda_supports_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the kernels in CUDA C++ multiply rows by a stage (..., size, size) of this dtype."""
-    return stage.dtype == compute_dtype(x) and stage.shape[-1] <= MAX_STAGE
+    return stage.dtype == COMPUTE[x.dtype] and stage.shape[-1] <= MAX_STAGE
 
 
-def cpu_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+def cpu_supports_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the CPU kernels multiply rows by a stage (..., size, size) of this dtype."""
-    return stage.dtype == compute_dtype(x) and _cpu_takes_group(x, stage.shape[-1])
+    return stage.dtype == COMPUTE[x.dtype] and _cpu_supports_group(x, stage.shape[-1])
 
 
-def triton_takes_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
+def triton_supports_stage(x: torch.Tensor, stage: torch.Tensor, *_: object) -> bool:
     """True if the Triton kernels multiply rows by a stage (..., size, size)."""
     return stage.shape[-1] <= MAX_STAGE
 
@@ -147,8 +147,11 @@ def _backward_samples(w: Workload) -> Iterator[tuple]:
 
 
 def class_of_rows(size: int, chunk: int, stride: int, x: torch.Tensor) -> tuple[tuple, tuple]:
-    """The shape class (``ROWS``) of a pass over rows x with groups of ``size`` features."""
-    return (size, chunk, stride), tuple(x.shape)
+    """The shape class (``ROWS``) of a pass over rows x with groups of ``size`` features.
+
+    With stride 1 a group is contiguous, so that the width of its chunks makes no difference.
+    """
+    return (size, size if stride == 1 else chunk, stride), tuple(x.shape)
 
 
 def _class_of(x, stage, chunk, stride, transpose) -> tuple[tuple, tuple]:
@@ -163,24 +166,24 @@ def _backward_class_of(grad, x, stage, chunk, stride, transpose, splits) -> tupl
     return class_of_rows(stage.shape[-1], chunk, stride, x)
 
 
-def _cpu_takes_stage_grad(x, grad, size, chunk, stride, splits) -> bool:
-    return _cpu_takes_group(x, size) and splits == 1
+def _cpu_supports_stage_grad(x, grad, size, chunk, stride, splits) -> bool:
+    return _cpu_supports_group(x, size) and splits == 1
 
 
-def _gpu_takes_stage_grad(x, grad, size, *_: int) -> bool:
+def _gpu_supports_stage_grad(x, grad, size, *_: int) -> bool:
     return size <= MAX_STAGE
 
 
-def _cpu_takes_backward(grad, x, stage, chunk, stride, transpose, splits) -> bool:
-    return cpu_takes_stage(x, stage) and splits == 1
+def _cpu_supports_backward(grad, x, stage, chunk, stride, transpose, splits) -> bool:
+    return cpu_supports_stage(x, stage) and splits == 1
 
 
-def _cuda_takes_backward(grad, x, stage, *_: int) -> bool:
-    return cuda_takes_stage(x, stage)
+def _cuda_supports_backward(grad, x, stage, *_: int) -> bool:
+    return cuda_supports_stage(x, stage)
 
 
-def _triton_takes_backward(grad, x, stage, *_: int) -> bool:
-    return triton_takes_stage(x, stage)
+def _triton_supports_backward(grad, x, stage, *_: int) -> bool:
+    return triton_supports_stage(x, stage)
 
 
 ROWS = ShapeClass(("size", "chunk", "stride"), ("rows", "features"), _class_of)
@@ -190,23 +193,26 @@ rotate_rows = Op(
     fake=fake_rotate,
     samples=_samples,
     kernels={
-        "cpu": Kernel(cpu_takes_stage),
-        "cuda": Kernel(cuda_takes_stage),
-        "triton": Kernel(triton_takes_stage, "rotate:rotate", "rotate:TILES"),
+        "cpu": Kernel(cpu_supports_stage),
+        "cuda": Kernel(cuda_supports_stage),
+        "triton": Kernel(triton_supports_stage, "rotate:rotate", "rotate:TILES"),
     },
     shape_class=ROWS,
 )
 # Gradients of a stage come as partial sums (splits, d/size, size, size), in at least float32.
-gram = Op(
-    "gram(Tensor x, Tensor grad, int size, int chunk, int stride, int splits) -> Tensor",
-    reference=_gram,
-    fake=_fake_gram,
+rotate_stage_grad = Op(
+    "rotate_stage_grad(Tensor x, Tensor grad, int size, int chunk, int stride, int splits)"
+    " -> Tensor",
+    reference=rotate_stage_grad_reference,
+    fake=_fake_stage_grad,
     samples=_stage_grad_samples,
     kernels={
-        "cpu": Kernel(_cpu_takes_stage_grad),
-        "cuda": Kernel(_gpu_takes_stage_grad),
+        "cpu": Kernel(_cpu_supports_stage_grad),
+        "cuda": Kernel(_gpu_supports_stage_grad),
         "triton": Kernel(
-            _gpu_takes_stage_grad, "rotate_backward:gram", "rotate_backward:STAGE_GRAD_TILES"
+            _gpu_supports_stage_grad,
+            "rotate_backward:rotate_stage_grad",
+            "rotate_backward:STAGE_GRAD_TILES",
         ),
     },
     shape_class=ROWS._replace(of=_stage_grad_class_of),
@@ -219,10 +225,10 @@ rotate_backward = Op(
     fake=_fake_rotate_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(_cpu_takes_backward),
-        "cuda": Kernel(_cuda_takes_backward),
+        "cpu": Kernel(_cpu_supports_backward),
+        "cuda": Kernel(_cuda_supports_backward),
         "triton": Kernel(
-            _triton_takes_backward,
+            _triton_supports_backward,
             "rotate_backward:rotate_backward",
             "rotate_backward:BACKWARD_TILES",
         ),
@@ -235,7 +241,7 @@ rotate_backward = Op(
 def apply_stages(
     x: torch.Tensor, matrices: Sequence[torch.Tensor], plan: tuple[Stage, ...], transpose: bool
 ) -> torch.Tensor:
-    """x (N, d) through all the stages, outside of autograd."""
+    """Multiply rows x (N, d) by all the stages, outside of autograd."""
     for i in order_of(plan, transpose):
         x = rotate_rows(x, matrices[i], plan[i].chunk, plan[i].stride, transpose)
     return x
@@ -270,12 +276,12 @@ def apply_stages_backward(
             )
         else:
             pair = (grad, inputs.pop()) if transpose else (inputs.pop(), grad)
-            partials[i] = gram(*pair, size, chunk, stride, parts)
+            partials[i] = rotate_stage_grad(*pair, size, chunk, stride, parts)
     return grad if need_x else None, partials
 
 
 class Rotate(torch.autograd.Function):
-    """y = x R (or x R^T) through the stages. Saves x and the stage matrices alone."""
+    """Computes y = x R, or x R^T, through the stages. Saves x and the stage matrices alone."""
 
     generate_vmap_rule = True
 
@@ -302,7 +308,7 @@ class Rotate(torch.autograd.Function):
 
 
 def order_of(plan: tuple[Stage, ...], transpose: bool) -> list[int]:
-    """R = C_{m-1} ... C_0 on row vectors: x meets the largest stride first, R^T the smallest."""
+    """The indices of the stages as x meets them: the largest stride first for R, last for R^T."""
     order = list(range(len(plan)))
     return order if transpose else order[::-1]
 
@@ -312,7 +318,7 @@ def rotate(
 ) -> torch.Tensor:
     """x (..., d) times the composed stages (or the transposed product), in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    # Without grad not through the Function: of one with a varying number of arguments Dynamo takes
-    # the first for a context then.
+    # Without grad call forward directly: with a varying number of arguments, Dynamo would take the
+    # first one for the context.
     function = Rotate.apply if torch.is_grad_enabled() else Rotate.forward
     return function(rows, transpose, plan, *matrices).reshape(x.shape)

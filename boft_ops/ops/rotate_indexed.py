@@ -19,13 +19,13 @@ from .planner import plan_for
 from .rotate import (
     ROWS,
     class_of_rows,
-    cpu_takes_stage,
-    cuda_takes_stage,
+    cpu_supports_stage,
+    cuda_supports_stage,
     fake_rotate,
-    gram,
     order_of,
     rotate_reference,
-    triton_takes_stage,
+    rotate_stage_grad,
+    triton_supports_stage,
 )
 from .stages import Stage, plan
 
@@ -80,10 +80,10 @@ rotate_indexed_rows = Op(
     fake=_fake_rotate_indexed,
     samples=_samples,
     kernels={
-        "cpu": Kernel(cpu_takes_stage),
-        "cuda": Kernel(cuda_takes_stage),
+        "cpu": Kernel(cpu_supports_stage),
+        "cuda": Kernel(cuda_supports_stage),
         "triton": Kernel(
-            triton_takes_stage, "rotate_indexed:rotate_indexed", "rotate_indexed:TILES"
+            triton_supports_stage, "rotate_indexed:rotate_indexed", "rotate_indexed:TILES"
         ),
     },
     shape_class=ROWS._replace(of=_class_of),
@@ -134,18 +134,18 @@ def _through_stages(x, index, transpose, plan, matrices) -> list[torch.Tensor]:
 
 
 def _stage_gradient(x, grad, index, stage: Stage, matrix, transpose) -> torch.Tensor:
-    """The Gram of each adapter's rows: one pass over all rows for each adapter.
+    """The gradient of each adapter's stage: one pass over all rows for each adapter.
 
     Serving needs none of it, and training has few adapters; nothing depends on how many rows an
     adapter has, so that there is no host sync and compiled graphs are made once.
     """
-    parts, grams = stage.splits(x), []
+    parts, stage_grads = stage.splits(x), []
     for adapter in range(len(matrix)):
         mine = torch.where((index == adapter)[:, None], x, 0)
         pair = (grad, mine) if transpose else (mine, grad)
-        partial = gram(*pair, stage.size, stage.chunk, stage.stride, parts)
-        grams.append(partial.sum(0))
-    return torch.stack(grams).to(matrix.dtype)
+        partial = rotate_stage_grad(*pair, stage.size, stage.chunk, stage.stride, parts)
+        stage_grads.append(partial.sum(0))
+    return torch.stack(stage_grads).to(matrix.dtype)
 
 
 def butterfly_matmul_indexed(
@@ -230,7 +230,7 @@ def index_of_rows(index: torch.Tensor, x: torch.Tensor, n_adapters: int) -> torc
                 f"index: expected numbers in [-1, {n_adapters - 1}], got {least} to {most}"
             )
     elif torch.iinfo(index.dtype).max > torch.iinfo(torch.int32).max:
-        # what int32 has not must not come back as another adapter's number
+        # a number beyond int32 must not come back as another adapter's
         rows = rows.to(torch.int64).clamp(IDENTITY - 1, n_adapters)
     return rows.reshape(-1).to(torch.int32)
 

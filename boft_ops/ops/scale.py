@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import compute_dtype
+from .._runtime.dtypes import COMPUTE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 
@@ -39,7 +39,7 @@ def _fake_scale(
 def scale_backward_reference(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = compute_dtype(x)
+    wide = COMPUTE[x.dtype]
     # x - center before the sum: sum(grad x) - center sum(grad) would cancel where center is large
     centered = x.to(wide) if center is None else x.to(wide) - center.to(wide)
     scale_grad = torch.sum(grad.to(wide) * centered, 0).to(scale.dtype)
@@ -62,7 +62,7 @@ def _fake_scale_backward(
 
 def _in_compute_dtype(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
     """True if the vectors have the dtype that x is computed in."""
-    return all(v is None or v.dtype == compute_dtype(x) for v in vectors)
+    return all(v is None or v.dtype == COMPUTE[x.dtype] for v in vectors)
 
 
 def _samples(w: Workload) -> Iterator[tuple]:
@@ -87,19 +87,19 @@ def _class_of(x: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
     return (), tuple(x.shape)
 
 
-def _cpu_takes(x, scale, center, bias) -> bool:
+def _cpu_supports(x, scale, center, bias) -> bool:
     return x.dtype != torch.float16
 
 
-def _cuda_takes(x, scale, center, bias) -> bool:
+def _cuda_supports(x, scale, center, bias) -> bool:
     return _in_compute_dtype(x, scale)
 
 
-def _cuda_takes_backward(grad, x, scale, center) -> bool:
+def _cuda_supports_backward(grad, x, scale, center) -> bool:
     return _in_compute_dtype(x, scale, center)
 
 
-def _cpu_takes_backward(grad, x, scale, center) -> bool:
+def _cpu_supports_backward(grad, x, scale, center) -> bool:
     return x.dtype != torch.float16 and _in_compute_dtype(x, scale, center)
 
 
@@ -111,8 +111,8 @@ scale_forward = Op(
     fake=_fake_scale,
     samples=_samples,
     kernels={
-        "cpu": Kernel(_cpu_takes),
-        "cuda": Kernel(_cuda_takes),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
         "triton": Kernel(None, "scale:scale", "config_scale:FORWARD"),
     },
     shape_class=_CLASS,
@@ -125,8 +125,8 @@ scale_backward = Op(
     fake=_fake_scale_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(_cpu_takes_backward),
-        "cuda": Kernel(_cuda_takes_backward),
+        "cpu": Kernel(_cpu_supports_backward),
+        "cuda": Kernel(_cuda_supports_backward),
         "triton": Kernel(None, "scale:scale_backward", "config_scale:BACKWARD"),
     },
     shape_class=_CLASS,
@@ -144,9 +144,7 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def forward(x, scale, center, bias):
         if torch.compiler.is_compiling():
-            return scale_reference(
-                x, scale, center, bias
-            )  # which Inductor fuses with what is around it
+            return scale_reference(x, scale, center, bias)  # Inductor fuses it with its neighbors
         return scale_forward(x, scale, center, bias)
 
     @staticmethod

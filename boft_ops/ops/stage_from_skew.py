@@ -1,7 +1,8 @@
-"""Skew-symmetric parameters -> stage matrices in one op, dropout included (docs/butterfly.md).
+"""Skew-symmetric parameters -> stage matrices, dropout included (docs/butterfly.md).
 
-``rotation`` is cayley, then the identity for dropped blocks, then compose, for butterflies that one
-small stage holds. Nothing of it is large: what it saves is launches and passes over little tensors.
+The op ``stage_from_skew`` is cayley, then the identity for dropped blocks, then compose, for
+butterflies that one small stage holds. None of its tensors is large: the op saves launches and
+passes over little tensors.
 """
 
 from __future__ import annotations
@@ -12,59 +13,77 @@ import torch
 
 from .._runtime import checks
 from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import COMPUTE
+from .._runtime.limits import MAX_ROTATION
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
-from . import cayley as _cayley
-from . import compose as _compose
+from .cayley import (
+    cayley_backward,
+    cayley_backward_reference,
+    cayley_forward,
+    cayley_reference,
+    fake_cayley,
+    fake_cayley_backward,
+    neumann5_backward,
+    neumann5_forward,
+)
+from .compose import (
+    compose_backward_reference,
+    compose_forward,
+    compose_gradient,
+    compose_reference,
+    fake_compose,
+)
 from .dropout import drop_blocks
 from .stages import Stage, plan
 
-MAX_SIZE = 64  # of the one stage that the op composes
-# "Methods" of make_matrices: what it is given is the matrix of the one stage already. A stage of
-# stride 1 is the one factor of a butterfly whose block_size is its own size.
-GIVEN = "given"
-GIVEN_SERIES = "given series"  # of a truncated series, as "neumann5" is one
-ALL_GIVEN = (GIVEN, GIVEN_SERIES)
-ORTHOGONAL = ("exact", GIVEN)  # the methods of which the blocks are; of a series they are nearly so
+
+def _reference(
+    skew: torch.Tensor, drop_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = cayley_reference(skew.to(_at_least_float32(skew)), drop_mask)
+    return blocks, compose_reference(blocks, 0)
 
 
-def _rotation(skew: torch.Tensor, drop: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
-    blocks = _cayley.cayley_reference(wide, drop)
-    return blocks, _compose.compose_reference(blocks, 0)
-
-
-def _rotation_backward(
-    blocks: torch.Tensor, drop: torch.Tensor | None, grad: torch.Tensor
+def _backward_reference(
+    blocks: torch.Tensor, drop_mask: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
-    return _cayley.cayley_backward_reference(
-        blocks, drop, _compose.compose_backward_reference(blocks, grad, 0)
+    return cayley_backward_reference(blocks, drop_mask, compose_backward_reference(blocks, grad, 0))
+
+
+def _fake(skew: torch.Tensor, drop_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = fake_cayley(skew.to(_at_least_float32(skew)))
+    return blocks, fake_compose(blocks, 0)
+
+
+def _at_least_float32(skew: torch.Tensor) -> torch.dtype:
+    return COMPUTE[skew.dtype]
+
+
+def _triton_supports(skew: torch.Tensor, _: object) -> bool:
+    b = checks.block_size_from_packed("skew", skew.shape[-1])
+    return b << (len(skew) - 1) <= MAX_ROTATION
+
+
+def _cuda_supports(
+    tensor: torch.Tensor, drop_mask: torch.Tensor | None, *grad: torch.Tensor
+) -> bool:
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    return wide and (
+        grad[0].shape[-1] <= MAX_ROTATION if grad else _triton_supports(tensor, drop_mask)
     )
 
 
-def _fake_rotation(
-    skew: torch.Tensor, drop: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks = _cayley._fake_forward(skew.to(torch.promote_types(skew.dtype, torch.float32)))
-    return blocks, _compose._fake_compose(blocks, 0)
-
-
-def _triton_takes(skew: torch.Tensor, _: object) -> bool:
-    b = checks.block_size_from_packed("skew", skew.shape[-1])
-    return b << (len(skew) - 1) <= MAX_SIZE
-
-
-def _cuda_takes(tensor: torch.Tensor, drop: torch.Tensor | None, *grad: torch.Tensor) -> bool:
-    wide = tensor.dtype in (torch.float32, torch.float64)
-    return wide and (grad[0].shape[-1] <= MAX_SIZE if grad else _triton_takes(tensor, drop))
-
-
-def _native_takes(tensor: torch.Tensor, drop: torch.Tensor | None, *grad: torch.Tensor) -> bool:
+def _cpu_supports(
+    tensor: torch.Tensor, drop_mask: torch.Tensor | None, *grad: torch.Tensor
+) -> bool:
     return tensor.dtype in (torch.float32, torch.float64) and (len(grad) == 0 or len(grad[0]) == 1)
 
 
 def _is_sampled(w: Workload) -> bool:
-    return w.n_factors > 1 and is_fused(plan(w.n_factors, w.block_size, w.device.type), "exact")
+    return w.n_factors > 1 and is_one_small_stage(
+        plan(w.n_factors, w.block_size, w.device.type), "exact"
+    )
 
 
 def _samples(w: Workload) -> Iterator[tuple]:
@@ -74,12 +93,12 @@ def _samples(w: Workload) -> Iterator[tuple]:
 
 
 def _backward_samples(w: Workload) -> Iterator[tuple]:
-    for skew, drop in _samples(w):
+    for skew, drop_mask in _samples(w):
         with torch.no_grad():
-            blocks, stage = _rotation(skew, drop)
+            blocks, stage = _reference(skew, drop_mask)
         (one,) = plan(w.n_factors, w.block_size, w.device.type)
         splits = one.splits(torch.empty(1, w.d, device=w.device))
-        yield blocks, drop, w.tensor(splits, *stage.shape, dtype=w.compute_dtype)
+        yield blocks, drop_mask, w.tensor(splits, *stage.shape, dtype=w.compute_dtype)
 
 
 def _class_of(skew: torch.Tensor, _: object) -> tuple[tuple, tuple]:
@@ -88,32 +107,34 @@ def _class_of(skew: torch.Tensor, _: object) -> tuple[tuple, tuple]:
 
 
 _CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
-rotation_forward = Op(
-    # drop: boolean (m, K) -> blocks (m, K, b, b), stage (d/size, size, size)
-    "rotation(Tensor skew, Tensor? drop) -> (Tensor, Tensor)",
-    reference=_rotation,
-    fake=_fake_rotation,
+stage_from_skew_forward = Op(
+    # drop_mask (m, K); returns blocks (m, K, b, b) and stage (d/size, size, size)
+    "stage_from_skew(Tensor skew, Tensor? drop_mask) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
     samples=_samples,
     kernels={
-        "cpu": Kernel(_native_takes),
-        "cuda": Kernel(_cuda_takes),
-        "triton": Kernel(_triton_takes, "rotation:rotation", "config:ROTATION"),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(
+            _triton_supports, "stage_from_skew:stage_from_skew", "config:STAGE_FROM_SKEW"
+        ),
     },
     shape_class=_CLASS,
 )
-rotation_backward = Op(
+stage_from_skew_backward = Op(
     # grad (splits, d/size, size, size): partial sums of the stage's gradient
-    "rotation_backward(Tensor blocks, Tensor? drop, Tensor grad) -> Tensor",
-    reference=_rotation_backward,
-    fake=_cayley.fake_cayley_backward,
+    "stage_from_skew_backward(Tensor blocks, Tensor? drop_mask, Tensor grad) -> Tensor",
+    reference=_backward_reference,
+    fake=fake_cayley_backward,
     samples=_backward_samples,
     kernels={
-        "cpu": Kernel(_native_takes),
-        "cuda": Kernel(_cuda_takes),
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
         "triton": Kernel(
-            lambda blocks, drop, grad: grad.shape[-1] <= MAX_SIZE,
-            "rotation:rotation_backward",
-            "config:ROTATION_BACKWARD",
+            lambda blocks, drop_mask, grad: grad.shape[-1] <= MAX_ROTATION,
+            "stage_from_skew:stage_from_skew_backward",
+            "config:STAGE_FROM_SKEW_BACKWARD",
         ),
     },
     shape_class=_CLASS._replace(
@@ -122,80 +143,92 @@ rotation_backward = Op(
 )
 
 
-class Rotation(torch.autograd.Function):
-    """Stage matrices from skew and a mask. Saves the blocks."""
+class StageFromSkew(torch.autograd.Function):
+    """The matrix of the one stage, from skew and a drop mask. Saves both and the blocks."""
 
     @staticmethod
-    def forward(ctx, skew, drop):
+    def forward(ctx, skew, drop_mask):
         skew = skew.contiguous()
-        blocks, stage = rotation_forward(skew, drop)
-        ctx.save_for_backward(skew, blocks, drop)
+        blocks, stage = stage_from_skew_forward(skew, drop_mask)
+        ctx.save_for_backward(skew, blocks, drop_mask)
         return stage
 
     @staticmethod
     def backward(ctx, grad):
-        skew, blocks, drop = ctx.saved_tensors
-        if torch.is_grad_enabled():  # blocks are no function of skew to autograd
-            blocks = _cayley.cayley_reference(skew.to(blocks.dtype), drop)
-        return rotation_backward(blocks, drop, grad[None].contiguous()).to(skew.dtype), None
+        skew, blocks, drop_mask = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to autograd the saved blocks are no function of skew
+            blocks = cayley_reference(skew.to(blocks.dtype), drop_mask)
+        skew_grad = stage_from_skew_backward(blocks, drop_mask, grad[None].contiguous())
+        return skew_grad.to(skew.dtype), None
 
 
-def is_fused(plan: tuple[Stage, ...], method: str) -> bool:
-    """Whether the op makes the matrices of this plan."""
-    return method == "exact" and len(plan) == 1 and plan[0].size <= MAX_SIZE
+def is_one_small_stage(stages: tuple[Stage, ...], method: str) -> bool:
+    """Return True if the op ``stage_from_skew`` makes the matrices of these stages."""
+    return method == "exact" and len(stages) == 1 and stages[0].size <= MAX_ROTATION
 
 
-def make_matrices(
+def stages_from_skew(
     skew: torch.Tensor,
-    drop: torch.Tensor | None,
-    plan: tuple[Stage, ...],
+    drop_mask: torch.Tensor | None,
     method: str,
+    stages: tuple[Stage, ...],
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The blocks (dropped ones are the identity) and the matrix of each stage, outside of autograd.
+    """Return the blocks and the matrix of each stage, outside of autograd.
 
-    Both are of the widest of float32, ``dtype`` and the dtype of skew (m, K, b(b-1)/2).
+    Equivalent to ``blocks = drop_blocks(cayley(skew, method=method), drop_mask)`` and
+    ``[*compose(blocks, stages, dtype)]``. Both results are of the widest of float32, ``dtype`` and
+    the dtype of the skew.
+
+    Args:
+        skew, drop_mask, method: see ``SkewRotation``.
+        stages: how the factors are grouped, see ``plan``.
+        dtype: of the rows that the stages are for.
+
+    Returns:
+        blocks (m, K, b, b), and for each stage a matrix (d/size, size, size).
     """
-    wide = torch.promote_types(torch.promote_types(skew.dtype, dtype), torch.float32)
-    if skew.dtype != wide:  # a call of .to() takes longer to find out
+    wide = COMPUTE[dtype] if skew.dtype != torch.float64 else skew.dtype
+    if skew.dtype != wide:  # comparing the dtypes is faster than a call of .to() that does nothing
         skew = skew.to(wide)
-    if method in ALL_GIVEN:
-        return skew[None], [skew]
-    if is_fused(plan, method) and skew.shape[0] > 1:
-        blocks, stage = rotation_forward(skew, drop)
+    if skew.shape[0] > 1 and is_one_small_stage(stages, method):
+        blocks, stage = stage_from_skew_forward(skew, drop_mask)
         return blocks, [stage]
     if method == "exact":
-        blocks = _cayley.cayley_forward(skew, drop)
+        blocks = cayley_forward(skew, drop_mask)
     else:
-        blocks = drop_blocks(_cayley.neumann5_forward(skew), drop)
+        blocks = drop_blocks(neumann5_forward(skew), drop_mask)
     if len(blocks) == 1:
         return blocks, [blocks[0]]  # one factor is its own stage
-    parts = [_compose.compose_forward(blocks[s.first : s.last], s.first) for s in plan]
-    return blocks, parts
+    return blocks, [compose_forward(blocks[s.first : s.last], s.first) for s in stages]
 
 
-def make_matrices_backward(
+def stages_from_skew_backward(
     skew: torch.Tensor,
-    blocks: torch.Tensor,
-    drop: torch.Tensor | None,
-    plan: tuple[Stage, ...],
+    drop_mask: torch.Tensor | None,
     method: str,
+    stages: tuple[Stage, ...],
+    blocks: torch.Tensor,
     partials: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """dL/dskew, in its dtype, from the partial sums of each stage's gradient."""
-    if method in ALL_GIVEN:
-        return partials[0].sum(0).to(skew.dtype)
+    """Return the gradient of the skew, in its dtype.
+
+    Args:
+        skew, drop_mask, method, stages: as they were given to ``stages_from_skew``.
+        blocks: as it returned them.
+        partials: for each stage the partial sums (splits, d/size, size, size) of its gradient.
+    """
     wide = blocks.dtype
     partials = [(p if p.dtype == wide else p.to(wide)).contiguous() for p in partials]
-    if is_fused(plan, method):
-        grad = rotation_backward(blocks, drop, partials[0])
+    if is_one_small_stage(stages, method):
+        grad = stage_from_skew_backward(blocks, drop_mask, partials[0])
         return grad if skew.dtype == wide else grad.to(skew.dtype)
     if len(blocks) == 1:
         grad = partials[0].sum(0, keepdim=True)
     else:
-        grad = _compose.compose_gradient(blocks, plan, partials)
+        grad = compose_gradient(blocks, stages, partials)
     if method == "exact":
-        return _cayley.cayley_backward(blocks, drop, grad).to(skew.dtype)
-    if drop is not None:
-        grad = grad.masked_fill(drop[..., None, None], 0)
-    return _cayley.neumann5_backward(skew.to(blocks.dtype), grad).to(skew.dtype)
+        return cayley_backward(blocks, drop_mask, grad).to(skew.dtype)
+    if drop_mask is not None:
+        grad = grad.masked_fill(drop_mask[..., None, None], 0)
+    return neumann5_backward(skew.to(wide), grad).to(skew.dtype)

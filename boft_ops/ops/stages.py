@@ -1,8 +1,8 @@
-"""How a butterfly of m factors is grouped into dense stages.
+"""Groups the m factors of a butterfly into dense stages.
 
 Consecutive factors [first, last) collapse exactly into one block-diagonal matrix whose dense blocks
-of ``size`` features lie over chunks ``stride`` apart. Few large stages read x seldom and multiply
-much; many small ones the reverse: the plan takes the cheapest number of equal stages.
+of ``size`` features lie over chunks ``stride`` apart. A few large stages read x seldom and multiply
+much; many small stages do the reverse. The plan takes the cheapest number of equal stages.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 
-# What reading and writing x once costs, in multiply-adds per feature. On two CPU cores 8 bytes at
+# Cost of reading and writing x once, in multiply-adds per feature. On two CPU cores 8 bytes at
 # 10 GB/s against 2 flops at 100 GFLOP/s: some 40 to 80. On an H100, by its data sheet, 4 bytes at
 # 3.35 TB/s against 2 flops at some 600 TFLOP/s: about 350.
 PASS_COST = {"cpu": 64, "cuda": 350}
 
-GPU_PROGRAMS = 4 * 132  # wanted for one pass over x: four for each multiprocessor of an H100
-PARTIAL_BYTES = 16 << 20  # that the partial sums of one stage may take
+# Programs that keep a GPU busy in one pass over x: four for each multiprocessor of an H100.
+GPU_PROGRAMS = 4 * 132
+PARTIAL_BYTES = 16 << 20  # most memory for the partial sums of one stage
 
 
 class Stage(NamedTuple):
@@ -39,10 +40,10 @@ class Stage(NamedTuple):
     stride: int
 
     def splits(self, x: torch.Tensor) -> int:
-        """Into how many partial sums over the rows of x (N, d) the gradient of the stage comes.
+        """The number of partial sums over the rows of x (N, d) that the gradient of the stage has.
 
-        One on a CPU, whose threads divide the groups. A GPU needs more programs than that; the
-        number depends on the structure alone, so that it is a constant of a compiled graph.
+        One on a CPU, whose threads divide the groups. A GPU needs more programs than there are
+        groups. The number depends on the structure alone: a constant of a compiled graph.
         """
         if x.device.type == "cpu":
             return 1
@@ -62,12 +63,12 @@ def plan(
         n_factors: m >= 1.
         block_size: b; even if m > 1.
         device: the type of the device that x is on.
-        n_stages: how many; None for the cheapest number of them.
+        n_stages: number of stages; None: the cheapest number.
 
     Returns:
         Stages that cover the factors 0..m-1 in order. x meets the last one first.
     """
-    # Dynamo traces through a cache, with a warning: spare the user that
+    # Dynamo traces through a cache with a warning, which is spared here
     function = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan
     return function(
         n_factors, block_size, PASS_COST["cpu" if device == "cpu" else "cuda"], n_stages

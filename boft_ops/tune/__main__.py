@@ -1,7 +1,7 @@
 """Measure which backends, tiles and plans are fastest on this machine, and keep them.
 
---shapes takes names (llama-2-7b, llama-3-8b, deberta-v3-base, dinov2-large, sd-1.5), DxNxROWS, and
-files with a JSON list of [d, n, rows]. --explain prints the model's opinion of a layer.
+--shapes takes names (llama-2-7b, llama-3-8b, deberta-v3-base, dinov2-large, sd-1.5) and DxNxROWS.
+--explain prints the model's opinion of a layer.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .._runtime import backend as backends
 from .._runtime import checks, paths, tuned, tuned_file
-from .._runtime.device import devices_of, name_of
+from .._runtime.device import name_of
 from .._runtime.namespace import PACKAGE
 from . import explain
 from .measure import Timer
@@ -43,18 +42,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shapes", default="deberta-v3-base", help=f"comma-separated: {', '.join(MODELS)}, ...")
     add("--butterfly", type=_butterflies, default="2x8,4x8",
         help="n_factors x block_size, comma-separated (2x8,4x8)")  # fmt: skip
-    add("--device", type=_device, default="cpu", help="cpu (default) or cuda")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda")
     add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
     add("--rows", type=_positive, help="for named shapes (512 on a CPU, 8192 on a GPU)")
     add("--seconds", type=_seconds, help="stop in good time before so many have passed")
-    add("--backends", nargs="+", choices=backends.BACKENDS, metavar="B",
-        help="only these backends: %(choices)s")  # fmt: skip
     add("--again", action="store_true", help="measure also what the file has")
     add("--out", type=Path, help="write here, not into the cache")
     add("--explain", nargs=3, type=_positive, metavar=("d", "n", "N"),
         help="measure nothing: the model")  # fmt: skip
     options = parser.parse_args(argv)
-    gpu = options.device.type == "cuda"
+    gpu = options.device == "cuda"
+    options.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
     options.rows = options.rows or (8192 if gpu else 512)
     try:
@@ -81,21 +79,6 @@ def _butterflies(text: str) -> list[tuple[int, int]]:
     return pairs
 
 
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:  # names no device
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
-    if device.type == "cpu":
-        return device
-    device, count = torch.device("cuda", device.index or 0), torch.cuda.device_count()
-    if count and device.index >= count:
-        raise argparse.ArgumentTypeError(f"expected one of {count} GPUs, got {text!r}")
-    return device
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
@@ -114,18 +97,10 @@ def _seconds(text: str) -> float:
 
 def _check_work(options: argparse.Namespace) -> None:
     """Raise ValueError where nothing of what was asked for can be measured."""
-    device, forced = options.device.type, backends.forced()
-    if device == "cuda" and not torch.cuda.is_available():
+    if options.device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
-    if forced:
+    if (forced := backends.forced()) is not None:
         raise ValueError(f"BOFT_OPS_BACKEND: expected none, as all are to be tried, got {forced!r}")
-    ops = [op for name, op in backends.ops().items() if name in (options.ops or tuned.tunables)]
-    for backend in options.backends or ():
-        if backend != "reference" and device not in devices_of(backend):
-            raise ValueError(f"--backends: expected backends of {device}, got {backend!r}")
-        why = [op.unavailable.get(backend) for op in ops]
-        if why and all(why):
-            raise ValueError(f"--backends {backend}: {why[0]}")
     if not any(checks.is_valid(s.d, b, m) for s in options.shapes for m, b in options.butterfly):
         raise ValueError(f"--butterfly: none of {options.butterfly} fits any of --shapes")
 
@@ -152,9 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tune_all(options: argparse.Namespace) -> int:
     start, device, path = time.perf_counter(), options.device, options.out
-    every = problems(
-        options.shapes, options.butterfly, options.dtype, device, options.ops, options.backends
-    )
+    every = problems(options.shapes, options.butterfly, options.dtype, device, options.ops)
     try:
         rows = tuned_file.read(path, device, tuned.check_row)
     except ValueError as error:
@@ -164,19 +137,18 @@ def _tune_all(options: argparse.Namespace) -> int:
     todo = [p for p in every if options.again or tuned_file.key_of(p.row(p.default)) not in known]
     print(f"{name_of(device)}: {len(todo)} of {len(every)} to measure, into {path}", flush=True)
     timer, done, longest = Timer(device), 0, 0.0
-    with _progress(len(todo)) as advance:
-        for problem in todo:
-            began = time.perf_counter()
-            if options.seconds and options.seconds - (began - start) < longest:
-                break
-            try:
-                row = tune(problem, timer)
-            except KeyboardInterrupt:
-                print(f"interrupted; the same command goes on from {path}", file=sys.stderr)
-                return INTERRUPTED
-            tuned_file.update(path, device, [row], tuned.check_row)
-            done, longest = done + 1, max(longest, time.perf_counter() - began)
-            advance(_line(problem, row))
+    for problem in todo:
+        began = time.perf_counter()
+        if options.seconds and options.seconds - (began - start) < longest:
+            break
+        try:
+            row = tune(problem, timer)
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on from {path}", file=sys.stderr)
+            return INTERRUPTED
+        tuned_file.update(path, device, [row], tuned.check_row)
+        done, longest = done + 1, max(longest, time.perf_counter() - began)
+        print(f"[{done}/{len(todo)}] {_line(problem, row)}", flush=True)
     tuned.forget()
     left = f", {len(todo) - done} left for the next time" if done < len(todo) else ""
     print(f"{done} measured in {time.perf_counter() - start:.0f} s{left}: {path}")
@@ -188,25 +160,6 @@ def _line(problem: object, row: dict) -> str:
     gain = row["default_us"] / row["us"]
     tail = f" ({len(row['failed'])} of {row['tried']} failed)" if row["failed"] else ""
     return f"{problem}: {row['us']:.1f} us, {gain:.2f}x the default: {chosen}{tail}"
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with the time left where rich is installed, else lines alone."""
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-    except ImportError:
-        yield lambda line: print(line, flush=True)
-        return
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=total)
-
-        def advance(line: str) -> None:
-            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-            progress.advance(task)
-
-        yield advance
 
 
 if __name__ == "__main__":

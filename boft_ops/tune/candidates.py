@@ -7,10 +7,10 @@ from collections import deque
 from .._runtime.backend import Op
 
 STAGES = (1, 2, 3, 4)  # values of num_stages
-Tile = tuple[tuple[str, int], ...]
+TileFields = tuple[tuple[str, int], ...]
 
 
-def tiles(op: Op, structure: dict[str, int], dtype: str) -> list[Tile]:
+def tiles(op: Op, structure: dict[str, int], dtype: str) -> list[TileFields]:
     """Every tile but the default itself, nearest first; none if the kernel has none to set.
 
     A step halves or doubles one field, or changes num_stages. Two steps reach what was fastest on

@@ -1,4 +1,4 @@
-"""What bytes, flops and launches let one expect of each plan of a layer (docs/tuning.md)."""
+"""Models the cost of each plan of a layer by bytes, flops and launches (docs/tuning.md)."""
 
 from __future__ import annotations
 

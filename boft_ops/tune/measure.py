@@ -10,8 +10,8 @@ from statistics import median, quantiles
 
 import torch
 
-FASTER = 0.98  # of the default's time: a candidate has to come below
-CYCLES = 1 << 18  # that a GPU waits at first while the host prepares a call: some 0.15 ms
+FASTER = 0.98  # a candidate has to come below this part of the default's time
+CYCLES = 1 << 18  # a GPU waits these at first, some 0.15 ms, while the host prepares a call
 MOST_CYCLES = 1 << 25
 
 

@@ -19,8 +19,9 @@ from .workloads import Problem
 
 FIRST = 3  # calls of every candidate
 FINALISTS = 4  # beside the default
-ROUNDS, MOST_ROUNDS, SECONDS = 15, 101, 0.5  # of the final; more rounds while they fit in SECONDS
-SETS = 4  # of inputs, at most
+ROUNDS, MOST_ROUNDS = 15, 101  # least and most rounds of the final
+SECONDS = 0.5  # the final has more than ROUNDS while they fit in this time
+SETS = 4  # most sets of inputs
 MEMORY = 2 << 30  # bytes that the sets of inputs may take
 UNITS = 2  # in the last place, that an error may exceed twice that of plain torch by
 

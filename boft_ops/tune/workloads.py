@@ -1,24 +1,21 @@
-"""The problems of linear layers: every operator that they call, and the plan of a whole layer."""
+"""Decisions that the tuner measures: each operator that a layer calls, and the layer's plan."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from .._runtime import backend, checks, dtypes, tuned
+from .._runtime.limits import MAX_STAGE
 from .._runtime.tuned import Choice, Tunable
 from .._runtime.workload import Workload
 from ..ops.linear import boft_linear
 from ..ops.planner import PLAN, plan_choice, rotates_weight
 from ..ops.stages import plan
 from .candidates import tiles
-
-MOST_FEATURES = 256  # of a group, in plans that are tried: no kernel takes more
 
 # (inputs, outputs) of each kind of adapted linear layer
 MODELS = {
@@ -50,6 +47,7 @@ class Problem:
         comparable: its result -> tensors that do not depend on the choice but for rounding.
         default: the choice where nothing was measured.
         others: further choices to try.
+        key: op, dtype, structure and sizes, as a row of the file has them.
     """
 
     tunable: Tunable
@@ -59,29 +57,15 @@ class Problem:
     comparable: Callable[[Any], Any]
     default: Choice
     others: tuple[Choice, ...]
-    structure: dict[str, int]
-    sizes: dict[str, int]
+    key: dict[str, Any]
 
     def __str__(self) -> str:
-        numbers = [f"{k}={v}" for k, v in {**self.structure, **self.sizes}.items()]
-        return " ".join([self.tunable.name, *numbers, dtypes.name_of(self.workload.dtype)])
+        numbers = [f"{k}={v}" for k, v in (self.key["structure"] | self.key["sizes"]).items()]
+        return " ".join([self.key["op"], *numbers, self.key["dtype"]])
 
     def row(self, choice: Choice, **seen: Any) -> dict[str, Any]:
         """The row of a file that keeps a choice."""
-        return {
-            "op": self.tunable.name,
-            "dtype": self.dtype,
-            "structure": self.structure,
-            "sizes": self.sizes,
-            "backend": choice.backend,
-            "config": dict(choice.config),
-            **seen,
-        }
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the first argument, by which a call looks its choice up."""
-        return dtypes.name_of(self.args(self.workload.seed)[0].dtype)
+        return {**self.key, "backend": choice.backend, "config": dict(choice.config), **seen}
 
 
 def problems(
@@ -90,92 +74,73 @@ def problems(
     dtype: torch.dtype,
     device: torch.device,
     names: Iterable[str] | None = None,
-    backends: Sequence[str] | None = None,
 ) -> list[Problem]:
-    """Everything to be measured, each class once.
+    """One problem for each shape class that these layers have.
 
     Args:
-        shapes, butterflies: layers, and (n_factors, block_size) where they fit.
+        shapes: layers.
+        butterflies: (n_factors, block_size), for the layers that they fit.
         dtype, device: of the rows.
         names: the decisions to measure; None: all.
-        backends: the backends to try; None: all of the device.
     """
     names = set(tuned.tunables if names is None else names)
-    found: dict[tuple, Problem] = {}
+    found: dict[str, Problem] = {}
     for shape in shapes:
         for m, b in butterflies:
             if not checks.is_valid(shape.d, b, m):
                 continue
             workload = Workload(*shape, m, b, dtype, device)
             for op in backend.ops().values():
-                if op.name in names and op.tunable is not None and op.tunable.name == op.name:
-                    for problem in _of_operator(op, workload, backends):
-                        found.setdefault((op.name, problem.dtype, str(problem)), problem)
+                if op.name in names and op.is_measured:
+                    for problem in _of_operator(op, workload):
+                        found.setdefault(str(problem), problem)
             if PLAN.name in names:
                 problem = _of_plan(workload)
-                found.setdefault((PLAN.name, problem.dtype, str(problem)), problem)
+                found.setdefault(str(problem), problem)
     return [*found.values()]
 
 
-def _of_operator(
-    op: backend.Op, workload: Workload, backends: Sequence[str] | None
-) -> Iterable[Problem]:
-    order = (*backend.PREFERENCE[workload.device.type], "reference")
+def _of_operator(op: backend.Op, workload: Workload) -> Iterable[Problem]:
     for index, args in enumerate(op.samples(workload)):
-        able = [b for b in order if b not in op.unavailable and op.supports(b, args)]
-        default = Choice(able[0])
-        structure, sizes = _class(op.tunable, args)
-        others = [Choice(b) for b in able if b != default.backend and b in (backends or able)]
-        if "triton" in able and "triton" in (backends or able):
-            found = tiles(op, structure, dtypes.name_of(args[0].dtype))
-            others += [Choice("triton", tile) for tile in found]
-        yield Problem(
-            tunable=op.tunable,
-            workload=workload,
-            args=lambda seed, i=index: [*op.samples(replace(workload, seed=seed))][i],
-            run=op,
-            comparable=op.comparable,
-            default=default,
-            others=tuple(others),
-            structure=structure,
-            sizes=sizes,
-        )
+        order = (*backend.PREFERENCE[workload.device.type], "reference")
+        able = [Choice(b) for b in order if b not in op.unavailable and op.supports(b, args)]
+        key = _key(op.tunable, args[0], args)
+        if "triton" in [choice.backend for choice in able]:
+            found = tiles(op, key["structure"], key["dtype"])
+            able += [Choice("triton", tile) for tile in found]
+        make = lambda seed, i=index: [*op.samples(replace(workload, seed=seed))][i]  # noqa: E731
+        default, *others = able
+        yield Problem(op.tunable, workload, make, op, op.comparable, default, (*others,), key)
 
 
 def _of_plan(workload: Workload) -> Problem:
-    """The training step of a layer but for the optimizer, with each number of stages and side."""
+    """A training step of a layer without the optimizer, with each plan."""
     m, b, device = workload.n_factors, workload.block_size, workload.device.type
     stages = plan(m, b, device)
-    weight_side = rotates_weight(stages, device, workload.rows, workload.n)
-    default = plan_choice(len(stages), weight_side)
-    counts = [n for n in range(1, m + 1) if _fits(plan(m, b, device, n))]
-    every = [plan_choice(n, False) for n in counts]
-    every += [plan_choice(1, True)] * (1 in counts)
-    structure, sizes = _class(PLAN, (workload.x(), m, b, workload.n))
-    return Problem(
-        tunable=PLAN,
-        workload=workload,
-        args=lambda seed: _layer(replace(workload, seed=seed)),
-        run=training_step,
-        comparable=lambda result: result,
-        default=default,
-        others=tuple(choice for choice in every if choice != default),
-        structure=structure,
-        sizes=sizes,
-    )
+    side = rotates_weight(stages, device, workload.rows, workload.n)
+    default = plan_choice(len(stages), side)
+    every = [
+        plan_choice(count, weight_side)
+        for count in range(1, m + 1)
+        for weight_side in ((False, True) if count == 1 else (False,))
+        if max(stage.size for stage in plan(m, b, device, count)) <= MAX_STAGE
+    ]
+    others = tuple(choice for choice in every if choice != default)
+    make = lambda seed: _layer(replace(workload, seed=seed))  # noqa: E731
+    x = workload.x()
+    key = _key(PLAN, x, (x, m, b, workload.n))
+    return Problem(PLAN, workload, make, training_step, lambda step: step, default, others, key)
 
 
-def _fits(stages: Sequence) -> bool:
-    return max(stage.size for stage in stages) <= MOST_FEATURES
-
-
-def _class(tunable: Tunable, args: tuple) -> tuple[dict[str, int], dict[str, int]]:
-    structure, sizes = tunable.shape_class.of(*args)
+def _key(tunable: Tunable, x: torch.Tensor, args: tuple) -> dict[str, Any]:
     names = tunable.shape_class
-    return (
-        dict(zip(names.structure, map(int, structure), strict=True)),
-        dict(zip(names.sizes, map(int, sizes), strict=True)),
-    )
+    structure, sizes = names.of(*args)
+    return {
+        "op": tunable.name,
+        "dtype": dtypes.name_of(x.dtype),
+        "structure": dict(zip(names.structure, map(int, structure), strict=True)),
+        "sizes": dict(zip(names.sizes, map(int, sizes), strict=True)),
+    }
 
 
 def _layer(w: Workload) -> tuple:
@@ -193,41 +158,18 @@ def training_step(x, weight, skew, scale, bias, grad) -> tuple[torch.Tensor, ...
 
 
 def shapes_of(text: str, rows: int) -> list[Shape]:
-    """The layers that comma-separated names of models, DxNxROWS and JSON files stand for.
+    """Layers by comma-separated names of models and DxNxROWS, such as "llama-2-7b,4096x4096x512".
 
     Raises:
-        ValueError: a part is none of them.
+        ValueError: a part is neither.
     """
     shapes: list[Shape] = []
     for part in text.split(","):
+        numbers = [int(number) for number in part.split("x") if number.isdecimal()]
         if part in MODELS:
             shapes += [Shape(d, n, rows) for d, n in MODELS[part]]
-        elif Path(part).is_file():
-            shapes += [_shape(item, part) for item in _items(part)]
+        elif len(numbers) == part.count("x") + 1 == 3 and min(numbers) > 0:
+            shapes.append(Shape(*numbers))
         else:
-            numbers = part.split("x")
-            known = all(number.isdecimal() for number in numbers)
-            shapes.append(_shape([*map(int, numbers)] if known else part, text))
+            raise ValueError(f"shapes: expected {', '.join(MODELS)} or DxNxROWS, got {part!r}")
     return list(dict.fromkeys(shapes))
-
-
-def _items(path: str) -> list:
-    try:
-        items = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"shapes: expected JSON in {path!r}: {error}") from None
-    if not isinstance(items, list):
-        raise ValueError(f"shapes: expected a list of [d, n, rows], got {items!r} in {path!r}")
-    return items
-
-
-def _shape(numbers: object, where: str) -> Shape:
-    is_list = isinstance(numbers, list) and len(numbers) == 3
-    if not is_list or not all(type(number) is int for number in numbers):
-        raise ValueError(
-            f"shapes: expected {', '.join(MODELS)}, DxNxROWS or a JSON file of [d, n, rows], got "
-            f"{numbers!r} in {where!r}"
-        )
-    if min(numbers) < 1:
-        raise ValueError(f"shapes: expected positive numbers, got {numbers!r} in {where!r}")
-    return Shape(*numbers)

@@ -352,7 +352,7 @@ inline int64_t rows_of(int64_t tiles, int64_t rows, int64_t size, int64_t step) 
   return step * std::max<int64_t>(1, turns);
 }
 
-// Bytes of shared memory of rotate_kernel and rotate_indexed_kernel, for the stage and the rows.
+// Bytes of shared memory of the kernels that multiply rows by a stage, for the stage and the rows.
 template <class T, int Columns>
 size_t shared_of(const Job& job) {
   const Layout& l = job.layout;

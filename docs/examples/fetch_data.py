@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Fetch the demo's data: 10,605 movie-review snippets with human sentiment ratings.
 
-The ratings ship inside the source distribution of vaderSentiment 0.5 (MIT licence, C.J. Hutto and
-E. Gilbert, ICWSM 2014); no later release holds them. pip downloads it, so mirrors, proxies and
-caches configured for pip apply here too. Running the script again does nothing: the text file is
-kept and its checksum is looked at.
+The ratings are part of the source distribution of vaderSentiment 0.5 (MIT license, C.J. Hutto and
+E. Gilbert, ICWSM 2014); later releases do not contain them. pip downloads it, so mirrors, proxies
+and caches that are configured for pip apply here too. Running the script again only checks the
+checksum of the text file.
 
     python docs/examples/fetch_data.py [--dir data]
 """
@@ -29,33 +29,42 @@ DATA_DIR = Path(__file__).resolve().parents[2] / "data"
 
 
 def sha256(content: bytes) -> str:
+    """Compute a checksum in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def download_sdist(folder: Path) -> Path:
-    """Let pip put the source distribution into `folder`; raise RuntimeError if it cannot."""
-    # pip asks even an sdist that it only downloads for its metadata, which runs the sdist's
-    # setup.py. The hash is checked before that, so nothing but the known file is ever run.
-    # Only this one package must come as source (`:all:` would compile setuptools as well).
+    """Download the source distribution into `folder` with pip, and return its path.
+
+    Raises:
+        RuntimeError: pip could not download it.
+    """
+    # To get the metadata of a source distribution, pip runs its setup.py even if it only downloads
+    # it. pip checks the hash before that, so only the known file is ever run. `--no-binary` names
+    # one package, because `:all:` would compile setuptools too.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SDIST_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--no-binary", "vaderSentiment"]
     command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(folder.glob("vaderSentiment-0.5.*"))
-    if result.returncode != 0 or not found:
-        said = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
+    files = sorted(folder.glob("vaderSentiment-0.5.*"))
+    if result.returncode != 0 or not files:
+        errors = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
         raise RuntimeError(
             f"pip could not download {REQUIREMENT} (exit status {result.returncode}). "
             "The demo needs a package index once, at set-up; without a network put "
-            f"{FILE_NAME} into the data folder by hand.\npip said:\n  " + "\n  ".join(said[-12:])
+            f"{FILE_NAME} into the data folder by hand.\npip said:\n  " + "\n  ".join(errors[-12:])
         )
-    return found[0]
+    return files[0]
 
 
 def extract(sdist: Path) -> bytes:
-    """The ratings file's content, from the tarball inside the zip; nothing is unpacked on disk."""
+    """Read the ratings file from the tarball inside the zip, without unpacking anything to disk.
+
+    Raises:
+        ValueError: the tarball or the file in it is missing.
+    """
     with zipfile.ZipFile(sdist) as outer:
         inner = [name for name in outer.namelist() if name.endswith("/" + INNER_TARBALL)]
         if len(inner) != 1:
@@ -68,7 +77,12 @@ def extract(sdist: Path) -> bytes:
 
 
 def fetch(folder: Path = DATA_DIR, expected: str = FILE_SHA256) -> Path:
-    """Make sure that the verified ratings file lies in `folder` and return its path."""
+    """Make sure that `folder` contains the verified ratings file, and return its path.
+
+    Raises:
+        RuntimeError: pip could not download the source distribution.
+        ValueError: the file is missing from it or has a wrong checksum.
+    """
     target = folder / FILE_NAME
     if target.is_file() and sha256(target.read_bytes()) == expected:
         return target
@@ -77,7 +91,8 @@ def fetch(folder: Path = DATA_DIR, expected: str = FILE_SHA256) -> Path:
     if sha256(content) != expected:
         raise ValueError(f"{FILE_NAME}: expected sha256 {expected}, got {sha256(content)}")
     folder.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed: a run that is interrupted leaves no half file behind.
+    # The file is written under another name and renamed, so that an interrupted run leaves no
+    # incomplete file.
     partial = target.with_suffix(".partial")
     partial.write_bytes(content)
     partial.replace(target)

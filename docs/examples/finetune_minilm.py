@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Finetune a real sentence encoder four ways, side by side, on two CPU cores in minutes.
+"""Finetune a real sentence encoder in four ways, side by side, on two CPU cores in minutes.
 
-The task: is a movie-review snippet positive or negative? The model: all-MiniLM-L6-v2 (BERT, six
-layers of width 384) with a fresh linear head over the mean of the token vectors. What is trained
-besides the head:
+The task is to tell positive from negative movie-review snippets. The model is all-MiniLM-L6-v2
+(BERT, six layers of width 384) with a fresh linear head over the mean of the token vectors. Besides
+the head, the four methods train:
 
     frozen   nothing: the features stay as they are
     lora     low-rank updates of every linear layer of the top three layers (PEFT, r = 8)
@@ -13,9 +13,9 @@ besides the head:
     python docs/examples/fetch_data.py                   # once
     python docs/examples/finetune_minilm.py              # about a minute a method
     python docs/examples/finetune_minilm.py --seeds 3    # with the spread over seeds
-    python docs/examples/finetune_minilm.py --search     # how the learning rates were chosen
+    python docs/examples/finetune_minilm.py --search     # compares learning rates
 
-docs/examples/README.md says how to read what it prints.
+docs/examples/README.md explains the output.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from training import peak_memory, step_times, train
 import boft_ops
 
 EPOCHS = 2
-CURVE_POINTS = 8  # times that the validation split is looked at in a run
-SEARCH_SEED = 1000  # --search must not use the seeds that are reported
+CURVE_POINTS = 8  # number of evaluations on the validation split in a run
+SEARCH_SEED = 1000  # --search must not use the seeds of the reported runs
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         pairs = read_snippets(args.data / FILE_NAME)
         training, validation, test = make_splits(pairs, train=args.train_size)
         tokenizer, bert = load_minilm()
-    except (RuntimeError, ValueError) as error:  # what the message says can be set right
+    except (RuntimeError, ValueError) as error:  # the message tells the user how to correct it
         sys.exit(f"finetune_minilm: {error}")
     lower, top = cut_in_two(bert)
     with report.progress(console) as bars:
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def cache(tokenizer, lower: nn.Module, split: Split, bars, name: str) -> Cached:
-    """Run the frozen lower layers over a split, once and for all methods."""
+    """Run the frozen lower layers over a split, once for all methods."""
     task = bars.add_task(f"lower layers, {name}", total=len(split), note="")
     hidden = [torch.empty(0)] * len(split)
     for index, states in run_lower(tokenizer, lower, split.texts):
@@ -97,11 +97,12 @@ def cache(tokenizer, lower: nn.Module, split: Split, bars, name: str) -> Cached:
 
 
 def accuracy(model: nn.Module, data: Cached) -> float:
+    """Compute the share of correct answers."""
     return (predict(model, data) == data.labels).double().mean().item()
 
 
 def finetune(name: str, seed: int, args, top, training, validation, test, bars) -> report.Run:
-    """Train one method with one seed; return all that is reported about it."""
+    """Train one method with one seed, and collect everything that is reported about it."""
     method = METHODS[name]
     peak = peak_memory(build(name, top, seed), training)
     model = build(name, top, seed)
@@ -121,13 +122,13 @@ def finetune(name: str, seed: int, args, top, training, validation, test, bars) 
 
     train(model, training, rate=method.rate, epochs=args.epochs, seed=seed, each_step=each_step)
 
-    # The test split is looked at here and nowhere else; nothing is chosen after it.
+    # The test split is used here only, and nothing is chosen by its results.
     answer = predict(model, test)
     run.correct = answer == test.labels
     if name == "boft":
         prove_reload(model, top, validation, args.out / "boft_adapter.safetensors", bars.console)
     if method.merge is not None:
-        # Merged, the model is made of plain linear layers again and must answer the same.
+        # The merged model consists of plain linear layers and must give the same answers.
         merged = predict(method.merge(model), test)
         run.merged_correct, run.merged_differ = merged == test.labels, int((merged != answer).sum())
     return run
@@ -136,7 +137,7 @@ def finetune(name: str, seed: int, args, top, training, validation, test, bars) 
 def prove_reload(model: nn.Module, top: nn.Module, data: Cached, path: Path, console) -> None:
     """Save the adapter, load it into a fresh model, and count the answers that differ."""
     boft_ops.save_adapter(model, path)
-    # The file knows which layers it belongs to and how: a plain model is enough.
+    # The file names its layers and their options, so a plain model is enough.
     fresh = boft_ops.load_adapter(Classifier(top), path)
     differ = int((predict(fresh, data) != predict(model, data)).sum())
     console.print(
@@ -146,7 +147,7 @@ def prove_reload(model: nn.Module, top: nn.Module, data: Cached, path: Path, con
 
 
 def search(args, top, training, validation, bars) -> list[tuple[str, float, float]]:
-    """(method, learning rate, validation accuracy) for every rate that is tried."""
+    """Measure (method, learning rate, validation accuracy) for every candidate rate."""
     rows = []
     for name in args.methods:
         for rate in METHODS[name].rates:
@@ -169,14 +170,15 @@ def search(args, top, training, validation, bars) -> list[tuple[str, float, floa
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of every method")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--train-size", type=int, default=TRAIN, help="training sentences")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data", type=Path, default=DATA_DIR, help="where fetch_data.py put them")
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for results")
-    parser.add_argument("--search", action="store_true", help="try the learning rates instead")
+    add = parser.add_argument
+    add("--seeds", type=int, default=1, metavar="N", help="number of runs of every method")
+    add("--epochs", type=int, default=EPOCHS, help="passes over the training sentences")
+    add("--train-size", type=int, default=TRAIN, help="number of training sentences")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to compare")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    add("--data", type=Path, default=DATA_DIR, help="folder of the data of fetch_data.py")
+    add("--out", type=Path, default=Path("build/demo"), help="folder of the results")
+    add("--search", action="store_true", help="compare learning rates instead of methods")
     args = parser.parse_args()
     for name in ("seeds", "epochs", "train_size", "threads"):
         if getattr(args, name) < 1:

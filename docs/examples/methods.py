@@ -1,4 +1,4 @@
-"""Four ways to finetune one classifier. They differ in what is trained besides the head."""
+"""Four ways to finetune one classifier. They differ in the parameters trained besides the head."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,38 +10,51 @@ from torch import nn
 
 import boft_ops
 
-# Each function takes the classifier, its encoder frozen, and returns the model to train.
+# Each function takes the classifier with a frozen encoder, and returns the model to train.
 
 
 def frozen(model: Classifier) -> nn.Module:
+    """Train only the head."""
     return model
 
 
 def lora(model: Classifier) -> nn.Module:
+    """Add PEFT's low-rank updates of rank 8."""
     config = LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, modules_to_save=["head"])
     return get_peft_model(model, config)
 
 
 def oft(model: Classifier) -> nn.Module:
-    # One factor: a block-diagonal rotation of the layer's input, each block mixing 8 features.
+    """Add block-diagonal rotations of the inputs; each block mixes 8 features."""
     return boft_ops.adapt(model, LINEARS, n_factors=1, block_size=8, modules_to_save=["head"])
 
 
 def boft(model: Classifier) -> nn.Module:
-    # Two factors, the second with the blocks interleaved: every feature meets 16 others.
+    """Add rotations of two factors; the blocks of the second are interleaved to mix 16 features."""
     return boft_ops.adapt(model, LINEARS, n_factors=2, block_size=8, modules_to_save=["head"])
 
 
 @dataclass(frozen=True)
 class Method:
+    """One way to finetune.
+
+    Attributes:
+        title: name in tables and pictures.
+        prepare: a function that adds the adapter.
+        merge: a function that folds the adapter into plain linear layers, or None.
+        rates: learning rates of --search, as many for each method and a factor of 3 apart.
+        rate: the best of these rates on the validation split.
+    """
+
     title: str
     prepare: Callable[[Classifier], nn.Module]
-    merge: Callable[[nn.Module], nn.Module] | None  # folds the adapter into plain linear layers
-    rates: tuple[float, ...]  # what --search tries: as many for each method, a factor of 3 apart
-    rate: float  # the best of them on the validation split
+    merge: Callable[[nn.Module], nn.Module] | None
+    rates: tuple[float, ...]
+    rate: float
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
+    """Fold LoRA's updates into plain linear layers."""
     return model.merge_and_unload()
 
 
@@ -56,7 +69,7 @@ METHODS = {
 
 
 def build(name: str, top: nn.Module, seed: int) -> nn.Module:
-    """A fresh model of one method: same pretrained layers and same head for all of them."""
+    """Build a model of one method, with the same pretrained layers and head for all methods."""
     torch.manual_seed(seed)
     model = Classifier(top)
     model.encoder.requires_grad_(False)

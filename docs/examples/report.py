@@ -1,4 +1,4 @@
-"""What the demo prints, draws and writes: progress bars, the table, the comparison, the curves."""
+"""Output of the demo: progress bars, the table, the comparison of methods, and the results file."""
 
 import itertools
 import math
@@ -18,8 +18,9 @@ from rich.table import Table
 
 import boft_ops
 
-# Every pair of methods is compared, six pairs of four: with the usual two standard errors one
-# comparison in four such tables would come out "different" by chance alone; with three, one in 60.
+# A difference of so many standard errors supports a claim. Every pair of the four methods is
+# compared, six pairs in all. With the usual two standard errors, chance alone would make a pair
+# look different in one of four such tables; with three it does so in one of 60.
 CARRIES = 3.0
 
 
@@ -32,16 +33,17 @@ class Run:
     seed: int
     adapter: int  # trainable parameters
     head: int
-    peak: int  # bytes of one training step
+    peak: int  # peak memory of one training step in bytes
     step_ms: float = math.nan
     correct: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # per test sentence
     merged_correct: torch.Tensor | None = None
-    merged_differ: int = 0  # test predictions that merging changed
+    merged_differ: int = 0  # number of test predictions that merging changed
     losses: list[float] = field(default_factory=list)
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, validation accuracy)
 
 
 def progress(console: Console) -> Progress:
+    """Make the progress bars."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -56,6 +58,7 @@ def progress(console: Console) -> Progress:
 
 
 def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Group runs by method."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.name, []).append(run)
@@ -63,12 +66,12 @@ def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def per_sentence(runs: list[Run]) -> torch.Tensor:
-    """How often each test sentence was answered rightly, 0 to 1: the mean over the seeds."""
+    """Compute, for each test sentence, the share of seeds with a correct answer."""
     return torch.stack([run.correct.double() for run in runs]).mean(0)
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of `values`: how far another sample of test sentences would move it."""
+    """Standard error of the mean of `values`, from the random choice of test sentences."""
     return (values.std() / len(values) ** 0.5).item()
 
 
@@ -78,10 +81,11 @@ def spread(runs: list[Run]) -> float:
 
 
 def compare(one: list[Run], other: list[Run]) -> tuple[float, float]:
-    """(difference of the accuracies, its standard error), `one` minus `other`.
+    """Compute the difference of the accuracies, `one` minus `other`, and its standard error.
 
-    Both answered the same sentences, so the error is that of the per-sentence differences: what is
-    hard for both cancels. The seeds' spread is added where there is more than one.
+    Both answered the same sentences. The error is therefore that of the per-sentence differences,
+    in which sentences that are hard for both cancel. With more than one seed the spread of the
+    seeds is added.
     """
     difference = per_sentence(one) - per_sentence(other)
     error = standard_error(difference)
@@ -107,6 +111,7 @@ HEADER = [
 
 
 def table_rows(runs: list[Run]) -> list[list[str]]:
+    """Format a row of the table for each method."""
     rows = []
     for group in by_method(runs).values():
         first, values = group[0], per_sentence(group)
@@ -121,7 +126,7 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
 
 
 def sentences(runs: list[Run]) -> list[str]:
-    """What the numbers say, and what they do not."""
+    """State the differences that the numbers support, and those that they do not support."""
     groups = by_method(runs)
     clear, unclear, lines = [], [], []
     for one, other in itertools.combinations(groups.values(), 2):
@@ -153,10 +158,11 @@ def sentences(runs: list[Run]) -> list[str]:
 
 
 def print_table(console: Console, runs: list[Run]) -> None:
+    """Print the table and the statements on the differences."""
     table = Table(
         title="Sentiment of movie-review snippets, test split", box=SIMPLE_HEAD, pad_edge=False
     )
-    table.padding = (0, 1, 0, 0)  # fits a terminal of 80 columns
+    table.padding = (0, 1, 0, 0)  # so that the table fits a terminal of 80 columns
     for column in HEADER:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in table_rows(runs):
@@ -167,6 +173,7 @@ def print_table(console: Console, runs: list[Run]) -> None:
 
 
 def print_search(console: Console, rows: list[tuple[str, float, float]], current: dict) -> None:
+    """Print the accuracies of --search, marking the best rates and those in use."""
     table = Table(title="Validation accuracy % by learning rate")
     for column in ("method", "learning rate", "validation", ""):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -178,6 +185,7 @@ def print_search(console: Console, rows: list[tuple[str, float, float]], current
 
 
 def machine() -> str:
+    """Describe the processor, its cores and the threads in use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -186,6 +194,7 @@ def machine() -> str:
 
 
 def write_markdown(path: Path, runs: list[Run], command: str, seconds: float) -> None:
+    """Write the results as a Markdown page."""
     seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     names = ("torch", "transformers", "peft")
     versions = ", ".join(f"{name} {version(name)}" for name in names)

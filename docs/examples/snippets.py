@@ -1,11 +1,11 @@
-"""The labelled sentences: read, make unique, split."""
+"""The labeled sentences of the demo: reading, removal of copies, and splits."""
 
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-SPLIT_SEED = 20231110  # fixed: every run, method and seed sees the same three splits
+SPLIT_SEED = 20231110  # fixed, so that every run, method and seed uses the same three splits
 TEST, VALIDATION, TRAIN = 2000, 1000, 2000
 
 
@@ -21,16 +21,19 @@ class Split:
 
 
 def normal_form(text: str) -> str:
-    """What two copies of one sentence have in common: the words, without case or punctuation."""
+    """Reduce a sentence to its words, without case or punctuation, to compare copies."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def read_snippets(path: Path, threshold: float = 1.0) -> list[tuple[str, int]]:
-    """(sentence, label) pairs whose mean rating, from -4 to 4, is further than `threshold` from 0.
+    """Read (sentence, label) pairs, without sentences whose label is uncertain.
 
-    Ratings near 0 are left out because there the label is noise. Copies of a sentence are reduced
-    to the first, so that none can stand in the training and the test split at once; a sentence
-    whose copies disagree about the label is dropped.
+    Mean ratings go from -4 to 4. Sentences with a rating within `threshold` of 0 are left out,
+    because their label is noise. Of several copies of a sentence only the first is kept, so that no
+    sentence is in two splits. A sentence whose copies have different labels is dropped.
+
+    Raises:
+        ValueError: a line does not have three fields.
     """
     unique: dict[str, tuple[str, int]] = {}
     contradicted = set()
@@ -53,14 +56,18 @@ def make_splits(
     validation: int = VALIDATION,
     test: int = TEST,
 ) -> tuple[Split, Split, Split]:
-    """Train, validation and test splits, disjoint, the same in every run.
+    """Make disjoint train, validation and test splits, the same in every run.
 
-    Test and validation are cut first: changing the size of the training set does not change them.
+    Test and validation are taken first, so that the size of the training split does not change
+    them.
+
+    Raises:
+        ValueError: there are too few sentences.
     """
     if len(pairs) < train + validation + test:
         room = len(pairs) - validation - test
         raise ValueError(f"train: expected at most {room} of {len(pairs)} sentences, got {train}")
-    # Sorted first: the splits depend on the sentences alone, not on their order in the file.
+    # Sorting makes the splits independent of the order of the sentences in the file.
     order = sorted(pairs)
     random.Random(SPLIT_SEED).shuffle(order)
     cuts = order[:test], order[test : test + validation], order[test + validation :][:train]

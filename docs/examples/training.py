@@ -1,4 +1,4 @@
-"""The training loop, and what one of its steps costs in memory."""
+"""The training loop of the demo, and the time and memory of one of its steps."""
 
 import contextlib
 import json
@@ -15,16 +15,18 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 BATCH_SIZE = 32
-WARM_UP = 0.1  # share of the steps over which the learning rate rises; after it falls linearly
+WARM_UP = 0.1  # share of the steps in which the learning rate rises; then it falls linearly
 
 
 def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Make AdamW for the trainable parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    # No weight decay: it would mean something else for each of the methods.
+    # There is no weight decay, because it would have a different meaning for each method.
     return torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple) -> float:
+    """Run one training step; returns the loss."""
     hidden, mask, labels = batch
     loss = F.cross_entropy(model(hidden, mask), labels)
     loss.backward()
@@ -42,14 +44,14 @@ def train(
     seed: int,
     each_step: Callable[[int, int, float], None],
 ) -> None:
-    """Train in place. `each_step` is called with (step, steps, loss)."""
+    """Train a model in place. `each_step` is called with (step, steps, loss)."""
     steps = epochs * -(-len(data) // BATCH_SIZE)
     warm = max(1, round(WARM_UP * steps))
     optimizer = make_optimizer(model, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
     )
-    # A generator of its own: every method sees the same batches, whatever randomness it uses.
+    # The batches have their own generator, so that they are the same for every method.
     order = torch.Generator().manual_seed(seed)
     step = 0
     model.train()
@@ -62,10 +64,11 @@ def train(
 
 
 def step_times(models: dict[str, nn.Module], data: Cached, rounds: int = 10) -> dict[str, float]:
-    """Seconds of one training step on sentences of middle length, for every model.
+    """Measure the seconds of one training step on sentences of medium length, for every model.
 
-    The models take turns and the fastest round counts: a machine that is busy with something else
-    slows down all of them alike, and hardly in every round. The models are changed.
+    The steps of the models are interleaved, so that other load of the machine affects all of them
+    alike. The fastest round counts, because other load rarely affects every round. The models are
+    changed.
     """
     order = sorted(range(len(data)), key=data.lengths.__getitem__)
     start = max(0, (len(order) - BATCH_SIZE) // 2)
@@ -77,12 +80,13 @@ def step_times(models: dict[str, nn.Module], data: Cached, rounds: int = 10) -> 
             started = time.perf_counter()
             train_step(model, optimizers[name], batch)
             times[name].append(time.perf_counter() - started)
-    return {name: min(seconds[1:]) for name, seconds in times.items()}  # the first one warms up
+    # The first round is a warm-up.
+    return {name: min(seconds[1:]) for name, seconds in times.items()}
 
 
 @contextlib.contextmanager
 def no_stderr() -> Iterator[None]:
-    """Keep the profiler's native log lines, which no setting turns off, out of the output."""
+    """Hide the profiler's native log lines, which no setting turns off."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as sink:
@@ -94,7 +98,7 @@ def no_stderr() -> Iterator[None]:
 
 
 def peak_allocated(work: Callable[[], object]) -> int:
-    """Peak of the bytes that torch's allocator hands out during `work`, above where it started."""
+    """Measure the peak of the bytes that torch allocates during `work`, above the start value."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with no_stderr():
@@ -110,16 +114,17 @@ def peak_allocated(work: Callable[[], object]) -> int:
 
 
 def peak_memory(model: nn.Module, data: Cached) -> int:
-    """Bytes one training step over the longest sentences needs beyond the model and the data.
+    """Count the bytes of one training step on the longest sentences, beyond model and data.
 
-    Activations, gradients, scratch and the optimizer's state. It is counted, not sampled: the same
-    in every run, and free of what earlier methods left behind in the process. `model` is changed.
+    They are those of activations, gradients, scratch memory and the optimizer's state. All
+    allocations are counted, so the result is the same in every run and does not depend on earlier
+    methods in the process. `model` is changed.
     """
     longest = sorted(range(len(data)), key=data.lengths.__getitem__)[-BATCH_SIZE:]
     batch = data.batch(longest)
     optimizer = make_optimizer(model, 1e-4)
     model.train()
-    train_step(model, optimizer, batch)  # the optimizer's state comes into being here
+    train_step(model, optimizer, batch)  # makes the state of the optimizer
     state = [t for slots in optimizer.state.values() for t in slots.values() if torch.is_tensor(t)]
     during = peak_allocated(lambda: train_step(model, optimizer, batch))
     return during + sum(t.nbytes for t in state)

@@ -1,6 +1,6 @@
-"""What the scripts of this folder share: arguments, data files, the look of the figures.
+"""Arguments, data files and figure style that the scripts of this folder share.
 
-A script measures and writes a CSV; its figure is drawn from that file alone.
+A script writes its measurements to a CSV file, and draws its figure only from that file.
 """
 
 import argparse
@@ -18,25 +18,33 @@ import torch
 HERE = Path(__file__).resolve().parent
 OUTPUTS = HERE / "outputs"
 
-# Okabe and Ito's palette: told apart with every common kind of colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette, whose colors remain distinct with every common form of color blindness.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """With the options that every script has: --quick and --out."""
-    made = argparse.ArgumentParser(
+    """Make a parser with the options that every script has: --quick and --out."""
+    result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--quick", action="store_true", help="a tiny run of seconds, for tests")
-    made.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for the CSV and the figure (default: outputs/)"
+    result.add_argument(
+        "--quick", action="store_true", help="run a tiny problem in seconds, for tests"
     )
-    return made
+    result.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the CSV file and the figure (default: outputs/)",
+    )
+    return result
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """Where this run writes. A quick run must say where, lest it replaces what a full one wrote."""
+    """Return the folder that a run writes to, and make it.
+
+    A quick run must name a folder, so that it does not replace the outputs of a full run.
+    """
     if args.out is None and args.quick:
         raise SystemExit("--quick: expected --out FOLDER, so that the full run's outputs stay")
     folder = args.out or OUTPUTS
@@ -45,7 +53,7 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Rows with the same keys in the same order; floats in full."""
+    """Write rows, which have the same keys in the same order. Floats are not rounded."""
     rows = list(rows)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
@@ -54,12 +62,16 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file as strings."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 class Clock:
-    """Wall and CPU seconds since it was made, the CPU's of all threads and finished children."""
+    """A clock that counts wall and CPU seconds since its creation.
+
+    CPU seconds are those of all threads and of finished child processes.
+    """
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), self._now()
@@ -70,14 +82,16 @@ class Clock:
         return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
     def wall(self) -> float:
+        """Return the wall seconds."""
         return time.perf_counter() - self._wall
 
     def cpu(self) -> float:
+        """Return the CPU seconds."""
         return self._now() - self._cpu
 
 
 def write_log(path: Path, clock: Clock, facts: Mapping[str, object] | None = None) -> None:
-    """Beside the data: the command, the machine and how long it took."""
+    """Write the command, the machine, the time taken and further facts."""
     lines = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "wall_s": f"{clock.wall():.1f}",
@@ -93,33 +107,31 @@ def write_log(path: Path, clock: Clock, facts: Mapping[str, object] | None = Non
 
 
 def figure(columns: int = 1, size: tuple[float, float] = (6.4, 4.4)):
-    """(figure, axes) in the common look; matplotlib is imported here."""
+    """Make a figure and its axes in the common style. matplotlib is imported here."""
     import matplotlib as mpl
 
-    mpl.use("Agg")  # a file, no window
+    mpl.use("Agg")  # draws to a file, without a window
     import matplotlib.pyplot as plt
 
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "boft_ops", "font.size": 9})
-    made, axes = plt.subplots(
-        1, columns, figsize=(size[0] * columns, size[1]), layout="constrained"
-    )
+    fig, axes = plt.subplots(1, columns, figsize=(size[0] * columns, size[1]), layout="constrained")
     for each in axes if columns > 1 else [axes]:
         each.grid(alpha=0.3)
         each.spines[["top", "right"]].set_visible(False)
-    return made, axes
+    return fig, axes
 
 
-def save_figure(made, path: Path) -> None:
-    """The same data gives the same file."""
+def save_figure(fig, path: Path) -> None:
+    """Save a figure without a date, so that equal data gives equal files."""
     import matplotlib.pyplot as plt
 
-    made.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(made)
+    fig.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(fig)
 
 
 def style(names: Sequence[object]) -> dict[object, dict[str, str]]:
-    """A colour and a marker for each name, in order."""
+    """Choose a color and a marker for each name, in order."""
     return {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        name: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
         for i, name in enumerate(names)
     }

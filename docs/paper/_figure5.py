@@ -1,4 +1,4 @@
-"""Figure 5 from its data files: the curves, the convergence, and the paper's statements."""
+"""Figure 5 and its page, made from the data files, and checks of the paper's statements."""
 
 from pathlib import Path
 from statistics import fmean
@@ -8,7 +8,8 @@ from _common import HERE, figure, read_csv, save_figure, style
 from _page import fill, table
 
 DATA, TRACES = "figure5.csv", "figure5_convergence.csv"
-# ((m, b), (m, b)): the first has fewer parameters, and is better, or as good within SIMILAR.
+# Pairs of (m, b) by number of features d. The first of a pair has fewer parameters. It has a
+# smaller error (BETTER), or an error that is larger by at most SIMILAR (AS_GOOD).
 BETTER = {512: ((9, 2), (1, 16)), 64: ((6, 2), (1, 8))}
 AS_GOOD = {512: ((6, 4), (2, 16)), 64: ((4, 4), (2, 8))}
 SIMILAR = 0.02
@@ -16,7 +17,7 @@ ERROR = "||R - A||² / 2d"
 
 
 class Point(NamedTuple):
-    """One structure, the mean over its seeds."""
+    """One structure, with the mean of its errors over the seeds."""
 
     parameters: int
     error: float
@@ -26,7 +27,7 @@ class Point(NamedTuple):
 
 
 def read_points(folder: Path, seeds: int | None = None) -> dict[tuple[str, int, int], Point]:
-    """(method, m, b) -> the mean over all seeds, or over the first ones."""
+    """Read the point of each (method, m, b), as the mean over all seeds or the first few."""
     groups: dict[tuple[str, int, int], list[dict]] = {}
     for row in read_csv(folder / DATA):
         key = row["method"], int(row["n_factors"]), int(row["block_size"] or 0)
@@ -45,7 +46,11 @@ def read_points(folder: Path, seeds: int | None = None) -> dict[tuple[str, int, 
 
 
 def check_claims(data: dict[tuple[str, int, int], Point], d: int) -> list[str]:
-    """The paper's statements about its figure, each with the numbers; raises if one fails."""
+    """Check the paper's statements about its figure, and list them with the numbers.
+
+    Raises:
+        AssertionError: a statement does not hold.
+    """
     lines, failed = [], []
     for (first, second), margin in ((BETTER[d], 0.0), (AS_GOOD[d], SIMILAR)):
         few, many = data[("boft", *first)], data[("boft", *second)]
@@ -63,14 +68,15 @@ def check_claims(data: dict[tuple[str, int, int], Point], d: int) -> list[str]:
 
 
 def draw(folder: Path) -> None:
-    made, (left, right) = figure(2)
+    """Draw the figure from the data files of a folder."""
+    fig, (left, right) = figure(2)
     draw_errors(left, read_points(folder))
     draw_convergence(right, folder)
-    save_figure(made, folder / "figure5.svg")
+    save_figure(fig, folder / "figure5.svg")
 
 
 def draw_errors(axes, data: dict[tuple[str, int, int], Point]) -> None:
-    """Error against parameters: a curve for each block size, m along it."""
+    """Draw the error against the number of parameters, one curve over m for each block size."""
     looks = style(sorted({b for method, _, b in data if method == "boft"}))
     curves = {
         "boft": {"linestyle": "-", "markersize": 4},
@@ -93,6 +99,7 @@ def draw_errors(axes, data: dict[tuple[str, int, int], Point]) -> None:
 
 
 def draw_convergence(axes, folder: Path) -> None:
+    """Draw the error against the number of sweeps or steps."""
     traces: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
     for row in read_csv(folder / TRACES):
         key = row["method"], int(row["n_factors"]), int(row["block_size"])

@@ -1,9 +1,9 @@
-"""The demo's classifier finetuned in several ways, for the scripts that look at trained weights.
+"""The demo's classifier, finetuned in several ways, for the scripts that examine trained weights.
 
-A recipe says what is trained, and from which seed. What came out of it is kept in build/paper, so
-that several scripts look at the same model and none trains it again; delete the folder to start
-afresh. ``quick`` replaces MiniLM and the movie reviews by a tiny random BERT and made-up sentences:
-the same code in seconds, for tests, whose numbers mean nothing.
+A recipe names the adapter, its options and the seed. The trained model is kept in build/paper, so
+that several scripts can examine it without training it again. Delete that folder to train anew.
+``quick`` replaces MiniLM and the movie reviews by a tiny random BERT and synthetic sentences. Tests
+use it to run the same code in seconds; its numbers mean nothing.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel
 import boft_ops
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "docs" / "examples"))  # as if one of its scripts were run
+sys.path.insert(0, str(ROOT / "docs" / "examples"))  # for the modules of the demo
 try:
     import methods
     import minilm
@@ -36,22 +36,30 @@ KEPT = ROOT / "build" / "paper"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to finetune: PEFT's LoRA as in the demo, or ``boft_ops.adapt`` with options."""
+    """One way to finetune: PEFT's LoRA as in the demo, or ``boft_ops.adapt`` with options.
 
-    kind: str  # "lora" or "boft"
+    Attributes:
+        kind: "lora" or "boft".
+        rate: learning rate.
+        seed: seed of the head and of the order of sentences.
+        options: arguments of ``boft_ops.adapt``.
+    """
+
+    kind: str
     rate: float
     seed: int = 0
-    options: dict = field(default_factory=dict)  # of boft_ops.adapt
+    options: dict = field(default_factory=dict)
 
 
 def boft(n_factors: int, block_size: int, rate: float, seed: int = 0, **options) -> Recipe:
+    """Make a recipe for BOFT."""
     options = {"n_factors": n_factors, "block_size": block_size, **options}
     return Recipe("boft", rate, seed, options)
 
 
 @dataclass(frozen=True)
 class Task:
-    """The demo's task: the upper half of the encoder, and what enters it, split in three."""
+    """The demo's task: the upper half of the encoder, and its inputs in three splits."""
 
     top: BertModel
     training: minilm.Cached
@@ -63,21 +71,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """A trained model, its wall-clock seconds, and how often it is right."""
+    """A trained model, its training time in wall-clock seconds, and its accuracy."""
 
     model: nn.Module
     seconds: float
     train_accuracy: float
-    correct: torch.Tensor  # for each test sentence
+    correct: torch.Tensor  # boolean, for each test sentence
 
     @property
     def test_accuracy(self) -> float:
+        """Share of the test sentences with a correct answer."""
         return self.correct.double().mean().item()
 
 
 def load_task(quick: bool = False) -> Task:
+    """Load the demo's task, or make a tiny one if ``quick``."""
     if quick:
-        return _made_up_task()
+        return _synthetic_task()
     if not (DATA_DIR / FILE_NAME).is_file():
         sys.exit(f"{DATA_DIR / FILE_NAME} is not there; run docs/examples/fetch_data.py first")
     tokenizer, bert = minilm.load_minilm()
@@ -91,7 +101,11 @@ def load_task(quick: bool = False) -> Task:
 
 
 def finetuned(task: Task, recipe: Recipe) -> Finetuned:
-    """The model of a recipe, from build/paper or else trained now."""
+    """Load the model of a recipe from build/paper, or train it if it is not there.
+
+    Raises:
+        ValueError: the file in build/paper has parameters that the recipe's model lacks.
+    """
     model = build(task, recipe)
     key = json.dumps([asdict(recipe), task.epochs, len(task.training)], sort_keys=True)
     path = KEPT / f"{recipe.kind}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
@@ -108,7 +122,7 @@ def finetuned(task: Task, recipe: Recipe) -> Finetuned:
 
 
 def build(task: Task, recipe: Recipe) -> nn.Module:
-    """The untrained model: the pretrained layers, a fresh head, and the adapter."""
+    """Build the untrained model: the pretrained layers, a fresh head, and the adapter."""
     torch.manual_seed(recipe.seed)
     model = minilm.Classifier(task.top)
     model.encoder.requires_grad_(False)
@@ -129,18 +143,15 @@ def _train(task: Task, recipe: Recipe, model: nn.Module) -> dict:
     )
     seconds = time.perf_counter() - started
     model.eval()
-    right = {
-        name: minilm.predict(model, data) == data.labels
-        for name, data in (("train", task.training), ("test", task.test))
-    }
+    train_correct = minilm.predict(model, task.training) == task.training.labels
+    test_correct = minilm.predict(model, task.test) == task.test.labels
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    accuracy = right["train"].double().mean().item()
-    print(f"{recipe}: {seconds:.0f} s, right on {right['test'].double().mean():.3f} of the test")
+    print(f"{recipe}: {seconds:.0f} s, test accuracy {test_correct.double().mean():.3f}")
     return {
         "state": state,
         "seconds": seconds,
-        "train_accuracy": accuracy,
-        "correct": right["test"],
+        "train_accuracy": train_correct.double().mean().item(),
+        "correct": test_correct,
     }
 
 
@@ -154,13 +165,14 @@ def _cached(tokenizer, lower: nn.Module, split: snippets.Split) -> dict:
 
 def _save(value: object, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed: a run that is interrupted leaves no half file behind.
+    # The file is written under another name and renamed, so that an interrupted run leaves no
+    # incomplete file.
     partial = path.with_suffix(f".{os.getpid()}")
     torch.save(value, partial)
     partial.replace(path)
 
 
-def _made_up_task() -> Task:
+def _synthetic_task() -> Task:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=8,

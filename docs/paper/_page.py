@@ -1,11 +1,11 @@
-"""Tables of a page, written by the script whose data they show."""
+"""Tables of the pages in this folder. Each is written by the script whose data it shows."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], n_words: int = 1) -> list[str]:
-    """A Markdown table; the first ``n_words`` columns are words, the others numbers."""
+    """Make a Markdown table. The first ``n_words`` columns are words, the others numbers."""
     line = ["---"] * n_words + ["---:"] * (len(head) - n_words)
     return ["| " + " | ".join(cells) + " |" for cells in (head, line, *rows)]
 

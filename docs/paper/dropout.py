@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Multiplicative dropout on the demo's task: what it does to training and test accuracy.
+"""Effect of multiplicative dropout on training and test accuracy, on the demo's task.
 
-BOFT(2,8) of MiniLM as in the demo, with one of the two factors chosen in each step and a share
-p_block of its blocks made the identity. Several seeds; seeds share their batches and heads across
-the shares, so the differences are taken seed by seed. arXiv 2311.06243, section 4.
+MiniLM is finetuned with BOFT(2,8) as in the demo. In each step one of the two factors is chosen,
+and a share p_block of its blocks becomes the identity. Runs with the same seed have the same
+batches and the same head for all shares, so differences are taken seed by seed. arXiv 2311.06243,
+section 4.
 
     python docs/paper/dropout.py                     # trains nine models, once
-    python docs/paper/dropout.py --quick --out X     # seconds, on a tiny random model
+    python docs/paper/dropout.py --quick --out X     # takes seconds, on a tiny random model
 """
 
 import math
@@ -21,10 +22,11 @@ from _finetuned import Recipe, boft
 
 SHARES = (0.0, 0.1, 0.5)
 SEEDS = 3
-KINDS = ("train", "test")
+SPLITS = ("train", "test")
 
 
 def recipe(share: float, seed: int) -> Recipe:
+    """Make the recipe for a share of dropped blocks; 0 means no dropout."""
     options = {"p_component": 0.5, "p_block": share} if share else {}
     return boft(2, 8, 3e-3, seed, **options)
 
@@ -45,7 +47,7 @@ def main() -> None:
 
 
 def measure(task: _finetuned.Task, seeds: range) -> list[dict]:
-    """One row for each share and seed; the differences are to the same seed without dropout."""
+    """Measure one row for each share and seed, with the difference to the seed without dropout."""
     rows = []
     for seed in seeds:
         without = _finetuned.finetuned(task, recipe(0.0, seed))
@@ -67,26 +69,28 @@ def measure(task: _finetuned.Task, seeds: range) -> list[dict]:
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean: how far another draw of the test sentences would move it."""
+    """Standard error of the mean, from the random choice of the test sentences."""
     return (values.std() / len(values) ** 0.5).item()
 
 
 def mean_and_error(rows: list[dict], column: str) -> tuple[float, float]:
-    """Mean over the seeds, in percent, and its standard error from their spread."""
+    """Return the mean over the seeds in percent, and its standard error from their spread."""
     values = [100 * float(row[column]) for row in rows]
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
 
 
 def by_share(rows: list[dict]) -> dict[str, list[dict]]:
+    """Group rows by share."""
     shares = dict.fromkeys(row["p_block"] for row in rows)
     return {share: [row for row in rows if row["p_block"] == share] for share in shares}
 
 
 def difference(group: list[dict]) -> tuple[float, float]:
-    """Points of test accuracy over no dropout, and their standard error.
+    """Return the gain in test accuracy over no dropout in points, and its standard error.
 
-    Of two parts: the seeds' spread, and the draw of the test sentences, which all seeds share.
+    The error combines the spread of the seeds and the random choice of the test sentences, which
+    all seeds share.
     """
     mean, spread = mean_and_error(group, "difference")
     sentences = 100 * statistics.fmean(float(row["difference_error"]) for row in group)
@@ -94,12 +98,12 @@ def difference(group: list[dict]) -> tuple[float, float]:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Accuracies and differences of every share, in the page's table."""
+    """Make the page's table of accuracies and differences."""
     lines = []
     for share, group in by_share(rows).items():
-        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(group, f"{k}_accuracy")) for k in KINDS]
+        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(group, f"{k}_accuracy")) for k in SPLITS]
         mean, error = difference(group)
-        # + 0.0: what rounds to nothing has no sign
+        # Adding 0.0 turns a rounded -0.0 into 0.0.
         over = "" if float(share) == 0 else f"{round(mean, 1) + 0.0:+.1f} ± {error:.1f}"
         lines.append([share, str(len(group)), *cells, over])
     head = ["p_block", "seeds", "training %", "test %", "test, points over no dropout"]
@@ -107,23 +111,23 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path, model: str) -> None:
-    """Accuracy of training and test sentences, and the difference to no dropout."""
+    """Draw the accuracy on training and test sentences, and the difference to no dropout."""
     fig, (left, right) = _common.figure(2, (4.6, 3.6))
     groups = list(by_share(rows).values())
-    at = [float(share) for share in by_share(rows)]
+    shares = [float(share) for share in by_share(rows)]
     style = _common.style(["train_accuracy", "test_accuracy", "difference"])
     for column, label in zip(style, ("training", "test"), strict=False):
         means, errors = zip(*(mean_and_error(group, column) for group in groups), strict=True)
-        left.errorbar(at, means, yerr=errors, **style[column], label=label, capsize=4)
-        for x, group in zip(at, groups, strict=True):
+        left.errorbar(shares, means, yerr=errors, **style[column], label=label, capsize=4)
+        for x, group in zip(shares, groups, strict=True):
             values = [100 * float(row[column]) for row in group]
             left.plot([x] * len(values), values, ".", color=style[column]["color"], alpha=0.4)
     left.set(xlabel="share of dropped blocks in one of two factors", ylabel="accuracy (%)")
     left.legend(frameon=False)
     means, errors = zip(*(difference(group) for group in groups), strict=True)
-    right.errorbar(at[1:], means[1:], yerr=errors[1:], **style["difference"], ls="", capsize=4)
+    right.errorbar(shares[1:], means[1:], yerr=errors[1:], **style["difference"], ls="", capsize=4)
     right.axhline(0, color="black", lw=0.8)
-    right.set_xticks(at[1:])
+    right.set_xticks(shares[1:])
     right.set(
         xlim=left.get_xlim(),
         xlabel="share of dropped blocks",

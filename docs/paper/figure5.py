@@ -1,14 +1,15 @@
-"""Figure 5 of the paper: random orthogonal 512 x 512 matrices approximated by BOFT(m, b).
+"""Figure 5 of the paper: approximation of random orthogonal 512 x 512 matrices by BOFT(m, b).
 
-    python docs/paper/figure5.py              # all of it
-    python docs/paper/figure5.py --seeds 3    # fewer matrices
-    python docs/paper/figure5.py --resume     # go on where an interrupted run stopped
-    python docs/paper/figure5.py --plot       # only the figure and the claims, from the CSV files
+    python docs/paper/figure5.py              # measures everything
+    python docs/paper/figure5.py --seeds 3    # measures fewer matrices
+    python docs/paper/figure5.py --resume     # continues an interrupted run
+    python docs/paper/figure5.py --plot       # draws the figure and checks the claims only
     python docs/paper/figure5.py --quick --out build/paper/figure5
 
-Every matrix is approximated by BOFT(m, b) for every b and every m up to dense, by as many
-block-diagonal factors with shuffles between them, and by the identity plus a matrix of low rank.
-The error is ||R - A||_F^2 / (2 d): 1 - tr(R^T A) / d for orthogonal R, 1 in the mean for R = I.
+Every matrix is approximated by BOFT(m, b), for every b and for every m up to a dense product. It is
+also approximated by the same number of block-diagonal factors with shuffles between them, and by
+the identity plus a matrix of low rank. The error is ||R - A||_F^2 / (2 d). For orthogonal R it
+equals 1 - tr(R^T A) / d, and for R = I its mean is 1.
 """
 
 import argparse
@@ -35,9 +36,12 @@ from boft_ops.analysis.approximation import (
 
 
 class Task(NamedTuple):
-    """One structure, fitted to the matrices of all seeds."""
+    """One structure that is fitted to the matrices of all seeds.
 
-    method: str  # boft, shuffle, or a check: boft-random (start), boft-long, boft-adam
+    The methods "boft-random" (random start), "boft-long" and "boft-adam" are checks of "boft".
+    """
+
+    method: str  # "boft", "shuffle", or one of the checks
     m: int
     b: int
     d: int
@@ -50,31 +54,39 @@ class Task(NamedTuple):
 
 
 def random_orthogonal(d: int, seed: int) -> torch.Tensor:
-    """Haar-distributed: QR of a Gaussian matrix, the signs of R's diagonal taken out."""
+    """Draw a Haar-distributed orthogonal matrix.
+
+    It is Q of the QR decomposition of a Gaussian matrix, times the signs of R's diagonal.
+    """
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
     return q * r.diagonal().sign()
 
 
 def run(task: Task) -> tuple[Task, list[dict], list[dict]]:
-    """Rows of the errors, one a seed, and of the mean error after some of the sweeps."""
+    """Fit one structure.
+
+    Returns:
+        The task, a row with the error of each seed, and rows with the mean error after some of the
+        sweeps.
+    """
     begin = time.process_time()
     targets = torch.stack([random_orthogonal(task.d, seed) for seed in task.seeds])
     if task.method == "boft-adam":
         errors = adam(targets, task)
     else:
-        places = shuffle_factors if task.method == "shuffle" else butterfly_factors
+        make_factors = shuffle_factors if task.method == "shuffle" else butterfly_factors
         fit = approximate(
             targets.float(),
-            places(task.d, task.b, task.m),
+            make_factors(task.d, task.b, task.m),
             max_sweeps=task.max_sweeps,
             tolerance=0 if task.method == "boft-long" else 1e-3,
             start=random_start(task) if task.method == "boft-random" else None,
         )
         errors = fit.errors
-        if task.method.startswith("boft"):  # as the layers would have it: from skew, in float64
+        if task.method.startswith("boft"):  # from skew parameters as in a layer, in float64
             errors[-1] = errors_of(inverse_cayley(fit.blocks), targets)
-    seconds = f"{time.process_time() - begin:.2f}"  # of this process, which has one thread
+    seconds = f"{time.process_time() - begin:.2f}"  # CPU time of this process with its one thread
     sweeps, half = len(errors), errors[(len(errors) - 1) // 2]
     common = {"method": task.method, "n_factors": task.m, "block_size": task.b}
     rows = [
@@ -95,7 +107,7 @@ def run(task: Task) -> tuple[Task, list[dict], list[dict]]:
 
 
 def errors_of(skew: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The error of each target from the parameters of all, side by side."""
+    """Compute the error of each target from the parameters of all targets, side by side."""
     n, d, _ = targets.shape
     eye = torch.eye(d, dtype=targets.dtype).repeat(1, n)
     r = butterfly_matmul(eye, cayley(skew)).unflatten(1, (n, d)).transpose(0, 1)
@@ -103,7 +115,7 @@ def errors_of(skew: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def random_start(task: Task) -> torch.Tensor:
-    """Every block a random rotation."""
+    """Draw a random rotation for every block."""
     generator = torch.Generator().manual_seed(1234)
     shape = (task.m, len(task.seeds) * task.d // task.b, task.b, task.b)
     q = torch.linalg.qr(torch.randn(shape, generator=generator)).Q
@@ -112,7 +124,7 @@ def random_start(task: Task) -> torch.Tensor:
 
 
 def adam(targets: torch.Tensor, task: Task) -> torch.Tensor:
-    """The usual way: Adam on the skew parameters, from the identity, cosine schedule."""
+    """Fit the skew parameters with Adam from the identity, with a cosine schedule."""
     n, d, b = len(targets), task.d, task.b
     rows = targets.float().transpose(0, 1).reshape(d, n * d)
     skew = torch.zeros(task.m, n * d // b, b * (b - 1) // 2, requires_grad=True)
@@ -131,7 +143,10 @@ def adam(targets: torch.Tensor, task: Task) -> torch.Tensor:
 
 
 def low_rank(d: int, seeds: tuple[int, ...], most: int) -> list[dict]:
-    """I plus the best matrix of rank k (Eckart and Young), 2 d k parameters as LoRA counts."""
+    """Compute the errors of I plus the best matrix of rank k (Eckart and Young).
+
+    It has 2 d k parameters, as LoRA counts them.
+    """
     rows = []
     for seed in seeds:
         values = torch.linalg.svdvals(random_orthogonal(d, seed) - torch.eye(d).double()).square()
@@ -139,35 +154,41 @@ def low_rank(d: int, seeds: tuple[int, ...], most: int) -> list[dict]:
             error = f"{values[k:].sum() / (2 * d):.6f}"
             rows.append(
                 {
-                    **{"method": "low-rank", "n_factors": k, "block_size": ""},
-                    **{"parameters": 2 * d * k, "seed": seed, "error": error},
-                    **{"error_at_half": error, "sweeps": "", "cpu_s_of_all_seeds": ""},
+                    "method": "low-rank",
+                    "n_factors": k,
+                    "block_size": "",
+                    "parameters": 2 * d * k,
+                    "seed": seed,
+                    "error": error,
+                    "error_at_half": error,
+                    "sweeps": "",
+                    "cpu_s_of_all_seeds": "",
                 }
             )
     return rows
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
-    """What the claims need first."""
+    """List all structures to fit, those of the paper's statements first."""
     d, sizes = (64, (2, 4, 8)) if args.quick else (512, (2, 4, 8, 16, 32))
     common = (d, tuple(range(args.seeds)), 100 if args.quick else 200)
-    few = (d, common[1][:3], common[2])  # the seeds hardly differ
-    shuffled = (4,) if args.quick else (4, 16)  # for b = 2 the two structures are the same
+    few = (d, common[1][:3], common[2])  # a few seeds suffice, because they hardly differ
+    shuffled = (4,) if args.quick else (4, 16)  # for b = 2 shuffle and butterfly are equal
     claims = [*BETTER[d], *AS_GOOD[d]]
     dense = {b: (d // b).bit_length() for b in sizes}
     every = {(m, b): None for b in sizes for m in range(dense[b], 0, -1)}
     every = dict.fromkeys(claims) | every
-    made = [Task("boft", *structure, *common) for structure in every]
-    made += [Task("shuffle", m, b, *few) for b in shuffled for m in range(dense[b], 0, -1)]
+    result = [Task("boft", *structure, *common) for structure in every]
+    result += [Task("shuffle", m, b, *few) for b in shuffled for m in range(dense[b], 0, -1)]
     checked = [structure for structure in claims if structure[0] > 1]
     pair = (d, common[1][:2])
     for method, most in (("boft-random", 1), ("boft-long", 8), ("boft-adam", 5)):
-        made += [Task(method, *structure, *pair, most * common[2]) for structure in checked]
-    return made
+        result += [Task(method, *structure, *pair, most * common[2]) for structure in checked]
+    return result
 
 
 def measure(args: argparse.Namespace, folder: Path) -> int:
-    """Write the CSV files; returns how many structures are left for --resume."""
+    """Write the CSV files; returns the number of structures that are left for --resume."""
     clock, todo = Clock(), tasks(args)
     d, seeds = todo[0].d, todo[0].seeds
     rows: list[dict] = low_rank(d, seeds, max(t.parameters for t in todo))
@@ -178,7 +199,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
         todo = [task for task in todo if task[:3] not in done]
     todo, left = todo[: args.most], todo[args.most :] if args.most else []
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
-    # one core for each structure: its tensors are too small to be worth dividing
+    # Each structure uses one core, because its tensors are too small to divide.
     with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) as pool:
         for count, future in enumerate(as_completed([pool.submit(run, t) for t in todo]), 1):
             task, new, trace = future.result()
@@ -191,11 +212,12 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-            write_csv(folder / DATA, sorted(rows, key=sort_key))  # what there is so far
+            # The results so far are written after each structure, for --resume.
+            write_csv(folder / DATA, sorted(rows, key=sort_key))
             write_csv(folder / TRACES, sorted(convergence, key=sort_key))
     cpu = {(r["method"], r["n_factors"], r["block_size"]): r["cpu_s_of_all_seeds"] for r in rows}
     facts = {"seeds": len(seeds), "d": d, "processes": args.jobs}
-    # wall_s and cpu_s are of this command; what earlier ones left to --resume is in here too
+    # wall_s and cpu_s are those of this command; this sum includes the earlier ones of --resume.
     facts["cpu_s_of_all_structures"] = f"{sum(float(value or 0) for value in cpu.values()):.0f}"
     write_log(folder / "figure5.log", clock, facts)
     return len(left)
@@ -212,11 +234,12 @@ def sort_key(row: dict) -> tuple:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--seeds", type=int, help="random matrices (default: 10)")
-    arguments.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    arguments.add_argument("--resume", action="store_true", help="measure only what is not there")
-    arguments.add_argument("--most", type=int, help="structures, and leave the rest for --resume")
-    arguments.add_argument("--plot", action="store_true", help="only draw what was measured")
+    add = arguments.add_argument
+    add("--seeds", type=int, help="number of random matrices (default: 10)")
+    add("--jobs", type=int, default=os.cpu_count(), help="number of processes")
+    add("--resume", action="store_true", help="measure only structures that the CSV files lack")
+    add("--most", type=int, help="number of structures to measure; --resume measures the rest")
+    add("--plot", action="store_true", help="measure nothing, draw the existing data")
     args = arguments.parse_args(argv)
     args.seeds = args.seeds or (2 if args.quick else 10)
     folder = output_folder(args)

@@ -1,13 +1,14 @@
-"""What Figure 5 costs with the package's kernels, and with dense d x d matrices.
+"""Time of Figure 5 with the package's kernels and with dense d x d matrices.
 
     python docs/paper/figure5_speed.py
     python docs/paper/figure5_speed.py --quick --out build/paper/figure5
 
-Two ways of fitting, each both ways and measured in turn: a sweep of block coordinate ascent, as in
-figure5.py, and a step of gradient descent (forward and backward of tr(R^T A) from the parameters).
-The dense versions hold every factor as a d x d matrix and multiply by BLAS, one matrix after
-another; the arithmetic they have in common, on the blocks, is the same code. One thread, as each
-process of figure5.py has: two threads made either version slower now and then, by much.
+Two methods of fitting are timed, each with kernels and with dense matrices, interleaved. One is a
+sweep of block coordinate ascent, as in figure5.py. The other is a step of gradient descent, forward
+and backward of tr(R^T A) from the parameters. The dense versions store every factor as a d x d
+matrix and multiply one matrix after the other with BLAS. The arithmetic on the blocks is the same
+code in both. The measurement uses one thread, as each process of figure5.py does, because two
+threads sometimes made either version much slower.
 """
 
 import time
@@ -26,8 +27,8 @@ from boft_ops.analysis.approximation import Factor, approximate, butterfly_facto
 DATA = "figure5_speed.csv"
 
 
-def places(d: int, factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of every entry of every block, (d/b, b, b) each."""
+def entry_indices(d: int, factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the row and the column of every entry of every block, (d/b, b, b) each."""
     size, chunk, stride = factor
     features = torch.arange(d).reshape(-1, size // chunk, stride, chunk).transpose(1, 2)
     groups = features.reshape(d // size, size)
@@ -35,68 +36,72 @@ def places(d: int, factor: Factor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.contiguous(), columns.contiguous()
 
 
-def dense(blocks: torch.Tensor, place: tuple[torch.Tensor, torch.Tensor], d: int) -> torch.Tensor:
-    return blocks.new_zeros(d, d).index_put(place, blocks)
+def dense(blocks: torch.Tensor, index: tuple[torch.Tensor, torch.Tensor], d: int) -> torch.Tensor:
+    """Make the dense (d, d) matrix of a factor from its blocks."""
+    return blocks.new_zeros(d, d).index_put(index, blocks)
 
 
 @torch.no_grad()
 def dense_sweeps(target: torch.Tensor, factors: list[Factor], sweeps: int) -> float:
-    """``approximate`` for one target with dense factors; returns the error."""
+    """Run ``approximate`` for one target with dense factors; returns the error."""
     d = len(target)
-    where = [places(d, factor) for factor in factors]
+    indices = [entry_indices(d, factor) for factor in factors]
     matrices = [torch.eye(d) for _ in factors]
     for _ in range(sweeps):
         left, right = torch.eye(d), target
         for matrix in reversed(matrices[1:]):
             left = left @ matrix
-        for i, place in enumerate(where):
-            blocks = (left.mT @ right)[place]
+        for i, index in enumerate(indices):
+            blocks = (left.mT @ right)[index]
             rotations = nearest_rotation(blocks)
-            matrices[i] = dense(rotations, place, d)
+            matrices[i] = dense(rotations, index, d)
             right = right @ matrices[i].mT
-            if i + 1 < len(where):
+            if i + 1 < len(indices):
                 left = left @ matrices[i + 1].mT
     return 1 - float((blocks * rotations).sum()) / d
 
 
 def our_step(skew: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Compute the gradient of tr(R^T A) with the package's kernels."""
     r = butterfly_matmul(torch.eye(len(target)), cayley(skew))
     return torch.autograd.grad((r * target).sum(), skew)[0]
 
 
-def dense_step(skew: torch.Tensor, target: torch.Tensor, where: list) -> torch.Tensor:
+def dense_step(skew: torch.Tensor, target: torch.Tensor, indices: list) -> torch.Tensor:
+    """Compute the gradient of tr(R^T A) with dense matrices."""
     r = None
-    for blocks, place in zip(cayley(skew), where):
-        matrix = dense(blocks, place, len(target))
+    for blocks, index in zip(cayley(skew), indices):
+        matrix = dense(blocks, index, len(target))
         r = matrix if r is None else matrix @ r
     return torch.autograd.grad((r * target).sum(), skew)[0]
 
 
 def timed(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, called in turn."""
+    """Measure the median milliseconds of each function, with the functions interleaved."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
             begin = time.perf_counter()
             function()
-            if number:  # the first warms up
+            if number:  # the first round is a warm-up
                 times[name].append(1e3 * (time.perf_counter() - begin))
     return {name: median(values) for name, values in times.items()}
 
 
 def compare(d: int, m: int, b: int, rounds: int) -> list[dict]:
+    """Time both methods with kernels and with dense matrices, after a check that they agree."""
     target = random_orthogonal(d, 0).float()
     factors = butterfly_factors(d, b, m)
     sweeps = 2
-    mine = approximate(target[None], factors, max_sweeps=sweeps).errors[-1]
+    ours = float(approximate(target[None], factors, max_sweeps=sweeps).errors[-1])
     theirs = dense_sweeps(target, factors, sweeps)
-    if not abs(float(mine) - theirs) < 0.02:  # other orders of the same updates
-        raise AssertionError(f"BOFT({m}, {b}): errors {float(mine):.4f} and {theirs:.4f} differ")
+    if not abs(ours - theirs) < 0.02:  # the two make the same updates in different orders
+        raise AssertionError(f"BOFT({m}, {b}): errors {ours:.4f} and {theirs:.4f} differ")
     skew = 0.1 * torch.randn(m, d // b, b * (b - 1) // 2)
     skew.requires_grad_()
-    where = [places(d, factor) for factor in factors]
+    indices = [entry_indices(d, factor) for factor in factors]
     torch.testing.assert_close(
-        our_step(skew, target), dense_step(skew, target, where), rtol=1e-3, atol=1e-4
+        our_step(skew, target), dense_step(skew, target, indices), rtol=1e-3, atol=1e-4
     )
     runs = {
         "ascent sweep": {
@@ -105,24 +110,28 @@ def compare(d: int, m: int, b: int, rounds: int) -> list[dict]:
         },
         "gradient step": {
             "ours": lambda: our_step(skew, target),
-            "dense": lambda: dense_step(skew, target, where),
+            "dense": lambda: dense_step(skew, target, indices),
         },
     }
     rows = []
     for what, functions in runs.items():
-        found = timed(functions, rounds)
-        each = sweeps if what == "ascent sweep" else 1
+        times = timed(functions, rounds)
+        calls = sweeps if what == "ascent sweep" else 1
         rows.append(
             {
-                **{"what": what, "d": d, "n_factors": m, "block_size": b},
-                **{f"{name}_ms": f"{value / each:.2f}" for name, value in found.items()},
-                "speedup": f"{found['dense'] / found['ours']:.1f}",
+                "what": what,
+                "d": d,
+                "n_factors": m,
+                "block_size": b,
+                **{f"{name}_ms": f"{value / calls:.2f}" for name, value in times.items()},
+                "speedup": f"{times['dense'] / times['ours']:.1f}",
             }
         )
     return rows
 
 
 def report(folder: Path) -> list[str]:
+    """Make the page's table from the data file."""
     rows = [
         [row["what"], f"BOFT({row['n_factors']}, {row['block_size']})"]
         + [row[name] for name in ("ours_ms", "dense_ms", "speedup")]

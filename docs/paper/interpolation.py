@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""From a finetuned model back to the pretrained one, without training (Figure 10 of the paper).
+"""Paths from a finetuned model back to the pretrained one, without training (figure 10).
 
-The demo's MiniLM is finetuned as BOFT(5,8) without a scale, so that the pretrained weights are at
-the end of the way. Ways back: the butterfly factors become the identity one by one, from the
-largest stride; every Q is multiplied by t; every block is R^t, the geodesic; and the straight line
-between the weights, which leaves the rotations. At each stop: test accuracy, distance to the
-pretrained weights, and how much of the spectrum was lost. arXiv 2311.06243, section 6.3.
+The demo's MiniLM is finetuned as BOFT(5,8) without a scale, so that every path ends at the
+pretrained weights. Four paths are compared. The butterfly factors become the identity one by one,
+starting with the largest stride. Every Q is multiplied by t. Every block becomes R^t, the geodesic.
+The straight line between the weights leaves the set of rotations. At each stop the script measures
+test accuracy, distance to the pretrained weights, and the change of the spectrum. arXiv 2311.06243,
+section 6.3.
 
     python docs/paper/interpolation.py                     # trains one model, once
-    python docs/paper/interpolation.py --quick --out X     # seconds, on a tiny random model
+    python docs/paper/interpolation.py --quick --out X     # takes seconds, on a tiny random model
 """
 
 import copy
@@ -26,7 +27,7 @@ import boft_ops
 from boft_ops.analysis.geodesic import geodesic
 
 RECIPE = boft(5, 8, 3e-3, scale=False)
-STOPS = (0.8, 0.6, 0.4, 0.2)  # between the ends, which all ways share
+STOPS = (0.8, 0.6, 0.4, 0.2)  # values of t between the ends, which all paths share
 FACTORS, SCALED, GEODESIC, LINE = "factors to I", "t Q", "geodesic R^t", "straight line"
 
 
@@ -47,14 +48,15 @@ def main() -> None:
 
 
 def measure(task: _finetuned.Task) -> list[dict]:
+    """Measure one row for each stop of each path."""
     tuned = _finetuned.finetuned(task, RECIPE).model
     pretrained = weights(task.top, prefix="encoder.")
     rows, ends = [], {}
     for way in (FACTORS, SCALED, GEODESIC, LINE):
         for t, model in stops(way, tuned, pretrained):
-            # The ends are the same on every way: the finetuned model and the pretrained layers.
+            # The ends are the same on every path: the finetuned model and the pretrained layers.
             if t not in ends:
-                row = {"t": t, **at(model, pretrained, task.test)}
+                row = {"t": t, **evaluate(model, pretrained, task.test)}
                 if t in (0, 1):
                     ends[t] = row
             else:
@@ -64,7 +66,7 @@ def measure(task: _finetuned.Task) -> list[dict]:
 
 
 def stops(way: str, tuned: nn.Module, pretrained: dict) -> Iterator[tuple[float, nn.Module]]:
-    """(t, model of plain layers) from t = 1, finetuned, to t = 0, pretrained."""
+    """Yield (t, model of plain layers) from t = 1, finetuned, to t = 0, pretrained."""
     if way == FACTORS:
         m = RECIPE.options["n_factors"]
         for n in range(m + 1):
@@ -88,10 +90,12 @@ def stops(way: str, tuned: nn.Module, pretrained: dict) -> Iterator[tuple[float,
 
 
 def boft_layers(model: nn.Module) -> list[boft_ops.BOFTLinear]:
+    """List the BOFT layers of a model."""
     return [module for module in model.modules() if isinstance(module, boft_ops.BOFTLinear)]
 
 
 def weights(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the weights of all linear layers by name."""
     return {
         prefix + name: module.weight.detach()
         for name, module in model.named_modules()
@@ -99,27 +103,33 @@ def weights(model: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
     }
 
 
-def at(model: nn.Module, pretrained: dict[str, torch.Tensor], test: minilm.Cached) -> dict:
-    """What is measured of one model; distance and spectrum over all adapted weights together."""
-    here = weights(model)
+def evaluate(model: nn.Module, pretrained: dict[str, torch.Tensor], test: minilm.Cached) -> dict:
+    """Measure one model. Distance and spectrum are taken over all adapted weights together."""
+    current = weights(model)
     size = sum(w.square().sum() for w in pretrained.values())
-    moved = sum((here[name] - w).square().sum() for name, w in pretrained.items())
+    moved = sum((current[name] - w).square().sum() for name, w in pretrained.items())
     lost = max(
-        (torch.linalg.svdvals(here[name].double()) - torch.linalg.svdvals(w.double())).abs().max()
+        (torch.linalg.svdvals(current[name].double()) - torch.linalg.svdvals(w.double()))
+        .abs()
+        .max()
         / torch.linalg.matrix_norm(w.double(), 2)
         for name, w in pretrained.items()
     )
-    right = (minilm.predict(model, test) == test.labels).double()
+    correct = (minilm.predict(model, test) == test.labels).double()
     return {
-        "accuracy": right.mean().item(),
-        "standard_error": (right.std() / len(right) ** 0.5).item(),
+        "accuracy": correct.mean().item(),
+        "standard_error": (correct.std() / len(correct) ** 0.5).item(),
         "distance": (moved / size).sqrt().item(),
         "singular_values": lost.item(),
     }
 
 
 def check(rows: list[dict]) -> None:
-    """On the data: every way comes nearer and arrives, and rotations keep the spectrum."""
+    """Check that every path approaches and reaches its end, and that rotations keep the spectrum.
+
+    Raises:
+        AssertionError: the data contradicts this.
+    """
     for way in (FACTORS, SCALED, GEODESIC, LINE):
         stops = [row for row in rows if row["way"] == way]
         distances = [float(row["distance"]) for row in stops]
@@ -131,7 +141,7 @@ def check(rows: list[dict]) -> None:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Every stop of every way, in the page's table."""
+    """Make the page's table of all stops."""
     columns = {"t": ".1f", "accuracy": ".1%", "distance": ".4f", "singular_values": ".1e"}
     lines = [
         [row["way"], *(format(float(row[key]), form) for key, form in columns.items())]
@@ -141,7 +151,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path, model: str) -> None:
-    """Accuracy, distance and lost spectrum against the way that is left."""
+    """Draw accuracy, distance and change of the spectrum against the rest of the path."""
     style = _common.style(dict.fromkeys(row["way"] for row in rows))
     fig, (left, middle, right) = _common.figure(3, (4.4, 4.0))
     for way, look in style.items():

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What finetuning does to the spectrum and the angles of the weights of a real model.
+"""Effect of finetuning on the spectrum and the angles of the weights of a real model.
 
-The demo's MiniLM is finetuned with LoRA, with OFT and BOFT without their trained scale, with the
-truncated series in place of the Cayley transform, and with the scale. Of every adapted weight: the
-change of its singular values, spectral norm, hyperspherical energy and pairwise angles. Section 5
-of arXiv 2311.06243.
+The demo's MiniLM is finetuned in five ways: with LoRA, with OFT and BOFT without a trained scale,
+with BOFT by the truncated series in place of the Cayley transform, and with BOFT and its scale. For
+every adapted weight the script measures the change of its singular values, spectral norm,
+hyperspherical energy and pairwise angles. arXiv 2311.06243, section 5.
 
-    python docs/paper/spectrum.py            # trains five models, once
-    python docs/paper/spectrum.py --quick    # seconds, on a tiny random model
+    python docs/paper/spectrum.py                     # trains five models, once
+    python docs/paper/spectrum.py --quick --out X     # takes seconds, on a tiny random model
 """
 
 import copy
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(task: _finetuned.Task) -> list[dict]:
-    """One row for each method and adapted weight."""
+    """Measure one row for each method and adapted weight."""
     base = {f"encoder.{name}": weight for name, weight in linear_weights(task.top).items()}
     rows = []
     for method, recipe in RECIPES.items():
@@ -73,43 +73,48 @@ def measure(task: _finetuned.Task) -> list[dict]:
 
 
 def linear_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights of all linear layers by name."""
     return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy with the adapters folded into plain linear layers."""
+    """Copy a model and fold its adapters into plain linear layers."""
     model = copy.deepcopy(model)
     return model.merge_and_unload() if hasattr(model, "peft_config") else boft_ops.merge(model)
 
 
 def rounding(weight: torch.Tensor) -> Drift:
-    """What float32 alone can do: the drift to a weight each of whose numbers is an ulp away."""
+    """Measure the drift that float32 rounding can cause, by moving each number by one ulp."""
     generator = torch.Generator().manual_seed(0)
     up = torch.rand(weight.shape, generator=generator) < 0.5
-    towards = torch.where(up, torch.inf, -torch.inf)
-    return drift(weight, torch.nextafter(weight.detach(), towards))
+    direction = torch.where(up, torch.inf, -torch.inf)
+    return drift(weight, torch.nextafter(weight.detach(), direction))
 
 
 def worst(rows: list[dict], key: str) -> dict[str, float]:
-    """The largest change of any weight, by method."""
+    """Return the largest change of any weight, by method."""
     methods = dict.fromkeys(row["method"] for row in rows)
     return {m: max(float(row[key]) for row in rows if row["method"] == m) for m in methods}
 
 
 def table(rows: list[dict]) -> list[str]:
-    """The worst weight of each method, in the page's table."""
+    """Make the page's table of the largest changes of each method."""
     columns = {key: worst(rows, key) for key in ("distance", *TITLES)}
     accuracy = {row["method"]: 100 * float(row["test_accuracy"]) for row in rows}
     lines = []
     for method, value in accuracy.items():
-        right = "" if method == ROUNDING else f"{value:.1f}"
-        lines.append([method, right, *(f"{column[method]:.1e}" for column in columns.values())])
+        test = "" if method == ROUNDING else f"{value:.1f}"
+        lines.append([method, test, *(f"{column[method]:.1e}" for column in columns.values())])
     head = ["method", "test %", "distance", "singular values", "spectral norm", "energy", "angle"]
     return _page.table(head, lines)
 
 
 def check(rows: list[dict]) -> None:
-    """The claim, on the data: orthogonal finetuning keeps what LoRA moves."""
+    """Check the claim that orthogonal finetuning keeps the properties that LoRA changes.
+
+    Raises:
+        AssertionError: the data contradicts it.
+    """
     for key in TITLES:
         largest = worst(rows, key)
         for method in (OFT, EXACT):
@@ -121,7 +126,7 @@ def check(rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path, model: str) -> None:
-    """A panel for each property, a row of points for each method, a point for each weight."""
+    """Draw a panel for each property, a row of points for each method, a point for each weight."""
     style = _common.style(dict.fromkeys(row["method"] for row in rows))
     fig, panels = _common.figure(len(TITLES), (3.4, 3.6))
     shifts = np.random.default_rng(0).uniform(-0.2, 0.2, len(rows))
@@ -129,7 +134,7 @@ def draw(rows: list[dict], path: Path, model: str) -> None:
         for i, (method, look) in enumerate(style.items()):
             chosen = [(float(r[key]), s) for r, s in zip(rows, shifts) if r["method"] == method]
             values, offsets = np.array(chosen).T
-            # A change of exactly nothing has no place on a logarithmic axis.
+            # A logarithmic axis cannot show a change of exactly zero.
             panel.plot(np.maximum(values, 1e-17), i + offsets, **look, ls="", ms=3.5, alpha=0.7)
         panel.set(xscale="log", xlabel=title, ylim=(len(style) - 0.5, -0.5))
         panel.set_yticks(range(len(style)), style if panel is panels[0] else [""] * len(style))

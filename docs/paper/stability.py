@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Does a rotation stay a rotation? Orthogonality over 10,000 optimiser steps.
+"""Orthogonality of a trained rotation over 10,000 optimizer steps.
 
-A layer BOFT(4,8) of 128 features learns a random rotation, which a butterfly can only approach, so
-that gradients never vanish. Adam at a constant rate. The exact Cayley transform and the truncated
-series "neumann5", with parameters in float32, as the layers keep them, and in bfloat16.
+A layer BOFT(4,8) of 128 features learns a random rotation with Adam at a constant rate. A butterfly
+can only approximate that rotation, so gradients never vanish. The script compares the exact Cayley
+transform with the truncated series "neumann5". Each has parameters in float32, as the layers keep
+them, and in bfloat16.
 
-    python docs/paper/stability.py                     # a minute of one core
-    python docs/paper/stability.py --quick --out X     # seconds
+    python docs/paper/stability.py                     # takes a minute of one core
+    python docs/paper/stability.py --quick --out X     # takes seconds
 """
 
 import time
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def train(case: str, steps: int) -> list[dict]:
-    """One row at each of the steps 1, 2, 4, ... and the last."""
+    """Train one case, and measure a row at the steps 1, 2, 4, ... and the last."""
     method, dtype = CASES[case]
     torch.manual_seed(0)
     target = torch.linalg.qr(torch.randn(FEATURES, FEATURES)).Q
@@ -53,7 +54,7 @@ def train(case: str, steps: int) -> list[dict]:
     ).to(dtype)
     optimizer = torch.optim.Adam([layer.skew], lr=RATE)
     product = (target @ weight.weight.T).to(dtype)
-    seen = {2**k for k in range(steps.bit_length())} | {steps}
+    measured = {2**k for k in range(steps.bit_length())} | {steps}
     rows, started = [], time.perf_counter()
     for step in range(1, steps + 1):
         x = torch.randn(BATCH, FEATURES, dtype=dtype)
@@ -61,29 +62,33 @@ def train(case: str, steps: int) -> list[dict]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step in seen:
-            rows.append({"case": case, "step": step, "loss": loss.item(), **look(layer)})
+        if step in measured:
+            rows.append({"case": case, "step": step, "loss": loss.item(), **errors_of(layer)})
     rows[-1]["seconds"] = time.perf_counter() - started
     return [{"seconds": "", **row} for row in rows]
 
 
 @torch.no_grad()
-def look(layer: BOFTLinear) -> dict:
-    """How orthogonal R is: from the blocks as the layer computes them, and in float64."""
+def errors_of(layer: BOFTLinear) -> dict:
+    """Measure the orthogonality of R, from the layer's own blocks and from blocks in float64."""
     blocks = cayley(layer.skew, method=layer.method)
     eye = torch.eye(FEATURES, dtype=torch.float64)
-    exactly = cayley(layer.skew.double(), method=layer.method)
+    blocks64 = cayley(layer.skew.double(), method=layer.method)
     return {
         "largest_q": layer.skew.abs().max().item(),
         "blocks_error": orthogonality_error(blocks),
         "product_error": orthogonality_error(butterfly_matmul(eye, blocks.double())),
-        # without any rounding of R: what is left is the method's own
-        "method_error": orthogonality_error(butterfly_matmul(eye, exactly)),
+        # R is not rounded here, so this error is the method's own.
+        "method_error": orthogonality_error(butterfly_matmul(eye, blocks64)),
     }
 
 
 def check(rows: list[dict]) -> None:
-    """On the data: the Cayley transform is orthogonal to rounding after every number of steps."""
+    """Check that the Cayley transform is orthogonal up to rounding at every measured step.
+
+    Raises:
+        AssertionError: the data contradicts this.
+    """
     limits = {"exact, fp32": 1e-6, "exact, bf16": 2e-2}
     for row in rows:
         limit = limits.get(row["case"])
@@ -94,7 +99,7 @@ def check(rows: list[dict]) -> None:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """The last step of each case, in the page's table."""
+    """Make the page's table of the last step of each case."""
     lines = []
     for row in rows:
         if row["seconds"]:
@@ -106,19 +111,19 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path, steps: int) -> None:
-    """The error of the whole rotation against the step; what is the method's own, dotted."""
+    """Draw the error of the whole rotation against the step, with the method's own error dotted."""
     style = _common.style(CASES)
     fig, (left, right) = _common.figure(2, (4.8, 3.8))
     for case, look in style.items():
         chosen = [row for row in rows if row["case"] == case]
-        at = [int(row["step"]) for row in chosen]
-        left.plot(at, [float(r["product_error"]) for r in chosen], **look, ms=4)
-        own = [max(float(row["method_error"]), 1e-17) for row in chosen]
-        left.plot(at, own, color=look["color"], ls=":")
-        right.plot(at, [float(row["largest_q"]) for row in chosen], **look, label=case, ms=4)
-    left.set(xscale="log", yscale="log", xlabel="optimiser step")
+        at_steps = [int(row["step"]) for row in chosen]
+        left.plot(at_steps, [float(r["product_error"]) for r in chosen], **look, ms=4)
+        method_errors = [max(float(row["method_error"]), 1e-17) for row in chosen]
+        left.plot(at_steps, method_errors, color=look["color"], ls=":")
+        right.plot(at_steps, [float(row["largest_q"]) for row in chosen], **look, label=case, ms=4)
+    left.set(xscale="log", yscale="log", xlabel="optimizer step")
     left.set_ylabel("orthogonality error |R'R - I| / sqrt(d)\ndotted: before any rounding")
-    right.set(xscale="log", xlabel="optimiser step", ylabel="largest entry of Q")
+    right.set(xscale="log", xlabel="optimizer step", ylabel="largest entry of Q")
     right.legend(frameon=False)
     fig.suptitle(f"BOFT(4,8) of {FEATURES} features over {steps:,} steps of Adam")
     _common.save_figure(fig, path)

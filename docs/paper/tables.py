@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The parameter counts of the paper's tables 1, 2, 4, 5 and 6, counted in adapted models.
+"""Parameter counts of the paper's tables 1, 2, 4, 5 and 6, counted in adapted models.
 
-Every architecture is built in its real size without memory (the meta device), adapted by boft_ops,
-and the numbers that it then trains are counted. printed_counts.csv holds what arXiv 2311.06243v2
-prints. LoRA's counts, which tell which layers were adapted, come from the same layers' shapes.
+Every architecture is built in its real size on the meta device, which takes no memory. boft_ops
+adapts it, and its trained parameters are counted. printed_counts.csv holds the counts that arXiv
+2311.06243v2 prints. LoRA's counts show which layers the paper adapted; they are computed from the
+shapes of the same layers.
 
     python docs/paper/tables.py                      # half a minute; also writes tables.md's table
     python docs/paper/tables.py --quick --out X      # the same without tables.md
@@ -23,7 +24,7 @@ from boft_ops.nn.adapt import build_layers, put_in
 
 PRINTED = _common.HERE / "printed_counts.csv"
 PAGE = _common.HERE / "tables.md"
-# What a printed count may be made of, n being a layer's outputs.
+# Possible meanings of a printed count; n is the number of a layer's outputs.
 READINGS = ("rotation", "rotation + n", "rotation + 2n")
 SD15 = "Stable Diffusion 1.5"
 
@@ -32,7 +33,7 @@ def main() -> None:
     args = _common.parser(__doc__).parse_args()
     out, clock = _common.output_folder(args), _common.Clock()
     printed = _common.read_csv(PRINTED)
-    # The same rows for the other Stable Diffusion: which of the two did the paper count?
+    # The paper's Stable Diffusion may be either version, so its rows are counted for both.
     printed += [r | {"model": SD15} for r in printed if r["model"] == "Stable Diffusion 2.1"]
     rows = [row | count(row) for row in printed]
     _common.write_csv(out / "tables.csv", rows)
@@ -45,13 +46,13 @@ def main() -> None:
 
 
 def count(row: dict) -> dict:
-    """The parameters of one row's model and method, and how the paper must have counted them."""
+    """Count the parameters of one row's model and method, and find the reading that fits."""
     layers, total = targets(row["model"], row["targets"])
     if row["kind"] == "lora":
         rank = int(row["rank"])
-        found = rank * sum(layer.in_features + layer.out_features for layer in layers.values())
-        numbers = {"rotation": "", "n": "", "biases": "", "trained": found}
-        candidates = {"r (d + n)": found}
+        total_lora = rank * sum(layer.in_features + layer.out_features for layer in layers.values())
+        numbers = {"rotation": "", "n": "", "biases": "", "trained": total_lora}
+        candidates = {"r (d + n)": total_lora}
     else:
         numbers = adapted(row, layers)
         n = numbers["n"]
@@ -62,26 +63,33 @@ def count(row: dict) -> dict:
 
 
 def check(rows: list[dict]) -> dict[str, bool]:
-    """What the page says, on the data. Returns, by table, whether one set of layers is possible."""
-    kinds = {}
+    """Check the statements of the page on the data.
+
+    Returns:
+        For each table, True if one set of layers can have all its printed counts.
+
+    Raises:
+        AssertionError: the data contradicts the page.
+    """
+    readings = {}
     for row in rows:
-        kinds.setdefault((row["table"], row["model"], row["kind"]), set()).add(row["counted_as"])
+        readings.setdefault((row["table"], row["model"], row["kind"]), set()).add(row["counted_as"])
     expected = {"1": "rotation + 2n", "2": "rotation", "4": "rotation + 2n", "6": "rotation + 2n"}
-    for (number, model, kind), found in kinds.items():
+    for (number, model, method), got in readings.items():
         wanted = "no" if model in ("SAM mask decoder", SD15) else expected[number]
-        if kind == "boft" and found != {wanted}:
-            raise AssertionError(f"table {number}, {model}: expected {wanted}, got {found}")
+        if method == "boft" and got != {wanted}:
+            raise AssertionError(f"table {number}, {model}: expected {wanted}, got {got}")
     groups = {n: [r for r in rows if r["table"] == n and r["b"]] for n in ("1", "4", "5")}
     return {number: one_set_of_layers(group) for number, group in groups.items()}
 
 
 def adapted(row: dict, layers: dict[str, nn.Linear]) -> dict:
-    """Counts of a model that boft_ops.adapt has changed, or of what adapt is made of."""
+    """Adapt a model and count its parameters."""
     model = build(row["model"])
     m = int(row["m"])
     if row["b"]:
         boft_ops.adapt(model, list(layers), n_factors=m, block_size=int(row["b"]))
-    else:  # a number of blocks: the block size depends on the layer, and adapt has one for all
+    else:  # for a fixed number of blocks the block size depends on the layer; adapt takes only one
         sizes = {name: layer.in_features // int(row["blocks"]) for name, layer in layers.items()}
         options = {name: {"n_factors": m, "block_size": b} for name, b in sizes.items()}
         put_in(model, build_layers(model, options))
@@ -97,22 +105,23 @@ def adapted(row: dict, layers: dict[str, nn.Linear]) -> dict:
 
 
 def interval(printed: str, total: int = 0) -> tuple[float, float]:
-    """The counts that are printed so: from the first number up to, but not with, the second."""
+    """Return the half-open interval of the counts that round to a printed one."""
     number, unit = printed[:-1], {"M": 1e6, "%": total / 100}[printed[-1]]
     half = 0.5 * 10.0 ** -len(number.partition(".")[2])
     return (float(number) - half) * unit, (float(number) + half) * unit
 
 
 def rounds_to(value: int, printed: str, total: int) -> bool:
+    """Return True if a count rounds to a printed one."""
     low, high = interval(printed, total)
     return low <= value < high
 
 
 def one_set_of_layers(rows: list[dict]) -> bool:
-    """Can the printed counts of BOFT(m, b) rows be of the same layers, whichever they are?
+    """Return True if some set of layers can have all the printed counts of BOFT(m, b) rows.
 
-    Each is m (b-1)/2 X + Y with X features, Y >= 0 other numbers, X and Y the same for all. Y is
-    eliminated: every row's bounds must leave room for every other's.
+    Each count is m (b-1)/2 X + Y, with X features and Y >= 0 other numbers, which are the same for
+    all rows. Y is eliminated: for each pair of rows the bounds of one limit X given the other.
     """
     low, high = 0.0, float("inf")
     for one, other in product(rows, rows):
@@ -127,6 +136,7 @@ def one_set_of_layers(rows: list[dict]) -> bool:
 
 
 def half_angles(row: dict) -> float:
+    """Number of rotation parameters for each feature, m (b-1)/2."""
     return int(row["m"]) * (int(row["b"]) - 1) / 2
 
 
@@ -134,19 +144,20 @@ def half_angles(row: dict) -> float:
 
 
 def build(model: str) -> nn.Module:
+    """Build a model on the meta device."""
     with torch.device("meta"):
         return BUILDERS[model]()
 
 
 @cache
 def targets(model: str, wanted: str) -> tuple[dict[str, nn.Linear], int]:
-    """The layers that a row adapts, by name, and the parameters of the whole model."""
+    """Return the layers that a row adapts, by name, and the parameter count of the whole model."""
     built = build(model)
     total = sum(p.numel() for p in built.parameters())
     linears = {n: m for n, m in built.named_modules() if isinstance(m, nn.Linear)}
     if wanted == "q_proj and v_proj":
         chosen = {n: m for n, m in linears.items() if n.endswith(("q_proj", "v_proj"))}
-    else:  # of the transformer blocks: no embedding, no head
+    else:  # all linear layers of the transformer blocks, without embedding and head
         chosen = {n: m for n, m in linears.items() if not n.startswith("lm_head")}
     return chosen, total
 
@@ -202,10 +213,10 @@ def sam_decoder() -> nn.Module:
 
 
 def unet_attention(text_width: int) -> Callable[[], nn.Module]:
-    """to_q, to_k and to_v of Stable Diffusion's UNet: no class of transformers has it.
+    """Build to_q, to_k and to_v of Stable Diffusion's UNet, for which transformers has no class.
 
-    Channels 320, 640 and 1280 with attention, two blocks at each going down, one in the middle,
-    three at each going up; a block attends to itself and then to the text.
+    The UNet has attention at 320, 640 and 1280 channels: two blocks at each on the way down, one in
+    the middle, and three at each on the way up. A block attends to itself and then to the text.
     """
     widths = [w for w in (320, 640, 1280) for _ in range(2)]
     widths += [1280, *(w for w in (1280, 640, 320) for _ in range(3))]
@@ -228,13 +239,13 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Llama-2-7B": llama,
     "DINOv2-large": dinov2,
     "SAM mask decoder": sam_decoder,
-    "Stable Diffusion 2.1": unet_attention(1024),  # OpenCLIP-H's text
-    SD15: unet_attention(768),  # CLIP-L's
+    "Stable Diffusion 2.1": unet_attention(1024),  # width of OpenCLIP-H's text features
+    SD15: unet_attention(768),  # width of CLIP-L's text features
 }
 
 
 def table(rows: list[dict]) -> list[str]:
-    """The Markdown table of the page."""
+    """Make the page's table of counts."""
     numbers = ("rotation", "n", "biases", "trained")
     lines = []
     for row in rows:

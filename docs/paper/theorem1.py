@@ -1,11 +1,12 @@
-"""Theorem 1 of the paper: which rotations a product of butterflies and transposed ones can be.
+"""Theorem 1 of the paper: rotations as products of butterflies and transposed butterflies.
 
     python docs/paper/theorem1.py
-    python docs/paper/theorem1.py --plot    # only the figure and the claims, from the CSV files
+    python docs/paper/theorem1.py --plot    # draws the figure and checks the claims only
     python docs/paper/theorem1.py --quick --out build/paper/theorem1
 
-First exactly: parameters of R_G are computed for rotations of d features, those of the theorem's
-proof with l = d - 1 levels. Then by optimisation: how few levels do for a random rotation.
+The first part is exact. It computes parameters of R_G for rotations of d features, by the theorem's
+proof with l = d - 1 levels. The second part uses optimization to find the number of levels that
+suffices for a random rotation.
 """
 
 import argparse
@@ -29,13 +30,14 @@ from _page import fill, table
 
 from boft_ops import cayley, kaleidoscope_matmul
 from boft_ops.analysis.representation import dense_factors, kaleidoscope_parameters
-from boft_ops.analysis.transmission import analyse, kaleidoscope_pattern
+from boft_ops.analysis.transmission import analyze, kaleidoscope_pattern
 
 EXACT, FITTED = "theorem1_exact.csv", "theorem1_fitted.csv"
-REPRESENTED = 1e-6  # largest entry of R_G - A
+REPRESENTED = 1e-6  # limit for the largest entry of R_G - A
 
 
 def random_rotation(d: int, seed: int) -> torch.Tensor:
+    """Draw a random rotation, (d, d) in float64."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
     q[:, 0] *= torch.linalg.det(q).sign()
@@ -43,7 +45,10 @@ def random_rotation(d: int, seed: int) -> torch.Tensor:
 
 
 def awkward_rotations(d: int) -> list[torch.Tensor]:
-    """The identity, -I (only eigenvalues that no Cayley transform has), a half turn, a cycle."""
+    """Make the identity, -I, a half turn and a cycle.
+
+    All eigenvalues of -I are -1, an eigenvalue that no Cayley transform has.
+    """
     eye = torch.eye(d, dtype=torch.float64)
     half_turn, cycle = eye.clone(), eye.roll(1, 0)
     half_turn[0, 0] = half_turn[-1, -1] = -1
@@ -52,6 +57,7 @@ def awkward_rotations(d: int) -> list[torch.Tensor]:
 
 
 def exact(sizes: list[int], seeds: int) -> list[dict]:
+    """Represent rotations exactly, and list the errors in a row for each d and block size."""
     rows = []
     for d in sizes:
         for b in (2, 4, 8):
@@ -67,9 +73,14 @@ def exact(sizes: list[int], seeds: int) -> list[dict]:
                 largest = max(largest, float(first.abs().max()), float(second.abs().max()))
             rows.append(
                 {
-                    **{"d": d, "block_size": b, "n_factors": dense_factors(d, b), "levels": d - 1},
-                    **{"parameters": 2 * first.numel(), "dimension_of_so_d": d * (d - 1) // 2},
-                    **{"matrices": len(matrices), "largest_error": f"{max(errors):.1e}"},
+                    "d": d,
+                    "block_size": b,
+                    "n_factors": dense_factors(d, b),
+                    "levels": d - 1,
+                    "parameters": 2 * first.numel(),
+                    "dimension_of_so_d": d * (d - 1) // 2,
+                    "matrices": len(matrices),
+                    "largest_error": f"{max(errors):.1e}",
                     "largest_parameter": f"{largest:.3f}",
                 }
             )
@@ -77,7 +88,11 @@ def exact(sizes: list[int], seeds: int) -> list[dict]:
 
 
 def fit(matrix: torch.Tensor, b: int, levels: int) -> tuple[float, float]:
-    """Largest entry of R_G - A and ||R_G - A||_F^2 / (2 d), after L-BFGS."""
+    """Fit R_G to a rotation A with L-BFGS.
+
+    Returns:
+        The largest entry of R_G - A, and ||R_G - A||_F^2 / (2 d).
+    """
     d = len(matrix)
     shape = (2, levels, dense_factors(d, b), d // b, b * (b - 1) // 2)
     generator = torch.Generator().manual_seed(levels)
@@ -109,27 +124,38 @@ def fit(matrix: torch.Tensor, b: int, levels: int) -> tuple[float, float]:
 
 
 def fitted(d: int, sizes: tuple[int, ...], seeds: int) -> list[dict]:
+    """Fit random rotations with 1, 2, ... levels, until all seeds are represented."""
     rows = []
     for b in sizes:
         m = dense_factors(d, b)
         for levels in range(1, 5):
-            family = analyse(kaleidoscope_pattern(d, b, m, levels))
-            found = [fit(random_rotation(d, 100 + seed), b, levels) for seed in range(seeds)]
+            family = analyze(kaleidoscope_pattern(d, b, m, levels))
+            errors = [fit(random_rotation(d, 100 + seed), b, levels) for seed in range(seeds)]
             rows += [
                 {
-                    **{"d": d, "block_size": b, "levels": levels, "seed": seed},
-                    **{"parameters": 2 * levels * m * d * (b - 1) // 2},
-                    **{"dimension": family.dimension, "dimension_of_so_d": family.all_rotations},
-                    **{"largest_error": f"{entry:.3e}", "error": f"{error:.3e}"},
+                    "d": d,
+                    "block_size": b,
+                    "levels": levels,
+                    "seed": seed,
+                    "parameters": 2 * levels * m * d * (b - 1) // 2,
+                    "dimension": family.dimension,
+                    "dimension_of_so_d": family.all_rotations,
+                    "largest_error": f"{entry:.3e}",
+                    "error": f"{error:.3e}",
                 }
-                for seed, (entry, error) in enumerate(found)
+                for seed, (entry, error) in enumerate(errors)
             ]
-            if max(entry for entry, _ in found) < REPRESENTED:
+            if max(entry for entry, _ in errors) < REPRESENTED:
                 break
     return rows
 
 
 def check_claims(folder: Path) -> list[str]:
+    """Check that all rotations are represented, and state it with the numbers.
+
+    Raises:
+        AssertionError: a rotation is not represented.
+    """
     rows = read_csv(folder / EXACT)
     worst = max(rows, key=lambda row: float(row["largest_error"]))
     if not float(worst["largest_error"]) < REPRESENTED:
@@ -143,6 +169,7 @@ def check_claims(folder: Path) -> list[str]:
 
 
 def tables(folder: Path) -> dict[str, list[str]]:
+    """Make the page's tables by name."""
     rows = [
         [row[name] for name in ("d", "block_size", "levels", "parameters", "dimension_of_so_d")]
         + [row["largest_error"], row["largest_parameter"]]
@@ -160,8 +187,9 @@ def tables(folder: Path) -> dict[str, list[str]]:
 
 
 def draw(folder: Path) -> None:
+    """Draw the error of the fits against the number of parameters."""
     rows = read_csv(folder / FITTED)
-    made, axes = figure()
+    fig, axes = figure()
     for b, look in style(sorted({row["block_size"] for row in rows})).items():
         points = [row for row in rows if row["block_size"] == b]
         axes.plot(
@@ -175,10 +203,11 @@ def draw(folder: Path) -> None:
     axes.set(yscale="log", xlabel="parameters of R_G", ylabel="||R_G - A||² / 2d after L-BFGS")
     axes.set_title(f"Random rotations of {rows[0]['d']} features fitted by R_G")
     axes.legend(frameon=False)
-    save_figure(made, folder / "theorem1.svg")
+    save_figure(fig, folder / "theorem1.svg")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
+    """Write the data files."""
     clock = Clock()
     sizes, seeds = ([2, 4, 8], 3) if args.quick else ([2, 4, 8, 16, 32], 20)
     write_csv(folder / EXACT, exact(sizes, seeds))
@@ -188,7 +217,9 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--plot", action="store_true", help="only draw what was measured")
+    arguments.add_argument(
+        "--plot", action="store_true", help="measure nothing, draw the existing data"
+    )
     args = arguments.parse_args(argv)
     folder = output_folder(args)
     if not args.plot:

@@ -1,4 +1,4 @@
-"""Section 3 of the paper: factorisations as graphs, their edges, and how many parameters count.
+"""Section 3 of the paper: factorizations as graphs, their edges, and their dimensions.
 
 python docs/paper/transmission.py
 python docs/paper/transmission.py --quick --out build/paper/transmission
@@ -12,7 +12,7 @@ from _page import fill, table
 
 from boft_ops.analysis import graph
 from boft_ops.analysis.transmission import (
-    analyse,
+    analyze,
     block_diagonal_pattern,
     butterfly_pattern,
     edges_pattern,
@@ -20,19 +20,22 @@ from boft_ops.analysis.transmission import (
     shuffle_pattern,
 )
 
-# An arrangement with the properties that the text gives of Figure 2: d = 4, m = 5, ten free edges,
-# dense; without the last factor node 1 does not reach node 3. (Its own edges are a picture only.)
+# The paper shows the edges of Figure 2 only as a picture. These edges have the properties that its
+# text states: d = 4, m = 5, ten free edges, dense; without the last factor node 1 does not reach
+# node 3.
 FIGURE_2 = [(1, 2), (3, 4), (2, 4), (1, 4), (2, 3)]
 DATA = "transmission.csv"
 
 
 def figure_2() -> torch.Tensor:
+    """Make the pattern of Figure 2."""
     swaps = enumerate(FIGURE_2, 1)
     return edges_pattern(4, [(i, *edge) for i, (j, k) in swaps for edge in ((j, k), (k, j))])
 
 
 def structures(quick: bool) -> dict[str, torch.Tensor]:
-    made = {
+    """Make the patterns to analyze, by name."""
+    patterns = {
         "one dense matrix, d = 4": torch.ones(1, 4, 4, dtype=torch.bool),
         "five exchanges (Figure 2), d = 4": figure_2(),
         "butterfly, d = 4": butterfly_pattern(4, 2, 2),
@@ -42,13 +45,18 @@ def structures(quick: bool) -> dict[str, torch.Tensor]:
     d = 16 if quick else 64
     for b in (2, 4, 8) if quick else (2, 4, 8, 16):
         for m in range(1, (d // b).bit_length() + 1):
-            made[f"BOFT({m}, {b}), d = {d}"] = butterfly_pattern(d, b, m)
+            patterns[f"BOFT({m}, {b}), d = {d}"] = butterfly_pattern(d, b, m)
             if m > 1 and b > 2:
-                made[f"shuffle({m}, {b}), d = {d}"] = shuffle_pattern(d, b, m)
-    return made
+                patterns[f"shuffle({m}, {b}), d = {d}"] = shuffle_pattern(d, b, m)
+    return patterns
 
 
 def check_claims(folder: Path) -> list[str]:
+    """Check the paper's counts of free edges, and state each.
+
+    Raises:
+        AssertionError: a count differs from the paper's.
+    """
     rows = {row["structure"]: row for row in read_csv(folder / DATA)}
     counts = {
         "one dense matrix, d = 4": "12",
@@ -67,6 +75,7 @@ def check_claims(folder: Path) -> list[str]:
 
 
 def structure_table(folder: Path) -> list[str]:
+    """Make the page's table of all structures."""
     rows = []
     for row in read_csv(folder / DATA):
         dense = "yes" if row["dense"] == "True" else "no"
@@ -80,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     folder, clock = output_folder(args), Clock()
     rows = []
     for name, pattern in structures(args.quick).items():
-        found = analyse(pattern)
-        rows.append({"structure": name, **found._asdict(), "dense": found.dense})
+        result = analyze(pattern)
+        rows.append({"structure": name, **result._asdict(), "dense": result.dense})
     write_csv(folder / DATA, rows)
     figures = {
         "figure2.svg": (figure_2(), "d = 4, m = 5, ten free edges"),

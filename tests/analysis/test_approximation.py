@@ -22,19 +22,22 @@ def orthogonal(n, d):
 
 @pytest.mark.parametrize("b", [1, 2, 3, 4, 8])
 def test_nearest_rotation(b):
-    """The sum of the singular values, the smallest with the sign of the determinant."""
+    """The inner product is the sum of the singular values.
+
+    The smallest singular value counts with the sign of the determinant.
+    """
     matrices = torch.randn(40, b, b, dtype=torch.float64)
-    found = nearest_rotation(matrices)
+    nearest = nearest_rotation(matrices)
     eye = torch.eye(b, dtype=torch.float64)
-    torch.testing.assert_close(found @ found.mT, eye.expand_as(found))
-    torch.testing.assert_close(torch.linalg.det(found), torch.ones(40, dtype=torch.float64))
+    torch.testing.assert_close(nearest @ nearest.mT, eye.expand_as(nearest))
+    torch.testing.assert_close(torch.linalg.det(nearest), torch.ones(40, dtype=torch.float64))
     values = torch.linalg.svdvals(matrices)
     values[:, -1] *= torch.linalg.det(matrices).sign()
-    torch.testing.assert_close((found * matrices).sum((1, 2)), values.sum(1))
+    torch.testing.assert_close((nearest * matrices).sum((1, 2)), values.sum(1))
 
 
 @pytest.mark.parametrize("d_b_m", [(16, 2, 4), (64, 4, 5), (64, 2, 3), (48, 6, 2), (256, 8, 6)])
-def test_blocks_are_a_butterfly_with_the_error_that_is_told(d_b_m):
+def test_blocks_are_a_butterfly_with_the_reported_error(d_b_m):
     d, b, m = d_b_m
     targets = orthogonal(2, d)
     fit = approximate(targets, butterfly_factors(d, b, m), max_sweeps=4)
@@ -45,28 +48,28 @@ def test_blocks_are_a_butterfly_with_the_error_that_is_told(d_b_m):
         r = reference.rotation(blocks[:, i])
         error = (r - target).square().sum() / (2 * d)
         torch.testing.assert_close(fit.errors[-1, i], error)
-    assert (fit.errors.diff(dim=0) < 1e-12).all()  # it never grows
+    assert (fit.errors.diff(dim=0) < 1e-12).all()  # the error never grows
 
 
-def test_shuffled_blocks_have_the_error_that_is_told():
+def test_shuffled_blocks_have_the_reported_error():
     d, factors = 32, shuffle_factors(32, 8, 3)
     (target,) = targets = orthogonal(1, d)
     fit = approximate(targets, factors, max_sweeps=5)
     r = torch.eye(d, dtype=torch.float64)
     for blocks, factor in zip(fit.blocks, factors):
-        places = pattern(d, [factor])[0]
+        allowed = pattern(d, [factor])[0]
         matrix = torch.zeros(d, d, dtype=torch.float64)
-        for block, first in zip(blocks, block_starts(places)):
-            rows = places[first].nonzero().flatten()
+        for block, first in zip(blocks, block_starts(allowed)):
+            rows = allowed[first].nonzero().flatten()
             matrix[rows[:, None], rows] = block
         r = matrix @ r
     torch.testing.assert_close(fit.errors[-1, 0], (r - target).square().sum() / (2 * d))
     assert (fit.errors.diff(dim=0) < 1e-12).all()
 
 
-def block_starts(places):
-    """The first feature of each block, in the order of the features."""
-    return [i for i, row in enumerate(places) if int(row.nonzero()[0]) == i]
+def block_starts(allowed):
+    """List the first feature of each block, in the order of the features."""
+    return [i for i, row in enumerate(allowed) if int(row.nonzero()[0]) == i]
 
 
 @pytest.mark.parametrize("b", [2, 4, 5])
@@ -81,14 +84,14 @@ def test_one_factor_is_solved_exactly(b):
     torch.testing.assert_close(fit.errors[0], 1 - values.sum((1, 2)) / 20)
 
 
-def test_what_is_a_butterfly_is_found():
+def test_a_butterfly_is_recovered():
     skew = 0.4 * torch.randn(3, 4, 6, dtype=torch.float64)
     r = butterfly_matmul(torch.eye(16, dtype=torch.float64), cayley(skew))
     fit = approximate(r[None], butterfly_factors(16, 4, 3), max_sweeps=400, tolerance=0)
     assert fit.errors[-1] < 1e-8
 
 
-def test_it_stops_where_twice_the_sweeps_gain_little():
+def test_the_fit_stops_when_doubling_the_sweeps_gains_little():
     fit = approximate(orthogonal(2, 16), butterfly_factors(16, 4, 3), tolerance=1e-2)
     assert len(fit.errors) in (50, 100)
     gain = (fit.errors[len(fit.errors) // 2 - 1] - fit.errors[-1]).mean()
@@ -110,14 +113,14 @@ def test_inverse_cayley(b):
 
 @pytest.mark.parametrize(("d", "b", "m"), [(32, 8, 4), (64, 4, 3), (512, 16, 6), (16, 2, 4)])
 def test_shuffles_are_permutations_between_block_diagonal_factors(d, b, m):
-    turned = torch.arange(d).reshape(d // b, b).T.flatten()  # position p holds feature turned[p]
+    shuffled = torch.arange(d).reshape(d // b, b).T.flatten()  # feature at each position
     diagonal = torch.block_diag(*[torch.ones(b, b)] * (d // b)).bool()
     order = torch.arange(d)
     for factor in pattern(d, shuffle_factors(d, b, m)):
         expected = torch.zeros(d, d, dtype=torch.bool)
         expected[order[:, None], order] = diagonal
         assert torch.equal(factor, expected)
-        order = order[turned]
+        order = order[shuffled]
 
 
 def test_shuffles_of_pairs_are_the_butterfly():

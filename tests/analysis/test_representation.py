@@ -1,4 +1,4 @@
-"""Any rotation as a kaleidoscope, with the parameters that are computed for it."""
+"""Every rotation is a kaleidoscope with the parameters that are computed for it."""
 
 import pytest
 import torch
@@ -7,27 +7,28 @@ from boft_ops import cayley, kaleidoscope_matmul
 from boft_ops.analysis.representation import dense_factors, kaleidoscope_parameters
 
 
-def rotation(d):
+def random_rotation(d):
     q = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
     q[:, 0] *= torch.linalg.det(q).sign()
     return q
 
 
-def special(d):
-    """No generic ones: eigenvalues -1, columns that are in place already, permutations."""
+def special_rotations(d):
+    """Make rotations with eigenvalues of -1, with columns of the identity, and permutations."""
     eye = torch.eye(d, dtype=torch.float64)
-    half_turn, cycle, partly = eye.clone(), eye.roll(1, 0), eye.clone()
+    half_turn, cycle, one_plane = eye.clone(), eye.roll(1, 0), eye.clone()
     half_turn[0, 0] = half_turn[-1, -1] = -1
     cycle[0] *= torch.linalg.det(cycle)
-    partly[-2:, -2:] = rotation(2)
-    nearly = eye + 1e-9 * (eye.roll(1, 0) - eye.roll(1, 0).T)
-    return [eye, -eye, half_turn, cycle, partly, torch.linalg.qr(nearly).Q.abs() * nearly.sign()]
+    one_plane[-2:, -2:] = random_rotation(2)
+    near_eye = eye + 1e-9 * (eye.roll(1, 0) - eye.roll(1, 0).T)
+    near_eye = torch.linalg.qr(near_eye).Q.abs() * near_eye.sign()
+    return [eye, -eye, half_turn, cycle, one_plane, near_eye]
 
 
 @pytest.mark.parametrize(("d", "b"), [(2, 2), (4, 2), (4, 4), (8, 2), (12, 6), (16, 4), (16, 2)])
 def test_every_rotation_is_represented(d, b):
     m = dense_factors(d, b)
-    for matrix in [*special(d), *(rotation(d) for _ in range(10))]:
+    for matrix in [*special_rotations(d), *(random_rotation(d) for _ in range(10))]:
         first, second = kaleidoscope_parameters(matrix, b)
         assert first.shape == second.shape == (d - 1, m, d // b, b * (b - 1) // 2)
         r = kaleidoscope_matmul(torch.eye(d, dtype=torch.float64), cayley(first), cayley(second))
@@ -36,13 +37,13 @@ def test_every_rotation_is_represented(d, b):
 
 
 def test_float32_rotations_are_represented_to_their_rounding():
-    matrix = rotation(8).float()
+    matrix = random_rotation(8).float()
     first, second = kaleidoscope_parameters(matrix)
     r = kaleidoscope_matmul(torch.eye(8, dtype=torch.float64), cayley(first), cayley(second))
     torch.testing.assert_close(r, matrix.double(), rtol=0, atol=1e-6)
 
 
-def test_what_is_no_rotation_is_refused():
+def test_other_matrices_are_refused():
     mirror = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
     with pytest.raises(ValueError, match="expected determinant"):
         kaleidoscope_parameters(mirror)

@@ -1,4 +1,4 @@
-"""boft_ops.analysis: what an orthogonal transform keeps, and the way from a rotation to I."""
+"""Properties that an orthogonal transform keeps, and the path from the identity to a rotation."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_drift_by_hand():
     assert moved.spectral_norm == pytest.approx(values[0].item() / 2 - 1)
     assert moved.singular_values == pytest.approx((values[0].item() - 2) / 2)
     assert moved.angle == pytest.approx(math.pi / 4)
-    # one pair, at 90 degrees before, a distance of sqrt(2), and at 45 degrees after
+    # The only pair is at 90 degrees before, a distance of sqrt(2), and at 45 degrees after.
     assert moved.energy == pytest.approx(math.sqrt(2 / (2 - math.sqrt(2))) - 1)
 
 
@@ -61,7 +61,7 @@ def test_orthogonality_error():
     eye = torch.eye(6, dtype=torch.float64)
     assert orthogonality_error(torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q) < 1e-14
     assert orthogonality_error(1.001 * eye) == pytest.approx(0.002, rel=1e-3)
-    # of several matrices the root mean square
+    # The error of several matrices is the root mean square of their errors.
     assert orthogonality_error(torch.stack([eye, 1.001 * eye])) == pytest.approx(
         0.002001 / math.sqrt(2)
     )
@@ -98,7 +98,7 @@ def test_the_geodesic_is_a_power_of_the_rotation(b, size):
     torch.testing.assert_close(third @ third @ third, r, atol=1e-10, rtol=0)
     torch.testing.assert_close(geodesic(skew, 1.0), skew, atol=1e-8 * size, rtol=1e-8)
     assert torch.equal(geodesic(skew, 0.0), torch.zeros_like(skew))
-    # constant speed: equal steps of t turn by equal rotations
+    # The speed is constant: equal steps of t turn by equal rotations.
     steps = [cayley(geodesic(skew, t)) for t in (0.2, 0.4, 0.6)]
     torch.testing.assert_close(steps[2] @ steps[1].mT, steps[1] @ steps[0].mT, atol=1e-10, rtol=0)
 

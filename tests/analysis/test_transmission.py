@@ -1,4 +1,4 @@
-"""Factorisations as graphs: edges, non-zeros, dimensions, the command line."""
+"""Factorizations as graphs: edges, non-zeros, dimensions, the command line."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from boft_ops.analysis import graph
 from boft_ops.analysis.__main__ import main
 from boft_ops.analysis.manifold import components, random_member, usable
 from boft_ops.analysis.transmission import (
-    analyse,
+    analyze,
     block_diagonal_pattern,
     butterfly_pattern,
     edges_pattern,
@@ -26,6 +26,7 @@ from boft_ops.analysis.transmission import (
 
 
 def swaps(d, pairs):
+    """Make a pattern whose factor i swaps the features of pair i."""
     return edges_pattern(
         d, [(i, *e) for i, (j, k) in enumerate(pairs, 1) for e in ((j, k), (k, j))]
     )
@@ -40,14 +41,14 @@ def test_the_papers_counts_for_four_features():
         (figure_2, 10),
         (butterfly_pattern(4, 2, 2), 8),
     ):
-        found = analyse(pattern)
-        assert (found.free_edges, found.dense) == (free, True)
+        result = analyze(pattern)
+        assert (result.free_edges, result.dense) == (free, True)
 
 
 def test_a_zero_may_imply_another():
     """The paper's 2 x 2 example: a zero at (1, 1) implies one at (2, 2)."""
-    found = analyse(torch.tensor([[[0, 1], [1, 1]]]).bool())
-    assert (found.forbidden, found.edges, found.free_edges, found.dimension) == (1, 2, 0, 0)
+    result = analyze(torch.tensor([[[0, 1], [1, 1]]]).bool())
+    assert (result.forbidden, result.edges, result.free_edges, result.dimension) == (1, 2, 0, 0)
 
 
 @pytest.mark.parametrize(("d", "b", "m"), [(12, 3, 1), (16, 4, 3), (24, 4, 2), (32, 2, 5)])
@@ -64,35 +65,37 @@ def test_butterfly_pattern_is_that_of_the_matrices(d, b, m):
     [(8, 2, 3), (16, 4, 3), (16, 8, 2), (32, 8, 3), (24, 4, 2), (36, 6, 2), (9, 3, 1)],
 )
 def test_dimension_of_butterflies(d, b, m):
-    """d(b-1)/2 for the first factor, and d b/4 for each further one: rotations within a chunk can
-    be moved from a factor to the next."""
-    found = analyse(butterfly_pattern(d, b, m))
-    assert found.parameters == m * d * (b - 1) // 2
-    assert found.dimension == d * (b - 1) // 2 + (m - 1) * d * b // 4
-    assert found.nonzeros == d * b * 2 ** (m - 1)
+    """The first factor contributes d(b-1)/2 and each further factor d b/4.
+
+    A rotation within a chunk can be moved from a factor to the next, so it counts only once.
+    """
+    result = analyze(butterfly_pattern(d, b, m))
+    assert result.parameters == m * d * (b - 1) // 2
+    assert result.dimension == d * (b - 1) // 2 + (m - 1) * d * b // 4
+    assert result.nonzeros == d * b * 2 ** (m - 1)
 
 
 def test_dimension_is_the_rank_of_the_jacobian_of_the_parameters():
-    """By autograd through cayley and dense matrices, which share nothing with the module."""
+    """The rank is computed by autograd through dense matrices, independently of the module."""
     d, b, m = 16, 4, 3
     skew = torch.randn(m, d // b, b * (b - 1) // 2, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(
         lambda q: reference.rotation(torch.stack([reference.cayley(p) for p in q])), skew
     )
     rank = torch.linalg.matrix_rank(jacobian.reshape(d * d, -1), rtol=1e-9)
-    assert int(rank) == analyse(butterfly_pattern(d, b, m)).dimension < skew.numel()
+    assert int(rank) == analyze(butterfly_pattern(d, b, m)).dimension < skew.numel()
 
 
 def test_shuffles_waste_nothing_and_are_dense_sooner():
     butterfly, shuffled = (make(64, 8, 2) for make in (butterfly_pattern, shuffle_pattern))
-    assert analyse(shuffled).dimension == analyse(shuffled).parameters == 448
-    assert analyse(butterfly).dimension == 352
-    assert analyse(shuffled).dense
-    assert not analyse(butterfly).dense
+    assert analyze(shuffled).dimension == analyze(shuffled).parameters == 448
+    assert analyze(butterfly).dimension == 352
+    assert analyze(shuffled).dense
+    assert not analyze(butterfly).dense
 
 
 def test_three_levels_of_a_kaleidoscope_have_the_dimension_of_all_rotations():
-    dimensions = [analyse(kaleidoscope_pattern(16, 2, 4, levels)).dimension for levels in (1, 2, 3)]
+    dimensions = [analyze(kaleidoscope_pattern(16, 2, 4, levels)).dimension for levels in (1, 2, 3)]
     assert dimensions == [56, 104, 120]
 
 
@@ -105,13 +108,13 @@ def test_three_levels_of_a_kaleidoscope_have_the_dimension_of_all_rotations():
         (["1111", "1111", "1111", "1111"], 6),
     ],
 )
-def test_dimension_of_factors_that_are_no_blocks(rows, dimension):
+def test_dimension_of_factors_without_block_structure(rows, dimension):
     pattern = torch.tensor([[[c == "1" for c in row] for row in rows]]).transpose(1, 2)
     member = random_member(usable(pattern[0], 1), torch.Generator().manual_seed(0))
     eye = torch.eye(len(rows), dtype=torch.float64)
     torch.testing.assert_close(member.matrix.mT @ member.matrix, eye)
     assert (member.matrix[~pattern[0]] == 0).all()
-    assert analyse(pattern).dimension == dimension
+    assert analyze(pattern).dimension == dimension
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -139,17 +142,17 @@ def test_components_follow_permutations_from_level_to_level():
 
 def test_bad_patterns():
     with pytest.raises(TypeError, match="expected a boolean tensor"):
-        analyse(torch.ones(1, 2, 2))
+        analyze(torch.ones(1, 2, 2))
     with pytest.raises(ValueError, match="expected shape"):
-        analyse(torch.ones(2, 3, dtype=torch.bool))
+        analyze(torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"within 1\.\.4, got \(1, 0, 2\)"):
         edges_pattern(4, [(1, 0, 2)])
     with pytest.raises(ValueError, match="expected at least one"):
         edges_pattern(4, [])
 
 
-def test_importing_costs_nothing_that_is_not_needed():
-    """The package leaves its analysis alone, and the analysis leaves matplotlib alone."""
+def test_imports_stay_minimal():
+    """The package does not import its analysis, and the analysis does not import matplotlib."""
     code = (
         "import sys, boft_ops; assert 'boft_ops.analysis' not in sys.modules;"
         "import boft_ops.analysis.graph, boft_ops.analysis.representation;"

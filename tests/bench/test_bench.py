@@ -1,4 +1,4 @@
-"""The benchmarks: interleaving, replay, counters, operators; and all of it on a tiny shape."""
+"""The benchmarks: interleaving, replay, memory, operators, and a whole run on a tiny shape."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("n", "period"), [(2, 2), (8, 8), (5, 10)])
-def test_everyone_follows_everyone_equally_often(n, period):
+def test_each_contestant_follows_each_other_equally_often(n, period):
     rows = [interleave.order(n, round_) for round_ in range(period)]
     pairs = [pair for row in rows for pair in itertools.pairwise(row)]
     assert all(sorted(row) == list(range(n)) for row in rows)
@@ -41,7 +41,7 @@ def test_everyone_follows_everyone_equally_often(n, period):
 
 
 class World:
-    """A clock that contestants move by known amounts, and a log of what happened."""
+    """A clock that contestants move by known amounts, and a log of their runs."""
 
     def __init__(self):
         self.now, self.log = 0.0, []
@@ -57,7 +57,7 @@ class World:
         return interleave.Contestant(name, run_, reset)
 
 
-def test_measure_interleaves_and_times_the_call_alone():
+def test_measure_interleaves_and_times_only_the_call():
     world = World()
     contestants = [world.contestant("a", 0.25), world.contestant("b", 0.5)]
     durations = interleave.measure(contestants, rounds=4, seconds=1e9, clock=lambda: world.now)
@@ -124,9 +124,9 @@ def test_peak_of_known_allocations():
     assert memory.peak_bytes(allocate, CPU) == 6 << 20
 
 
-def test_peak_counts_what_is_allocated_in_the_backward():
+def test_peak_counts_allocations_of_the_backward():
     x = torch.randn(1 << 18, requires_grad=True)  # 1 MiB
-    # exp keeps its output; its gradient is made while that and the incoming one are there
+    # exp keeps its output. Its gradient exists at the same time as the output and its gradient.
     peak = memory.peak_bytes(lambda: x.exp().backward(torch.ones(1 << 18)), CPU)
     assert peak == 3 << 20
 
@@ -144,16 +144,16 @@ def test_saved_bytes_count_a_storage_once_and_parameters_never():
 
 
 @pytest.mark.parametrize(("m", "b"), [(1, 16), (2, 8), (4, 4), (10, 8)])
-def test_right_layers_may_be_timed(m, b):
+def test_correct_layers_may_be_timed(m, b):
     correctness.check_gradients(m, b, CPU, torch.float32)
 
 
-def test_wrong_layers_may_not(monkeypatch):
-    right = correctness.BOFTLinear.forward
+def test_wrong_layers_may_not_be_timed(monkeypatch):
+    forward = correctness.BOFTLinear.forward
     layer = correctness.BOFTLinear(16, 8)
     x, grad = torch.randn(4, 16), torch.randn(4, 8)
     correctness.check_merged(layer, x, grad)
-    monkeypatch.setattr(correctness.BOFTLinear, "forward", lambda self, x: right(self, x) * 1.001)
+    monkeypatch.setattr(correctness.BOFTLinear, "forward", lambda self, x: forward(self, x) * 1.001)
     with pytest.raises(AssertionError, match=r"output: relative error 0\.001"):
         correctness.check_merged(layer, x, grad)
     with pytest.raises(AssertionError, match="relative error"):
@@ -164,14 +164,14 @@ def test_wrong_layers_may_not(monkeypatch):
 
 
 def test_operators_that_take_part(monkeypatch):
-    # small, and enough for the kernels
+    # These sizes are small, but large enough for the kernels.
     monkeypatch.setattr(sizes, "CPU", sizes.CPU._replace(rows=64, features=64, n_blocks=5))
     for (group, direction), names in operators.members(CPU, torch.float32).items():
         members = operators.contest(group, direction, CPU, torch.float32)
         assert tuple(m.name for m in members) == names
         for member in members:
             member.run()
-            member.run()  # a backward, too, runs in every round
+            member.run()  # a second time, because a backward must run in every round
             work = operators.work(group, direction, member.name, CPU, torch.float32)
             assert work.bytes > 0
             assert (work.flops == 0) == (member.name == "clone")
@@ -195,27 +195,27 @@ def test_work_of_a_rotation():
 def test_work_of_the_operators_beside_the_rotation():
     cpu = sizes.CPU
     numbers = cpu.rows * cpu.features
-    found = {
+    work = {
         (group, direction): operators.work(group, direction, name, CPU, torch.float32)
         for group, name in ((cpu.scale, "scale-reference"), (cpu.compose, "compose"))
         for direction in ("forward", "backward")
     }
-    assert found[cpu.scale, "forward"] == (8 * numbers, 2 * numbers)
-    assert found[cpu.scale, "backward"] == (12 * numbers, 5 * numbers)
-    assert cpu.composed == 2048  # blocks of each of 4 factors, into a stage of 64
+    assert work[cpu.scale, "forward"] == (8 * numbers, 2 * numbers)
+    assert work[cpu.scale, "backward"] == (12 * numbers, 5 * numbers)
+    assert cpu.composed == 2048  # blocks in each of the 4 factors of a stage of size 64
     features = 8 * 2048
-    assert found[cpu.compose, "forward"] == (
+    assert work[cpu.compose, "forward"] == (
         4 * features * (32 + 64),
         16 * features * (16 + 32 + 64),
     )
-    assert found[cpu.compose, "backward"].bytes == 4 * features * (64 + 64)
+    assert work[cpu.compose, "backward"].bytes == 4 * features * (64 + 64)
 
 
 def test_a_wrong_scale_is_not_timed(monkeypatch):
     monkeypatch.setattr(sizes, "CPU", sizes.CPU._replace(rows=64, features=64))
     op = layer_operators.scale_forward
-    right = op.raw
-    monkeypatch.setattr(op, "raw", lambda *args: right(*args) * 1.001)
+    raw = op.raw
+    monkeypatch.setattr(op, "raw", lambda *args: raw(*args) * 1.001)
     with pytest.raises(AssertionError, match="scale: result 0: relative error"):
         operators.contest(sizes.CPU.scale, "forward", CPU, torch.float32)
 
@@ -225,12 +225,12 @@ def test_some_contestants_take_part_at_some_shapes_only():
     everywhere = [name for name in always if name != "boft-dense"]
     assert contestants.names(contestants.Shape(2048, 4096, 8)) == everywhere
     assert contestants.names(contestants.Shape(4096, 8, 8)) == always
-    all_of = contestants.names(contestants.Shape(4096, 8, 8), contestants.EXTRAS)
-    assert all_of == list(contestants.NAMES)
+    with_extras = contestants.names(contestants.Shape(4096, 8, 8), contestants.EXTRAS)
+    assert with_extras == list(contestants.NAMES)
 
 
 def test_plain_torch_is_the_same_layer():
-    """What torch.compile is given computes what ours computes, with the same gradients."""
+    """The layer for torch.compile has the outputs and gradients of BOFTLinear."""
     torch.manual_seed(0)
     base = contestants.frozen(contestants.Shape(64, 48, 8), CPU, torch.float32)
     plain = peers.PlainBOFT(base, n_factors=3, block_size=8)
@@ -249,14 +249,14 @@ def test_plain_torch_is_the_same_layer():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_lycoris_takes_part_where_it_is_installed():
+def test_lycoris_takes_part_if_it_is_installed():
     pytest.importorskip("lycoris.modules.boft", reason="LyCORIS is not installed")
     base = contestants.frozen(contestants.Shape(64, 32, 8), CPU, torch.float32)
     entry = contestants.build("lycoris-boft", base)
     assert entry.label == "LyCORIS BOFT(3,8)"
     x = torch.randn(4, 64, requires_grad=True)
     y = entry.layer(x)
-    assert not torch.equal(y, base(x))  # its adapter is in use
+    assert not torch.equal(y, base(x))  # the adapter is in use
     y.sum().backward()
     assert all(p.grad is not None for p in entry.trainable())
 
@@ -290,10 +290,10 @@ def test_shapes_are_parsed():
         contestants.Shape.parse("768")
 
 
-# --- All of it ------------------------------------------------------------------------------------
+# --- A whole run ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bench_of_a_tiny_shape(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(BENCH / "run.py"), "--shapes=64x48x32", "--rounds=2"]
@@ -303,9 +303,9 @@ def test_bench_of_a_tiny_shape(tmp_path):
     text = (out / "reference.json").read_text()
     assert platform.node() not in text
     assert str(ROOT) not in text
-    found = results_.Results(json.loads(text))
-    assert set(found.machine["serving"].values()) == {"reference"}
-    rows = {row.name: row.info for row in found.table("64x48x32", operators.BOTH)}
+    result = results_.Results(json.loads(text))
+    assert set(result.machine["serving"].values()) == {"reference"}
+    rows = {row.name: row.info for row in result.table("64x48x32", operators.BOTH)}
     assert list(rows) == contestants.names(contestants.Shape(64, 48, 32))
     assert rows[contestants.FLOOR]["overhead"] == 0
     assert rows[contestants.FLOOR]["saved_bytes"] == rows[contestants.FLOOR]["adapter_bytes"] == 0
@@ -315,5 +315,5 @@ def test_bench_of_a_tiny_shape(tmp_path):
     assert x <= rows[goals.OURS]["saved_bytes"] <= x + out_ + 2 * blocks + 2 * stages
     assert rows[goals.OURS]["trainable"] == 2 * 64 * 7 // 2 + 48
     assert "PEFT BOFT(1,8)" in done.stdout
-    assert len(found.groups("ops")) == 10
-    assert all(found.floor(row).seconds > 0 for row in found.rows if row.suite == "ops")
+    assert len(result.groups("ops")) == 10
+    assert all(result.floor(row).seconds > 0 for row in result.rows if row.suite == "ops")

@@ -1,4 +1,4 @@
-"""The host's part of a training step on a GPU: bench/host.py, and what it may come to."""
+"""Host time of a training step on a GPU: bench/host.py, and a limit on the calls of a layer."""
 
 import pytest
 import torch
@@ -8,26 +8,27 @@ from boft_ops import BOFTLinear
 from boft_ops._runtime import backend
 
 pytestmark = pytest.mark.skipif(not backend.has_triton(), reason="triton is not installed")
-# Functions that Python calls in a training step of BOFT(2, 8): on an H200 it was host time that
-# kept a layer of 4096 x 4096 slower than LoRA, whose step takes 99 (bench/host.py).
+# Largest number of functions that Python may call in a training step of BOFT(2, 8). On an H200 host
+# time kept a layer of 4096 x 4096 slower than LoRA, whose step takes 99 calls (bench/host.py).
 MOST_CALLS = 335
 
 
 @pytest.fixture
-def left_out(monkeypatch):
+def no_launches(monkeypatch):
+    """Leave all kernel launches out during a test."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with host.launches_left_out():
         yield
 
 
-def test_a_training_step_calls_few_functions(left_out):
+def test_a_training_step_calls_few_functions(no_launches):
     job = next(job for job in host.jobs() if job.entry.name == "boft-2-8")
-    for _ in range(3):  # the first decides, the second binds
+    for _ in range(3):  # the first call decides what serves it, the second binds the launch
         job.both()
     assert host.count_calls(job.both) <= MOST_CALLS
 
 
-def test_every_row_is_timed(left_out):
+def test_every_row_is_timed(no_launches):
     rows = host.table(rounds=2, seconds=0.1)
     assert [row["name"] for row in rows][:2] == ["frozen nn.Linear", "PEFT LoRA r=16"]
     assert len(rows) == len(host.NAMES)
@@ -45,7 +46,7 @@ def test_kernels_run_again_afterwards(monkeypatch):
     assert torch.equal(layer(x), before)
 
 
-def test_only_the_interpreter_is_left_out(monkeypatch):
+def test_launches_are_left_out_only_with_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with (
         pytest.raises(RuntimeError, match="TRITON_INTERPRET: expected 1"),

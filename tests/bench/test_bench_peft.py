@@ -1,4 +1,4 @@
-"""The benchmark of a whole PEFT model, on a tiny one."""
+"""The benchmark of a whole PEFT model, run with a tiny model."""
 
 import json
 
@@ -11,12 +11,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Failed to load the CUDA extensio
 
 
 def test_smoke(capsys, monkeypatch):
-    monkeypatch.setattr(peft_model.Path, "write_text", None)  # nothing is written
+    monkeypatch.setattr(peft_model.Path, "write_text", None)  # writing a file would fail
     peft_model.main(["--smoke"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in (OURS, STOCK, LORA):
-        assert f"{name} " in said
-    assert said.count("goal") == 2
+        assert f"{name} " in output
+    assert output.count("goal") == 2
 
 
 def test_the_contestants():
@@ -50,7 +50,7 @@ def test_a_wrong_model_is_not_timed(monkeypatch):
 
 
 def test_committed_results():
-    """They hold what the page says of them."""
+    """The committed results contain the numbers of the page and meet the goals."""
     result = json.loads((BENCH / "results" / "cpu" / "models" / "peft.json").read_text())
     assert result["sizes"]["layers"] == 6
     assert result["sizes"]["features"] == 768

@@ -1,4 +1,4 @@
-"""The report of the benchmarks: goals, floors, tables, CSV and chart, of made-up results."""
+"""The report of the benchmarks: goals, floors, tables, CSV and chart of synthetic results."""
 
 import csv
 import json
@@ -9,6 +9,7 @@ from synthetic_results import BOTH, FLOOR, PEFT_BOFT, SHAPES, synthetic, without
 
 
 def judged(content):
+    """Judge all goals on the content of a result file."""
     return goals.goals(results.Results(content))
 
 
@@ -16,9 +17,9 @@ def judged(content):
 
 
 def test_all_goals_can_be_met():
-    found = judged(synthetic())
-    assert [goal.verdict for goal in found] == ["met"] * 11
-    assert len({goal.text for goal in found}) == 11
+    verdicts = judged(synthetic())
+    assert [goal.verdict for goal in verdicts] == ["met"] * 11
+    assert len({goal.text for goal in verdicts}) == 11
 
 
 HALF, FOUR, DENSE = "at most half", "BOFT(4,4)", "BOFT(10,8)"
@@ -43,18 +44,18 @@ OFT, EXACT, FIVE, TWENTY = "(default)", "(exact)", "least 5 times", "least 20 ti
     ],
 )
 def test_each_goal_can_be_missed(changes, missed):
-    found = judged(synthetic(**changes))
-    texts = [goal.text for goal in found if goal.verdict != "met"]
+    verdicts = judged(synthetic(**changes))
+    texts = [goal.text for goal in verdicts if goal.verdict != "met"]
     assert len(texts) == len(missed)
     assert all(part in text for part, text in zip(missed, texts, strict=True))
-    assert {goal.verdict for goal in found} == {"met", "not met"}
+    assert {goal.verdict for goal in verdicts} == {"met", "not met"}
 
 
 def test_a_difference_around_the_bound_is_not_separable():
     goal = judged(synthetic(boft_2_8=[0.04, 0.051, 0.07]))[0]
     assert goal.verdict == "not separable"
-    place = "768x768x512 not separable: +5.1% against +5.0%"
-    assert f"{place}, difference +0.1% [-0.4%, +1.0%], kept in 1 of 3 rounds" in goal.measured
+    case = "768x768x512 not separable: +5.1% against +5.0%"
+    assert f"{case}, difference +0.1% [-0.4%, +1.0%], kept in 1 of 3 rounds" in goal.measured
     goal = judged(synthetic(ops={("forward", "cayley"): [1 / 9, 1 / 10.5, 1 / 12]}))[7]
     assert goal.verdict == "not separable"
     assert goal.measured.startswith("10.50 [9.75, 11.25] times as fast as <solve>, kept in 2 of 3")
@@ -64,7 +65,7 @@ def test_only_rounds_in_which_both_ran_are_compared():
     content = synthetic()
     for entry in content["benchmarks"]:
         if entry["extra_info"]["contestant"] == PEFT_BOFT:
-            entry["extra_info"]["rounds"] = [1]  # the slowest, for all the others
+            entry["extra_info"]["rounds"] = [1]  # the slowest round of all other contestants
             entry["stats"]["data"] = [0.020 * 31]
     goal = next(goal for goal in judged(content) if TWENTY in goal.text)
     assert goal.measured == f"{31 / 1.04:.2f} [29.81, 29.81] times as fast as <{PEFT_BOFT}>, " + (
@@ -85,7 +86,7 @@ def test_only_rounds_in_which_both_ran_are_compared():
 )
 def test_verdict_on_several_shapes(excesses, needed, verdict):
     parts = [goals.Part("", "", [-1.0, 1.0] if e is None else [float(e)] * 2) for e in excesses]
-    assert goals._verdict(parts, needed) == verdict
+    assert goals.joint_verdict(parts, needed) == verdict
 
 
 @pytest.mark.parametrize(("boft", "verdict"), [(0.05, "met"), (0.11, "not met")])
@@ -115,29 +116,24 @@ def test_other_backends_have_no_goals():
 
 
 def test_floor_is_the_larger_of_bytes_and_flops():
-    found = results.Results(synthetic())
-    copy, product = (
-        found.find(*key).info
-        for key in (
-            (sizes.CPU.rotation, "forward", "clone"),
-            (sizes.CPU.product, "forward", "mm"),
-        )
-    )
-    assert found.rates() == (copy["bytes"] / 0.010, product["flops"] / 0.100)  # the best rounds
-    assert found.floor(found.find(sizes.CPU.product, "forward", "mm")) == (0.100, "flops")
-    # as many bytes as the copy, and few flops for so fast a product
-    rotation = found.find(sizes.CPU.rotation, "forward", "rotate-2-8")
-    assert found.floor(rotation) == (0.010, "bytes")
-    assert page.op_cells(found, rotation)[1] == f"{0.010 / (0.012 * 1.4):.0%} (bytes)"
-    assert found.floor(found.find(str(SHAPES[0]), BOTH, FLOOR)) is None
+    result = results.Results(synthetic())
+    copy = result.find(sizes.CPU.rotation, "forward", "clone").info
+    product = result.find(sizes.CPU.product, "forward", "mm").info
+    assert result.rates() == (copy["bytes"] / 0.010, product["flops"] / 0.100)  # the best rounds
+    assert result.floor(result.find(sizes.CPU.product, "forward", "mm")) == (0.100, "flops")
+    # The rotation moves as many bytes as the copy, and its flops take less time than they do.
+    rotation = result.find(sizes.CPU.rotation, "forward", "rotate-2-8")
+    assert result.floor(rotation) == (0.010, "bytes")
+    assert page.op_cells(result, rotation)[1] == f"{0.010 / (0.012 * 1.4):.0%} (bytes)"
+    assert result.floor(result.find(str(SHAPES[0]), BOTH, FLOOR)) is None
 
 
 def test_no_floor_without_rates(tmp_path):
     content = without(synthetic(), lambda info: info["contestant"] == "mm")
-    found = results.Results(content)
-    assert found.rates() is None
-    assert all(found.floor(row) is None for row in found.rows)
-    page.write(tmp_path / "page.md", [found])
+    result = results.Results(content)
+    assert result.rates() is None
+    assert all(result.floor(row) is None for row in result.rows)
+    page.write(tmp_path / "page.md", [result])
     assert "forward: <clone> | 12.000 | 1.00 | 1.4 |  |" in (tmp_path / "page.md").read_text()
 
 
@@ -146,8 +142,8 @@ def test_no_floor_without_rates(tmp_path):
 
 def test_report_of_a_synthetic_result(tmp_path):
     content = synthetic(boft_2_8=0.05)
-    found = results.Results(content)
-    path = run.write(found, json.dumps(content), tmp_path / "results" / "cpu")
+    result = results.Results(content)
+    path = run.write(result, json.dumps(content), tmp_path / "results" / "cpu")
     assert path.name == "auto.json"
     with path.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -173,14 +169,14 @@ def test_report_of_a_synthetic_result(tmp_path):
 
 def test_tables_of_shapes_without_a_restricted_contestant(tmp_path):
     large = str(contestants.Shape(4096, 4096, 512))
-    found = results.Results(without(synthetic(), lambda info: info["group"] == large))
-    page.write(tmp_path / "page.md", [found])
+    result = results.Results(without(synthetic(), lambda info: info["group"] == large))
+    page.write(tmp_path / "page.md", [result])
     assert "boft-dense" not in (tmp_path / "page.md").read_text()
-    chart.draw(tmp_path / "chart.png", found)
+    chart.draw(tmp_path / "chart.png", result)
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
-def test_page_tells_of_a_gpu(tmp_path):
+def test_page_of_a_gpu_result_does_not_ask_for_a_gpu(tmp_path):
     content = synthetic()
     content["machine_info"]["device"] = "Some GPU"
     page.write(tmp_path / "page.md", [results.Results(content)])

@@ -1,4 +1,4 @@
-"""`make gpu-report`: its steps, which survive each other, and all of it without a GPU."""
+"""`make gpu-report`: its steps, their independence, and a whole run without a GPU."""
 
 import json
 import os
@@ -49,14 +49,14 @@ def test_a_step_that_takes_too_long_is_interrupted(tmp_path):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
     try:
-        found = gpu_report.run(step("slow", code, 0.1), tmp_path)
+        result = gpu_report.run(step("slow", code, 0.1), tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert found["outcome"] == "stopped after 0.1 min"
+    assert result["outcome"] == "stopped after 0.1 min"
     assert (tmp_path / "slow.log").read_text() == "kept\n"
 
 
-def test_what_a_failed_step_leaves_is_packed(tmp_path, monkeypatch):
+def test_the_files_of_a_failed_step_are_packed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         gpu_report, "steps", lambda *_: [step("first", "raise SystemExit(1)"), step("second", "")]
     )
@@ -73,10 +73,10 @@ def test_what_a_failed_step_leaves_is_packed(tmp_path, monkeypatch):
         }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(540)
-def test_all_of_it_without_a_gpu(tmp_path):
-    """Every step for real, on tiny shapes; the repository itself is left as it is."""
+def test_a_whole_report_without_a_gpu(tmp_path):
+    """All steps run on tiny shapes and leave the repository unchanged."""
     before = (ROOT / "docs" / "benchmarks.md").read_text()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("BOFT_OPS", "TRITON"))}
     command = [sys.executable, str(BENCH / "gpu_report.py"), "--device=cpu", "--quick"]
@@ -93,10 +93,10 @@ def test_all_of_it_without_a_gpu(tmp_path):
     suites = {b["extra_info"]["suite"] for b in results["benchmarks"]}
     assert suites == {"ops", "layer", "model"}
     page = (tmp_path / "root/docs/benchmarks.md").read_text()
-    assert "## NVIDIA H200, bf16" in page  # the committed results of other devices stay
+    assert "## NVIDIA H200, bf16" in page  # committed results of other devices stay on the page
     assert "### Llama tiny" in page
     (config,) = (tmp_path / "root/boft_ops/configs").glob("*.json")
     assert json.loads(config.read_text())["choices"]
-    seen = json.loads((tmp_path / "root/bench/results/cpu/environment.json").read_text())
-    assert seen["cpu"]
+    machine = json.loads((tmp_path / "root/bench/results/cpu/environment.json").read_text())
+    assert machine["cpu"]
     assert (ROOT / "docs" / "benchmarks.md").read_text() == before

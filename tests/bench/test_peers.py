@@ -1,4 +1,4 @@
-"""Agreement with others' code and numbers: PEFT's BOFT and OFT, the paper's parameter counts."""
+"""Agreement with PEFT's BOFT and OFT and with the paper's parameter counts."""
 
 import copy
 
@@ -11,7 +11,7 @@ from boft_ops import BOFTLinear, OFTLinear
 
 
 def tuned(base, config, name="0"):
-    """PEFT's own layer around ``base``."""
+    """Make PEFT's own layer around ``base``."""
     return peft.get_peft_model(nn.Sequential(base), config).base_model.model.get_submodule(name)
 
 
@@ -27,7 +27,7 @@ def test_peft_boft_forward_and_gradient(peft_extension, m, b):
     nn.init.normal_(scale, mean=1.0, std=0.2)
     ours = BOFTLinear.from_linear(base, block_size=b, n_factors=m)
     i, j = torch.triu_indices(b, b, 1)
-    q = -0.5 * (parameter - parameter.mT)  # their block is (I - S)(I + S)^-1
+    q = -0.5 * (parameter - parameter.mT)  # PEFT's block is (I - S)(I + S)^-1
     with torch.no_grad():
         ours.skew.copy_(q[..., i, j])
         ours.scale.copy_(scale[:, 0])
@@ -37,7 +37,8 @@ def test_peft_boft_forward_and_gradient(peft_extension, m, b):
     upstream = torch.randn_like(expected)
     want, want_scale = torch.autograd.grad(expected, (parameter, scale), upstream)
     got, got_scale = torch.autograd.grad(ours(x), (ours.skew, ours.scale), upstream)
-    # d/dS of their unconstrained matrix: entries (i, j) and (j, i) each carry half, with a minus
+    # The parameter of PEFT is an unconstrained matrix: the entries (i, j) and (j, i) each get half
+    # the sign of the gradient is the opposite one.
     torch.testing.assert_close(-0.5 * got, want[..., i, j], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got_scale, want_scale[:, 0], rtol=1e-4, atol=1e-4)
 
@@ -59,7 +60,7 @@ def test_peft_oft(neumann, sign):
 
 @pytest.mark.parametrize(("m", "b", "millions"), [(1, 16, 0.79), (2, 8, 0.75)])
 def test_parameter_counts_of_deberta_v3_base(m, b, millions):
-    """The paper's table: all linear layers of 12 blocks, with scale and trained bias."""
+    """The counts are those of the paper's table: 12 blocks, with scale and trained bias."""
     shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
     total = 0
     for d, n in shapes * 12:

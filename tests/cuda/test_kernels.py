@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from boft_ops._runtime import backend, native
-from boft_ops.ops.cayley import _exact, _exact_backward
-from boft_ops.ops.compose import _compose, _compose_backward
-from boft_ops.ops.rotate import _rotate, _rotate_backward
+from boft_ops.ops.cayley import cayley_backward_reference, cayley_reference
+from boft_ops.ops.compose import compose_backward_reference, compose_reference
+from boft_ops.ops.rotate import rotate_backward_reference, rotate_reference
 from boft_ops.ops.rotate_indexed import _rotate_indexed
-from boft_ops.ops.rotate_linear import _rotate_linear, _rotate_linear_backward
-from boft_ops.ops.scale import _scale, _scale_backward
+from boft_ops.ops.rotated_linear import rotated_linear_backward_reference, rotated_linear_reference
+from boft_ops.ops.scale import scale_backward_reference, scale_reference
 
 ORDERS = ("forward", "reverse", "scattered")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -85,11 +85,11 @@ def test_cayley(cuda, b, dtype, drop):
     mask = dropout(drop, *shape)
     skew = (torch.randn(*shape, b * (b - 1) // 2) / b**0.5).to(dtype)
     blocks = cuda.cayley(skew, mask)
-    check(blocks, _exact(skew, mask), _exact(skew.double(), mask))
+    check(blocks, cayley_reference(skew, mask), cayley_reference(skew.double(), mask))
     grad = torch.randn(*shape, b, b).to(dtype)
     skew_grad = cuda.cayley_backward(blocks, mask, grad)
-    truth = _exact_backward(blocks.double(), mask, grad.double())
-    check(skew_grad, _exact_backward(blocks, mask, grad), truth, scale=1.0)
+    truth = cayley_backward_reference(blocks.double(), mask, grad.double())
+    check(skew_grad, cayley_backward_reference(blocks, mask, grad), truth, scale=1.0)
     if mask is not None:
         assert torch.equal(blocks[mask], torch.eye(b, dtype=dtype).expand_as(blocks[mask]))
         assert not skew_grad[mask].any()
@@ -98,7 +98,7 @@ def test_cayley(cuda, b, dtype, drop):
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e2, 1e6])
 def test_cayley_of_any_size_of_angle(cuda, scale):
     skew = torch.randn(40, 28) * scale
-    check(cuda.cayley(skew, None), _exact(skew), _exact(skew.double()))
+    check(cuda.cayley(skew, None), cayley_reference(skew), cayley_reference(skew.double()))
 
 
 def test_cayley_of_nothing_and_of_strided_operands(cuda):
@@ -171,18 +171,18 @@ def check_rotate(cuda, size, chunk, stride, n_groups, rows, transpose, dtype, sp
     y = cuda.rotate(x, stage, *layout, transpose)
     check(
         y,
-        _rotate(x, stage, *layout, transpose),
-        _rotate(truth[1], truth[2], *layout, transpose),
+        rotate_reference(x, stage, *layout, transpose),
+        rotate_reference(truth[1], truth[2], *layout, transpose),
     )
     x_grad, gram = cuda.rotate_backward(grad, x, stage, *layout, transpose, splits)
-    want, sums = _rotate_backward(grad, x, stage, *layout, transpose, 1)
-    exact_grad, exact_sums = _rotate_backward(*truth, *layout, transpose, 1)
+    want, sums = rotate_backward_reference(grad, x, stage, *layout, transpose, 1)
+    exact_grad, exact_sums = rotate_backward_reference(*truth, *layout, transpose, 1)
     check(x_grad, want, exact_grad)
     assert gram.shape == (splits, *sums.shape[1:])
     # the reference of halves sums in them
     check(gram.sum(0), sums[0].double().to(gram.dtype), exact_sums[0])
     pair = (grad, x) if transpose else (x, grad)
-    alone = cuda.gram(*pair, size, *layout, splits)
+    alone = cuda.rotate_stage_grad(*pair, size, *layout, splits)
     torch.testing.assert_close(alone, gram, rtol=1e-5, atol=1e-5 * rows)
     if splits == 1:
         bound = 8 * torch.finfo(gram.dtype).eps * rows**0.5 * exact_sums.abs().max()
@@ -272,12 +272,16 @@ def check_compose(cuda, n, b, first, dtype, splits):
     """Factors that are not orthogonal, and several runs of 2^first groups."""
     size, runs = b << (n - 1), 3 if b << n <= 64 else 1
     factors = torch.randn(n, runs << (n - 1 + first), b, b, dtype=dtype)
-    check(cuda.compose(factors, first), _compose(factors, first), _compose(factors.double(), first))
+    check(
+        cuda.compose(factors, first),
+        compose_reference(factors, first),
+        compose_reference(factors.double(), first),
+    )
     grad = torch.randn(splits, factors.shape[1] * b // size, size, size, dtype=dtype)
     check(
         cuda.compose_backward(factors, grad, first),
-        _compose_backward(factors, grad, first),
-        _compose_backward(factors.double(), grad.double(), first),
+        compose_backward_reference(factors, grad, first),
+        compose_backward_reference(factors.double(), grad.double(), first),
     )
 
 
@@ -302,17 +306,17 @@ def test_rotation(cuda, m, b, dtype, drop):
     n_groups = 7 if size <= 16 else 2
     mask = dropout(drop, m, n_groups * size // b)
     skew = torch.randn(m, n_groups * size // b, b * (b - 1) // 2, dtype=dtype) / b**0.5
-    blocks, stage = cuda.rotation(skew, mask)
+    blocks, stage = cuda.stage_from_skew(skew, mask)
     assert torch.equal(blocks, cuda.cayley(skew, mask))
-    truth = _exact(skew.double(), mask)
-    check(stage, _compose(_exact(skew, mask), 0), _compose(truth, 0))
+    truth = cayley_reference(skew.double(), mask)
+    check(stage, compose_reference(cayley_reference(skew, mask), 0), compose_reference(truth, 0))
     splits = 1 + b % 4 // 2
     grad = torch.randn(splits, n_groups, size, size, dtype=dtype)
 
     def backward(blocks, grad):
-        return _exact_backward(blocks, mask, _compose_backward(blocks, grad, 0))
+        return cayley_backward_reference(blocks, mask, compose_backward_reference(blocks, grad, 0))
 
-    got = cuda.rotation_backward(blocks, mask, grad)
+    got = cuda.stage_from_skew_backward(blocks, mask, grad)
     check(got, backward(blocks, grad), backward(blocks.double(), grad.double()), scale=1.0)
     if mask is not None:
         assert not got[mask].any()
@@ -327,13 +331,13 @@ def test_scale(cuda, rows, n, dtype):
     bias = torch.randn(n).to(dtype)  # vectors but the scale may be as narrow as the rows
     for vectors in [(None, None), (center, center), (bias, bias)]:
         wide = [None if v is None else v.double() for v in vectors]
-        truth = _scale(x.double(), scale.double(), *wide)
-        check(cuda.scale(x, scale, *vectors), _scale(x, scale, *vectors), truth)
+        truth = scale_reference(x.double(), scale.double(), *wide)
+        check(cuda.scale(x, scale, *vectors), scale_reference(x, scale, *vectors), truth)
     assert torch.equal(cuda.scale(x, torch.ones_like(scale), bias, bias), x)
     for middle in (None, center, bias):
         got = cuda.scale_backward(grad, x, scale, middle)
         truth = [None if t is None else t.double() for t in (grad, x, scale, middle)]
-        wanted = _scale_backward(grad, x, scale, middle), _scale_backward(*truth)
+        wanted = scale_backward_reference(grad, x, scale, middle), scale_backward_reference(*truth)
         for ours, want, real in zip(got, *wanted, strict=True):
             check(ours, want, real)
 
@@ -341,7 +345,7 @@ def test_scale(cuda, rows, n, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("kind", ["unscaled", "scaled", "trained"])
-def test_rotate_linear(cuda, kind, with_bias, dtype):
+def test_rotated_linear(cuda, kind, with_bias, dtype):
     """One call makes the launches of a layer, each of which has a test of its own."""
     x, grad = torch.randn(40, 48).to(dtype), torch.randn(40, 24).to(dtype)
     weight = (torch.randn(24, 48) / 48**0.5).to(dtype)
@@ -349,18 +353,19 @@ def test_rotate_linear(cuda, kind, with_bias, dtype):
     stage = torch.matrix_exp(skew - skew.mT)
     scale = None if kind == "unscaled" else 1 + 0.1 * torch.randn(24)
     bias = torch.randn(24).to(dtype) if with_bias else None
-    arguments = x, weight, stage, scale, bias, kind == "trained"
+    arguments = x, weight, stage, scale, bias, True, kind == "trained"
     exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-    y, z = cuda.rotate_linear(*arguments)
-    want, z_want = _rotate_linear(*arguments)
-    y_exact, z_exact = _rotate_linear(*exact)
+    y, z = cuda.rotated_linear(*arguments)
+    want, z_want = rotated_linear_reference(*arguments)
+    y_exact, z_exact = rotated_linear_reference(*exact)
     assert z.shape == z_want.shape
     check(y, want, y_exact)
     check(z, z_want, z_exact)
     z, z_exact = (z, z_exact) if kind == "trained" else (None, None)
-    got = cuda.rotate_linear_backward(grad, x, weight, stage, scale, bias, z, 2)
-    wanted = _rotate_linear_backward(grad, x, weight, stage, scale, bias, z, 2)
-    truth = _rotate_linear_backward(grad.double(), *exact[:5], z_exact, 2)
+    got = cuda.rotated_linear_backward(grad, x, weight, stage, scale, bias, z, 2, False)
+    backward = rotated_linear_backward_reference
+    wanted = backward(grad, x, weight, stage, scale, bias, z, 2, False)
+    truth = backward(grad.double(), *exact[:5], z_exact, 2, False)
     for i, (ours, reference, real) in enumerate(zip(got, wanted, truth, strict=True)):
         parts = i == 1  # summed up: how they are divided is the kernel's affair
         check(*(t.sum(0) if parts else t for t in (ours, reference, real)), scale=1e4 * parts)
@@ -381,22 +386,30 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
         ("compose", (torch.zeros(5, 16, 32, 32), 0), "at most 256 rows, got 512"),
         ("compose", (torch.zeros(2, 4, 4, 4).half(), 0), "float32 or float64"),
         ("compose_backward", (torch.zeros(2, 4, 4, 4), torch.zeros(0, 2, 8, 8), 0), "stage matri"),
-        ("rotation", (torch.zeros(3, 6), None), "3 dimensions"),
-        ("rotation", (torch.zeros(4, 8, 120), None), "at most 64 rows, got 128"),
+        ("stage_from_skew", (torch.zeros(3, 6), None), "3 dimensions"),
+        ("stage_from_skew", (torch.zeros(4, 8, 120), None), "at most 64 rows, got 128"),
         ("rotate", (torch.zeros(3, 12), torch.zeros(1, 8, 8), 4, 1, False), "does not fit"),
         ("rotate", (torch.zeros(3, 16), torch.zeros(2, 8, 8).double(), 4, 1, False), "dtype of x"),
         ("rotate", (torch.zeros(1, 512), torch.zeros(1, 512, 512), 4, 1, False), "at most 256"),
         ("rotate_indexed", (*INDEXED[:2], torch.zeros(3), 4, 1, False), "int32 for each row"),
         ("rotate_indexed", (*INDEXED[:2], INDEXED[2][1:], 4, 1, False), "int32 for each row"),
         ("rotate_indexed", (INDEXED[0], INDEXED[1][:, 1:], INDEXED[2], 4, 1, False), "adapters, d"),
-        ("gram", (torch.zeros(3, 8), torch.zeros(3, 8), 8, 4, 1, 0), "positive number, got 0"),
-        ("gram", (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1), "shape and dtype of x"),
+        (
+            "rotate_stage_grad",
+            (torch.zeros(3, 8), torch.zeros(3, 8), 8, 4, 1, 0),
+            "positive number, got 0",
+        ),
+        (
+            "rotate_stage_grad",
+            (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1),
+            "shape and dtype of x",
+        ),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), r"expected \(n,\)"),
         ("scale", (torch.zeros(3, 4), torch.zeros(4), None, torch.zeros(4)), "both or none"),
         ("scale", (torch.zeros(3, 4), torch.zeros(3), None, None), r"expected \(n,\)"),
         (
-            "rotate_linear",
-            (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 8, 8), None, None, False),
+            "rotated_linear",
+            (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 8, 8), None, None, True, False),
             "of one dtype",
         ),
     ],
@@ -414,11 +427,11 @@ def test_the_same_bits_in_every_order_of_threads(cuda, monkeypatch):
     results = []
     for order in ORDERS:
         monkeypatch.setenv("BOFT_EMULATION_ORDER", order)
-        blocks, stage = cuda.rotation(skew, None)
+        blocks, stage = cuda.stage_from_skew(skew, None)
         x_grad, gram = cuda.rotate_backward(grad, x, stage, 4, 1, False, 2)
         sums = cuda.scale_backward(grad, x, torch.ones(64), torch.zeros(64))
         rows = cuda.rotate_indexed(x, stage[None], torch.zeros(150, dtype=torch.int32), 4, 1, False)
         more = x_grad, rows, *sums
-        results.append([blocks, cuda.rotation_backward(blocks, None, gram), *more])
+        results.append([blocks, cuda.stage_from_skew_backward(blocks, None, gram), *more])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

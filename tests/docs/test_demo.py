@@ -1,4 +1,4 @@
-"""The demo of docs/examples: its data, its splits, and every step of it on a tiny random BERT."""
+"""The demo of docs/examples: its data, its splits, and a whole run with a tiny random BERT."""
 
 import argparse
 import copy
@@ -13,7 +13,7 @@ import torch
 import transformers
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
-sys.path.insert(0, str(EXAMPLES))  # as if one of its scripts were run
+sys.path.insert(0, str(EXAMPLES))  # for the modules of the scripts
 try:
     import curves
     import fetch_data
@@ -30,9 +30,9 @@ LINES = [
     "1\t2.5\tA fine,  fine film.",
     "2\t-0.9\tToo near to zero.",
     "3\t-1.5\tDull  throughout",
-    "4\t2.0\ta FINE, fine film",  # a copy of the first but for case and punctuation
+    "4\t2.0\ta FINE, fine film",  # a copy of the first, up to case and punctuation
     "5\t3.0\tBold and strange.",
-    "6\t-3.0\tBold, and strange!",  # a copy that contradicts
+    "6\t-3.0\tBold, and strange!",  # a copy with a different label
     "7\t-1.0\tExactly on the threshold.",
 ]
 
@@ -70,7 +70,7 @@ def test_fetch_verifies_and_is_idempotent(tmp_path, monkeypatch, content):
     assert path.read_bytes() == content
     assert fetch_data.fetch(tmp_path / "data", digest) == path
     assert len(calls) == 1
-    path.write_bytes(content[:-1])  # damaged: fetched again
+    path.write_bytes(content[:-1])  # a damaged file is fetched again
     assert fetch_data.fetch(tmp_path / "data", digest).read_bytes() == content
     with pytest.raises(ValueError, match="expected sha256 abc, got"):
         fetch_data.fetch(tmp_path / "elsewhere", "abc")
@@ -103,7 +103,7 @@ def test_splits_are_fixed_and_disjoint():
     assert [len(split) for split in small] == [20, 10, 30]
     texts = [set(split.texts) for split in small]
     assert len(set.union(*texts)) == 60
-    # Neither the order of the file nor the size of the training set moves a sentence.
+    # Neither the order of the file nor the size of the training split moves a sentence.
     assert again[1:] == small[1:]
     assert again[0].texts[:20] == small[0].texts
     assert all(int(t.split()[1]) % 2 == y for s in small for t, y in zip(s.texts, s.labels))
@@ -126,7 +126,7 @@ def test_shuffled_batches_cover_every_sentence_once():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(lower, top, whole encoder, tokenizer) of a random BERT over ten words."""
+    """Make (lower, top, whole encoder, tokenizer) of a random BERT with ten words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     known = ["[PAD]", "[UNK]", "the", "film", "is", "was", "good", "bad", "so", "very"]
@@ -163,7 +163,7 @@ def quiet():
     return Console(file=io.StringIO(), width=120)
 
 
-def test_two_parts_give_the_whole(tiny, data):
+def test_the_two_parts_compute_the_whole_encoder(tiny, data):
     _, top, whole, tokenizer = tiny
     hidden, mask, _ = data.batch([0, 8])
     ids = torch.tensor([tokenizer.encode(t).ids for t in ("the film is so very good",)])
@@ -184,10 +184,11 @@ def test_every_method_from_training_to_report(tiny, data, tmp_path):
             for name in args.methods
         ]
     by_name = {run.name: run for run in runs}
-    d, wide, layers = 32, 64, 3
-    rotated, outputs = 5 * d + wide, 5 * d + wide  # features into and out of a layer's six linears
+    d, intermediate, layers = 32, 64, 3
+    # The six linears of a layer have as many input features as output features.
+    rotated = outputs = 5 * d + intermediate
     assert by_name["frozen"].adapter == 0
-    assert by_name["lora"].adapter == layers * 8 * (4 * 2 * d + 2 * (d + wide))
+    assert by_name["lora"].adapter == layers * 8 * (4 * 2 * d + 2 * (d + intermediate))
     assert by_name["oft"].adapter == layers * (rotated * 7 // 2 + outputs)
     assert by_name["boft"].adapter == layers * (2 * rotated * 7 // 2 + outputs)
     assert {run.head for run in runs} == {2 * d + 2}
@@ -228,7 +229,7 @@ def test_training_repeats_and_learns(tiny, data):
     assert all(torch.equal(p, frozen[n]) for n, p in kept.items())
 
 
-def test_peak_counts_what_is_held_at_once():
+def test_peak_counts_simultaneous_allocations():
     def work():
         first = torch.empty(1000, dtype=torch.float64)
         del first
@@ -237,9 +238,9 @@ def test_peak_counts_what_is_held_at_once():
     assert training.peak_allocated(work) == 8 * 1100
 
 
-def test_comparison_names_what_the_error_does_not_carry():
-    def run(name, right):
-        correct = torch.arange(400) < right
+def test_comparison_names_differences_within_the_error():
+    def run(name, n_correct):
+        correct = torch.arange(400) < n_correct
         return report.Run(name, name.title(), 0, 1, 1, 1, 1.0, correct)
 
     lines = report.sentences([run("frozen", 200), run("oft", 300), run("boft", 301)])

@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands exist, its links lead somewhere, it builds."""
+"""The documentation: its code runs, its commands and links exist, and its site builds."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def name(page):
 
 
 def blocks(page):
-    """(line it starts on, language, code) of every fenced block."""
+    """Yield (first line, language, code) of every fenced block."""
     text = page.read_text()
     for match in FENCE.finditer(text):
         yield text.count("\n", 0, match.start(2)), match[1], match[2]
@@ -38,20 +38,20 @@ def has_python(page):
 
 @pytest.mark.parametrize("page", list(filter(has_python, PAGES)), ids=name)
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
-    """From top to bottom, as a reader would: a block may use what an earlier one defined."""
+    """The blocks run in their order, and a block may use names that an earlier one defined."""
     monkeypatch.chdir(tmp_path)
-    space = {"__name__": "snippet"}
+    namespace = {"__name__": "snippet"}
     for line, language, code in blocks(page):
         if language == "python":
-            # so many lines down that a traceback names the line of the page
-            exec(compile("\n" * line + code, name(page), "exec"), space)
+            # The empty lines make a traceback name the line of the page.
+            exec(compile("\n" * line + code, name(page), "exec"), namespace)
 
 
-def test_there_is_python_and_nothing_escapes():
+def test_the_tests_find_every_code_block():
     languages = {"python", "bash", "json", ""}
     assert {"README.md", "docs/tutorial.md"} <= {name(page) for page in PAGES if has_python(page)}
     for page in PAGES:
-        # every fence was paired, and none is written so that the tests would pass it over
+        # Every fence is paired, and none is written in a form that the tests would miss.
         assert page.read_text().count("```") == 2 * len(list(blocks(page))), page
         for _, language, code in blocks(page):
             assert language in languages, page
@@ -63,7 +63,7 @@ def test_there_is_python_and_nothing_escapes():
 
 
 def commands(pattern):
-    """(page, match) of a command, wherever a page names one."""
+    """Yield (page, match) of every command in a page."""
     for page in PAGES:
         for match in re.finditer(pattern, page.read_text(), re.MULTILINE):
             yield page, match
@@ -72,7 +72,7 @@ def commands(pattern):
 def test_every_make_target_that_is_named_exists():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    # in a block or in code, not in a sentence that makes something
+    # The command starts a line or a code span; "make" in a sentence does not count.
     named = {match[1] for _, match in commands(r"(?:^ *|`)make ([a-z][\w.-]*)")}
     assert {"demo", "test", "bench", "lint", "docs"} <= named
     for target in named:
@@ -83,9 +83,9 @@ def test_every_make_target_that_is_named_exists():
 
 
 def test_every_script_that_is_named_exists_and_has_the_options():
-    found = list(commands(r"python ((?:docs|bench|tests)/[\w/]+\.py)([^`\n#]*)"))
-    assert len(found) >= 5
-    for page, match in found:
+    calls = list(commands(r"python ((?:docs|bench|tests)/[\w/]+\.py)([^`\n#]*)"))
+    assert len(calls) >= 5
+    for page, match in calls:
         script = ROOT / match[1]
         assert script.is_file(), f"{name(page)}: {match[1]}"
         sources = "".join(file.read_text() for file in script.parent.glob("*.py"))
@@ -110,7 +110,7 @@ def test_every_subcommand_that_is_named_exists():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
+def test_links_exist(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
@@ -129,28 +129,28 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert run.returncode == 0, run.stderr[-4000:]
     site = tmp_path / "site"
     pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
-    for page in PAGES:  # every page is on it, the repository's own too
+    for page in PAGES:  # every page is on the site, including those from outside of docs/
         source = name(page).removeprefix("docs/").replace("README.md", "index.md").lower()
         assert source.replace(".md", ".html") in {p.lower() for p in pages}, page
-    # what is linked to outside of docs/ came along
+    # Files outside of docs/ that a page links to are on the site.
     assert (site / "files/bench/results/index.html").is_file()
     assert (site / "files/bench/results/cpu/auto.csv").is_file()
     text = (site / "api.html").read_text()
     assert "Raises:" in text
     for public in set(boft_ops.__all__) - {"__version__"}:
-        # in a module, not the method of a class
+        # The pattern matches names in a module, not methods of a class.
         assert len(re.findall(rf'id="boft_ops\.[a-z_.]+\.{public}"', text)) == 1, public
-    # nothing is loaded from elsewhere when a page is read
-    elsewhere = (
+    # Reading a page loads nothing from other servers.
+    external = (
         re.compile(r'<(?:script|img)[^>]* src="https?:'),
         re.compile(r'<link[^>]* rel="(?:stylesheet|preconnect)" href="https?:'),
     )
     for path in site.rglob("*.html"):
         html = path.read_text()
-        assert not any(pattern.search(html) for pattern in elsewhere), path
+        assert not any(pattern.search(html) for pattern in external), path
 
 
-def test_what_has_no_place_on_the_site_comes_to_an_end():
+def test_unlisted_pages_and_names_are_added_at_the_end():
     spec = importlib.util.spec_from_file_location("_site", ROOT / "docs" / "_site.py")
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
@@ -158,23 +158,23 @@ def test_what_has_no_place_on_the_site_comes_to_an_end():
     config = types.SimpleNamespace(nav=[{"Start": "index.md"}, {"Paper": paper}, "tutorial.md"])
     nav = hooks.on_config(config).nav
     pages = {name(page).removeprefix("docs/") for page in PAGES if page not in OUTER}
-    listed = [path for path in hooks._paths(nav) if path != "index.md"]
-    assert sorted(listed) == sorted(pages)  # each once
+    listed = [path for path in hooks.nav_paths(nav) if path != "index.md"]
+    assert sorted(listed) == sorted(pages)  # each page appears once
     assert {page for page in pages if page.startswith("paper/")} == set(paper)
     assert nav[2] == "tutorial.md"
-    everything = set(hooks._not_placed(""))
+    everything = set(hooks.names_without_entry(""))
     names = {path.rpartition(".")[2] for path in everything}
     assert names == set(boft_ops.__all__) - {"__version__"}
     one = "boft_ops.ops.cayley.cayley"
-    assert set(hooks._not_placed(f"::: {one}\n")) == everything - {one}
+    assert set(hooks.names_without_entry(f"::: {one}\n")) == everything - {one}
 
 
 def test_files_stay_small():
     for folder, suffix, limit in (
         ("boft_ops", "py", 400),
-        ("triton", "py", 300),
-        ("bench", "py", 300),
-        ("docs", "py", 300),
+        ("triton", "py", 400),
+        ("bench", "py", 400),
+        ("docs", "py", 400),
         ("csrc", "cpp", 400),
     ):
         for file in (ROOT / folder).rglob(f"*.{suffix}"):

@@ -11,7 +11,7 @@ from boft_ops.analysis.approximation import butterfly_factors
 
 PAPER = Path(__file__).resolve().parents[2] / "docs" / "paper"
 OUTPUTS = PAPER / "outputs"
-sys.path.insert(0, str(PAPER))  # as if one of its scripts were run
+sys.path.insert(0, str(PAPER))  # for the modules of the scripts
 try:
     import _common
     import _figure5
@@ -23,7 +23,7 @@ finally:
     sys.path.remove(str(PAPER))
 
 
-def test_a_quick_run_must_say_where_it_writes():
+def test_a_quick_run_must_name_its_output_folder():
     with pytest.raises(SystemExit, match="expected --out"):
         transmission.main(["--quick"])
 
@@ -39,7 +39,7 @@ def test_csv_round_trip(tmp_path):
 
 @pytest.mark.slow
 def test_figure5_in_portions(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(PAPER))  # which the processes that it starts inherit
+    monkeypatch.syspath_prepend(str(PAPER))  # the processes of the script inherit it
     arguments = ["--quick", "--jobs", "1", "--out", str(tmp_path), "--resume"]
     figure5.main([*arguments, "--most", "3"])
     assert "26 structures are left" in capsys.readouterr().out
@@ -47,12 +47,12 @@ def test_figure5_in_portions(tmp_path, capsys, monkeypatch):
     figure5.main(arguments)
     assert capsys.readouterr().out.count(": holds") == 2
     rows = _common.read_csv(tmp_path / _figure5.DATA)
-    assert all(row in rows for row in first)  # not measured again
+    assert all(row in rows for row in first)  # these structures were not measured again
     points = _figure5.read_points(tmp_path)
     for b in (2, 4, 8):
         errors = [points["boft", m, b].error for m in range(1, (64 // b).bit_length() + 1)]
         assert errors == sorted(errors, reverse=True)  # more factors approximate better
-    for m, b in ((6, 2), (4, 4)):  # other starts, optimisers and more sweeps hardly differ
+    for m, b in ((6, 2), (4, 4)):  # other starts, Adam and more sweeps give similar errors
         for method in ("boft-long", "boft-random", "boft-adam"):
             assert abs(points[method, m, b].error - points["boft", m, b].error) < 0.02
     ElementTree.parse(tmp_path / "figure5.svg")
@@ -88,8 +88,8 @@ def test_figure5_speed(tmp_path):
     assert all(float(row["ours_ms"]) > 0 and float(row["dense_ms"]) > 0 for row in rows)
 
 
-def test_figure5_dense_sweeps_do_the_same():
-    """Where all factors are one stage, both visit them in the same order."""
+def test_figure5_dense_sweeps_agree():
+    """If all factors are one stage, both versions visit them in the same order."""
     target = figure5.random_orthogonal(32, 0).float()
     factors = butterfly_factors(32, 4, 4)
     dense = figure5_speed.dense_sweeps(target, factors, 3)
@@ -113,10 +113,10 @@ def test_transmission(tmp_path, capsys):
         ElementTree.parse(tmp_path / f"figure{number}.svg")
 
 
-# --- What is committed ----------------------------------------------------------------------------
+# --- Committed outputs ----------------------------------------------------------------------------
 
 
-def test_committed_data_bear_the_claims_out():
+def test_committed_data_supports_the_claims():
     assert len(_figure5.check_claims(_figure5.read_points(OUTPUTS), 512)) == 2
     assert theorem1.check_claims(OUTPUTS)
     assert transmission.check_claims(OUTPUTS)
@@ -128,7 +128,7 @@ def test_committed_figures_come_from_the_committed_data(module, tmp_path):
         (tmp_path / data.name).write_bytes(data.read_bytes())
     module.draw(tmp_path)
     (drawn,) = tmp_path.glob("*.svg")
-    # another version of matplotlib may differ in decimals, not in the text and the curves
+    # Versions of matplotlib may differ in decimals, but not in the number of texts and curves.
     texts = (drawn.read_text(), (OUTPUTS / drawn.name).read_text())
     counts = [(text.count("<path"), text.count("<text"), text.count("<use")) for text in texts]
     assert counts[0] == counts[1]

@@ -1,4 +1,4 @@
-"""Scripts of docs/paper on parameter counts and trained weights, and their committed outputs."""
+"""The scripts of docs/paper on parameter counts and trained weights, and committed outputs."""
 
 import copy
 import re
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 PAPER = Path(__file__).resolve().parents[2] / "docs" / "paper"
-sys.path.insert(0, str(PAPER))  # as if one of its scripts were run
+sys.path.insert(0, str(PAPER))  # for the modules of the scripts
 try:
     import _common
     import _finetuned
@@ -25,7 +25,7 @@ finally:
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tiny matrices: more threads would wait for each other."""
+    """Use one thread, because with tiny matrices more threads would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,13 +33,13 @@ def _one_thread():
 
 
 def run(script, folder, monkeypatch, *arguments):
-    """Run a script's quick form; return its rows."""
+    """Run a script with --quick, and return its rows."""
     name = script.__name__
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(folder), *arguments])
     page = PAPER / f"{name}.md"
     before = page.read_text()
     script.main()
-    assert page.read_text() == before  # a quick run leaves the page to the full one
+    assert page.read_text() == before  # only a full run writes to the page
     assert "cpu_s" in (folder / f"{name}.log").read_text()
     return _common.read_csv(folder / f"{name}.csv")
 
@@ -49,7 +49,7 @@ def is_picture(path):
 
 
 def shown(script):
-    """What the page shows between the marks of its table."""
+    """Return the lines of a page between the marks of its table."""
     text = (PAPER / f"{script.__name__}.md").read_text()
     return re.search(r"<!-- \w+ -->\n(.*?)\n<!-- /", text, re.DOTALL)[1].split("\n")
 
@@ -59,14 +59,16 @@ def shown(script):
 
 def test_counts_of_the_tables(tmp_path, monkeypatch):
     rows = run(tables, tmp_path, monkeypatch)
-    assert rows == _common.read_csv(_common.OUTPUTS / "tables.csv")  # integers: the same anywhere
+    # Integers are the same on every machine.
+    assert rows == _common.read_csv(_common.OUTPUTS / "tables.csv")
     assert shown(tables) == tables.table(rows)
     by_row = {(row["model"], row["method"]): row for row in rows}
-    found = by_row["DeBERTaV3-base", "BOFT m=2, b=8"]
-    # 12 blocks of four 768 x 768, one 768 x 3072 and one 3072 x 768: 2 * 7 / 2 d and one n each
-    assert int(found["rotation"]) == 12 * 7 * (5 * 768 + 3072)
-    assert int(found["trained"]) == int(found["rotation"]) + 12 * (5 * 768 + 3072)
-    assert found["counted_as"] == "rotation + 2n"
+    deberta = by_row["DeBERTaV3-base", "BOFT m=2, b=8"]
+    # Each of the 12 blocks has four layers 768 x 768, one 768 x 3072 and one 3072 x 768. A layer
+    # has 2 * 7 / 2 d rotation parameters and n scales.
+    assert int(deberta["rotation"]) == 12 * 7 * (5 * 768 + 3072)
+    assert int(deberta["trained"]) == int(deberta["rotation"]) + 12 * (5 * 768 + 3072)
+    assert deberta["counted_as"] == "rotation + 2n"
     assert {row["counted_as"] for row in rows if row["model"] == tables.SD15} == {"no"}
 
 
@@ -74,11 +76,11 @@ def test_counts_that_no_choice_of_layers_gives():
     def row(m, b, printed):
         return {"m": m, "b": b, "printed": printed}
 
-    # 7.5 X + Y, 6 X + Y and 7 X + Y with X = 10,000 and Y = 5,000
-    right = [row(1, 16, "0.080M"), row(4, 4, "0.065M"), row(2, 8, "0.075M")]
-    assert tables.one_set_of_layers(right)
-    assert not tables.one_set_of_layers([*right[:2], row(2, 8, "0.090M")])
-    # Y would be negative
+    # These are 7.5 X + Y, 6 X + Y and 7 X + Y with X = 10,000 and Y = 5,000.
+    consistent = [row(1, 16, "0.080M"), row(4, 4, "0.065M"), row(2, 8, "0.075M")]
+    assert tables.one_set_of_layers(consistent)
+    assert not tables.one_set_of_layers([*consistent[:2], row(2, 8, "0.090M")])
+    # Here Y would be negative.
     assert not tables.one_set_of_layers([row(1, 16, "0.080M"), row(4, 4, "0.060M")])
 
 
@@ -99,7 +101,7 @@ def test_spectrum(tmp_path, monkeypatch):
     rows = run(spectrum, tmp_path, monkeypatch)
     assert is_picture(tmp_path / "spectrum.png")
     assert len(rows) == (len(spectrum.RECIPES) + 1) * 18
-    for row in rows:  # something was trained
+    for row in rows:  # every method changed the weights
         if row["method"] != spectrum.ROUNDING:
             assert float(row["distance"]) > 1e-4
     committed = _common.read_csv(_common.OUTPUTS / "spectrum.csv")
@@ -107,7 +109,7 @@ def test_spectrum(tmp_path, monkeypatch):
     for data in (rows, committed):
         spectrum.check(data)
         scaled = [float(r["singular_values"]) for r in data if r["method"] == spectrum.SCALED]
-        assert min(scaled) > 1e-4  # the trained scale moves them, as the page says
+        assert min(scaled) > 1e-4  # the trained scale changes them, as the page states
     next(row for row in rows if row["method"] == spectrum.EXACT)["angle"] = "1e-3"
     with pytest.raises(AssertionError, match="angle: expected BOFT"):
         spectrum.check(rows)
@@ -125,7 +127,7 @@ def test_interpolation(tmp_path, monkeypatch):
             stops.setdefault(row["way"], []).append(float(row["t"]))
         assert {len(ts) for ts in stops.values()} == {6}
         assert {(ts[0], ts[-1]) for ts in stops.values()} == {(1.0, 0.0)}
-        # only the straight line leaves the rotations, and loses singular values between its ends
+        # Only the straight line leaves the rotations and changes singular values between its ends.
         lost = [float(r["singular_values"]) for r in data if r["way"] == interpolation.LINE]
         assert max(lost[1:-1]) > 1e-5
     rows[3]["distance"] = "9"
@@ -142,7 +144,7 @@ def test_dropout(tmp_path, monkeypatch):
     assert all(float(r["difference"]) == 0 for r in rows if float(r["p_block"]) == 0)
     committed = _common.read_csv(_common.OUTPUTS / "dropout.csv")
     assert shown(dropout) == dropout.table(committed)
-    # by hand: mean over seeds, and the error that seeds and sentences have together
+    # By hand: the mean over the seeds, and the error from the seeds and the sentences together.
     group = [
         {"difference": "0.01", "difference_error": "0.003"},
         {"difference": "0.03", "difference_error": "0.003"},
@@ -157,7 +159,7 @@ def test_dropout_is_active_while_the_scripts_train():
     layer = next(m for m in dropped.modules() if hasattr(m, "dropout") and hasattr(m, "skew"))
     mask = layer.train().dropout.draw(layer.skew)
     assert sorted(mask.sum(1).tolist()) == [0, mask.shape[1] // 2]  # one factor, half its blocks
-    # the same head and adapter: runs of one seed differ by the dropout alone
+    # The head and the adapter are the same, so runs of one seed differ only by the dropout.
     for one, other in zip(plain.parameters(), dropped.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -171,14 +173,14 @@ def test_stability(tmp_path, monkeypatch):
     for data in (rows, committed):
         stability.check(data)
         last = {row["case"]: float(row["method_error"]) for row in data}
-        assert last["neumann5, fp32"] > 0.1  # the series has left the rotations
+        assert last["neumann5, fp32"] > 0.1  # the series no longer gives rotations
     worse = copy.deepcopy(rows)
     worse[0]["product_error"] = "1e-5"
     with pytest.raises(AssertionError, match="expected errors below 1e-06"):
         stability.check(worse)
 
 
-def test_a_finetuned_model_is_kept_and_found_again(tmp_path, monkeypatch):
+def test_a_finetuned_model_is_kept_and_loaded_again(tmp_path, monkeypatch):
     task = _finetuned.load_task(quick=True)
     kept = _finetuned.Task(**{**vars(task), "quick": False})
     monkeypatch.setattr(_finetuned, "KEPT", tmp_path)

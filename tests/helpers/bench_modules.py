@@ -1,4 +1,4 @@
-"""The modules of bench/, imported as if one of its scripts were run."""
+"""The modules of bench/, which import each other as top-level modules."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Compiles every CUDA kernel for GPUs that are not there, and tells what it takes of them.
+"""Registers, barriers, stack and spills of every CUDA kernel, from compiling it without a GPU.
 
-``python tests/helpers/cuda_resources.py --write`` rewrites tests/data/cuda_resources.csv, with
-which tests/cuda/test_compile.py compares. Warnings of the compiler and assembler are errors.
+``python tests/helpers/cuda_resources.py --write`` rewrites tests/data/cuda_resources.csv, which
+tests/cuda/test_compile.py compares with a new compilation. Warnings of the compiler and the
+assembler are errors.
 """
 
 import csv
@@ -22,17 +23,22 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Werror=a
 
 
 def release(nvcc: str) -> str:
-    """Of the compiler, e.g. "13.0": the table is compared where it is the same."""
+    """Return the release of nvcc, such as "13.0". The table is compared only for its release."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     return re.search(r"release ([\d.]+)", version.stdout)[1]
 
 
 def sources() -> list[Path]:
+    """List the files of CUDA kernels."""
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def compiled(nvcc: str, source: Path, arch: str) -> dict[str, dict[str, int]]:
-    """Kernel -> resources of one file; the object is thrown away."""
+    """Compile one file and return the resources of each kernel.
+
+    Raises:
+        RuntimeError: the compiler reported an error or a warning.
+    """
     code = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *FLAGS, f"-I{ROOT / 'csrc'}", "-Xptxas=-v,-warn-spills"]
@@ -60,6 +66,7 @@ def compiled(nvcc: str, source: Path, arch: str) -> dict[str, dict[str, int]]:
 
 
 def _readable(names: list[str]) -> dict[str, str]:
+    """Demangle names of kernels."""
     text = subprocess.run(
         ["c++filt", "-p", *names], capture_output=True, text=True, check=True
     ).stdout
@@ -68,20 +75,20 @@ def _readable(names: list[str]) -> dict[str, str]:
 
 
 def resources(nvcc: str) -> dict[tuple[str, str], dict[str, int]]:
-    """(arch, kernel) -> resources, of everything, compiled on all cores."""
+    """Compile all files for all architectures; returns resources by (arch, kernel)."""
     jobs = [(source, arch) for source in sources() for arch in ARCHS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda job: compiled(nvcc, *job), jobs))
-    names = _readable(sorted({name for kernels in found for name in kernels}))
+        results = list(pool.map(lambda job: compiled(nvcc, *job), jobs))
+    names = _readable(sorted({name for kernels in results for name in kernels}))
     return {
         (arch, names[name]): used
-        for (_, arch), kernels in zip(jobs, found, strict=True)
+        for (_, arch), kernels in zip(jobs, results, strict=True)
         for name, used in kernels.items()
     }
 
 
 def read_table() -> tuple[str, dict[tuple[str, str], dict[str, int]]]:
-    """The nvcc release of the committed table, and (arch, kernel) -> resources."""
+    """Read the committed table: its nvcc release, and the resources by (arch, kernel)."""
     with TABLE.open(newline="") as file:
         version = file.readline().split()[-1]
         rows = list(csv.DictReader(file))
@@ -91,13 +98,14 @@ def read_table() -> tuple[str, dict[tuple[str, str], dict[str, int]]]:
 
 
 def write_table(nvcc: str) -> None:
-    found = resources(nvcc)
+    """Rewrite the committed table."""
+    rows = resources(nvcc)
     with TABLE.open("w", newline="") as file:
         file.write(f"# nvcc {release(nvcc)}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["arch", "kernel", *COLUMNS])
-        for arch, kernel in sorted(found, key=lambda row: (ARCHS.index(row[0]), row[1])):
-            writer.writerow([arch, kernel, *(found[arch, kernel][key] for key in COLUMNS)])
+        for arch, kernel in sorted(rows, key=lambda row: (ARCHS.index(row[0]), row[1])):
+            writer.writerow([arch, kernel, *(rows[arch, kernel][key] for key in COLUMNS)])
 
 
 if __name__ == "__main__":

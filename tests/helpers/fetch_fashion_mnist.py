@@ -1,7 +1,7 @@
-"""Puts Fashion-MNIST's test set into data/fashion-mnist, from Debian's package, as any user.
+"""Fetch Fashion-MNIST's test set from Debian's package into data/fashion-mnist, without root.
 
-For one test of tests/nn/test_real_models.py, which is skipped where this is not possible:
-there is nothing to download from but a Debian mirror, so that a failure here is no error.
+One test of tests/nn/test_real_models.py uses it and is skipped without it. Only a Debian mirror
+provides the package, so a failed download is not an error.
 """
 
 import shutil
@@ -11,13 +11,13 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = "dataset-fashion-mnist"
-INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # where the package itself puts it
+INSTALLED = Path("/usr/share/datasets/fashion-mnist")  # the folder of the installed package
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "fashion-mnist"
 FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 
 
 def find():
-    """The folder that holds the files, or None."""
+    """Return the folder that contains the files, or None."""
     for folder in (FOLDER, INSTALLED):
         if all((folder / name).is_file() for name in FILES):
             return folder
@@ -25,6 +25,7 @@ def find():
 
 
 def fetch():
+    """Download the package and copy the files from it."""
     with tempfile.TemporaryDirectory() as scratch:
         run = {"cwd": scratch, "check": True, "stdout": subprocess.DEVNULL, "timeout": 120}
         subprocess.run(["apt-get", "download", PACKAGE], stderr=subprocess.DEVNULL, **run)

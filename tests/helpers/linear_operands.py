@@ -1,4 +1,4 @@
-"""Arguments for boft_linear: a small layer that every m up to 3 fits."""
+"""Arguments of boft_linear for a small layer, which fits every m up to 3."""
 
 import torch
 
@@ -6,6 +6,7 @@ N, D_IN, D_OUT = 6, 32, 16
 
 
 def operands(side="in", m=2, b=4, dtype=torch.float64, std=0.3):
+    """Make random tensors by the names of their arguments."""
     features = D_IN if side == "in" else D_OUT
     return {
         "x": torch.randn(N, D_IN, dtype=dtype),
@@ -17,5 +18,6 @@ def operands(side="in", m=2, b=4, dtype=torch.float64, std=0.3):
 
 
 def call(function, tensors, **options):
+    """Call a function with the tensors in the order of its arguments, missing ones as None."""
     names = ("x", "weight", "skew", "scale", "bias")
     return function(*(tensors.get(n) for n in names), **options)

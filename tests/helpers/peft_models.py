@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Net(nn.Module):
-    """Two linear layers, one without a bias, and convolutions before them."""
+    """Two convolutions and two linear layers; the last of each has no bias."""
 
     def __init__(self):
         super().__init__()
@@ -23,16 +23,18 @@ class Net(nn.Module):
 
 
 def net():
+    """Make a Net and a batch for it."""
     return Net(), torch.randn(3, 4, 8, 8)
 
 
 def mlp():
+    """Make a model of two linear layers and a batch for it."""
     model = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 16, bias=False))
     return model, torch.randn(5, 32)
 
 
 def boft(targets=("0", "2"), b=4, m=1, p=0.0, **options):
-    """A BOFT config, by default with random parameters."""
+    """Make a BOFT config, by default with random parameters."""
     options = {"init_weights": False, **options}
     return peft.BOFTConfig(
         boft_block_size=b,
@@ -44,12 +46,13 @@ def boft(targets=("0", "2"), b=4, m=1, p=0.0, **options):
 
 
 def oft(targets=("0", "2"), b=4, **options):
+    """Make an OFT config, by default with random parameters and the exact Cayley transform."""
     options = {"init_weights": False, "use_cayley_neumann": False, **options}
     return peft.OFTConfig(r=0, oft_block_size=b, target_modules=list(targets), **options)
 
 
 def tuned(base, config, **others):
-    """A PEFT model on a copy of ``base``, with adapters named by keyword besides "default"."""
+    """Make a PEFT model on a copy of ``base``; further adapters are named by keyword."""
     model = peft.get_peft_model(copy.deepcopy(base), config)
     for name, other in others.items():
         model.add_adapter(name, other)
@@ -57,7 +60,7 @@ def tuned(base, config, **others):
 
 
 def step(model, x, seed=7):
-    """The output, and every gradient, of one step with given random numbers."""
+    """Run one step with a given seed; returns the output and every gradient by name."""
     torch.manual_seed(seed)
     model.zero_grad()
     x = x.detach().requires_grad_()
@@ -69,7 +72,7 @@ def step(model, x, seed=7):
 
 
 def assert_same(got, want, rtol=1e-4, atol=1e-5):
-    """Two results of ``step`` agree."""
+    """Assert that two results of ``step`` agree."""
     torch.testing.assert_close(got[0], want[0], rtol=rtol, atol=atol)
     assert got[1].keys() == want[1].keys()
     for name, grad in want[1].items():

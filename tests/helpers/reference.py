@@ -1,7 +1,7 @@
-"""Slow, dense, obviously correct: what the package's functions are compared with.
+"""Dense reference implementations for comparison with the package's functions.
 
-Written from the definitions, with nothing of the package's own: feature maps and permutations as
-lists of indices, matrices of full size, one loop per block.
+They are slow but obviously correct. They follow the definitions and use nothing of the package:
+feature maps and permutations are lists of indices, matrices are dense, and blocks are looped over.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 
 
 def skew_matrix(packed):
-    """(P,) -> (b, b): the strict upper triangle, row by row."""
+    """Unpack (b(b-1)/2,) to (b, b); the packed entries are the strict upper triangle by rows."""
     b = next(b for b in range(1, 2000) if b * (b - 1) // 2 == packed.numel())
     q = torch.zeros(b, b, dtype=packed.dtype)
     entries = [(i, j) for i in range(b) for j in range(i + 1, b)]
@@ -20,7 +20,10 @@ def skew_matrix(packed):
 
 
 def cayley(packed):
-    """(..., P) -> (..., b, b): (I + Q)(I - Q)^-1 through torch's solver, in the given dtype."""
+    """Compute (I + Q)(I - Q)^-1 with torch's solver in the given dtype.
+
+    The shape (..., b(b-1)/2) becomes (..., b, b).
+    """
     leading = packed.shape[:-1]
     blocks = []
     for row in packed.reshape(math.prod(leading), packed.shape[-1]):
@@ -32,7 +35,7 @@ def cayley(packed):
 
 
 def features(i, k, b, m):
-    """The features of block k of factor i, in the order of its rows."""
+    """List the features of block k of factor i, in the order of its rows."""
     if m == 1:
         return [k * b + e for e in range(b)]
     r = b // 2
@@ -41,22 +44,21 @@ def features(i, k, b, m):
 
 
 def factor(blocks, i):
-    """Factor i as a dense (d, d) matrix, entry by entry through the feature map."""
+    """Make factor i as a dense (d, d) matrix, from the features of each block."""
     m, n_blocks, b, _ = blocks.shape
     dense = torch.zeros(n_blocks * b, n_blocks * b, dtype=blocks.dtype)
     for k in range(n_blocks):
-        at = torch.tensor(features(i, k, b, m))
-        dense[at[:, None], at] = blocks[i, k]
+        index = torch.tensor(features(i, k, b, m))
+        dense[index[:, None], index] = blocks[i, k]
     return dense
 
 
 def permuted_factor(blocks, i):
-    """Factor i as P^T diag(B_0, B_1, ...) P, with an explicit permutation matrix P."""
+    """Make factor i as P^T diag(B_0, B_1, ...) P, with an explicit permutation matrix P."""
     m, n_blocks, b, _ = blocks.shape
     d = n_blocks * b
     chunk = b // 2 if m > 1 else b
-    # position p of the block-diagonal matrix holds this feature
-    order = []
+    order = []  # the feature at each position of the block-diagonal matrix
     n_chunks = d // chunk
     if m == 1:
         chunks = range(n_chunks)
@@ -70,7 +72,7 @@ def permuted_factor(blocks, i):
 
 
 def rotation(blocks, factor=factor):
-    """R = C_{m-1} ... C_1 C_0 as a dense (d, d) matrix."""
+    """Compute R = C_{m-1} ... C_1 C_0 as a dense (d, d) matrix."""
     dense = factor(blocks, len(blocks) - 1)
     for i in range(len(blocks) - 2, -1, -1):
         dense = dense @ factor(blocks, i)
@@ -78,11 +80,13 @@ def rotation(blocks, factor=factor):
 
 
 def merged_weight(weight, blocks, scale=None, side="in"):
+    """Compute the merged weight: W R^T for side "in", R W for side "out", with scaled rows."""
     r = rotation(blocks)
     merged = weight @ r.T if side == "in" else r @ weight
     return merged if scale is None else torch.diag(scale) @ merged
 
 
 def linear(x, weight, skew, scale=None, bias=None, side="in"):
+    """Compute the output of a BOFT layer through its merged weight."""
     y = x @ merged_weight(weight, cayley(skew), scale, side).T
     return y if bias is None else y + bias

@@ -1,4 +1,4 @@
-"""Made-up results of the benchmarks, as pytest-benchmark would write them."""
+"""Synthetic results of the benchmarks, in the form that pytest-benchmark writes."""
 
 import torch
 from bench_modules import contestants, operators, sizes
@@ -7,11 +7,18 @@ FLOOR, LORA, PEFT_BOFT = contestants.FLOOR, contestants.LORA, contestants.PEFT_B
 SHAPES, BOTH = contestants.SHAPES, operators.BOTH
 CPU = torch.device("cpu")
 
-NOISE = 0.010, 0.020, 0.012  # seconds of the first of each group, by round
-# Enough to meet every goal. Each is a number, or one for each round.
+NOISE = 0.010, 0.020, 0.012  # seconds of the first contestant of each group, by round
+# Overheads that meet every goal. Each is one number, or a list with a number for each round.
 OVERHEADS = {
-    **{FLOOR: 0.0, LORA: 0.1, "peft-oft": 0.2, "peft-oft-exact": 0.2, PEFT_BOFT: 30.0},
-    **{"boft-1-16": 0.05, "boft-2-8": 0.04, "boft-4-4": 0.09, "boft-dense": 0.09},
+    FLOOR: 0.0,
+    LORA: 0.1,
+    "peft-oft": 0.2,
+    "peft-oft-exact": 0.2,
+    PEFT_BOFT: 30.0,
+    "boft-1-16": 0.05,
+    "boft-2-8": 0.04,
+    "boft-4-4": 0.09,
+    "boft-dense": 0.09,
 }
 OPS = {
     (sizes.CPU.product, "forward"): {"mm": 10.0},
@@ -24,7 +31,7 @@ OPS = {
 
 
 def benchmark(suite, group, direction, name, ratios, more):
-    """What pytest-benchmark writes of one contestant."""
+    """Make pytest-benchmark's entry for one contestant."""
     ratios = ratios if isinstance(ratios, list) else [ratios] * 3
     data = [second * ratio for second, ratio in zip(NOISE, ratios, strict=True)]
     low, middle, high = sorted(ratios)
@@ -39,7 +46,7 @@ def benchmark(suite, group, direction, name, ratios, more):
 
 
 def synthetic(backend="auto", ops=None, **overheads):
-    """A result in which contestants take 1 + overhead times as long as the frozen layer."""
+    """Make a result in which contestants take 1 + overhead times as long as the frozen layer."""
     benchmarks = []
     overheads = OVERHEADS | {name.replace("_", "-"): value for name, value in overheads.items()}
     for shape in SHAPES:
@@ -67,6 +74,6 @@ def synthetic(backend="auto", ops=None, **overheads):
 
 
 def without(content, leave_out):
-    """The result without the benchmarks of which ``leave_out(info)`` is true."""
+    """Copy a result without the benchmarks for which ``leave_out(info)`` is true."""
     kept = [b for b in content["benchmarks"] if not leave_out(b["extra_info"])]
     return content | {"benchmarks": kept}

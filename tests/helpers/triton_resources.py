@@ -31,7 +31,7 @@ from triton_cases import compile_cases
 TABLE = Path(__file__).resolve().parents[1] / "data" / "triton_resources.csv"
 # mma: 1 if the matrix units are used; wide: 1 if global memory is accessed 16 bytes at a time
 COLUMNS = ("registers", "shared", "stack", "barriers", "mma", "wide")
-SAMPLE = 8  # one in so many proven cases is compiled all the same, to check the table
+SAMPLE = 32  # one in so many proven cases is compiled all the same, to check the table
 MMA = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 WIDE = r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10,|global_(?:load|store)_dwordx4"
 # (backend, architecture, threads per warp), shared memory of a block in bytes

@@ -80,7 +80,6 @@ def test_values_of_another_kind(key, value, folder, capsys):
         ({"boft_block_size": -4}, "boft_block_size", 4),
         ({"boft_block_size": 10**400}, "boft_block_size", 4),
         ({"boft_block_size": 0, "boft_block_num": 2}, "boft_block_num", 4),
-        ({"boft_n_butterfly_factor": 2}, "boft_n_butterfly_factor", 1),
         ({"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor", 1),
     ],
 )
@@ -88,6 +87,18 @@ def test_sizes_that_the_tensors_do_not_have(changes, key, got, folder, capsys):
     change_config(folder, **changes)
     said = f"{key}: the config says {changes[key]}, the shape of boft_R {got}"
     refused(folder, capsys, said)
+
+
+def test_factors_that_peft_lowered(folder, capsys):
+    """One factor for several, as PEFT makes without its CUDA extension: the tensors are right."""
+    change_config(folder, boft_n_butterfly_factor=2)
+    with pytest.warns(UserWarning, match="n_factors is 1, as in the tensors, not 2") as said:
+        adapter = convert(folder, folder.with_name("good"), "boft_ops")
+    assert len(said) == 1
+    assert adapter.layers["0"].config.n_factors == 1
+    change_tensors(folder, **{R: torch.zeros(2, 4, 4, 4)})
+    change_config(folder, boft_n_butterfly_factor=3)
+    refused(folder, capsys, "boft_n_butterfly_factor: the config says 3, the shape of boft_R 2")
 
 
 def test_sizes_that_the_config_leaves_to_peft(folder, capsys):
@@ -110,3 +121,17 @@ def test_two_tensors_for_one_parameter(module, folder, capsys):
     assert torch.equal(adapter.others[f"{module}.bias"], bias)
     change_tensors(folder, **{other: bias + 1})
     refused(folder, capsys, f"expected one '{module}.bias', got two that differ")
+
+
+@pytest.mark.parametrize("value", ["1", [1], [""], {"1": 2}, True], ids=str)
+def test_modules_to_save_that_are_no_names(value, folder, capsys):
+    change_config(folder, modules_to_save=value)
+    refused(folder, capsys, "modules_to_save: expected a list of names")
+
+
+@pytest.mark.parametrize(
+    "name", ["0.lora_A.weight", "2.oft_embedding_R.weight", "0.boft_other", "2.boft_P"]
+)
+def test_parameters_of_other_tuners(name, folder, capsys):
+    change_tensors(folder, **{f"base_model.model.{name}": torch.zeros(2, 2)})
+    refused(folder, capsys, f"expected parameters of linear layers and convolutions, got '{name}'")

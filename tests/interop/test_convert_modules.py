@@ -5,11 +5,12 @@ import copy
 import peft
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from boft_ops import adapt, save_adapter
+from boft_ops import adapt, load_adapter, save_adapter
 from boft_ops.interop.convert import convert
+from boft_ops.interop.serve import adapter_rows, load_adapters
 
 
 class Shifted(nn.Module):
@@ -100,7 +101,67 @@ def test_parts_of_modules_are_refused(target, names, match, with_base, tmp_path)
 
 
 def test_another_module_whose_name_ends_alike(tmp_path):
-    """Of which only the base tells."""
+    """Only the base model tells about them."""
     base, _ = trained(tmp_path / "ours", "block.lin", HEADS[:2])
     with pytest.raises(ValueError, match=r"expected a trained 'inner\.head\.bias', too, got none$"):
         convert(tmp_path / "ours", tmp_path / "peft", "peft", base=base)
+
+
+class Named(nn.Module):
+    """A linear layer, and a head of a given name, be it one that a tuner's parameter could have."""
+
+    def __init__(self, name):
+        super().__init__()
+        torch.manual_seed(0)
+        self.name, self.body = name, nn.Linear(16, 16)
+        setattr(self, name, nn.Linear(16, 4))
+
+    def forward(self, x):
+        return getattr(self, self.name)(torch.tanh(self.body(x)))
+
+
+CONFIGS = {
+    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=["body"]),
+    "OFT": peft.OFTConfig(oft_block_size=4, target_modules=["body"]),
+}
+NAMES = ["soft_head", "lora_head", "loft_proj", "oft_out", "microsoft_encoder", "lora_A"]
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_may_have_any_name(name, method, bias, tmp_path):
+    config = copy.deepcopy(CONFIGS[method])
+    config.modules_to_save, config.bias = [name], bias
+    model = peft.get_peft_model(Named(name), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    model.eval().save_pretrained(tmp_path / "peft")
+    convert(tmp_path / "peft", tmp_path / "file", to="boft_ops", base=Named(name))
+    loaded = load_adapter(Named(name), tmp_path / "file").eval()
+    torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-5)
+    convert(tmp_path / "file", tmp_path / "back", to="peft", base=Named(name))
+    back = peft.PeftModel.from_pretrained(Named(name), tmp_path / "back").eval()
+    torch.testing.assert_close(back(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["convert", "load_adapters"])
+def test_the_permutations_of_old_folders_are_passed_over(how, tmp_path):
+    """PEFT 0.9 to 0.12 saved them beside the parameters."""
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    config = peft.BOFTConfig(boft_block_size=4, target_modules=["0", "1"], init_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    model.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "adapter_model.safetensors"
+    permutations = {f"base_model.model.{i}.boft_P": torch.eye(16)[None].clone() for i in range(2)}
+    save_file(load_file(file) | permutations, file, {"format": "pt"})
+    if how == "convert":
+        adapter = convert(tmp_path / "old", tmp_path / "new", to="boft_ops")
+        assert not adapter.others
+        got = load_adapter(base, tmp_path / "new").eval()(X)
+    else:
+        served = load_adapters(base, {"a": tmp_path / "old"}).eval()
+        with adapter_rows(served, ["a"] * len(X)):
+            got = served(X)
+    torch.testing.assert_close(got, model(X), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What users of PEFT do with a model, done with an accelerated one: the behaviours of PEFT's own
+"""The usual work with a PEFT model, done with an accelerated one: the behaviors of PEFT's own
 unit tests, and those of accelerate, restore and patched themselves."""
 
 import copy
@@ -107,14 +107,41 @@ def test_merging_and_unloading(case):
     assert {type(m) for m in plain.modules()} == {type(m) for m in base.modules()}
 
 
-def test_a_broken_adapter_is_not_merged():
-    model, base, _ = made("boft")
-    layer = model.base_model.model[0]
-    layer.boft_s["default"].data[3] = torch.inf
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights: adapter 'default'"):
+@pytest.mark.parametrize(
+    ("case", "name"), [("boft", "0"), ("boft_conv", "conv"), ("oft", "0"), ("oft_conv", "conv")]
+)
+def test_a_broken_adapter_is_not_merged(case, name):
+    model, base, _ = made(case)
+    layer = model.base_model.model.get_submodule(name)
+    parameter = next(p for n, p in layer.named_parameters() if "boft_s" in n or "oft_R" in n)
+    parameter.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs") as raised:
         model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.base_layer.weight, base[0].weight)
+    # word for word what PEFT says
+    assert str(raised.value) == (
+        "NaNs detected in the merged weights. The adapter default seems to be broken"
+    )
+    assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight)
     assert not layer.merged
+
+
+@pytest.mark.parametrize("case", ["boft", "oft"])
+def test_an_input_that_does_not_fit(case):
+    model, _, _ = made(case)
+    with pytest.raises(ValueError, match="x: expected a last dimension of 32"):
+        model(torch.zeros(3, 31))
+    with pytest.raises(ValueError, match="x: expected at least 1 dimension"):
+        model(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weight_and_bias_of_a_layer_are_those_of_its_base(case):
+    """Code that multiplies with them ignores the adapter, in PEFT too."""
+    model, _, _ = made(case)
+    for layer in model.modules():
+        if isinstance(layer, (peft_boft.BOFTLayer, peft_oft.OFTLayer)):
+            assert layer.weight is layer.base_layer.weight
+            assert layer.bias is layer.base_layer.bias
 
 
 @pytest.mark.parametrize("case", CASES)

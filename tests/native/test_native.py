@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 raw = getattr(torch.ops, NS)
 DTYPES = [torch.float32, torch.float64]
-ROW_DTYPES = [*DTYPES, torch.bfloat16]  # of activations; the matrices are at least float32
+ROW_DTYPES = [*DTYPES, torch.bfloat16]  # dtypes of activations; the matrices are at least float32
 # (n factors, block_size, first): neighbours and strides, sizes below, at and above a vector's
 STAGES = [(1, 2, 0), (2, 2, 0), (1, 6, 1), (2, 8, 0), (2, 6, 2), (3, 4, 1), (4, 4, 0), (3, 16, 0)]
 
@@ -83,7 +83,10 @@ def test_rotate_and_its_gradients(n, b, first, rows, dtype):
         assert close_in_bfloat16(dx, exact[0])
         torch.testing.assert_close(gram.double(), exact[1], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            raw.gram(*((g, x) if transpose else (x, g)), stage.shape[-1], chunk, stride, 1), gram
+            raw.rotate_stage_grad(
+                *((g, x) if transpose else (x, g)), stage.shape[-1], chunk, stride, 1
+            ),
+            gram,
         )
 
 
@@ -118,7 +121,7 @@ def test_one_factor_of_any_size(size, dtype):
     x, g = torch.randn(9, 2 * size, dtype=dtype), torch.randn(9, 2 * size, dtype=dtype)
     stage = torch.randn(2, size, size, dtype=dtype)
     agree("rotate", x, stage, size, 1, False)
-    agree("gram", x, g, size, size, 1, 1)
+    agree("rotate_stage_grad", x, g, size, size, 1, 1)
     agree("rotate_backward", g, x, stage, size, 1, False, 1)
     agree("compose", stage[None], 0)
 
@@ -146,11 +149,11 @@ def test_rotation(m, b, dtype):
     n_blocks = 3 << (m - 1)
     skew = torch.randn(m, n_blocks, b * (b - 1) // 2, dtype=dtype) / b
     for drop in masks(m, n_blocks):
-        blocks, stage = raw.rotation(skew, drop)
+        blocks, stage = raw.stage_from_skew(skew, drop)
         assert torch.equal(blocks, raw.cayley(skew, drop))
-        agree("rotation", skew, drop)
+        agree("stage_from_skew", skew, drop)
         # the gradient of a stage has all the blocks in it: errors add up
-        agree("rotation_backward", blocks, drop, torch.randn_like(stage)[None])
+        agree("stage_from_skew_backward", blocks, drop, torch.randn_like(stage)[None])
 
 
 def linear_arguments(rows, d, n, size, generator=None, offset=0):
@@ -168,15 +171,11 @@ def linear_arguments(rows, d, n, size, generator=None, offset=0):
 def check_linear(x, weight, stage, scale, bias, grad, z):
     """At most twice the error of the reference in float32, against float64, or what rounding may
     make of single sums, which may cancel: measured by the same sums of absolute values."""
-    forward, backward = (
-        backend.ops()["linear"].reference,
-        backend.ops()["linear_backward"].reference,
-    )
     for s, save in ((scale, True), (None, False)):
-        for args, op, ours in (
-            ((x, weight, stage, s, bias if save else None, save), forward, raw.linear),
-            ((grad, x, weight, stage, s, z if save else None), backward, raw.linear_backward),
-        ):
+        forward = x, weight, stage, s, bias if save else None, False, save
+        backward = grad, x, weight, stage, s, None, z if save else None, 1, True
+        for name, args in (("rotated_linear", forward), ("rotated_linear_backward", backward)):
+            op, ours = backend.ops()[name].reference, getattr(raw, name)
             exact = op(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
             sizes = op(*[a.double().abs() if isinstance(a, torch.Tensor) else a for a in args])
             for got, want, truth, size in zip(ours(*args), op(*args), exact, sizes, strict=True):
@@ -258,9 +257,12 @@ def test_sums_over_many_rows_keep_their_precision(rows, mean):
     scale, center = torch.randn(32), torch.randn(32)
     for name, arguments in (
         ("scale_backward", (grad, x, scale, center)),
-        ("gram", (x, grad, 16, 8, 1, 1)),
-        ("gram", (x, grad, 8, 4, 2, 1)),
-        ("linear_backward", (grad, x, torch.eye(32), torch.eye(16).repeat(2, 1, 1), scale, x)),
+        ("rotate_stage_grad", (x, grad, 16, 8, 1, 1)),
+        ("rotate_stage_grad", (x, grad, 8, 4, 2, 1)),
+        (
+            "rotated_linear_backward",
+            (grad, x, torch.eye(32), torch.eye(16).repeat(2, 1, 1), scale, None, x, 1, True),
+        ),
     ):
         exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
         reference = backend.ops()[name].reference
@@ -275,7 +277,7 @@ def _tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif("BOFT_OPS_CPU_ISA" in os.environ, reason="one of them is being tested")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lesser_instruction_sets(isa):
@@ -329,9 +331,13 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
         ("compose", (torch.zeros(2, 4, 4, 4).bfloat16(), 0), "float32 or float64"),
         ("compose_backward", (torch.zeros(2, 4, 4, 4), torch.zeros(1, 1, 8, 8), 0), "stage matri"),
         ("compose_backward", (torch.zeros(2, 4, 4, 4), torch.zeros(2, 2, 8, 8), 0), "stage matri"),
-        ("rotation", (torch.zeros(2, 3, 6), None), "not a butterfly"),
-        ("rotation", (torch.zeros(3, 6), None), "3 dimensions"),
-        ("rotation_backward", (torch.zeros(2, 4, 4, 4), None, torch.zeros(2, 8, 8)), "stage matri"),
+        ("stage_from_skew", (torch.zeros(2, 3, 6), None), "not a butterfly"),
+        ("stage_from_skew", (torch.zeros(3, 6), None), "3 dimensions"),
+        (
+            "stage_from_skew_backward",
+            (torch.zeros(2, 4, 4, 4), None, torch.zeros(2, 8, 8)),
+            "stage matri",
+        ),
         ("rotate", (torch.zeros(3, 12), torch.zeros(1, 8, 8), 4, 1, False), "does not fit"),
         ("rotate", (torch.zeros(3, 16), torch.zeros(1, 8, 8), 4, 1, False), "d / size matrices"),
         ("rotate", (torch.zeros(3, 16), torch.zeros(2, 8, 8).double(), 4, 1, False), "dtype of x"),
@@ -358,9 +364,17 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
             (torch.zeros(3, 16), torch.zeros(2, 2, 8, 8), torch.zeros(3).long(), 4, 1, False),
             "an int32 for each row",
         ),
-        ("gram", (*[torch.zeros(3, 3)] * 2, 3, 1, 0x5555555555555555, 1), "does not fit"),
-        ("gram", (torch.zeros(3, 16), torch.zeros(2, 16), 8, 4, 1, 1), "shape and dtype of x"),
-        ("gram", (*[torch.zeros(3, 16)] * 2, 8, 4, 1, 2), "expected 1 on a CPU"),
+        (
+            "rotate_stage_grad",
+            (*[torch.zeros(3, 3)] * 2, 3, 1, 0x5555555555555555, 1),
+            "does not fit",
+        ),
+        (
+            "rotate_stage_grad",
+            (torch.zeros(3, 16), torch.zeros(2, 16), 8, 4, 1, 1),
+            "shape and dtype of x",
+        ),
+        ("rotate_stage_grad", (*[torch.zeros(3, 16)] * 2, 8, 4, 1, 2), "expected 1 on a CPU"),
         (
             "rotate_backward",
             (torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, 4, 4), 4, 1, False, 1),
@@ -368,25 +382,42 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
         ),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), "scale"),
         (
-            "linear",
-            (torch.zeros(3, 8), torch.zeros(4, 9), torch.zeros(2, 4, 4), None, None, False),
+            "rotated_linear",
+            (torch.zeros(3, 8), torch.zeros(4, 9), torch.zeros(2, 4, 4), None, None, False, False),
             r"weight \(n, d\)",
         ),
         (
-            "linear",
-            (torch.zeros(3, 10), torch.zeros(4, 10), torch.zeros(2, 5, 5), None, None, False),
+            "rotated_linear",
+            (torch.zeros(3, 10), torch.zeros(4, 10), torch.zeros(2, 5, 5), None, None, False, True),
             "divides 192",
         ),
         (
-            "linear",
-            (*[torch.zeros(4, 8)] * 2, torch.zeros(2, 4, 4), torch.zeros(3), None, True),
+            "rotated_linear",
+            (*[torch.zeros(4, 8)] * 2, torch.zeros(2, 4, 4), torch.zeros(3), None, False, True),
             r"scale, bias: expected \(n,\)",
         ),
         (
-            "linear_backward",
+            "rotated_linear",
+            (*[torch.zeros(4, 8)] * 2, torch.zeros(2, 4, 4), None, torch.zeros(4), True, False),
+            "bias_in_z: expected false",
+        ),
+        (
+            "rotated_linear_backward",
             (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4, 4)],
-             None, torch.zeros(2, 4)),
+             None, None, torch.zeros(2, 4), 1, False),
             r"grad, z: expected \(rows, n\)",
+        ),
+        (
+            "rotated_linear_backward",
+            (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4, 4)],
+             None, torch.zeros(4), None, 1, False),
+            "center: expected none",
+        ),
+        (
+            "rotated_linear_backward",
+            (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4, 4)],
+             None, None, None, 2, False),
+            "splits: expected 1",
         ),
     ],
 )  # fmt: skip

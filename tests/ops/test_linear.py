@@ -63,7 +63,7 @@ def test_one_fused_product_in_float32(m, b, d, trained_scale, dropout):
                            ("reference", torch.float64)):  # fmt: skip
         arguments = [t.to(dtype).requires_grad_() for t in (x, skew, scale, bias)]
         arguments[2].requires_grad_(trained_scale)
-        torch.manual_seed(3)  # of the mask
+        torch.manual_seed(3)  # the generator of the mask
         with backends.force(backend):
             y = boft_linear(arguments[0], weight.to(dtype), *arguments[1:], dropout=dropout)
             wanted = [a for a in arguments if a.requires_grad]
@@ -226,7 +226,21 @@ def test_skew_may_be_wider_than_the_weight():
         ({"skew": torch.zeros(5, 8, 6)}, ValueError, "n_factors: expected.*Nearest valid"),
         ({"scale": torch.zeros(24)}, ValueError, r"scale: expected shape \(16,\), got \(24,\)"),
         ({"bias": torch.zeros(1, 16)}, ValueError, "bias: expected shape"),
-        ({"weight": torch.zeros(16, 32).half()}, TypeError, "weight: expected the dtype of x"),
+        (
+            {"x": torch.zeros(3, 32).half()},
+            TypeError,
+            "x: expected the dtype of weight, torch.float32, got torch.float16",
+        ),
+        (
+            {"x": torch.zeros(3, 32, device="meta")},
+            ValueError,
+            "x: expected the device of weight, cpu, got meta",
+        ),
+        (
+            {"weight": torch.zeros(16, 32, device="meta")},
+            ValueError,
+            "weight: expected the device of x, cpu, got meta",
+        ),
         ({"bias": torch.zeros(16).double()}, TypeError, "bias: expected the dtype of x"),
         ({"x": torch.zeros(3, 32).int()}, TypeError, "x: expected a dtype"),
         (
@@ -255,7 +269,7 @@ def test_bad_options():
 
 
 def test_blocks_of_the_function_are_orthogonal():
-    """What the layer multiplies by is what cayley returns (singular values of W are kept)."""
+    """The layer multiplies by what cayley returns (singular values of W are kept)."""
     tensors = operands()
     tensors.pop("scale"), tensors.pop("bias")
     eye = torch.eye(D_IN, dtype=torch.float64)

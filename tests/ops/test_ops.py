@@ -47,8 +47,11 @@ def samples():
         "cayley_neumann5_backward": [(skew, cayley(skew))],
         "compose": [(blocks, 0), (blocks[1:], 1), (blocks[:1], 0)],
         "compose_backward": [(blocks, stage[None], 0), (blocks[1:], stage1.mT[None], 1)],
-        "rotation": [(skew, None), (skew.double(), drop)],
-        "rotation_backward": [(blocks, None, stage[None]), (blocks, dropped, stage.mT[None])],
+        "stage_from_skew": [(skew, None), (skew.double(), drop)],
+        "stage_from_skew_backward": [
+            (blocks, None, stage[None]),
+            (blocks, dropped, stage.mT[None]),
+        ],
         "rotate": [(x, stage, 2, 1, False), (g, stage1, 2, 2, True), (x[:0], stage, 2, 1, True)],
         "rotate_indexed": [
             (x, torch.stack([stage, stage.mT]), rows, 2, 1, False),
@@ -61,17 +64,21 @@ def samples():
         ],
         "scale": [(x, x[0], None, None), (g, x[0], x[1], g[0]), (x[:0], x[0], x[1], x[2])],
         "scale_backward": [(x, x + 1, x[0], None), (g, x, g[0], x[1]), (x[:0], x[:0], x[0], x[1])],
-        "gram": [(x, g, 16, 2, 1, 1), (x, g, 8, 2, 2, 1), (x.double(), g.double(), 16, 2, 1, 1)],
-        "linear": [(x, weight, stage, scale, bias, True), (g, weight, stage, None, None, False)],
-        "linear_backward": [(y, x, weight, stage, scale, y), (y, g, weight, stage, None, None)],
-        "rotate_linear": [
-            (x, weight, stage, scale, bias, True),
-            (g, weight, stage, None, None, False),
+        "rotate_stage_grad": [
+            *[(x, g, 16, 2, 1, 1), (x, g, 8, 2, 2, 1)],
+            (x.double(), g.double(), 16, 2, 1, 1),
         ],
-        "rotate_linear_backward": [
-            (y, x, weight, stage, scale, bias, y, 2),
-            (y, g, weight, stage, None, None, None, 1),
-            (y, x, weight, stage.double(), scale, bias, y, 2),
+        "rotated_linear": [
+            (x, weight, stage, scale, bias, False, True),
+            (x, weight, stage, scale, None, True, True),
+            (g, weight, stage, None, bias, False, True),
+            (g, weight, stage, scale, bias, False, False),
+        ],
+        "rotated_linear_backward": [
+            (y, x, weight, stage, scale, None, y, 1, True),
+            (y, x, weight, stage, scale, None, y, 1, False),
+            (y, g, weight, stage, None, None, None, 1, True),
+            (y, g, weight, stage, scale, None, None, 1, False),
         ],
     }  # fmt: skip
 
@@ -84,6 +91,30 @@ def test_samples_cover_every_op():
 def test_opcheck(name):
     for arguments in samples()[name]:
         torch.library.opcheck(getattr(raw, name), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["unscaled", "scaled", "trained"])
+def test_the_fake_of_a_batched_layer(kind, dtype):
+    """With the bias in z, where no CPU kernel is: shapes and dtypes are the reference's."""
+    x, weight, bias, grad = (torch.randn(s).to(dtype) for s in ((5, 32), (6, 32), (6,), (5, 6)))
+    wide = torch.promote_types(dtype, torch.float32)
+    stage, scale = torch.randn(2, 16, 16, dtype=wide), torch.randn(6, dtype=wide)
+    scale = None if kind == "unscaled" else scale
+    forward = x, weight, stage, scale, bias, True, kind == "trained"
+    z = grad if kind == "trained" else None
+    calls = {"rotated_linear": [forward]}
+    calls["rotated_linear_backward"] = [
+        (grad, x, weight, stage, scale, bias, z, 2, need_bias) for need_bias in (False, True)
+    ]
+    for name, several in calls.items():
+        for arguments in several:
+            expected = backends.ops()[name].reference(*arguments)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                fakes = [mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments]
+                got = getattr(raw, name)(*fakes)
+            for ours, theirs in zip(got, expected, strict=True):
+                assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
 def functions():
@@ -260,7 +291,7 @@ def test_gradients_only_where_needed():
     backends.Op.__call__ = spy
     try:
         butterfly_matmul(x, blocks.requires_grad_()).sum().backward()
-        assert calls == ["compose", "rotate", "gram", "compose_backward"]
+        assert calls == ["compose", "rotate", "rotate_stage_grad", "compose_backward"]
         calls.clear()
         butterfly_matmul(x.requires_grad_(), blocks).sum().backward()
         assert calls == ["compose", "rotate", "rotate_backward", "compose_backward"]

@@ -1,4 +1,4 @@
-"""How a rotated layer comes about, as on a GPU with Triton: its kernels run in the interpreter."""
+"""The strategy of a rotated layer, as on a GPU with Triton: kernels run in the interpreter."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from boft_ops import boft_linear
 from boft_ops._runtime import backend as backends
 from boft_ops._runtime import tuned
 from boft_ops._runtime.tuned import Choice, pinned
-from boft_ops.ops import strategy
-from boft_ops.ops.rotate_linear import rotate_linear_backward, rotate_linear_forward
+from boft_ops.ops import linear
+from boft_ops.ops.rotated_linear import rotated_linear_backward, rotated_linear_forward
 
 if not backends.has_triton():
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -28,10 +28,10 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The rows of each call of rotate_linear."""
-    calls, right = [], rotate_linear_forward.launcher()
+    """The rows of each call of rotated_linear."""
+    calls, right = [], rotated_linear_forward.launcher()
     monkeypatch.setattr(
-        rotate_linear_forward,
+        rotated_linear_forward,
         "launcher",
         lambda: lambda x, *a: calls.append(len(x)) or right(x, *a),
     )
@@ -76,12 +76,15 @@ def test_one_stage_is_launched_in_one_call(launched, more):
 
 
 def test_a_decision_is_remembered_until_another_choice(launched, monkeypatch):
-    seen, right = [], strategy.layer_plan
-    monkeypatch.setattr(strategy, "layer_plan", lambda *a: seen.append(a) or right(*a))
+    seen, right = [], linear.layer_plan
+    monkeypatch.setattr(linear, "layer_plan", lambda *a: seen.append(a) or right(*a))
     for _ in range(3):
         step(**operands())
     assert (len(seen), len(launched)) == (1, 3)
-    step(**operands(rows=6))
+    for rows in range(6, 12):  # batches of ever new sizes
+        step(**operands(rows=rows))
+    assert len(seen) == 1
+    step(**operands(rows=linear.MIN_ROWS))  # from here on another kernel may serve
     step(**operands(skew=operands()["skew"].detach()[:1].requires_grad_()))
     assert len(seen) == 3
     with pinned():
@@ -101,30 +104,23 @@ def test_a_part_that_was_measured_to_go_elsewhere_goes_there(launched, monkeypat
     with pinned(**{op: Choice("reference")}):
         step(**operands())
     assert (len(launched), calls) == (2, [op])
-    # what was measured of the whole counts for more
+    # a measurement of the whole op counts for more
     whole = Choice("triton")
-    with pinned(**{op: Choice("reference"), "rotate_linear": whole}):
+    with pinned(**{op: Choice("reference"), "rotated_linear": whole}):
         step(**operands())
     assert (len(launched), calls) == (3, [op])
-
-
-def test_parts_are_measured_on_first_use(launched, monkeypatch):
-    monkeypatch.setattr(tuned, "_on_first_use", True)
-    asked = []
-    monkeypatch.setattr(tuned, "_measure_unknown", lambda op, *_: asked.append(op.name))
-    step(**operands())
-    assert launched == []
-    assert {"rotate", "rotate_backward", "scale", "scale_backward"} <= set(asked)
 
 
 def test_the_backward_goes_where_its_forward_goes():
     x, grad, weight = torch.randn(5, 32), torch.randn(5, 8), torch.randn(8, 32)
     stage = torch.randn(2, 16, 16)
-    backward = grad, x, weight, stage, None, None, None, 1
-    assert tuned.choice(rotate_linear_backward, backward) is None
-    with pinned(rotate_linear=Choice("cuda")):
-        assert tuned.choice(rotate_linear_forward, (x, weight, stage)).backend == "cuda"
-        assert tuned.choice(rotate_linear_backward, backward).backend == "cuda"
+    backward = grad, x, weight, stage, None, None, None, 1, False
+    assert tuned.measured(rotated_linear_backward.tunable, x, backward) is None
+    with pinned(rotated_linear=Choice("cuda")):
+        assert (
+            tuned.measured(rotated_linear_forward.tunable, x, (x, weight, stage)).backend == "cuda"
+        )
+        assert tuned.measured(rotated_linear_backward.tunable, x, backward).backend == "cuda"
 
 
 def test_products_are_seen_by_whoever_counts_them(launched):

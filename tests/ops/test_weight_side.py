@@ -9,11 +9,11 @@ from linear_operands import D_IN, D_OUT, N, call, operands
 from boft_ops import boft_linear, butterfly_groups, butterfly_matmul, cayley
 from boft_ops._runtime import tuned, tuned_file
 from boft_ops._runtime.tuned import Choice, pinned
+from boft_ops.ops import linear
 from boft_ops.ops import rotate as rotate_module
-from boft_ops.ops import strategy
 from boft_ops.ops.linear import rotated_linear
 from boft_ops.ops.planner import layer_plan, plan_choice, plan_for, rotates_weight
-from boft_ops.ops.stage_from_skew import GIVEN_SERIES
+from boft_ops.ops.rotation import DenseRotation
 from boft_ops.ops.stages import plan
 from boft_ops.tune import __main__ as command
 from boft_ops.tune import explain
@@ -85,7 +85,7 @@ def steps(tensors, choice, **options):
     """Output and gradients on a side."""
     leaves = {k: v.clone().requires_grad_(k != "weight") for k, v in tensors.items()}
     with pinned(plan=choice):
-        torch.manual_seed(3)  # of the mask
+        torch.manual_seed(3)  # the generator of the mask
         y = call(boft_linear, leaves, **options)
         wanted = [v for v in leaves.values() if v.requires_grad]
         return [y.detach(), *torch.autograd.grad(y.square().sum(), wanted)]
@@ -116,7 +116,7 @@ def test_what_is_not_orthogonal_stays_on_the_input_side(weight_side, rotated):
     assert rotated == [N]
     x, weight, skew = (operands(m=1)[name] for name in ("x", "weight", "skew"))
     blocks = cayley(skew[0], method="neumann5")
-    rotated_linear(x, weight, blocks, None, None, None, "in", GIVEN_SERIES)
+    rotated_linear(x, weight, DenseRotation(blocks, orthogonal=False))
     assert rotated == [N, N]
 
 
@@ -189,7 +189,7 @@ def test_the_rotated_weight_is_not_saved(weight_side):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(monkeypatch, dynamic):
     """Graphs take it as any other choice; that none is made for it today is below."""
-    monkeypatch.setattr(strategy, "layer_plan", lambda x, m, b, n: (plan(m, b, n_stages=1), True))
+    monkeypatch.setattr(linear, "layer_plan", lambda x, m, b, n: (plan(m, b, n_stages=1), True))
     torch._dynamo.reset()
     compiled = torch.compile(boft_linear, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (50, 33):
@@ -215,7 +215,7 @@ def test_the_side_is_looked_up_by_rows(tuned_cache, rotated):
 
 
 def test_a_measurement_of_the_weight_side_says_nothing_of_other_calls(tuned_cache):
-    """Of ones without a weight, or in graphs for any number of rows: not even the stages."""
+    """Calls without a weight, and graphs for any number of rows, ignore even the stages."""
     x = torch.randn(64, D_IN, dtype=torch.float64)
     keep(row(1))
     default = plan(2, 4)

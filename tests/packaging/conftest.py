@@ -1,4 +1,4 @@
-"""Everything here works on copies of the source tree in temporary folders, without a network."""
+"""Fixtures of the packaging tests, which use copies of the source tree and no network."""
 
 import os
 import shutil
@@ -15,10 +15,11 @@ SHIPPED = (
     *("boft_ops", "csrc", "triton"),
 )
 BUILT = ("*.so", "_build_info.json", "__pycache__", "*.pyc")
-ENVIRONMENT = dict(os.environ)  # before any test: PEFT, for one, sets CXX to gcc for good
+ENVIRONMENT = dict(os.environ)  # copied before any test runs, because PEFT sets CXX to gcc
 
 
 def has_compiler() -> bool:
+    """Return True if this machine can compile the library."""
     names = [ENVIRONMENT["CXX"].split()[0]] if ENVIRONMENT.get("CXX") else ["c++", "g++", "clang++"]
     return sys.platform == "linux" and any(map(shutil.which, names))
 
@@ -30,15 +31,15 @@ def needs_compiler():
 
 
 def pytest_collection_modifyitems(items):
-    """One process for all that shares the wheel built here, if several share the tests."""
-    here = Path(__file__).parent
+    """Keep all tests that share the wheel in one process when several processes run the tests."""
+    folder = Path(__file__).parent
     for item in items:
-        if here in item.path.parents:
+        if folder in item.path.parents:
             item.add_marker(pytest.mark.xdist_group("packaging"))
 
 
 class Runner:
-    """Runs the interpreter of the tests in a clean environment, with folders put on its path."""
+    """Runs the interpreter of the tests in a clean environment, with given folders on its path."""
 
     def __init__(self, home: Path):
         self.home = home
@@ -51,7 +52,7 @@ class Runner:
         }
         keep |= {"OMP_NUM_THREADS": "1", "BOFT_OPS_CACHE": str(self.home / "cache")}
         keep |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "PIP_NO_INPUT": "1"}
-        keep["CXXFLAGS"] = "-O0"  # quick to compile; nothing here depends on its speed
+        keep["CXXFLAGS"] = "-O0"  # compiles quickly; no test here depends on the library's speed
         done = subprocess.run(
             [sys.executable, *map(str, args)],
             cwd=cwd or self.home,
@@ -63,7 +64,10 @@ class Runner:
         return done
 
     def build(self, hook, tree: Path, out: Path, fails=False, **env):
-        """Call a hook of the build backend in `tree`, as a front end without isolation does."""
+        """Call a hook of the build backend in `tree`, as a front end without isolation does.
+
+        Returns the path of what the hook made, or the finished process if the hook should fail.
+        """
         out.mkdir(parents=True, exist_ok=True)
         code = f"import setuptools.build_meta as b; print('made', b.build_{hook}({str(out)!r}))"
         done = self("-c", code, cwd=tree, fails=fails, **env)
@@ -77,7 +81,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def new_tree(tmp_path_factory):
-    """A function that makes a clean copy of the source tree."""
+    """Return a function that makes a clean copy of the source tree."""
 
     def copy() -> Path:
         tree = tmp_path_factory.mktemp("tree")
@@ -94,6 +98,8 @@ def new_tree(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unpack(tmp_path_factory):
+    """Return a function that unpacks a wheel into a new folder."""
+
     def extract(wheel: Path) -> Path:
         folder = tmp_path_factory.mktemp("wheel")
         with zipfile.ZipFile(wheel) as archive:
@@ -105,17 +111,17 @@ def unpack(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(run, new_tree, tmp_path_factory, needs_compiler) -> Path:
-    """The real wheel, by pip, as `pip wheel --no-build-isolation .` makes it."""
+    """Build the wheel as `pip wheel --no-build-isolation .` does."""
     out = tmp_path_factory.mktemp("out")
     pip = ("-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-q")
     run(*pip, "-w", out, new_tree(), BOFT_OPS_FORCE_EXT="1")
-    (made,) = out.glob("*.whl")
-    return made
+    (path,) = out.glob("*.whl")
+    return path
 
 
 @pytest.fixture(scope="session")
 def installed(run, wheel, tmp_path_factory) -> Path:
-    """A folder of installed packages that holds the wheel."""
+    """Install the wheel into a new folder of packages."""
     target = tmp_path_factory.mktemp("site")
     run("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel)
     return target

@@ -1,4 +1,4 @@
-"""The decisions of the build, without compiling anything."""
+"""The decisions that the build makes before it compiles anything."""
 
 import os
 import sys
@@ -12,8 +12,8 @@ CPU_TORCH = build.Torch(Path("torch"), "2.13.0+cpu", None)
 CUDA_TORCH = build.Torch(Path("torch"), "2.13.0+cu130", "13.0")
 
 
-def test_the_library_under_test_is_there(needs_compiler):
-    """Else every other test would pass on the fallback, and a broken build would go unseen."""
+def test_the_library_under_test_is_loaded(needs_compiler):
+    """Without it every other test would pass on the fallback and hide a broken build."""
     if os.environ.get("BOFT_OPS_SKIP_EXT") == "1":
         pytest.skip("BOFT_OPS_SKIP_EXT=1")
     assert native.library is not None, native.status
@@ -48,7 +48,7 @@ def cuda_sources(tmp_path):
 
 
 @pytest.mark.parametrize("want", ["auto", "0", "1"])
-def test_without_cuda_sources_nvcc_is_never_asked_for(monkeypatch, tmp_path, want):
+def test_without_cuda_sources_nvcc_is_not_looked_for(monkeypatch, tmp_path, want):
     monkeypatch.setenv("BOFT_OPS_CUDA", want)
     monkeypatch.setattr(build, "find_nvcc", lambda: pytest.fail("looked for nvcc"))
     (tmp_path / "cuda").mkdir()
@@ -71,7 +71,7 @@ def test_when_cuda_is_compiled(monkeypatch, cuda_sources, want, torch, nvcc, exp
     assert build.plan(cuda_sources, torch).nvcc == expected
 
 
-def test_cuda_that_was_demanded_needs_nvcc(monkeypatch, cuda_sources):
+def test_required_cuda_needs_nvcc(monkeypatch, cuda_sources):
     monkeypatch.setenv("BOFT_OPS_CUDA", "1")
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     with pytest.raises(build.SettingError, match="BOFT_OPS_CUDA=1, but there is no nvcc"):
@@ -90,7 +90,7 @@ def test_cuda_that_was_demanded_needs_nvcc(monkeypatch, cuda_sources):
 def test_a_setting_is_understood_or_refused(
     monkeypatch, run, needs_compiler, name, value, expected
 ):
-    """Also where a build has no use for it: this one would succeed, or leave the library out."""
+    """Settings are checked even if the build does not need them, as here."""
     monkeypatch.setenv(name, value)
     match = f"{name}: expected {expected}, got '{value}'"
     with pytest.raises(build.SettingError, match=match):
@@ -103,36 +103,37 @@ def test_a_setting_is_understood_or_refused(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="built on Linux only")
 @pytest.mark.parametrize("name", ["CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS"])
-def test_a_compiler_s_setting_is_understood_or_refused(monkeypatch, tmp_path, needs_compiler, name):
+def test_a_compiler_setting_is_understood_or_refused(monkeypatch, tmp_path, needs_compiler, name):
     monkeypatch.setenv(name, "'")
     with pytest.raises(build.SettingError, match=f'{name}: expected .*, got "\'"'):
         build.compile_library(paths.csrc(), CPU_TORCH, tmp_path, tmp_path / build.LIB)
 
 
 def test_architectures():
-    assert build._gencode("8.0; 9.0a 10.0+PTX") == [
+    assert build.gencode("8.0; 9.0a 10.0+PTX") == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",
     ]
-    assert build._gencode("native") == ["-arch=native"]
+    assert build.gencode("native") == ["-arch=native"]
     with pytest.raises(build.SettingError, match="TORCH_CUDA_ARCH_LIST: expected"):
-        build._gencode("Hopper")
+        build.gencode("Hopper")
 
 
 def test_the_hash_follows_content_and_names(tmp_path):
-    def value():
+    def current_hash():
         return build.source_hash(tmp_path)
 
     (tmp_path / "cpu").mkdir()
-    seen = {value()}
+    seen = {current_hash()}
     (tmp_path / "cpu" / "a.cpp").write_text("1")
-    seen.add(value())
+    seen.add(current_hash())
     (tmp_path / "cpu" / "a.cpp").write_text("2")
-    seen.add(value())
+    seen.add(current_hash())
     (tmp_path / "cpu" / "a.cpp").rename(tmp_path / "cpu" / "b.cpp")
-    seen.add(value())
+    last = current_hash()
+    seen.add(last)
     assert len(seen) == 4
     (tmp_path / "cpu" / "notes.txt").touch()
-    assert value() in seen
+    assert current_hash() == last

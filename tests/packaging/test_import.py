@@ -1,4 +1,4 @@
-"""Importing is quick and silent, whatever lies around; `python -m boft_ops` tells what there is."""
+"""The import is quick and silent, and `python -m boft_ops` describes the installation."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ import sys, time, warnings
 import torch
 warnings.simplefilter("error")
 before = set(sys.modules)
-start = time.process_time()  # not the wall: the machine may be busy
+start = time.process_time()  # CPU time, because the machine may be busy
 import boft_ops
 seconds = time.process_time() - start
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
@@ -43,22 +43,22 @@ def test_import_is_quick_silent_and_light(run, installed, tmp_path):
 PHANTOM = """
 import sys, importlib.machinery
 class WithoutTriton:
-    # what the path finder would say if the compiler were not installed
+    # Answers as the path finder would if the compiler were not installed.
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name == "triton":
-            here = [p for p in sys.path if "site-packages" not in p]
-            return importlib.machinery.PathFinder.find_spec(name, here)
+            others = [p for p in sys.path if "site-packages" not in p]
+            return importlib.machinery.PathFinder.find_spec(name, others)
 sys.meta_path.insert(0, WithoutTriton)
 import torch
 from torch.utils import _triton
 """
 
 
-def test_the_folder_triton_does_not_pass_for_the_compiler(run, new_tree):
+def test_the_folder_triton_is_not_taken_for_the_compiler(run, new_tree):
     tree = new_tree()
     (tree / "triton" / "marker_of_this_tree.py").touch()
-    # the hazard itself, so that this test notices when it is gone
+    # First show the hazard itself, so that this test fails once it no longer exists.
     phantom = "import triton; assert triton.__file__ is None; assert _triton.has_triton_package()"
     run("-c", PHANTOM + phantom, cwd=tree)
     done = run("-c", PHANTOM + HIDDEN, cwd=tree)
@@ -110,15 +110,15 @@ def test_info(run, installed):
 
 
 def test_imports_inside_the_package_are_relative():
-    """Else a vendored copy would use an installed package's modules."""
+    """With absolute imports, a vendored copy would use the modules of an installed package."""
     for file in sorted((ROOT / "boft_ops").rglob("*.py")) + sorted((ROOT / "triton").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 modules = [node.module] if node.level == 0 else []
-                # kernels stand alone; within the package no import climbs out of it
-                up = len(file.relative_to(ROOT).parts) - 1
-                limit = 1 if file.is_relative_to(ROOT / "triton") else up
+                # Kernels import only from their own folder; no other import leaves the package.
+                depth = len(file.relative_to(ROOT).parts) - 1
+                limit = 1 if file.is_relative_to(ROOT / "triton") else depth
                 assert node.level <= limit, f"{file}:{node.lineno}"
             for module in modules:
                 assert module.partition(".")[0] != "boft_ops", f"{file}:{node.lineno}"
@@ -129,9 +129,9 @@ def test_the_repository_names_no_folder_of_a_machine():
     if listing.returncode:
         pytest.skip("not a git checkout")
     folder = re.compile(rb"(?<![\w./<-])/(?:home|root|Users|work|mnt|opt|tmp)/\w[^\s`'\"]*")
-    found = []
+    mentions = []
     for name in filter(None, listing.stdout.split("\0")):
         file = ROOT / name
         if file.is_file() and file.suffix not in (".png", ".svg"):
-            found += [f"{name}: {hit.decode()}" for hit in folder.findall(file.read_bytes())]
-    assert found == []
+            mentions += [f"{name}: {hit.decode()}" for hit in folder.findall(file.read_bytes())]
+    assert mentions == []

@@ -1,4 +1,4 @@
-"""Copies of the package under other names, beside an installed one, in one process."""
+"""Copies of the package under other names, beside an installed package, in one process."""
 
 import shutil
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def copies(run, installed, tmp_path_factory):
-    """mytrainer.third_party.boft_ops, made by `vendor`, and other.kernels, a plain cp -r."""
+    """Make two copies: mytrainer.third_party.boft_ops with `vendor`, other.kernels with cp -r."""
     folder = tmp_path_factory.mktemp("copies")
     dest = folder / "mytrainer" / "third_party" / "boft_ops"
     done = run("-m", "boft_ops", "vendor", dest, "--with-native", path=[installed])
@@ -22,14 +22,14 @@ def test_vendored_tree_is_complete(copies, installed):
 
     def files(folder):
         ignored = shutil.ignore_patterns(*built)
-        every = [f for f in folder.rglob("*") if not ignored(str(f.parent), [f.name])]
-        return {f.relative_to(folder).as_posix() for f in every if f.is_file()}
+        kept = [f for f in folder.rglob("*") if not ignored(str(f.parent), [f.name])]
+        return {f.relative_to(folder).as_posix() for f in kept if f.is_file()}
 
     assert files(vendored) == files(installed / "boft_ops")
     assert (vendored / "LICENSE").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_native_it_is_built_on_demand(run, new_tree, tmp_path, needs_compiler):
     done = run("-m", "boft_ops", "vendor", tmp_path / "a" / "boft", path=[new_tree()])
     assert "build` compiles its native library" in done.stdout
@@ -90,8 +90,8 @@ before = natives[0].library
 for name in [m for m in sys.modules if m == "boft_ops" or m.startswith("boft_ops.")]:
     del sys.modules[name]
 import boft_ops
-from boft_ops._runtime import native as _native
-assert boft_ops is not copies[0] and _native.library == before, _native.status
+from boft_ops._runtime import native
+assert boft_ops is not copies[0] and native.library == before, native.status
 skew = torch.randn(2, 3)
 torch.testing.assert_close(boft_ops.cayley(skew), copies[1].cayley(skew))
 """
@@ -103,7 +103,7 @@ def test_three_copies_in_one_process_and_one_graph(run, installed, copies):
     assert "Warning" not in done.stderr
 
 
-def test_importing_anew_finds_its_operators(run, installed, copies):
+def test_a_second_import_uses_the_registered_operators(run, installed, copies):
     done = run("-c", THREE + AGAIN, path=[installed, copies])
     assert done.stderr == ""
 
@@ -136,8 +136,8 @@ def test_bad_destinations(run, installed, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path)
     cases = {
-        installed / "boft_ops" / "inner": "expected a place outside the package",
-        installed / "boft_ops": "expected a place outside the package",
+        installed / "boft_ops" / "inner": "expected a folder outside the package",
+        installed / "boft_ops": "expected a folder outside the package",
         installed.parent: "expected a path that ends in a module name",
         tmp_path / "my-copy": "expected a path that ends in a module name",
         tmp_path / "class": "expected a path that ends in a module name",

@@ -125,6 +125,58 @@ def test_a_failure_leaves_the_old_file(failing, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def unnamed_files(folder):
+    """True if the file system of this folder has files without a name."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def test_a_killed_process_leaves_nothing(tmp_path):
+    if not unnamed_files(tmp_path):
+        pytest.skip("no unnamed files here")
+    path = tmp_path / "file"
+    write_whole(path, b"first")
+    script = """
+import os, signal, sys
+from boft_ops._runtime.files import write_whole
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+write_whole(sys.argv[1], b"second" * 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(path)])
+    assert done.returncode == -9
+    assert os.listdir(tmp_path) == ["file"]
+    assert path.read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o604])
+def test_content_is_never_more_readable_than_in_the_end(mode, named, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("no links here")
+
+    seen = []
+    write = os.fchmod
+
+    def watch(descriptor, wanted):
+        seen.append(os.fstat(descriptor).st_mode & 0o777)
+        write(descriptor, wanted)
+
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(mode)
+    if named:
+        monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "fchmod", watch)
+    write_whole(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert mode_of(path) == mode
+    assert set(seen) == {0o600}
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_folders(tmp_path, monkeypatch):
     path = tmp_path / "folder"
     write_folder(path, {"a": b"1", "b": b"2"})

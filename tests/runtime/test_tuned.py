@@ -25,7 +25,7 @@ from boft_ops._runtime.device import name_of
 from boft_ops.ops import rotate_indexed
 from boft_ops.ops.planner import plan_for
 from boft_ops.ops.rotate import rotate, rotate_rows
-from boft_ops.ops.rotate_linear import _of_triton
+from boft_ops.ops.rotated_linear import _triton_launches
 from boft_ops.ops.stages import plan
 
 CPU = torch.device("cpu")
@@ -90,6 +90,18 @@ def test_the_nearest_class_counts_and_a_far_one_does_not(tuned_cache):
     assert chosen(rows=512 * 8, features=128) == "cpu"  # four octaves
     assert chosen(rows=512 * 8, features=256) is None
     assert chosen(size=32) is None  # another structure
+
+
+def test_contiguous_groups_are_one_class_whatever_their_chunks(tuned_cache):
+    """The tuner measures a stage with its chunks; a layer's one call does not know them."""
+    x, stage = torch.zeros(64, 64), torch.zeros(4, 16, 16)
+    keep(row("reference"))
+    classes = {rotate_rows.tunable.shape_class.of(x, stage, c, 1, False) for c in (4, 8, 16)}
+    assert len(classes) == 1
+    choice = tuned.measured(rotate_rows.tunable, x, (x, stage, 4, 1, False))
+    assert choice == tuned.Choice("reference")
+    strided = rotate_rows.tunable.shape_class.of(x, stage, 4, 2, False)
+    assert strided[0] == (16, 4, 2)
 
 
 def test_zero_switches_measurements_off(tuned_cache, monkeypatch):
@@ -280,7 +292,7 @@ def test_a_backend_is_a_constant_of_one_graph_for_any_rows(tuned_cache):
     stage = cayley(0.1 * torch.randn(4, 120))
 
     def called():
-        """What the graphs of a compiled rotation call, for any number of rows."""
+        """The functions that the graph of a compiled rotation calls, for any number of rows."""
         graphs = []
         torch._dynamo.reset()
         compiled = torch.compile(
@@ -303,7 +315,7 @@ def test_a_backend_is_a_constant_of_one_graph_for_any_rows(tuned_cache):
 
 
 def test_a_gpu_runs_the_measured_set_of_kernels(tuned_cache, monkeypatch):
-    """Of CUDA and Triton kernels that are both there; of a compiled graph, when it runs."""
+    """CUDA and Triton kernels are both there; a compiled graph decides when it runs."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
     monkeypatch.setattr(rotate_rows, "unavailable", {})
     monkeypatch.setattr(
@@ -428,7 +440,7 @@ def test_a_tile_reaches_the_launch(tuned_cache, monkeypatch):
 
 
 def test_a_rotated_layer_launches_the_tiles_of_its_parts(tuned_cache, monkeypatch):
-    """rotate_linear has no tile of its own: it launches rotate and the products."""
+    """rotated_linear has no tile of its own: it launches rotate and the products."""
     if not backends.has_triton():
         pytest.skip("triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
@@ -440,8 +452,10 @@ def test_a_rotated_layer_launches_the_tiles_of_its_parts(tuned_cache, monkeypatc
 
     monkeypatch.setattr(rotate_rows, "launcher", lambda: rotate)
     keep(row("triton", num_warps=2))
-    forward, _ = _of_triton()
-    forward(torch.randn(64, 64), torch.randn(8, 64), torch.randn(4, 16, 16), None, None, False)
+    forward, _ = _triton_launches()
+    forward(
+        torch.randn(64, 64), torch.randn(8, 64), torch.randn(4, 16, 16), None, None, True, False
+    )
     assert tiles == [(("num_warps", 2),)]
 
 

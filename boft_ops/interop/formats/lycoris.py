@@ -1,6 +1,7 @@
 """Reads and writes LyCORIS' checkpoints of BOFT and diag-oft.
 
-A checkpoint is one file with tensors named after the layers, with underscores for the dots.
+A checkpoint is one file with tensors named after the layers, with underscores for the dots (see
+``mangled``).
 Both methods rotate the outputs: W' = rescale * R W.
 LyCORIS' BOFT interleaves the two chunks of a block.
 Its constraint ("alpha") bounds the norm of all blocks of a layer together.
@@ -8,6 +9,7 @@ Its constraint ("alpha") bounds the norm of all blocks of a layer together.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from ..._runtime.files import encode_safetensors, write_whole
 from ...ops.cayley import pack, unpack
 from .checkpoint import Checkpoint, LayerState, Shapes, described
+from .mangled import mangle, names_of, prefix_of
 
 PARTS = ("oft_blocks", "rescale", "alpha")
 
@@ -28,6 +31,7 @@ def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: s
     """Build the checkpoint that computes LyCORIS' forward with multiplier 1.
 
     The constraint is applied to the blocks and not kept.
+    Layers with a trainer's prefix other than ``prefix`` are left out, and one warning counts them.
 
     Args:
         path: of the file, for messages.
@@ -39,8 +43,12 @@ def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: s
         ValueError: a tensor is not valid, or the names of layers are not those of one module each.
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
+    others: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
+        if not layer.startswith(f"{prefix}_") and (other := prefix_of(name)):
+            others.setdefault(other, set()).add(name.partition(".")[0])
+            continue
         if part not in PARTS or not layer.startswith(f"{prefix}_"):
             raise ValueError(
                 f"{path}: expected {prefix}_*.({'|'.join(PARTS)}) of BOFT or diag-oft alone, got "
@@ -49,7 +57,16 @@ def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: s
         if not tensor.is_floating_point() and part != "alpha":
             raise ValueError(f"{path}: {name}: expected floating-point numbers, got {tensor.dtype}")
         layers.setdefault(layer, {})[part] = tensor
+    left = ", ".join(f"{other}_* ({len(names)} layers)" for other, names in sorted(others.items()))
+    if not layers:
+        raise ValueError(f"{path}: expected {prefix}_* of the prefix {prefix!r}, got {left}")
     names = _names(path, list(layers), shapes, prefix)
+    if left:
+        warnings.warn(
+            f"{path}: left out {left}, which are layers of other models: each is converted with "
+            "its own prefix and base",
+            stacklevel=2,
+        )
     states = {}
     for mangled, parts in layers.items():
         if "oft_blocks" not in parts:
@@ -66,21 +83,10 @@ def _names(path: Path, mangled: list[str], shapes: Shapes, prefix: str) -> dict[
             f"{path}: of LyCORIS' names, such as {mangled[0]!r}, dots cannot be told from "
             "underscores: expected base=, the pretrained model"
         )
-    originals: dict[str, list[str]] = {}
-    for name in shapes:
-        originals.setdefault(mangle(name, prefix), []).append(name)
-    for name in mangled:
-        candidates = originals.get(name, [])
-        if len(candidates) != 1:
-            raise ValueError(
-                f"{path}: {name}: expected one layer of that name in the base, got {candidates}"
-            )
-    return {name: originals[name][0] for name in mangled}
-
-
-def mangle(name: str, prefix: str) -> str:
-    """LyCORIS' name of the layer ``name``."""
-    return f"{prefix}_{name}".replace(".", "_")
+    try:
+        return names_of(mangled, shapes, prefix)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerState:

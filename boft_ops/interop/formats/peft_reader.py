@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +16,12 @@ from .files import read_json, read_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+FACTORS = "boft_n_butterfly_factor"
 # The options that say the shape of boft_R (m, K, b, b), with PEFT's defaults.
-SIZES = {"boft_n_butterfly_factor": 1, "boft_block_num": 0, "boft_block_size": 4}
-_FOREIGN = re.compile(r"(^|\.)\w*(oft|lora)_\w+(\.|$)")  # parameters of tuners
+SIZES = {FACTORS: 1, "boft_block_num": 0, "boft_block_size": 4}
+# PEFT's names of tuners' parameters (oft_R.weight, boft_P, lora_A.weight), where they have their
+# place, at the end of a name. Names of users' modules are not looked at.
+_TUNED = re.compile(r"(^|\.)(boft|oft|lora)_[A-Za-z_]+(\.weight)?$")
 
 
 def read(path: Path, shapes: Shapes) -> Checkpoint:
@@ -41,12 +46,39 @@ def read(path: Path, shapes: Shapes) -> Checkpoint:
     weights = path / WEIGHTS
     tensors, _ = read_tensors(weights if weights.is_file() else path / PICKLE)
     tensors = {_without_prefix(path, name): t for name, t in tensors.items()}
+    names = _names_of_saved(path, config)
+    saved = {n: t for n, t in tensors.items() if ".modules_to_save." in n or within(n, names)}
+    tuned = {n: t for n, t in tensors.items() if n not in saved}
     if peft_type == "BOFT":
-        layers = _read_boft(path, config, tensors)
+        layers = _read_boft(path, config, tuned)
     else:
-        layers = _read_oft(path, config, tensors, shapes)
+        layers = _read_oft(path, config, tuned, shapes)
     layers = {name: described(layer, shapes.get(name), name) for name, layer in layers.items()}
-    return Checkpoint(layers, _read_others(path, tensors))
+    if foreign := next(filter(_TUNED.search, tuned), None):
+        raise ValueError(
+            f"{path}: expected parameters of linear layers and convolutions, got {foreign!r}"
+        )
+    # in the order of the file
+    others = {n: t for n, t in tensors.items() if n in saved or n in tuned}
+    return Checkpoint(layers, _read_others(path, others))
+
+
+def _names_of_saved(path: Path, config: dict) -> list[str]:
+    """The names, or ends of names, of the modules that were trained as a whole."""
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"{path}: modules_to_save: expected a list of names, got {names!r}")
+    return names
+
+
+def within(name: str, saved: Collection[str]) -> bool:
+    """True if PEFT takes a module that holds this tensor or module for one of ``saved``.
+
+    PEFT compares the ends of modules' names.
+    """
+    parts = f"{PREFIX}{name}".split(".")
+    modules = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return any(module.endswith(tuple(saved)) for module in modules)
 
 
 def _without_prefix(path: Path, name: str) -> str:
@@ -93,8 +125,17 @@ def _read_boft(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> di
         raise ValueError(
             f"{path}: expected boft_R and boft_s of each layer, got one of {single[0]!r}"
         )
+    if _is_lowered(sizes, matrices.values()):
+        warnings.warn(
+            f"{path}: n_factors is 1, as in the tensors, not {sizes[FACTORS]} as in the config: "
+            "PEFT lowered it where its CUDA extension could not be built",
+            stacklevel=2,
+        )
+        sizes[FACTORS] = 1
     layers = {}
     for name, matrix in matrices.items():
+        # PEFT 0.9 to 0.12 saved its permutation, too, which follows from the sizes.
+        tensors.pop(f"{name}.boft_P", None)
         shape, scale = tuple(matrix.shape), scales[name]
         if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
             raise ValueError(f"{path}: {name}: boft_R: expected (m, K, b, b), got {shape}")
@@ -119,11 +160,13 @@ def _read_boft(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> di
 def _check_sizes(where: str, sizes: dict[str, int], shape: tuple[int, ...]) -> None:
     for (key, size), got in zip(sizes.items(), shape[:3], strict=True):
         # PEFT takes the size or the number of blocks, and 0 for the other.
-        if size != got and (size or key == "boft_n_butterfly_factor"):
-            raise ValueError(
-                f"{where}: {key}: the config says {size}, the shape of boft_R {got}; if that is "
-                "right (PEFT makes one factor without its CUDA extension), correct the config"
-            )
+        if size != got and (size or key == FACTORS):
+            raise ValueError(f"{where}: {key}: the config says {size}, the shape of boft_R {got}")
+
+
+def _is_lowered(sizes: dict[str, int], matrices: Iterable[torch.Tensor]) -> bool:
+    """True if PEFT made one factor where more were asked for, as it does without its extension."""
+    return sizes[FACTORS] > 1 and all(matrix.shape[:1] == (1,) for matrix in matrices)
 
 
 def _share_of_one(n_factors: int) -> float:
@@ -217,10 +260,6 @@ def _read_others(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torc
         if ".original_module." in name:  # the frozen copy that bias="all" stores as well
             continue
         original = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
-        if _FOREIGN.search(original):
-            raise ValueError(
-                f"{path}: expected parameters of linear layers and convolutions, got {name!r}"
-            )
         # bias="all" stores what modules_to_save trained under both names
         if original in others and not torch.equal(others[original], tensor):
             raise ValueError(

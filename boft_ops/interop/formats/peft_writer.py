@@ -13,7 +13,7 @@ from ..._runtime.files import encode_safetensors, write_folder
 from ...ops.dropout import count
 from ..peft.parameters import TERMS, boft_blocks, oft_skew
 from .checkpoint import Base, Checkpoint, LayerState, tensors_of
-from .peft_reader import CONFIG, PREFIX, WEIGHTS
+from .peft_reader import CONFIG, PREFIX, WEIGHTS, within
 
 
 def write(checkpoint: Checkpoint, path: Path, base: Base | None) -> None:
@@ -158,15 +158,15 @@ def _modules_to_save(
     modules = {_parent(name) for name in names}
     if "" in modules:
         raise ValueError("PEFT saves whole modules, got a trained parameter of the model itself")
-    saved = sorted(name for name in modules if not _within(_parent(name), modules))
+    saved = sorted(name for name in modules if not within(name, modules))
     for name in checkpoint.layers:
-        if _within(name, saved):
+        if within(f"{name}.weight", saved):
             raise ValueError(
                 f"{name}: PEFT adapts no layer in modules that it saves whole, all whose names end "
                 f"like one of {saved}, got trained parameters of both"
             )
     base_tensors = {} if base is None else tensors_of(base)
-    asked = {name for name in base_tensors if _within(_parent(name), saved)}
+    asked = {name for name in base_tensors if within(name, saved)}
     for name in saved:
         if not any(tensor.startswith(f"{name}.") for tensor in asked):
             asked |= {f"{name}.weight", f"{name}.bias"}  # the tensors of most modules
@@ -181,13 +181,3 @@ def _modules_to_save(
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _within(name: str, saved: Collection[str]) -> bool:
-    """True if PEFT takes this module, or one that holds it, for one of ``saved``.
-
-    PEFT compares the ends of names.
-    """
-    parts = f"{PREFIX}{name}".rstrip(".").split(".")
-    modules = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return any(module.endswith(tuple(saved)) for module in modules)

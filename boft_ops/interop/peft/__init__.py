@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+KEPT = "not restored, as its forward was replaced on the instance; restore it before that is done"
+
 
 def accelerate(model: nn.Module) -> nn.Module:
     """Make the BOFT and OFT layers of a PEFT model compute through this package's operators.
@@ -60,6 +62,9 @@ def accelerate(model: nn.Module) -> nn.Module:
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``accelerate``: the layers compute through PEFT's own code again.
 
+    Layers whose ``forward`` was replaced on the instance since, as device hooks do, stay
+    accelerated; one warning names them.
+
     Args:
         model: as for ``accelerate``; layers made under ``patched`` are restored, too.
 
@@ -84,8 +89,13 @@ def restore(model: nn.Module) -> nn.Module:
             f"restore: {', '.join(many)}: more than one butterfly factor, for which PEFT needs its "
             "CUDA extension, and it cannot be built here"
         )
-    for layer in layers.values():
-        swap.restore_layer(layer)
+    notes = defaultdict(list)
+    for name, layer in layers.items():
+        if swap.has_replaced_forward(layer):
+            notes[KEPT].append(name)
+        else:
+            swap.restore_layer(layer)
+    _warn(notes)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..._runtime import checks
-from .layers import Adapter, Rotated, RotatedInput, RotatedKernel
+from ...ops.rotation import SkewRotation
+from .base import onloaded
+from .layers import Rotated, RotatedInput, RotatedKernel
 from .parameters import boft_skew
 
 
@@ -23,7 +26,8 @@ class BoftRotated(Rotated):
         return self.boft_R
 
     def _adapter(self, name):
-        return Adapter(boft_skew(self.boft_R[name]), "exact")
+        with onloaded(self.boft_R):
+            return SkewRotation(boft_skew(self.boft_R[name]))
 
     def _drop(self, name, adapter):
         dropout = self.boft_dropout[name]
@@ -33,14 +37,15 @@ class BoftRotated(Rotated):
         return draw_mask(m, n_blocks, dropout.p, adapter.skew.device)
 
     def _scale(self, name):
-        return self.boft_s[name].flatten()
+        with onloaded(self.boft_s):
+            return self.boft_s[name].flatten()
 
     def get_delta_weight(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense matrix R (d, d) and the scale (n, 1) of an adapter, for inspection.
 
         Merging does not use it.
         """
-        return self._dense_rotation(adapter), self._scale(adapter)[:, None]
+        return self.dense_rotation(adapter), self._scale(adapter)[:, None]
 
     def update_layer(self, *args, **kwargs) -> None:
         """Add an adapter as PEFT does, with the m of the config and no dense permutation.
@@ -54,6 +59,19 @@ class BoftRotated(Rotated):
         for name in self.boft_R:
             m, n_blocks, b, _ = self.boft_R[name].shape
             checks.butterfly_shape(n_blocks * b, b, m)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Load as torch does, with one factor where there is one to load.
+
+        Without its CUDA extension PEFT lowers m to 1, saves that, and says m > 1 in the config.
+        """
+        for name, parameter in self.boft_R.items():
+            loaded = state_dict.get(f"{prefix}boft_R.{name}")
+            if loaded is not None and loaded.shape == (1, *parameter.shape[1:]) != parameter.shape:
+                one = nn.Parameter(parameter.detach()[:1].clone(), parameter.requires_grad)
+                self.boft_R[name] = one
+                _note_lowered(name, len(parameter), args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def block_butterfly_perm(self, *args, **kwargs) -> None:
         """Return None: the permutation is part of the indexing here."""
@@ -71,8 +89,29 @@ class BoftConv2d(BoftRotated, RotatedKernel, peft_boft.Conv2d):
     peft_class = peft_boft.Conv2d
 
     def _rotated(self, adapters, scale, x, args, kwargs):
-        x = x.to(self.base_layer.weight.dtype)
+        x = x.to(self.base_layer.weight.dtype)  # as PEFT does
         return super()._rotated(adapters, scale, x, args, kwargs)
+
+
+_last_load: list | None = None
+
+
+def _note_lowered(name: str, wanted: int, load: list) -> None:
+    """Warn that an adapter has one factor, once for each load of a state dict.
+
+    Args:
+        name: of the adapter.
+        wanted: the number of factors in its config.
+        load: the list of errors, which torch makes anew for each load; all layers share it.
+    """
+    global _last_load
+    if load is not _last_load:
+        _last_load = load  # the list is kept, so that no other load can have its identity
+        warnings.warn(
+            f"boft_ops: adapter {name!r}: n_factors is 1, as in the tensors loaded, not {wanted} "
+            "as in the config: PEFT lowered it where its CUDA extension could not be built",
+            stacklevel=2,
+        )
 
 
 def draw_mask(m: int, n_blocks: int, p: float, device: torch.device) -> torch.Tensor:

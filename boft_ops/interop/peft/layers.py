@@ -7,43 +7,18 @@ unmerge compute through this package's operators.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..._runtime import autocast
+from ..._runtime import autocast, checks
 from ...ops.butterfly import butterfly_matmul
-from ...ops.cayley import cayley
-from ...ops.dropout import drop_blocks
 from ...ops.linear import rotated_linear
 from ...ops.merge import merge_weight, unmerge_weight, untracked
+from ...ops.rotation import Rotation, SkewRotation
 from ...ops.scale import scale_columns
-from ...ops.stage_from_skew import GIVEN_SERIES, ORTHOGONAL
-from .base import call_with_weight, is_unmodified
-
-
-class Adapter(NamedTuple):
-    """The rotation R of one adapter; it acts as W -> W R^T, or x -> x R.
-
-    Attributes:
-        skew: (m, K, b(b-1)/2), or for the method GIVEN_SERIES the blocks (K, b, b) themselves.
-        method: "exact", "neumann5" or GIVEN_SERIES.
-        drop: the boolean (m, K) of the blocks that dropout makes the identity, or None.
-    """
-
-    skew: torch.Tensor
-    method: str
-    drop: torch.Tensor | None = None
-
-    def blocks(self) -> torch.Tensor:
-        if self.method == GIVEN_SERIES:
-            return self.skew[None]
-        return drop_blocks(cayley(self.skew, method=self.method), self.drop)
-
-    def rotate(self, rows: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
-        return butterfly_matmul(rows, self.blocks(), transpose=transpose)
+from .base import call_with_weight, is_unmodified, onloaded
 
 
 class Rotated:
@@ -59,11 +34,11 @@ class Rotated:
         """The names of the adapters of this layer."""
         raise NotImplementedError
 
-    def _adapter(self, name: str) -> Adapter:
+    def _adapter(self, name: str) -> Rotation:
         """The rotation of an adapter, without dropout."""
         raise NotImplementedError
 
-    def _drop(self, name: str, adapter: Adapter) -> torch.Tensor | None:
+    def _drop(self, name: str, adapter: Rotation) -> torch.Tensor | None:
         """The dropout mask of one forward pass, or None."""
         return None
 
@@ -77,7 +52,7 @@ class Rotated:
 
     def _rotated(
         self,
-        adapters: list[Adapter],
+        adapters: list[Rotation],
         scale: torch.Tensor | None,
         x: torch.Tensor,
         args: tuple,
@@ -101,8 +76,8 @@ class Rotated:
                 adapters, scale = {}, None
                 for name in names:  # the order in which PEFT draws its masks
                     adapter = self._adapter(name)
-                    if self.training:
-                        adapter = adapter._replace(drop=self._drop(name, adapter))
+                    if self.training and isinstance(adapter, SkewRotation):
+                        adapter = adapter._replace(drop_mask=self._drop(name, adapter))
                     adapters[name] = adapter
                     factor = self._scale(name)
                     scale = factor if scale is None else scale * factor
@@ -130,8 +105,9 @@ class Rotated:
         for name in names:
             weight = self._merge_one(weight, name)
             if safe_merge and not torch.isfinite(weight).all():
+                # PEFT's words, which its tests and its users' programs look for.
                 raise ValueError(
-                    f"NaNs detected in the merged weights: adapter {name!r} seems to be broken"
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
                 )
         self.set_base_weight(weight)
         self.merged_adapters.extend(names)
@@ -158,7 +134,7 @@ class Rotated:
     @untracked
     def _unmerge_one(self, name: str) -> torch.Tensor:
         adapter, scale = self._adapter(name), self._scale(name)
-        orthogonal = adapter.method in ORTHOGONAL
+        orthogonal = adapter.is_orthogonal()
         try:
             return unmerge_weight(
                 self.get_base_weight(), adapter.blocks(), scale, orthogonal=orthogonal
@@ -166,7 +142,7 @@ class Rotated:
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
 
-    def _dense_rotation(self, name: str) -> torch.Tensor:
+    def dense_rotation(self, name: str) -> torch.Tensor:
         """The matrix R, (d, d), for PEFT's ``get_delta_weight``."""
         blocks = self._adapter(name).blocks()
         eye = torch.eye(blocks.shape[-3] * blocks.shape[-1], dtype=blocks.dtype)
@@ -179,24 +155,17 @@ class RotatedInput(Rotated):
     def _rotated(self, adapters, scale, x, args, kwargs):
         nearest, *others = adapters
         for adapter in reversed(others):
-            x = adapter.rotate(x)
+            x = butterfly_matmul(x, adapter.blocks())
         base = self.base_layer
-        if not args and not kwargs and is_unmodified(base, nn.Linear, x):
-            return rotated_linear(
-                x,
-                base.weight,
-                nearest.skew,
-                scale=scale,
-                bias=base.bias,
-                drop=nearest.drop,
-                side="in",
-                method=nearest.method,
-            )
-        y = base(nearest.rotate(x), *args, **kwargs)
-        if scale is None:
-            return y
-        bias = getattr(base, "bias", None)
-        return scale_columns(y, scale, bias, bias)
+        with onloaded(base):
+            if not args and not kwargs and is_unmodified(base, nn.Linear, x):
+                checks.linear_input(x, base.weight)
+                return rotated_linear(x, base.weight, nearest, scale=scale, bias=base.bias)
+            y = base(butterfly_matmul(x, nearest.blocks()), *args, **kwargs)
+            if scale is None:
+                return y
+            bias = getattr(base, "bias", None)
+            return scale_columns(y, scale, bias, bias)
 
 
 class RotatedKernel(Rotated):
@@ -204,14 +173,15 @@ class RotatedKernel(Rotated):
 
     def _rotated(self, adapters, scale, x, args, kwargs):
         base = self.base_layer
-        # Autocast is for products with activations, not for the rotation of a weight.
-        with autocast.disabled(x.device.type):
-            weight = rotated_weight(base.weight, adapters, scale)
-        return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
+        with onloaded(base):
+            # Autocast is for products with activations, not for the rotation of a weight.
+            with autocast.disabled(x.device.type):
+                weight = rotated_weight(base.weight, adapters, scale)
+            return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
 
 
 def rotated_weight(
-    weight: torch.Tensor, adapters: list[Adapter], scale: torch.Tensor | None
+    weight: torch.Tensor, adapters: list[Rotation], scale: torch.Tensor | None
 ) -> torch.Tensor:
     """diag(scale) W R_1^T R_2^T ... for W seen as (n, d), in at least float32 and rounded once.
 

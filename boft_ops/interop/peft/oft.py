@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.oft import layer as peft_oft
+from torch import nn
 
-from ...ops.stage_from_skew import GIVEN_SERIES
-from .layers import Adapter, Rotated, RotatedInput, RotatedKernel
+from ..._runtime import autocast
+from ...ops.rotation import DenseRotation, SkewRotation
+from .base import is_unhooked
+from .layers import Rotated, RotatedInput, RotatedKernel
 from .parameters import TERMS, oft_skew
 
 
@@ -18,6 +21,8 @@ class OftRotated(Rotated):
 
     def _adapter(self, name):
         module = self.oft_R[name]
+        if not is_unhooked(module, peft_oft.OFTRotationModule):
+            return DenseRotation(blocks_by_call(module), orthogonal=not module.use_cayley_neumann)
         weight = module.weight
         if module.coft:
             with torch.no_grad():
@@ -28,8 +33,9 @@ class OftRotated(Rotated):
         neumann, terms = module.use_cayley_neumann, module.num_cayley_neumann_terms
         if neumann and terms != TERMS:
             blocks = module._cayley_batch(weight, module.block_size, True, terms)
-            return Adapter(blocks, GIVEN_SERIES)
-        return Adapter(oft_skew(weight, neumann=neumann), "neumann5" if neumann else "exact")
+            return DenseRotation(blocks, orthogonal=False)
+        method = "neumann5" if neumann else "exact"
+        return SkewRotation(oft_skew(weight, neumann=neumann), method)
 
     def _nearest_first(self, names):
         # x meets the first active adapter first, although PEFT merges as if x met the last first.
@@ -37,7 +43,7 @@ class OftRotated(Rotated):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The dense matrix R (d, d) of an adapter, for inspection; merging does not use it."""
-        return self._dense_rotation(adapter)
+        return self.dense_rotation(adapter)
 
 
 class OftLinear(OftRotated, RotatedInput, peft_oft.Linear):
@@ -46,3 +52,18 @@ class OftLinear(OftRotated, RotatedInput, peft_oft.Linear):
 
 class OftConv2d(OftRotated, RotatedKernel, peft_oft.Conv2d):
     peft_class = peft_oft.Conv2d
+
+
+def blocks_by_call(module: nn.Module) -> torch.Tensor:
+    """The blocks (K, b, b) of PEFT's rotation module, by its own forward.
+
+    Hooks of the module bring its numbers in (offload), gather them (FSDP) or look at them, and run
+    only when it is called.
+    Its output for a row of all blocks' unit vectors e_i is row i of every block.
+    """
+    weight, b = module.weight, module.block_size
+    n_blocks = module.in_features // b
+    device = "cpu" if weight.is_meta else weight.device  # an offload hook moves the rows
+    rows = torch.eye(b, dtype=weight.dtype, device=device).repeat(1, n_blocks)
+    with autocast.disabled(rows.device.type):
+        return module(rows).reshape(b, n_blocks, b).transpose(0, 1).contiguous()

@@ -62,7 +62,7 @@ class _Skew(torch.autograd.Function):
         if not _is_concrete(boft_R):
             return pack(boft_R).mul(-0.5)
         entries = _entries(boft_R.shape[-1], boft_R.device, boft_R.dtype)
-        flat = boft_R.flatten(-2)
+        flat = boft_R.reshape(*boft_R.shape[:-2], -1)
         upper, lower = (flat.index_select(-1, i) for i in (entries.upper, entries.lower))
         return lower.sub_(upper).mul_(0.5)
 
@@ -76,7 +76,8 @@ class _Skew(torch.autograd.Function):
             return unpack(grad.contiguous()).mul(-0.5)
         b = block_size_from_packed("grad", grad.shape[-1])
         entries = _entries(b, grad.device, grad.dtype)
-        return grad.index_select(-1, entries.packed).mul(entries.sign).unflatten(-1, (b, b))
+        square = grad.index_select(-1, entries.packed).mul(entries.sign)
+        return square.reshape(*grad.shape[:-1], b, b)  # torch's older vmap has no unflatten
 
 
 def boft_skew(boft_R: torch.Tensor) -> torch.Tensor:

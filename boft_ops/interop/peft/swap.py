@@ -49,9 +49,17 @@ def obstacle(peft_class: type[nn.Module], base: nn.Module) -> str | None:
 
 def obstacle_of(layer: nn.Module) -> str | None:
     """The reason why this layer has no accelerated form, or None."""
-    if "forward" in vars(layer):
+    if has_replaced_forward(layer):
         return "its forward was replaced on the instance; accelerate it before that is done"
     return obstacle(type(layer), layer.base_layer)
+
+
+def has_replaced_forward(layer: nn.Module) -> bool:
+    """True if the instance has a forward that may call the one of the layer's present class.
+
+    Device hooks keep the bound method, which is wrong once the layer has another class.
+    """
+    return "forward" in vars(layer)
 
 
 def computes_otherwise(peft_class: type[nn.Module], base: nn.Module) -> bool:
@@ -106,7 +114,7 @@ def constructors(note: Callable[[str, str], None]) -> Iterator[None]:
         for module, layers in ((boft.model, boft.layer), (oft.model, oft.layer))
         for name in ("Linear", "Conv2d")
     ]
-    # Of two threads that undo each other's replacements, one would leave its own behind.
+    # Without it, one of two threads that undo each other's replacements would leave its own behind.
     with _lock:
         before = [getattr(module, name) for module, name, _ in names]
         try:

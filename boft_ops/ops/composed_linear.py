@@ -1,0 +1,64 @@
+"""The rotated layer as a sequence of differentiable functions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .._runtime import autocast
+from .kaleidoscope import multiply
+from .rotation import DenseRotation, Rotation, SkewRotation
+from .scale import scale_columns
+
+
+def composed_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rotation: Rotation,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    side: str,
+    kaleidoscope: int,
+) -> torch.Tensor:
+    """Compute the layer with functions that are differentiable any number of times.
+
+    It serves what ``RotatedLinear`` has no closed form for: a trained weight, side "out",
+    kaleidoscopes, transforms of torch.func, and gradients of gradients. The arguments are those of
+    ``rotated_linear``.
+    """
+    blocks = rotation.blocks()
+    if side == "in":
+        x = multiply(x, blocks, kaleidoscope)
+    # The bias goes into the matrix product, where torch's linear has it, and what the scale and the
+    # rotation then do to it is taken back below. Both corrections vanish exactly at the identity.
+    y, shift = F.linear(x, weight, bias), bias
+    if side == "out":
+        y = multiply(y, blocks, kaleidoscope, transpose=True)
+        if bias is not None:
+            shift = multiply(bias, blocks, kaleidoscope, transpose=True)
+    if scale is None:
+        return y if side == "in" or bias is None else y + (bias - shift)
+    return scale_columns(y, scale, shift, bias)
+
+
+def differentiable_gradients(
+    inputs: tuple[torch.Tensor | None, ...],
+    method: str | None,
+    grad: torch.Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of ``RotatedLinear`` as functions of every input, for gradients of gradients.
+
+    Args:
+        inputs: x, weight, scale, bias, skew, drop_mask and matrix, as the Function got them.
+        method: of the skew; None for a matrix.
+        grad: the gradient of the rows (N, n).
+        needs: the inputs whose gradients are wanted.
+    """
+    x, weight, scale, bias, skew, drop_mask, matrix = inputs
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=False) if need]
+    rotation = DenseRotation(matrix) if skew is None else SkewRotation(skew, method, drop_mask)
+    with torch.enable_grad(), autocast.disabled(grad.device.type):
+        y = composed_linear(x, weight, rotation, scale, bias, "in", 0).reshape(grad.shape)
+        grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if need else None for need in needs)

@@ -1,0 +1,400 @@
+"""The rotated linear layer as one op, for one stage whose chunks are neighbors.
+
+On a CPU one C++ kernel rotates the rows inside the matrix product. On a GPU no kernel is fused:
+the op makes the launches of rotate, linear and scale in one call, because Python takes longer to
+make them one by one than a GPU takes to run them, at any but the largest sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from .._runtime import autocast, native
+from .._runtime.backend import Kernel, Op
+from .._runtime.dtypes import COMPUTE, widest
+from .._runtime.limits import FUSED_MULTIPLE, MAX_STAGE
+from .._runtime.tuned import ShapeClass
+from .._runtime.workload import Workload
+from .composed_linear import differentiable_gradients
+from .rotate import (
+    apply_stages,
+    apply_stages_backward,
+    rotate_backward,
+    rotate_rows,
+    rotate_stage_grad,
+)
+from .scale import Scale, scale_backward, scale_forward
+from .stage_from_skew import stages_from_skew, stages_from_skew_backward
+from .stages import Stage, plan
+
+MIN_ROWS = 64  # with fewer rows a BLAS reads the weight faster than the fused C++ kernel
+MAX_CUDA_SIZE = 64  # features of a group; Triton's rotate is faster for larger ones
+
+
+def batch(
+    rotate: Callable, rotate_backward: Callable, scale_rows: Callable, scale_backward: Callable
+) -> tuple[Callable, Callable]:
+    """Return the op and its backward as a sequence of these functions and torch's products."""
+
+    def rotated_linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        stage: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        bias_in_z: bool,
+        save: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        center = bias if bias_in_z else None
+        z = F.linear(rotate(x, stage, stage.shape[-1], 1, False), weight, center)
+        y = z if scale is None else scale_rows(z, scale, center, center)
+        if bias is not None and not bias_in_z:
+            y = y + bias
+        return y, z if save and scale is not None else z.new_empty(0, z.shape[1])
+
+    def rotated_linear_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        stage: torch.Tensor,
+        scale: torch.Tensor | None,
+        center: torch.Tensor | None,
+        z: torch.Tensor | None,
+        splits: int,
+        need_bias: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        if z is not None:
+            grad, scale_grad, bias_grad = scale_backward(grad, z, scale, center)
+        else:
+            scale_grad = stage.new_empty(0)
+            bias_grad = grad.sum(0) if need_bias else grad.new_empty(0)
+            if scale is not None:
+                grad = scale_rows(grad, scale, None, None)
+        layout = stage.shape[-1], 1, False
+        x_grad, stage_grad = rotate_backward(grad @ weight, x, stage, *layout, splits)
+        return x_grad, stage_grad, scale_grad, bias_grad
+
+    return rotated_linear, rotated_linear_backward
+
+
+rotated_linear_reference, rotated_linear_backward_reference = batch(
+    *(op.reference for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
+)
+
+
+def _triton_launches() -> tuple[Callable, Callable]:
+    """Return the op and its backward made of launches of Triton's kernels in measured tiles."""
+    return batch(
+        *(op.launch for op in (rotate_rows, rotate_backward, scale_forward, scale_backward))
+    )
+
+
+def _fake(x, weight, stage, scale, bias, bias_in_z, save):
+    rows, n = x.shape[0], weight.shape[0]  # len() would make a constant of symbolic rows
+    return x.new_empty(rows, n), x.new_empty(rows if save and scale is not None else 0, n)
+
+
+def _fake_backward(grad, x, weight, stage, scale, center, z, splits, need_bias):
+    n = weight.shape[0]
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    stage_grad = stage.new_empty(splits, *stage.shape, dtype=COMPUTE[x.dtype])
+    if z is not None:
+        return x_grad, stage_grad, scale.new_empty(n), scale.new_empty(n)
+    return x_grad, stage_grad, stage.new_empty(0), grad.new_empty(n if need_bias else 0)
+
+
+def _cpu_supports(x, weight, stage, scale=None, bias=None, bias_in_z=False, save=False) -> bool:
+    """Float32 with enough rows, on a CPU with the vector instructions that its BLAS uses too."""
+    return (
+        x.dtype == weight.dtype == stage.dtype == torch.float32
+        and (bias is None or not bias_in_z)
+        and FUSED_MULTIPLE % stage.shape[-1] == 0
+        and x.shape[0] >= MIN_ROWS
+        and native.isa in ("avx2", "avx512")
+    )
+
+
+def _cpu_supports_backward(grad, x, weight, stage, scale, center, z, splits, need_bias) -> bool:
+    return center is None and splits == 1 and _cpu_supports(x, weight, stage)
+
+
+def _cuda_supports(x, weight, stage, scale=None, bias=None, bias_in_z=True, save=False) -> bool:
+    half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
+    small = stage.dtype == torch.float32 and stage.shape[-1] <= MAX_CUDA_SIZE
+    return half and small and (bias is None or bias_in_z)
+
+
+def _cuda_supports_backward(grad, x, weight, stage, scale, center, z, splits, need_bias) -> bool:
+    return (z is not None or not need_bias) and _cuda_supports(x, weight, stage)
+
+
+def _triton_supports(x, weight, stage, *_: object) -> bool:
+    return stage.shape[-1] <= MAX_STAGE
+
+
+def _triton_supports_backward(grad, x, weight, stage, *_: object) -> bool:
+    return stage.shape[-1] <= MAX_STAGE
+
+
+def _samples(w: Workload) -> Iterator[tuple]:
+    size = plan(w.n_factors, w.block_size, w.device.type)[0].size
+    weight = w.tensor(w.n, w.d, std=w.d**-0.5)
+    scale = 1 + w.tensor(w.n, std=0.1, dtype=w.compute_dtype)
+    bias, in_z = w.tensor(w.n, salt=1), w.device.type != "cpu"
+    yield w.x(), weight, w.matrices(w.d // size, size), scale, bias, in_z, True
+
+
+def _backward_samples(w: Workload) -> Iterator[tuple]:
+    stage = plan(w.n_factors, w.block_size, w.device.type)[0]
+    for x, weight, matrix, scale, bias, in_z, _ in _samples(w):
+        grad, z = (w.tensor(w.rows, w.n, salt=salt) for salt in (1, 2))
+        yield grad, x, weight, matrix, scale, bias if in_z else None, z, stage.splits(x), True
+
+
+_CLASS = ShapeClass(
+    ("size",),
+    ("rows", "inputs", "outputs"),
+    lambda x, weight, stage, *_: ((stage.shape[-1],), (*x.shape, weight.shape[0])),
+)
+# y = scale * x R W^T + bias, for one stage of stride 1.
+#   x (rows, d); weight (n, d); stage (d/size, size, size); scale, bias (n,)
+#   bias_in_z: add the bias inside the matrix product, as torch's linear does; the scale then leaves
+#     it out: y = scale * (z - bias) + bias. With scale 1 y is exactly z.
+# Returns y (rows, n) and z (rows, n), the output before the scale: x R W^T, plus the bias if
+# bias_in_z. z is empty, (0, n), unless `save` is true and there is a scale.
+rotated_linear_forward = Op(
+    "rotated_linear(Tensor x, Tensor weight, Tensor stage, Tensor? scale, Tensor? bias,"
+    " bool bias_in_z, bool save) -> (Tensor, Tensor)",
+    reference=rotated_linear_reference,
+    fake=_fake,
+    samples=_samples,
+    kernels={
+        "cpu": Kernel(_cpu_supports),
+        "cuda": Kernel(_cuda_supports),
+        "triton": Kernel(_triton_supports, lambda: _triton_launches()[0]),
+    },
+    shape_class=_CLASS,
+)
+# The gradients of x, stage, scale and bias.
+#   center: the bias if z holds it, else None
+#   z: as the forward op returned it; None if the scale needs no gradient
+#   splits: the number of partial sums of the gradient of stage; 1 on a CPU
+#   need_bias: sum up the gradient of the bias; with z it costs nothing and comes in any case
+# Returns x_grad (rows, d), stage_grad (splits, d/size, size, size) in at least float32, scale_grad
+# (n,), empty without z, and bias_grad (n,), empty without z unless need_bias.
+rotated_linear_backward = Op(
+    "rotated_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor stage, Tensor? scale,"
+    " Tensor? center, Tensor? z, int splits, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=rotated_linear_backward_reference,
+    fake=_fake_backward,
+    samples=_backward_samples,
+    kernels={
+        "cpu": Kernel(_cpu_supports_backward),
+        "cuda": Kernel(_cuda_supports_backward),
+        "triton": Kernel(_triton_supports_backward, lambda: _triton_launches()[1]),
+    },
+    shape_class=_CLASS._replace(of=lambda grad, *args: _CLASS.of(*args)),
+    measured_as=rotated_linear_forward,
+    comparable=lambda result: (result[0], result[1].sum(0), *result[2:]),
+)
+
+
+# --- The Function of a layer ----------------------------------------------------------------------
+
+# A layer is (rows (N, d), weight (n, d), scale (n,) in the compute dtype, bias (n,), the matrix of
+# each stage, the stages). Needs are those of x, rotation, scale and bias. Gradients
+# are x_grad, the partial sums of each stage's gradient, scale_grad and bias_grad.
+_Needs = tuple[bool, bool, bool, bool]
+_Gradients = tuple[torch.Tensor | None, list, torch.Tensor | None, torch.Tensor | None]
+
+
+def _forward(layer: tuple, strategy: str, save_z: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y (N, n) and z, the output before the scale; z means something only if it is saved.
+
+    The bias is added inside the product, as in torch's linear, so that y is exactly torch's where R
+    is the identity and the scale one. Only the fused kernel adds it last, and z is without it.
+    """
+    rows, weight, scale, bias, matrices, stages = layer
+    if strategy == "fused":
+        inner = _outer_stages(rows, matrices, stages)
+        return rotated_linear_forward(inner, weight, matrices[0], scale, bias, False, save_z)
+    if strategy == "batched":
+        return rotated_linear_forward(rows, weight, matrices[0], scale, bias, True, save_z)
+    if strategy == "rotate_weight":
+        z = F.linear(rows, apply_stages(weight, matrices, stages, True), bias)
+    else:
+        z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
+    return z if scale is None else Scale.forward(z, scale, bias, bias), z
+
+
+def _outer_stages(
+    rows: torch.Tensor, matrices: list[torch.Tensor], stages: tuple[Stage, ...]
+) -> torch.Tensor:
+    """Return the rows after every stage but the first: it comes last, inside the fused kernel."""
+    if len(stages) == 1:
+        return rows
+    return apply_stages(rows, matrices[1:], stages[1:], False)
+
+
+def _backward_fused(
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+) -> _Gradients:
+    rows, weight, scale, _, matrices, stages = layer
+    need_x, need_rotation, _, need_bias = needs
+    inner = _outer_stages(rows, matrices, stages)
+    inner_grad, first, scale_grad, bias_grad = rotated_linear_backward(
+        grad, inner, weight, matrices[0], scale, None, z, 1, need_bias
+    )
+    if len(stages) == 1:
+        return inner_grad, [first], scale_grad, bias_grad
+    saved = rows if need_rotation else None
+    x_grad, others = apply_stages_backward(
+        inner_grad, saved, matrices[1:], stages[1:], False, need_x
+    )
+    return x_grad, [first, *others], scale_grad, bias_grad
+
+
+def _backward_batched(
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+) -> _Gradients:
+    """The gradients where both x and the rotation need one: one call computes the two together."""
+    rows, weight, scale, bias, matrices, stages = layer
+    splits = stages[0].splits(rows)
+    with autocast.disabled(grad.device.type):  # it may be on in backward alone
+        x_grad, partials, scale_grad, bias_grad = rotated_linear_backward(
+            grad, rows, weight, matrices[0], scale, bias, z, splits, False
+        )
+    if z is None and needs[3]:
+        bias_grad = grad.sum(0)
+    return x_grad, [partials], scale_grad, bias_grad
+
+
+def _backward_separate(
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+) -> _Gradients:
+    rows, weight, scale, bias, matrices, stages = layer
+    need_x, need_rotation, need_scale, need_bias = needs
+    grad, scale_grad, bias_grad = _backward_scale(grad, z, scale, bias, need_scale, need_bias)
+    if not (need_x or need_rotation):
+        return None, [], scale_grad, bias_grad
+    with autocast.disabled(grad.device.type):
+        rows_grad = grad @ weight
+    saved = rows if need_rotation else None
+    x_grad, partials = apply_stages_backward(rows_grad, saved, matrices, stages, False, need_x)
+    return x_grad, partials, scale_grad, bias_grad
+
+
+def _backward_rotate_weight(
+    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+) -> _Gradients:
+    """The gradients of y = x (W R^T)^T, with one stage.
+
+    W R^T is computed again: saved, it would take as much memory as W. R is orthogonal, so
+    dL/dR = x^T (dL/dx) R in each group.
+    """
+    rows, weight, scale, bias, matrices, stages = layer
+    need_x, need_rotation, need_scale, need_bias = needs
+    grad, scale_grad, bias_grad = _backward_scale(grad, z, scale, bias, need_scale, need_bias)
+    if not (need_x or need_rotation):
+        return None, [], scale_grad, bias_grad
+    (matrix,), (stage,), partials = matrices, stages, []
+    rotated = apply_stages(weight, matrices, stages, True)
+    with autocast.disabled(grad.device.type):
+        x_grad = grad @ rotated
+        if need_rotation:
+            layout = stage.size, stage.chunk, stage.stride, stage.splits(rows)
+            matrix_grad = rotate_stage_grad(rows, x_grad, *layout).sum(0).to(matrix.dtype)
+            partials = [(matrix_grad @ matrix)[None]]
+    return x_grad, partials, scale_grad, bias_grad
+
+
+def _backward_scale(
+    grad: torch.Tensor,
+    z: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    need_scale: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradient of the product, which has the bias in it, and of the scale and bias."""
+    if need_scale:
+        return scale_backward(grad, z, scale, None if bias is None else bias.to(scale))
+    bias_grad = grad.sum(0) if need_bias else None
+    if scale is not None:
+        grad = Scale.forward(grad, scale, None, None)
+    return grad, None, bias_grad
+
+
+class RotatedLinear(torch.autograd.Function):
+    """y = scale * (x R W^T) + bias with a frozen W: every gradient in closed form.
+
+    R comes as skew and drop_mask or as matrix; what it does not come as is None. ``decided`` is the
+    method of the skew (None for a matrix), the stages and the strategy, see linear.py.
+    Returns rows (N, n), whatever the shape of x: a Function that returned a view of them would
+    forbid changing its output in place.
+    Saves x, the blocks, the stage matrices and, for a trained scale alone, the output before it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, bias, skew, drop_mask, matrix, decided):
+        method, stages, strategy = ctx.decided = decided
+        if skew is None:
+            blocks, matrices = None, [_as(matrix, widest(x.dtype, matrix.dtype))]
+        else:
+            blocks, matrices = stages_from_skew(skew, drop_mask, method, stages, x.dtype)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        wide_scale = None if scale is None else _as(scale, COMPUTE[x.dtype])
+        layer = rows, weight, wide_scale, bias, matrices, stages
+        save_z = scale is not None and ctx.needs_input_grad[2]
+        y, z = _forward(layer, strategy, save_z)
+        inputs = x, weight, scale, bias, skew, drop_mask, matrix
+        ctx.save_for_backward(*inputs, z if save_z else None, blocks, *matrices)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale, bias, skew, drop_mask, matrix, z, blocks, *matrices = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs, needs = ctx.saved_tensors[:7], ctx.needs_input_grad
+            return differentiable_gradients(inputs, ctx.decided[0], grad, needs)
+        need_x, _, need_scale, need_bias, need_skew, _, need_matrix, _ = ctx.needs_input_grad
+        need_rotation = need_skew or need_matrix
+        method, stages, strategy = ctx.decided
+        if strategy == "fused":
+            backward = _backward_fused
+        elif strategy == "rotate_weight":
+            backward = _backward_rotate_weight
+        elif strategy == "batched" and need_x and need_rotation:
+            backward = _backward_batched
+        else:
+            backward = _backward_separate
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        wide_scale = None if scale is None else _as(scale, COMPUTE[x.dtype])
+        layer = rows, weight, wide_scale, bias, matrices, stages
+        needs = need_x, need_rotation, need_scale, need_bias
+        x_grad, partials, scale_grad, bias_grad = backward(layer, grad.contiguous(), z, needs)
+        skew_grad = matrix_grad = None
+        if need_skew:
+            skew_grad = stages_from_skew_backward(skew, drop_mask, method, stages, blocks, partials)
+        elif need_matrix:
+            matrix_grad = _as(partials[0].sum(0), matrix.dtype)
+        if need_x and x.dim() != 2:
+            x_grad = x_grad.reshape(x.shape)
+        return (
+            x_grad if need_x else None,
+            None,
+            _as(scale_grad, scale.dtype) if need_scale else None,
+            _as(bias_grad, bias.dtype) if need_bias else None,
+            skew_grad,
+            None,
+            matrix_grad,
+            None,
+        )
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a dtype; comparing is faster than a call of .to() that does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
