@@ -59,7 +59,7 @@ class BOFTLayer(HasRotation, nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the layer multiplies by: diag(s) W R^T or diag(s) R W, differentiable.
+        """The weight that the layer multiplies by: diag(s) W R^T or diag(s) R W, differentiable.
 
         It is computed when its numbers are first read, in at least float32, and rounded once.
         In training mode it has a dropout of its own. The weight of a merged layer is its parameter,
@@ -371,7 +371,9 @@ class BOFTLayer(HasRotation, nn.Module):
                 )
             copy = self.frozen_weight.detach().clone()
             self.frozen_weight = nn.Parameter(copy, requires_grad=False)
-        self._is_loading = True  # what a state calls weight is the frozen or the merged one
+        self._is_loading = (
+            True  # a state holds the frozen or the merged weight, not the rotated one
+        )
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:

@@ -112,7 +112,7 @@ class Weight:
 
 
 class RotatedWeight(torch.Tensor):
-    """What an unmerged layer multiplies by, computed when its numbers are first read.
+    """The weight that an unmerged layer multiplies by, computed when its numbers are first read.
 
     Code that only asks for a shape, a dtype or a device therefore costs no rotation.
     Operators get the computed tensor, and gradients of this tensor reach skew and scale.
@@ -179,8 +179,8 @@ class RotatedWeight(torch.Tensor):
         read, kwargs = tree_map_only(RotatedWeight, _numbers, (args, kwargs))
         result = func(*read, **kwargs)
         if is_moved and not torch.equal(read[0], args[0]._weight.frozen):
-            # Code that moves a model by reading its weights makes a Parameter of the result,
-            # which would be rotated twice. Of this class torch refuses to make one.
+            # Code that moves a model by reading its weights makes a Parameter of the result, and
+            # the layer would rotate it twice. Torch refuses to make a Parameter of this class.
             return RotatedWeight.wrap(Weight.of(result))
         return result
 

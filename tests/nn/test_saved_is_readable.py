@@ -1,4 +1,4 @@
-"""What save_adapter writes, load_adapter reads; what it could not read is not written."""
+"""load_adapter reads every file that save_adapter writes; others are not written."""
 
 import pytest
 import torch
