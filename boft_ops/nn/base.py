@@ -371,7 +371,7 @@ class BOFTLayer(HasRotation, nn.Module):
                 )
             copy = self.frozen_weight.detach().clone()
             self.frozen_weight = nn.Parameter(copy, requires_grad=False)
-        self._is_loading = True  # the weight of a state is the frozen or the merged one
+        self._is_loading = True  # a state holds the frozen or merged weight, not the rotated one
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:

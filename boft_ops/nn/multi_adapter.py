@@ -77,9 +77,9 @@ class MultiAdapterLinear(nn.Module):
         Reading its numbers raises RuntimeError where there is none: over a base that is quantized
         or computes more than a linear layer, and inside ``adapter_rows``.
         """
-        if self.request_index is not None:
-            return no_weight(self.base)
-        return adapted_weight(self.base, [self.adapters[name] for name in self.active])
+        adapters = [self.adapters[name] for name in self.active]
+        by_rows = self.request_index is not None
+        return no_weight(self.base) if by_rows else adapted_weight(self.base, adapters)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -97,12 +97,11 @@ class MultiAdapterLinear(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter as ``nn.Module`` does; weight and bias are those of the base."""
-        if name in ("weight", "bias"):
-            if name == "weight" and isinstance(weight := self.weight, RotatedWeight):
-                weight.check_written(param)
-            self.base.register_parameter(name, param)
-        else:
-            super().register_parameter(name, param)
+        if name not in ("weight", "bias"):
+            return super().register_parameter(name, param)
+        if name == "weight" and isinstance(weight := self.weight, RotatedWeight):
+            weight.check_written(param)
+        return self.base.register_parameter(name, param)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -179,8 +179,8 @@ class RotatedWeight(torch.Tensor):
         read, kwargs = tree_map_only(RotatedWeight, _numbers, (args, kwargs))
         result = func(*read, **kwargs)
         if is_moved and not torch.equal(read[0], args[0]._weight.frozen):
-            # Code that moves a model by reading its weights makes a Parameter of the result,
-            # rotated twice then. Torch refuses to make a Parameter of this class.
+            # Code that moves a model by reading its weights makes a Parameter of the result, and
+            # the layer would rotate it twice. Torch refuses to make a Parameter of this class.
             return RotatedWeight.wrap(Weight.of(result))
         return result
 

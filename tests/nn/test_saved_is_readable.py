@@ -1,4 +1,4 @@
-"""Files of save_adapter can be loaded; tensors that could not be read are not written."""
+"""load_adapter reads every file that save_adapter writes; others are not written."""
 
 import pytest
 import torch
