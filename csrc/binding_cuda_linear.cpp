@@ -1,4 +1,4 @@
-// The operator rotate_linear: all launches of a rotated layer in one call, forward and backward. It
+// The operator rotated_linear: all launches of a rotated layer in one call, forward and backward. It
 // rotates the rows, multiplies them by the weight with torch's own product, and scales the result.
 // Python could do the same in separate calls, but each of them costs host time.
 #ifdef BOFT_OPS_CUDA

@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> stage_from_skew_cuda(const Tensor& skew_, const Maybe
   Tensor blocks = torch::stable::new_empty(skew, {shape.n, shape.n_blocks, shape.b, shape.b});
   Tensor stages = torch::stable::new_empty(skew, {shape.groups, shape.size, shape.size});
   check_launch("stage_from_skew",
-               boft::cuda::rotation(skew.const_data_ptr(), pointer<bool>(drop),
+               boft::cuda::stage_from_skew(skew.const_data_ptr(), pointer<bool>(drop),
                                     blocks.mutable_data_ptr(), stages.mutable_data_ptr(), shape.n,
                                     shape.n_blocks, shape.b, dtype, queue_of(skew)));
   return {blocks, stages};
@@ -117,7 +117,7 @@ Tensor stage_from_skew_backward_cuda(const Tensor& blocks_, const MaybeTensor& d
   Tensor skew_grad = torch::stable::new_empty(
       blocks, {shape.n, shape.n_blocks, shape.b * (shape.b - 1) / 2});
   check_launch("stage_from_skew_backward",
-               boft::cuda::rotation_backward(
+               boft::cuda::stage_from_skew_backward(
                    blocks.const_data_ptr(), pointer<bool>(drop), grad.const_data_ptr(),
                    blocks_grad.mutable_data_ptr(), skew_grad.mutable_data_ptr(), shape.n,
                    shape.n_blocks, shape.b, grad.size(0), dtype, queue_of(blocks)));

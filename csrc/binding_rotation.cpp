@@ -1,5 +1,5 @@
 // Operators that make stage matrices from skew-symmetric parameters, on a CPU: cayley, compose, and
-// both in one, rotation; each with its gradient.
+// both in one, stage_from_skew; each with its gradient.
 #include "binding_checks.h"
 #include "binding_ops.h"
 

@@ -64,7 +64,7 @@ int compose_backward(const void* factors, const void* grad, void* factors_grad, 
                      int64_t n_blocks, int64_t b, int64_t stride, int64_t splits, DType dtype,
                      Queue queue);
 
-// Limit on the size of a stage that `rotation` makes: its kernel composes all columns of a group at
+// Limit on the size of a stage that `stage_from_skew` makes: its kernel composes all columns of a group at
 // once, and two float64 matrices of this size fill the 64 KiB of shared memory that it may have.
 constexpr int64_t kMaxRotation = 64;
 // Computes `cayley` and then `compose` with stride 1, in one launch if b <= 32. `dtype` is float32
@@ -72,14 +72,14 @@ constexpr int64_t kMaxRotation = 64;
 //   skew:   (n, n_blocks, b(b-1)/2);  drop: (n, n_blocks) or null
 //   blocks: (n, n_blocks, b, b), output of `cayley`, which the gradient needs
 //   stages: (n_blocks b / size, size, size) with size = b 2^(n-1) <= kMaxRotation, output
-int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int64_t n,
+int stage_from_skew(const void* skew, const bool* drop, void* blocks, void* stages, int64_t n,
              int64_t n_blocks, int64_t b, DType dtype, Queue queue);
-// Computes the gradient of `rotation`.
+// Computes the gradient of `stage_from_skew`.
 //   grad:        (splits, n_blocks b / size, size, size), partial sums of the gradient of the
 //                stages
 //   blocks_grad: (n, n_blocks, b, b), scratch memory
 //   skew_grad:   (n, n_blocks, b(b-1)/2), output
-int rotation_backward(const void* blocks, const bool* drop, const void* grad, void* blocks_grad,
+int stage_from_skew_backward(const void* blocks, const bool* drop, const void* grad, void* blocks_grad,
                       void* skew_grad, int64_t n, int64_t n_blocks, int64_t b, int64_t splits,
                       DType dtype, Queue queue);
 

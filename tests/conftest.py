@@ -1,4 +1,4 @@
-"""What every test stands on: seeds, poisoned memory, the backends of this machine."""
+"""Fixtures of all tests: seeds, poisoned memory, the backends of this machine."""
 
 import os
 import sys

@@ -3,6 +3,7 @@
 import ast
 import re
 import statistics
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,27 @@ def test_public_classes_say_where_they_are():
         value = getattr(boft_ops, name)
         if isinstance(value, type):
             assert value.__module__ == "boft_ops", name
+
+
+FRAGMENT = re.compile(r"(of|what|who|whom|whether|how|that|where|which|else)\b", re.IGNORECASE)
+
+
+def test_prose_starts_with_a_verb_or_a_noun():
+    """No docstring or comment is a fragment whose noun the reader has to find elsewhere."""
+    fragments = []
+    for folder in ("boft_ops", "triton", "bench", "docs", "tests"):
+        for path, tree in modules(ROOT / folder).items():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+                    text = ast.get_docstring(node) or ""
+                    if FRAGMENT.match(text):
+                        fragments.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+            with path.open("rb") as file:
+                for token in tokenize.tokenize(file.readline):
+                    text = token.string.lstrip("# ")
+                    if token.type == tokenize.COMMENT and FRAGMENT.match(text):
+                        fragments.append(f"{path.relative_to(ROOT)}:{token.start[0]}: {text}")
+    assert fragments == []
 
 
 def test_files_are_short():

@@ -8,7 +8,7 @@ u = 2k + h is the half h of block k; it meets only the inner group h of the pair
 where c is the chunk of the block, row e lies in chunk c of half e div r of the outer group, and
 column t in its half h. So no structural zero is multiplied, and permutations are arithmetic on
 offsets. Units are independent: one launch per factor (here), or all in one program that owns whole
-groups (rotation.py). tl.dot is not used: b/2 may be 1, and float32 products are to be exact.
+groups (stage_from_skew.py). tl.dot is not used: b/2 may be 1, and float32 products are to be exact.
 """
 
 from functools import lru_cache

@@ -67,8 +67,8 @@ def _compose(b: int, s: int) -> ComposeConfig:
     return ComposeConfig(B, T, U=max(1, 128 * num_warps // (B * T)), num_warps=num_warps)
 
 
-class RotationConfig(NamedTuple):
-    """Tile of the rotation kernels, which transform blocks and compose them in one program.
+class StageFromSkewConfig(NamedTuple):
+    """Tile of the stage_from_skew kernels, which transform blocks and compose them in one program.
 
     Attributes:
         B: block size, padded to a power of two.
@@ -82,7 +82,7 @@ class RotationConfig(NamedTuple):
     num_warps: int
 
 
-def _rotation(m: int, b: int) -> RotationConfig:
+def _stage_from_skew(m: int, b: int) -> StageFromSkewConfig:
     # Groups of up to 16 x 16 take one warp; 64 x 64 over 8 warps are 16 numbers per thread. With
     # more than one warp, the Cayley transform (float64) takes as many blocks at a time as there are
     # threads.
@@ -90,12 +90,12 @@ def _rotation(m: int, b: int) -> RotationConfig:
     size = B << (m - 1)
     G = max(1, 256 // size**2)
     C = min(G << (m - 1), max(1, (128 if size == 32 else 256) // B**2))
-    return RotationConfig(B, G, C, num_warps={32: 4, 64: 8}.get(size, 1))
+    return StageFromSkewConfig(B, G, C, num_warps={32: 4, 64: 8}.get(size, 1))
 
 
-def _rotation_backward(m: int, b: int) -> RotationConfig:
+def _stage_from_skew_backward(m: int, b: int) -> StageFromSkewConfig:
     # More warps where a few numbers would spill: with many small blocks, or large ones in float64.
-    forward = _rotation(m, b)
+    forward = _stage_from_skew(m, b)
     if forward.num_warps == 8 and forward.B <= 8:
         return forward._replace(num_warps=16)
     return forward._replace(num_warps=8) if forward.B == 32 else forward
@@ -105,14 +105,14 @@ def _padded(b: int) -> int:
     return max(2, 1 << (b - 1).bit_length())
 
 
-Config = CayleyConfig | ComposeConfig | RotationConfig
+Config = CayleyConfig | ComposeConfig | StageFromSkewConfig
 
 _CHOICES = {
     "cayley": _cayley,
     "cayley_backward": _cayley_backward,
     "compose": _compose,
-    "stage_from_skew": _rotation,
-    "stage_from_skew_backward": _rotation_backward,
+    "stage_from_skew": _stage_from_skew,
+    "stage_from_skew_backward": _stage_from_skew_backward,
 }
 
 
@@ -124,7 +124,7 @@ def config_for(op: str, **structure: int) -> Config:
         op: "cayley", "cayley_backward", "compose" (whose backward shares it), "stage_from_skew" or
             "stage_from_skew_backward".
         structure: block size b for cayley; b and s, the features of an inner group, for compose;
-            number of factors m and b for rotation.
+            number of factors m and b for stage_from_skew.
     """
     return _CHOICES[op](**structure)
 
@@ -153,16 +153,16 @@ class Tiles(NamedTuple):
         if config.B != self.default(structure, dtype).B or config.num_warps > 16:
             return False
         blocks = config.G
-        if isinstance(config, RotationConfig):
+        if isinstance(config, StageFromSkewConfig):
             blocks = config.C
             if blocks > config.G << (structure["n_factors"] - 1):
                 return False
         return blocks * config.B**2 <= self.most * 32 * config.num_warps
 
 
-# Two tiles of a transform are in registers, in float64 in the rotation kernels. On an H200 cayley
-# was fastest with 32 numbers a thread; more are tried.
+# Two tiles of a transform are in registers, of float64 in the stage_from_skew kernels. On an H200
+# cayley was fastest with 32 numbers a thread; more are tried.
 CAYLEY = Tiles("cayley", CayleyConfig, 128)
 CAYLEY_BACKWARD = Tiles("cayley_backward", CayleyConfig, 128)
-ROTATION = Tiles("stage_from_skew", RotationConfig, 32)
-ROTATION_BACKWARD = Tiles("stage_from_skew_backward", RotationConfig, 32)
+STAGE_FROM_SKEW = Tiles("stage_from_skew", StageFromSkewConfig, 32)
+STAGE_FROM_SKEW_BACKWARD = Tiles("stage_from_skew_backward", StageFromSkewConfig, 32)

@@ -33,7 +33,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # were then; BOFT_OPS_BACKEND=cuda chooses the latter (docs/cuda.md).
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 REFERENCE = Choice("reference")
-_DEVICE_TYPES = {tuned.CPU: "cpu", tuned.OTHER: ""}  # of other numbers "cuda"
+_DEVICE_TYPES = {tuned.CPU: "cpu", tuned.OTHER: ""}  # other numbers are those of GPUs
 
 _forced = os.environ.get("BOFT_OPS_BACKEND") or None
 _ops: dict[str, Op] = {}

@@ -17,7 +17,7 @@ import torch
 from .._runtime import checks, linalg
 from ..ops.cayley import pack
 from ..ops.compose import compose_forward
-from ..ops.rotate import gram, rotate_rows
+from ..ops.rotate import rotate_rows, rotate_stage_grad
 from ..ops.stages import plan
 
 
@@ -185,7 +185,7 @@ def _sweep(
         left = _rotate(left, matrices[i], stages[i].group, False)
     for i, stage in enumerate(stages):
         size, chunk, stride = stage.group
-        product = gram(left, right, size, chunk, stride, 1)[0]
+        product = rotate_stage_grad(left, right, size, chunk, stride, 1)[0]
         if len(stage.inner) == 1:
             blocks[stage.first] = nearest_rotation(product)
         else:

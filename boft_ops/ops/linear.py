@@ -32,7 +32,7 @@ Plan = tuple[tuple[Stage, ...], Strategy]
 # --- Strategies -----------------------------------------------------------------------------------
 
 _plans: dict[tuple, Plan] = {}  # call signature -> plan
-_generation = 0  # of the measurements that the plans rest on
+_generation = 0  # generation of the measurements that the plans rest on
 
 
 def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:

@@ -116,7 +116,9 @@ stage_from_skew_forward = Op(
     kernels={
         "cpu": Kernel(_cpu_supports),
         "cuda": Kernel(_cuda_supports),
-        "triton": Kernel(_triton_supports, "rotation:rotation", "config:ROTATION"),
+        "triton": Kernel(
+            _triton_supports, "stage_from_skew:stage_from_skew", "config:STAGE_FROM_SKEW"
+        ),
     },
     shape_class=_CLASS,
 )
@@ -131,8 +133,8 @@ stage_from_skew_backward = Op(
         "cuda": Kernel(_cuda_supports),
         "triton": Kernel(
             lambda blocks, drop, grad: grad.shape[-1] <= MAX_ROTATION,
-            "rotation:rotation_backward",
-            "config:ROTATION_BACKWARD",
+            "stage_from_skew:stage_from_skew_backward",
+            "config:STAGE_FROM_SKEW_BACKWARD",
         ),
     },
     shape_class=_CLASS._replace(

@@ -11,8 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -138,19 +137,18 @@ def _tune_all(options: argparse.Namespace) -> int:
     todo = [p for p in every if options.again or tuned_file.key_of(p.row(p.default)) not in known]
     print(f"{name_of(device)}: {len(todo)} of {len(every)} to measure, into {path}", flush=True)
     timer, done, longest = Timer(device), 0, 0.0
-    with _progress(len(todo)) as advance:
-        for problem in todo:
-            began = time.perf_counter()
-            if options.seconds and options.seconds - (began - start) < longest:
-                break
-            try:
-                row = tune(problem, timer)
-            except KeyboardInterrupt:
-                print(f"interrupted; the same command goes on from {path}", file=sys.stderr)
-                return INTERRUPTED
-            tuned_file.update(path, device, [row], tuned.check_row)
-            done, longest = done + 1, max(longest, time.perf_counter() - began)
-            advance(_line(problem, row))
+    for problem in todo:
+        began = time.perf_counter()
+        if options.seconds and options.seconds - (began - start) < longest:
+            break
+        try:
+            row = tune(problem, timer)
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on from {path}", file=sys.stderr)
+            return INTERRUPTED
+        tuned_file.update(path, device, [row], tuned.check_row)
+        done, longest = done + 1, max(longest, time.perf_counter() - began)
+        print(f"[{done}/{len(todo)}] {_line(problem, row)}", flush=True)
     tuned.forget()
     left = f", {len(todo) - done} left for the next time" if done < len(todo) else ""
     print(f"{done} measured in {time.perf_counter() - start:.0f} s{left}: {path}")
@@ -162,25 +160,6 @@ def _line(problem: object, row: dict) -> str:
     gain = row["default_us"] / row["us"]
     tail = f" ({len(row['failed'])} of {row['tried']} failed)" if row["failed"] else ""
     return f"{problem}: {row['us']:.1f} us, {gain:.2f}x the default: {chosen}{tail}"
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with the time left where rich is installed, else lines alone."""
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-    except ImportError:
-        yield lambda line: print(line, flush=True)
-        return
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=total)
-
-        def advance(line: str) -> None:
-            progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-            progress.advance(task)
-
-        yield advance
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .workloads import Problem
 
 FIRST = 3  # calls of every candidate
 FINALISTS = 4  # beside the default
-ROUNDS, MOST_ROUNDS = 15, 101  # of the final
+ROUNDS, MOST_ROUNDS = 15, 101  # least and most rounds of the final
 SECONDS = 0.5  # the final has more than ROUNDS while they fit in this time
 SETS = 4  # most sets of inputs
 MEMORY = 2 << 30  # bytes that the sets of inputs may take

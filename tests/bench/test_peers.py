@@ -38,7 +38,7 @@ def test_peft_boft_forward_and_gradient(peft_extension, m, b):
     want, want_scale = torch.autograd.grad(expected, (parameter, scale), upstream)
     got, got_scale = torch.autograd.grad(ours(x), (ours.skew, ours.scale), upstream)
     # The parameter of PEFT is an unconstrained matrix: the entries (i, j) and (j, i) each get half
-    # of the gradient, with the opposite sign.
+    # the sign of the gradient is the opposite one.
     torch.testing.assert_close(-0.5 * got, want[..., i, j], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got_scale, want_scale[:, 0], rtol=1e-4, atol=1e-4)
 

@@ -29,7 +29,7 @@ def test_kernels_compile_without_warnings_and_spills():
 
 
 def test_the_table_has_every_kernel_for_every_architecture():
-    """Of blocks of up to 128 threads none may have more registers than launch, and none spills."""
+    """No kernel spills, and none has more registers than a launch allows."""
     _, table = cuda_resources.read_table()
     kernels = {arch: {k for a, k in table if a == arch} for arch in cuda_resources.ARCHS}
     assert len(set(map(frozenset, kernels.values()))) == 1

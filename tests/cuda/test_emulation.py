@@ -19,7 +19,7 @@ pytestmark = [
 ]
 HERE = Path(__file__).parent
 RIGHT = ("neighbours", "copy", "product", "transposed")
-NOTICED = {  # what it ends with
+NOTICED = {  # the result of each
     "deadlock": "wait for each other",
     "copy unaligned": "cp.async: unaligned",
     "too much shared memory": "more shared memory than a block can have",

@@ -18,10 +18,10 @@ import torch
 from boft_ops._runtime import backend, native
 from boft_ops.ops.cayley import cayley_backward_reference, cayley_reference
 from boft_ops.ops.compose import compose_backward_reference, compose_reference
-from boft_ops.ops.rotate import _rotate, _rotate_backward
+from boft_ops.ops.rotate import rotate_backward_reference, rotate_reference
 from boft_ops.ops.rotate_indexed import _rotate_indexed
 from boft_ops.ops.rotated_linear import rotated_linear_backward_reference, rotated_linear_reference
-from boft_ops.ops.scale import _scale, _scale_backward
+from boft_ops.ops.scale import scale_backward_reference, scale_reference
 
 ORDERS = ("forward", "reverse", "scattered")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -171,12 +171,12 @@ def check_rotate(cuda, size, chunk, stride, n_groups, rows, transpose, dtype, sp
     y = cuda.rotate(x, stage, *layout, transpose)
     check(
         y,
-        _rotate(x, stage, *layout, transpose),
-        _rotate(truth[1], truth[2], *layout, transpose),
+        rotate_reference(x, stage, *layout, transpose),
+        rotate_reference(truth[1], truth[2], *layout, transpose),
     )
     x_grad, gram = cuda.rotate_backward(grad, x, stage, *layout, transpose, splits)
-    want, sums = _rotate_backward(grad, x, stage, *layout, transpose, 1)
-    exact_grad, exact_sums = _rotate_backward(*truth, *layout, transpose, 1)
+    want, sums = rotate_backward_reference(grad, x, stage, *layout, transpose, 1)
+    exact_grad, exact_sums = rotate_backward_reference(*truth, *layout, transpose, 1)
     check(x_grad, want, exact_grad)
     assert gram.shape == (splits, *sums.shape[1:])
     # the reference of halves sums in them
@@ -331,13 +331,13 @@ def test_scale(cuda, rows, n, dtype):
     bias = torch.randn(n).to(dtype)  # vectors but the scale may be as narrow as the rows
     for vectors in [(None, None), (center, center), (bias, bias)]:
         wide = [None if v is None else v.double() for v in vectors]
-        truth = _scale(x.double(), scale.double(), *wide)
-        check(cuda.scale(x, scale, *vectors), _scale(x, scale, *vectors), truth)
+        truth = scale_reference(x.double(), scale.double(), *wide)
+        check(cuda.scale(x, scale, *vectors), scale_reference(x, scale, *vectors), truth)
     assert torch.equal(cuda.scale(x, torch.ones_like(scale), bias, bias), x)
     for middle in (None, center, bias):
         got = cuda.scale_backward(grad, x, scale, middle)
         truth = [None if t is None else t.double() for t in (grad, x, scale, middle)]
-        wanted = _scale_backward(grad, x, scale, middle), _scale_backward(*truth)
+        wanted = scale_backward_reference(grad, x, scale, middle), scale_backward_reference(*truth)
         for ours, want, real in zip(got, *wanted, strict=True):
             check(ours, want, real)
 

@@ -111,7 +111,7 @@ MUTATIONS = {
         "test_compose",
     ),
     "dropout without its mask": (
-        "rotation.cuh",
+        "stage_from_skew.cuh",
         "active && drop != nullptr && drop[block]",
         "false",
         "test_rotation and some",

@@ -11,7 +11,7 @@ from boft_ops.triton_kernels.config import MAX_BLOCK_SIZE, Config, config_for
 from boft_ops.triton_kernels.config_rotate import BAND, DTYPE_CLASSES, Tile, constants_of
 
 MAX_COMPOSED_SIZE = 256  # largest stage that compose makes
-MAX_ROTATION_SIZE = 64  # largest group that rotation keeps in one program
+MAX_ROTATION_SIZE = 64  # largest group that stage_from_skew keeps in one program
 TABLES = {
     "rotate": rotate.TILES,
     "rotate_indexed": rotate_indexed.TILES,
@@ -80,13 +80,13 @@ STAGE_KERNELS = {
             ("factor_ptr", "inner_ptr", "grad_ptr", "factor_grad_ptr", "inner_grad_ptr"), PARAMETER
         ),
     ),
-    "rotation:rotation_kernel": (
+    "stage_from_skew:stage_from_skew_kernel": (
         "stage_from_skew",
         ("fp32", "fp64", "bf16"),
         {"skew_ptr": PARAMETER, "drop_mask_ptr": "i1"}
         | dict.fromkeys(("blocks_ptr", "scratch_ptr", "stage_ptr"), COMPUTE),
     ),
-    "rotation:rotation_backward_kernel": (
+    "stage_from_skew:stage_from_skew_backward_kernel": (
         "stage_from_skew_backward",
         ("fp32", "fp64"),
         {"drop_mask_ptr": "i1"}
@@ -142,8 +142,8 @@ def structures(op: str) -> Iterator[dict[str, int]]:
 def reachable_configs(op: str) -> Iterator[tuple[dict[str, int], Config]]:
     """Every config that ``config.config_for(op)`` can return, with a structure that leads to it.
 
-    A config comes once for each m, because the code of rotation depends on m too. It comes for the
-    smallest padded b and for the power of two itself, which needs no masks.
+    A config comes once for each m, because the code of stage_from_skew depends on m too. It comes
+    for the smallest padded b and for the power of two itself, which needs no masks.
     """
     seen = set()
     for structure in structures(op):

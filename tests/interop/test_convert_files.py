@@ -44,7 +44,7 @@ BASE = nn.Sequential(nn.Linear(16, 8))
 
 @pytest.fixture(params=MAKERS)
 def made(request, tmp_path):
-    """What to convert, and the file of its tensors."""
+    """A checkpoint to convert, and the file of its tensors."""
     source, weights = MAKERS[request.param](tmp_path)
     convert(source, tmp_path / "good", "boft_ops", base=BASE)  # as it is, it converts
     (tmp_path / "good").unlink()

@@ -100,7 +100,7 @@ def test_parts_of_modules_are_refused(target, names, match, with_base, tmp_path)
 
 
 def test_another_module_whose_name_ends_alike(tmp_path):
-    """Of which only the base tells."""
+    """Only the base model tells about them."""
     base, _ = trained(tmp_path / "ours", "block.lin", HEADS[:2])
     with pytest.raises(ValueError, match=r"expected a trained 'inner\.head\.bias', too, got none$"):
         convert(tmp_path / "ours", tmp_path / "peft", "peft", base=base)

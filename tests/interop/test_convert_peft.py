@@ -80,7 +80,7 @@ def test_from_peft_and_back(name, extra, base, tmp_path):
     convert(tmp_path / "peft", tmp_path / "ours", "boft_ops")
     mine = load_adapter(copy.deepcopy(base), tmp_path / "ours").eval()
     assert_same(mine(X), want, frozen=frozen)
-    # what load_adapter put there is saved again, and what PEFT reads of it is what PEFT wrote
+    # the loaded adapter is saved again, and PEFT reads from that file what PEFT wrote
     save_adapter(mine, tmp_path / "again")
     convert(tmp_path / "again", tmp_path / "back", "peft")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "back").eval()
@@ -235,7 +235,7 @@ def test_peft_configurations_that_are_refused(changes, match, base, tmp_path):
 
 
 def test_peft_oft_of_a_convolution(base, tmp_path):
-    """Of a kernel of one pixel, exact; of a larger one PEFT computes no rotation of the weight."""
+    """Exact for a kernel of one pixel; for a larger one PEFT computes no rotation of the weight."""
     net = nn.Sequential(nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 2))
     x = torch.randn(2, 8, 5, 5)
     for target in ("0", "1"):

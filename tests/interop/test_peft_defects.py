@@ -1,4 +1,4 @@
-"""Where PEFT itself is wrong, as docs/interop.md says, and what an accelerated model does instead.
+"""Defects of PEFT itself (docs/interop.md), and what an accelerated model does instead.
 
 A test that fails in its first half says that PEFT has mended it: then the page is to be changed.
 """
@@ -114,7 +114,7 @@ def test_safe_merging_of_several_adapters(tuner):
     stock = tuned(base, tuner(["0"]), other=tuner(["0"]))
     stock.base_model.set_adapter(["default", "other"])
     ours = accelerate(copy.deepcopy(stock))
-    last = {boft: "other", oft: "default"}[tuner]  # of those that ours merges
+    last = {boft: "other", oft: "default"}[tuner]  # the layers that ours merges
     for model, broken in ((stock, "other"), (ours, last)):
         layer = model.base_model.model[0]
         parameter = layer.boft_s[broken] if tuner is boft else layer.oft_R[broken].weight

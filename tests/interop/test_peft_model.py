@@ -1,4 +1,4 @@
-"""What users of PEFT do with a model, done with an accelerated one: the behaviours of PEFT's own
+"""The usual work with a PEFT model, done with an accelerated one: the behaviors of PEFT's own
 unit tests, and those of accelerate, restore and patched themselves."""
 
 import copy

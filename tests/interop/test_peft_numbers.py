@@ -53,7 +53,7 @@ def test_forward_and_every_gradient(case):
 
 @pytest.mark.parametrize("terms", [2, 3, 5, 7])
 def test_a_series_of_large_blocks_and_many_rows(terms):
-    """Where W would be rotated in the place of x, were the blocks orthogonal."""
+    """W would be rotated in the place of x here, were the blocks orthogonal."""
     config = oft(["0"], b=128, use_cayley_neumann=True, num_cayley_neumann_terms=terms)
     theirs = tuned(nn.Sequential(nn.Linear(128, 4)), config)
     nn.init.normal_(theirs.base_model.model[0].oft_R["default"].weight, std=0.03)
@@ -227,7 +227,7 @@ def test_the_parameter_as_skew():
 
 
 def test_the_parameter_as_skew_first_in_inference_mode():
-    """What is kept from the first call must not forbid gradients of later ones."""
+    """Anything kept from the first call must not forbid gradients of later ones."""
     a = torch.randn(1, 2, 10, 10, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
         boft_skew(a)

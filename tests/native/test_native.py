@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 raw = getattr(torch.ops, NS)
 DTYPES = [torch.float32, torch.float64]
-ROW_DTYPES = [*DTYPES, torch.bfloat16]  # of activations; the matrices are at least float32
+ROW_DTYPES = [*DTYPES, torch.bfloat16]  # dtypes of activations; the matrices are at least float32
 # (n factors, block_size, first): neighbours and strides, sizes below, at and above a vector's
 STAGES = [(1, 2, 0), (2, 2, 0), (1, 6, 1), (2, 8, 0), (2, 6, 2), (3, 4, 1), (4, 4, 0), (3, 16, 0)]
 

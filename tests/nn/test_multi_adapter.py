@@ -94,7 +94,7 @@ def peft_layers(config):
     model = peft.get_peft_model(base, config(), adapter_name="a")
     model.add_adapter("b", config())
     for name, parameter in model.named_parameters():
-        if "oft_" in name:  # of both: PEFT freezes the one that is not active yet
+        if "oft_" in name:  # both train: PEFT freezes the one that is not active yet
             nn.init.normal_(parameter, mean=float("oft_s" in name), std=0.3)
     theirs = model.base_model.model[0]
     model.base_model.set_adapter(["a", "b"])
@@ -197,7 +197,9 @@ def test_state_dict_and_deepcopy():
         fresh.add_adapter(name, **layer.adapters[name].options())
     fresh.eval().prepare()
     fresh.load_state_dict(layer.state_dict())
-    assert torch.equal(fresh(x, index), layer(x, index))  # what was prepared is not used any more
+    assert torch.equal(
+        fresh(x, index), layer(x, index)
+    )  # the prepared matrices are not used any more
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x, index), layer(x, index))
     with torch.no_grad():
@@ -221,7 +223,7 @@ def test_prepared_matrices_go_when_something_changes():
         assert layer(x, index).isfinite().all()
         for stage in (matrix for *_, stages in layer._prepared[1] for matrix in stages):
             stage.fill_(torch.nan)
-        assert layer(x, index).isnan().any()  # what is prepared is used
+        assert layer(x, index).isnan().any()  # the prepared matrices are used
         change(layer)
         numbers = index.clamp(max=len(layer.names) - 1)
         got, fresh = layer(x, numbers), copy.deepcopy(layer)

@@ -63,7 +63,7 @@ QUANTIZERS = {
     "bitsandbytes int8": bitsandbytes8,
     "packed": PackedLinear,
 }
-# Of the products of 8-bit bitsandbytes, which rounds the activations, too; the others are exact
+# Error of 8-bit bitsandbytes, which rounds the activations, too; the others are exact
 TOLERANCE = {"bitsandbytes int8": 0.05}
 
 
@@ -87,7 +87,7 @@ def trained(model, **options):
 
 
 def weight_of(base):
-    """What the layer multiplies with, by calling it."""
+    """The weight that the layer multiplies with, found by calling it."""
     with torch.no_grad():
         bias = 0 if base.bias is None else base.bias
         return (base(torch.eye(64)) - bias).T.float()

@@ -63,7 +63,7 @@ def test_one_fused_product_in_float32(m, b, d, trained_scale, dropout):
                            ("reference", torch.float64)):  # fmt: skip
         arguments = [t.to(dtype).requires_grad_() for t in (x, skew, scale, bias)]
         arguments[2].requires_grad_(trained_scale)
-        torch.manual_seed(3)  # of the mask
+        torch.manual_seed(3)  # the generator of the mask
         with backends.force(backend):
             y = boft_linear(arguments[0], weight.to(dtype), *arguments[1:], dropout=dropout)
             wanted = [a for a in arguments if a.requires_grad]
@@ -255,7 +255,7 @@ def test_bad_options():
 
 
 def test_blocks_of_the_function_are_orthogonal():
-    """What the layer multiplies by is what cayley returns (singular values of W are kept)."""
+    """The layer multiplies by what cayley returns (singular values of W are kept)."""
     tensors = operands()
     tensors.pop("scale"), tensors.pop("bias")
     eye = torch.eye(D_IN, dtype=torch.float64)

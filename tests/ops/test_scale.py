@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from boft_ops._runtime import backend as backends
-from boft_ops.ops.scale import _scale, _scale_backward, scale_backward, scale_columns, scale_forward
+from boft_ops.ops.scale import (
+    scale_backward,
+    scale_backward_reference,
+    scale_columns,
+    scale_forward,
+    scale_reference,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -39,7 +45,11 @@ def test_forward(backend, rows, n, dtype):
         with torch.no_grad():
             y = scale_forward(x, scale, *vectors)
         wide = [None if v is None else v.double() for v in vectors]
-        assert_as_good(y, _scale(x, scale, *vectors), _scale(x.double(), scale.double(), *wide))
+        assert_as_good(
+            y,
+            scale_reference(x, scale, *vectors),
+            scale_reference(x.double(), scale.double(), *wide),
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,7 +70,7 @@ def test_backward(backend, centered, rows, n, dtype):
     with torch.no_grad():
         got = scale_backward(grad, x, scale, center)
     exact = [None if t is None else t.double() for t in (grad, x, scale, center)]
-    wanted = _scale_backward(grad, x, scale, center), _scale_backward(*exact)
+    wanted = scale_backward_reference(grad, x, scale, center), scale_backward_reference(*exact)
     for one, reference, truth in zip(got, *wanted, strict=True):
         assert_as_good(one, reference, truth)
 
@@ -87,10 +97,12 @@ def test_on_a_gpu(name, rows, n, dtype):
         y = scale_forward(moved[0], moved[2], moved[3], moved[4]).cpu()
         got = [t.cpu() for t in scale_backward(moved[1], *moved[:1], *moved[2:4])]
     exact = [t.double() for t in (x, grad, scale, center, bias)]
-    assert_as_good(y, _scale(x, scale, center, bias), _scale(exact[0], *exact[2:]))
+    assert_as_good(
+        y, scale_reference(x, scale, center, bias), scale_reference(exact[0], *exact[2:])
+    )
     wanted = (
-        _scale_backward(grad, x, scale, center),
-        _scale_backward(exact[1], exact[0], *exact[2:4]),
+        scale_backward_reference(grad, x, scale, center),
+        scale_backward_reference(exact[1], exact[0], *exact[2:4]),
     )
     for one, reference, truth in zip(got, *wanted, strict=True):
         assert_as_good(one, reference, truth)

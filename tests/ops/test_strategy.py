@@ -104,7 +104,7 @@ def test_a_part_that_was_measured_to_go_elsewhere_goes_there(launched, monkeypat
     with pinned(**{op: Choice("reference")}):
         step(**operands())
     assert (len(launched), calls) == (2, [op])
-    # what was measured of the whole counts for more
+    # a measurement of the whole op counts for more
     whole = Choice("triton")
     with pinned(**{op: Choice("reference"), "rotated_linear": whole}):
         step(**operands())

@@ -85,7 +85,7 @@ def steps(tensors, choice, **options):
     """Output and gradients on a side."""
     leaves = {k: v.clone().requires_grad_(k != "weight") for k, v in tensors.items()}
     with pinned(plan=choice):
-        torch.manual_seed(3)  # of the mask
+        torch.manual_seed(3)  # the generator of the mask
         y = call(boft_linear, leaves, **options)
         wanted = [v for v in leaves.values() if v.requires_grad]
         return [y.detach(), *torch.autograd.grad(y.square().sum(), wanted)]
@@ -215,7 +215,7 @@ def test_the_side_is_looked_up_by_rows(tuned_cache, rotated):
 
 
 def test_a_measurement_of_the_weight_side_says_nothing_of_other_calls(tuned_cache):
-    """Of ones without a weight, or in graphs for any number of rows: not even the stages."""
+    """Calls without a weight, and graphs for any number of rows, ignore even the stages."""
     x = torch.randn(64, D_IN, dtype=torch.float64)
     keep(row(1))
     default = plan(2, 4)

@@ -280,7 +280,7 @@ def test_a_backend_is_a_constant_of_one_graph_for_any_rows(tuned_cache):
     stage = cayley(0.1 * torch.randn(4, 120))
 
     def called():
-        """What the graphs of a compiled rotation call, for any number of rows."""
+        """The functions that the graph of a compiled rotation calls, for any number of rows."""
         graphs = []
         torch._dynamo.reset()
         compiled = torch.compile(
@@ -303,7 +303,7 @@ def test_a_backend_is_a_constant_of_one_graph_for_any_rows(tuned_cache):
 
 
 def test_a_gpu_runs_the_measured_set_of_kernels(tuned_cache, monkeypatch):
-    """Of CUDA and Triton kernels that are both there; of a compiled graph, when it runs."""
+    """CUDA and Triton kernels are both there; a compiled graph decides when it runs."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
     monkeypatch.setattr(rotate_rows, "unavailable", {})
     monkeypatch.setattr(

@@ -31,10 +31,10 @@ MUTATIONS = {
         "triton/test_rotate.py::test_every_number_of_rows",
     ),
     "dropout without its mask": (
-        "triton/rotation.py",
+        "triton/stage_from_skew.py",
         "None if drop_mask_ptr is None else drop_mask_ptr + block",
         "None",
-        "triton/test_small.py::test_rotation_splits_masks_dtypes",
+        "triton/test_small.py::test_stage_from_skew_splits_masks_dtypes",
     ),
     "wrong half of a block": (
         "triton/compose.py",
@@ -71,7 +71,7 @@ def checkout(tmp_path):
 
 
 def test_a_copy_passes(checkout):
-    """Else the broken ones could fail for another reason."""
+    """Without it, the broken copies could fail for another reason."""
     tests = {mutation[-1] for mutation in MUTATIONS.values()}
     run = run_in_copy(checkout, *(f"tests/{name}" for name in tests))
     assert run.returncode == 0, run.stdout[-2000:]

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from boft_ops._runtime import backend
-from boft_ops.ops.cayley import _exact, _exact_backward
-from boft_ops.ops.compose import _compose, _compose_backward
+from boft_ops.ops.cayley import cayley_backward_reference, cayley_reference
+from boft_ops.ops.compose import compose_backward_reference, compose_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -68,14 +68,14 @@ def test_cayley_with_dropout(b, dtype, drop):
     drop_mask = dropout(drop, *shape)
     skew = random(*shape, b * (b - 1) // 2, dtype=dtype)
     blocks = kernels("cayley").cayley(skew, drop_mask)
-    check(blocks, _exact(skew, drop_mask), _exact(skew.double(), drop_mask))
+    check(blocks, cayley_reference(skew, drop_mask), cayley_reference(skew.double(), drop_mask))
     if drop_mask is not None:
         eye = torch.eye(b, dtype=dtype, device=DEVICE)
         assert torch.equal(blocks[drop_mask], eye.expand_as(blocks[drop_mask]))
     grad = random(*blocks.shape, dtype=dtype)
     skew_grad = kernels("cayley").cayley_backward(blocks, drop_mask, grad)
-    truth = _exact_backward(blocks.double(), drop_mask, grad.double())
-    check(skew_grad, _exact_backward(blocks, drop_mask, grad), truth)
+    truth = cayley_backward_reference(blocks.double(), drop_mask, grad.double())
+    check(skew_grad, cayley_backward_reference(blocks, drop_mask, grad), truth)
     if drop_mask is not None:
         assert not skew_grad[drop_mask].any()
 
@@ -85,13 +85,13 @@ def check_compose(m, b, first, splits, dtype, n_runs):
     size = b << (m - 1)
     n_blocks = n_runs << (m - 1 + first)
     factors = random(m, n_blocks, b, b, dtype=dtype)
-    truth = _compose(factors.double(), first)
+    truth = compose_reference(factors.double(), first)
     stage = kernels("compose").compose(factors, first)
-    check(stage, _compose(factors, first), truth)
+    check(stage, compose_reference(factors, first), truth)
     grad = random(splits, n_blocks * b // size, size, size, dtype=dtype)
-    truth = _compose_backward(factors.double(), grad.double(), first)
+    truth = compose_backward_reference(factors.double(), grad.double(), first)
     got = kernels("compose").compose_backward(factors, grad, first)
-    check(got, _compose_backward(factors, grad, first), truth)
+    check(got, compose_backward_reference(factors, grad, first), truth)
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,18 @@ def check_rotation(m, b, splits, drop, dtype, n_groups, scale=1.0):
     drop_mask = dropout(drop, m, n_blocks)
     skew = (random(m, n_blocks, b * (b - 1) // 2) * scale).to(dtype)
     compute_dtype = torch.promote_types(dtype, torch.float32)
-    blocks, stage = kernels("rotation").rotation(skew, drop_mask)
-    truth = _exact(skew.double(), drop_mask)
-    reference = _exact(skew.to(compute_dtype), drop_mask)
+    blocks, stage = kernels("stage_from_skew").stage_from_skew(skew, drop_mask)
+    truth = cayley_reference(skew.double(), drop_mask)
+    reference = cayley_reference(skew.to(compute_dtype), drop_mask)
     check(blocks, reference, truth)
-    check(stage, _compose(reference, 0), _compose(truth, 0))
+    check(stage, compose_reference(reference, 0), compose_reference(truth, 0))
     grad = random(splits, n_groups, size, size, dtype=compute_dtype)
-    skew_grad = kernels("rotation").rotation_backward(blocks, drop_mask, grad)
+    skew_grad = kernels("stage_from_skew").stage_from_skew_backward(blocks, drop_mask, grad)
 
     def backward(blocks, grad):
-        return _exact_backward(blocks, drop_mask, _compose_backward(blocks, grad, 0))
+        return cayley_backward_reference(
+            blocks, drop_mask, compose_backward_reference(blocks, grad, 0)
+        )
 
     check(skew_grad, backward(blocks, grad), backward(blocks.double(), grad.double()))
     if drop_mask is not None:
@@ -145,11 +147,11 @@ def test_rotation(m, b):
 @pytest.mark.parametrize("drop", ["none", "some", "all"])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("m", "b"), [(1, 3), (2, 4)])
-def test_rotation_splits_masks_dtypes(m, b, splits, drop, dtype):
+def test_stage_from_skew_splits_masks_dtypes(m, b, splits, drop, dtype):
     check_rotation(m, b, splits, drop, dtype, n_groups=5)
 
 
-def test_rotation_of_large_skew_is_orthogonal():
+def test_stage_from_skew_of_large_skew_is_orthogonal():
     blocks, stage = check_rotation(2, 8, 1, "none", torch.float32, 2, scale=100.0)
     for q in (blocks.double(), stage.double()):
         eye = torch.eye(q.shape[-1], dtype=q.dtype, device=DEVICE)
@@ -157,7 +159,7 @@ def test_rotation_of_large_skew_is_orthogonal():
 
 
 def test_one_factor_is_its_own_stage():
-    blocks, stage = kernels("rotation").rotation(random(1, 3, 6), None)
+    blocks, stage = kernels("stage_from_skew").stage_from_skew(random(1, 3, 6), None)
     assert stage.data_ptr() != blocks.data_ptr()  # torch.compile relies on it
     assert torch.equal(stage, blocks[0])
 
@@ -165,13 +167,15 @@ def test_one_factor_is_its_own_stage():
 def test_strided_operands():
     skew = random(2, 28, 4).mT
     drop = dropout("some", 4, 2).mT
-    blocks, stage = kernels("rotation").rotation(skew, drop)
-    expected = kernels("rotation").rotation(skew.contiguous(), drop.contiguous())
+    blocks, stage = kernels("stage_from_skew").stage_from_skew(skew, drop)
+    expected = kernels("stage_from_skew").stage_from_skew(skew.contiguous(), drop.contiguous())
     assert torch.equal(blocks, expected[0])
     assert torch.equal(stage, expected[1])
     grad = random(2, 2, 16, 16).mT
-    got = kernels("rotation").rotation_backward(blocks, drop, grad)
-    assert torch.equal(got, kernels("rotation").rotation_backward(blocks, drop, grad.contiguous()))
+    got = kernels("stage_from_skew").stage_from_skew_backward(blocks, drop, grad)
+    assert torch.equal(
+        got, kernels("stage_from_skew").stage_from_skew_backward(blocks, drop, grad.contiguous())
+    )
     factors = blocks.mT
     got = kernels("compose").compose(factors, 0)
     assert torch.equal(got, kernels("compose").compose(factors.contiguous(), 0))
@@ -179,10 +183,10 @@ def test_strided_operands():
 
 def test_nothing_to_do():
     assert kernels("cayley").cayley(random(0, 28), None).shape == (0, 8, 8)
-    blocks, stage = kernels("rotation").rotation(random(2, 0, 28), None)
+    blocks, stage = kernels("stage_from_skew").stage_from_skew(random(2, 0, 28), None)
     assert blocks.shape == (2, 0, 8, 8)
     assert stage.shape == (0, 16, 16)
-    grad = kernels("rotation").rotation_backward(blocks, None, random(3, 0, 16, 16))
+    grad = kernels("stage_from_skew").stage_from_skew_backward(blocks, None, random(3, 0, 16, 16))
     assert grad.shape == (2, 0, 28)
     assert kernels("compose").compose(blocks, 0).shape == (0, 16, 16)
     grad = kernels("compose").compose_backward(blocks, random(3, 0, 16, 16), 0)

@@ -51,7 +51,7 @@ def test_the_default_plan_has_the_cheapest_forward_passes(m, b, device):
     dtype = {"cpu": "float32", "cuda": "bfloat16"}[device]
     machine = MACHINES[device]
     found = plans(1 << 20, 1 << 16, 4096, m, b, dtype, device)
-    # where both bytes and flops were paid in full: the default's rule adds them
+    # the default's rule adds bytes and flops, as if both were paid in full
     rule = [
         sum(
             4 * s.size / machine.flops[dtype] * 0.5
@@ -267,7 +267,7 @@ def test_noise_does_not_replace_the_default():
 
 
 def test_luck_does_not_replace_the_default(monkeypatch):
-    """Of several candidates one has a good day; it is gone when the two are timed again."""
+    """One of several candidates has a good day; it is gone when the two are timed again."""
     monkeypatch.setattr(search, "SECONDS", 0.0)
     world, asked = World("fast"), []
 
@@ -335,7 +335,7 @@ def test_the_timer_overwrites_the_cache_before_each_call(out):
 
 
 class Event:
-    """Of a device whose clock is in ``now``, in milliseconds."""
+    """An event of a device whose clock is ``now``, in milliseconds."""
 
     now = 0.0
 
@@ -347,7 +347,7 @@ class Event:
 
 
 def test_a_gpu_waits_while_the_host_prepares_a_call(monkeypatch, out):
-    """Else the events around a call would tell how long the host took."""
+    """Without it, the events around a call would tell how long the host took."""
     waits, took, host = [], 2.0, iter(range(1000))
 
     def sleep(cycles):

@@ -27,10 +27,10 @@ __device__ void for_each_block(const Butterfly& f, const Slab& s, int team, F bo
 }
 
 // Computes blocks (n, n_blocks, b, b) and stages (groups, size, size); arguments as in
-// boft::cuda::rotation. A block of threads has `groups` groups; B is the size of a team.
+// boft::cuda::stage_from_skew. A block of threads has `groups` groups; B is the size of a team.
 template <class W, int B>
 __global__ void __launch_bounds__(kCayleyThreads<B>, 4)
-    rotation_kernel(const W* skew, const bool* drop, W* blocks, W* stages, Butterfly f,
+    stage_from_skew_kernel(const W* skew, const bool* drop, W* blocks, W* stages, Butterfly f,
                     int groups) {
   const Slab s = slab_of(f, groups, f.size);
   const int team = int(threadIdx.x) / B, lane = int(threadIdx.x) % B;
@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(kCayleyThreads<B>, 4)
   compose_slab(reinterpret_cast<W*>(shared_memory()), blocks, stages, f, s);
 }
 
-// Computes skew_grad; arguments as in boft::cuda::rotation_backward. blocks_grad is scratch memory
+// Computes skew_grad; arguments as in boft::cuda::stage_from_skew_backward. blocks_grad is scratch memory
 // for the gradients of the blocks, `columns` the width of a slab.
 template <class W, int B>
 __global__ void __launch_bounds__(kCayleyThreads<B>, 4)
-    rotation_backward_kernel(const W* blocks, const bool* drop, const W* grad, W* blocks_grad,
+    stage_from_skew_backward_kernel(const W* blocks, const bool* drop, const W* grad, W* blocks_grad,
                              W* skew_grad, Butterfly f, int64_t splits, int groups,
                              Divisor columns) {
   const Slab s = slab_of(f, groups, columns);

@@ -1,5 +1,5 @@
-// Launches of rotation.cuh.
-#include "cuda/rotation.cuh"
+// Launches of stage_from_skew.cuh.
+#include "cuda/stage_from_skew.cuh"
 
 #include <algorithm>
 
@@ -11,7 +11,7 @@ constexpr int64_t kLargestTeam = 32;
 
 }  // namespace
 
-int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int64_t n,
+int stage_from_skew(const void* skew, const bool* drop, void* blocks, void* stages, int64_t n,
              int64_t n_blocks, int64_t b, DType dtype, Queue queue) {
   if (b > kLargestTeam) {  // a stage of at most kMaxRotation rows is one factor then: two launches
     const int error = cayley(skew, drop, blocks, n * n_blocks, b, dtype, queue);
@@ -25,7 +25,7 @@ int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int
     const int64_t grid = (f.groups + share.groups - 1) / share.groups;
 #define BOFT_LAUNCH(B)                                                                           \
   if (b <= B)                                                                                    \
-    return launch(rotation_kernel<W, B>, grid, kCayleyThreads<B>,                                \
+    return launch(stage_from_skew_kernel<W, B>, grid, kCayleyThreads<B>,                                \
                   std::max(sizeof(CayleyShared<B>), share.bytes), queue,                         \
                   static_cast<const W*>(skew), drop, static_cast<W*>(blocks),                    \
                   static_cast<W*>(stages), f, share.groups);
@@ -35,7 +35,7 @@ int rotation(const void* skew, const bool* drop, void* blocks, void* stages, int
   });
 }
 
-int rotation_backward(const void* blocks, const bool* drop, const void* grad, void* blocks_grad,
+int stage_from_skew_backward(const void* blocks, const bool* drop, const void* grad, void* blocks_grad,
                       void* skew_grad, int64_t n, int64_t n_blocks, int64_t b, int64_t splits,
                       DType dtype, Queue queue) {
   if (b > kLargestTeam) {
@@ -51,7 +51,7 @@ int rotation_backward(const void* blocks, const bool* drop, const void* grad, vo
     const int64_t grid = (f.groups + share.groups - 1) / share.groups;
 #define BOFT_LAUNCH(B)                                                                           \
   if (b <= B)                                                                                    \
-    return launch(rotation_backward_kernel<W, B>, grid, kCayleyThreads<B>,                       \
+    return launch(stage_from_skew_backward_kernel<W, B>, grid, kCayleyThreads<B>,                       \
                   std::max(sizeof(CayleyBackwardShared<B, W>), share.bytes), queue,              \
                   static_cast<const W*>(blocks), drop, static_cast<const W*>(grad),              \
                   static_cast<W*>(blocks_grad), static_cast<W*>(skew_grad), f, splits,           \

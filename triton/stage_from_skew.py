@@ -39,7 +39,7 @@ def _level(ptr, level: tl.constexpr, n_blocks, first, b: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
-def rotation_kernel(
+def stage_from_skew_kernel(
     skew_ptr,
     drop_mask_ptr,
     blocks_ptr,
@@ -114,7 +114,7 @@ def rotation_kernel(
 
 
 @triton.jit(do_not_specialize=["n_blocks", "splits"])
-def rotation_backward_kernel(
+def stage_from_skew_backward_kernel(
     blocks_ptr,
     drop_mask_ptr,
     grad_ptr,
@@ -129,7 +129,7 @@ def rotation_backward_kernel(
     G: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Gradient of ``rotation_kernel`` with respect to the skew, G groups per program.
+    """Gradient of ``stage_from_skew_kernel`` with respect to the skew, G groups per program.
 
     S = b << (m - 1), K = n_blocks. All tensors but the mask are float32 or all are float64.
 
@@ -223,15 +223,15 @@ def rotation_backward_kernel(
         )
 
 
-def rotation(
+def stage_from_skew(
     skew: torch.Tensor, drop_mask: torch.Tensor | None, *, tile: MeasuredTile = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch ``rotation_kernel``. The caller checks the arguments.
+    """Launch ``stage_from_skew_kernel``. The caller checks the arguments.
 
     Args:
         skew: (m, K, b(b-1)/2), S = b << (m - 1) <= 64.
         drop_mask: (m, K) bool, or None.
-        tile: measured fields of ``RotationConfig``.
+        tile: measured fields of ``StageFromSkewConfig``.
 
     Returns:
         Blocks (m, K, b, b) and stage (K b / S, S, S), both in float64 if the skew is, else float32.
@@ -249,20 +249,20 @@ def rotation(
     return blocks, blocks[0].clone() if m == 1 else stage  # an op's outputs may not share memory
 
 
-def rotation_backward(
+def stage_from_skew_backward(
     blocks: torch.Tensor,
     drop_mask: torch.Tensor | None,
     grad: torch.Tensor,
     *,
     tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Launch ``rotation_backward_kernel``. The caller checks the arguments.
+    """Launch ``stage_from_skew_backward_kernel``. The caller checks the arguments.
 
     Args:
         blocks: (m, K, b, b), as the forward made them; S = b << (m - 1) <= 64.
         drop_mask: (m, K) bool, or None. A dropped block has no gradient.
         grad: (splits, K b / S, S, S) partial gradients of the stage, which are summed.
-        tile: measured fields of ``RotationConfig``.
+        tile: measured fields of ``StageFromSkewConfig``.
 
     Returns:
         Gradient of the skew, (m, K, b(b-1)/2), in the dtype of the blocks.
@@ -288,7 +288,7 @@ def _scratch_numel(m: int, n_blocks: int, b: int) -> int:
 def _launch_for(
     op: str, m: int, n_blocks: int, b: int, *scalars: int, tile: MeasuredTile
 ) -> Launch:
-    kernel = rotation_kernel if op == "stage_from_skew" else rotation_backward_kernel
+    kernel = stage_from_skew_kernel if op == "stage_from_skew" else stage_from_skew_backward_kernel
     config = config_for(op, m=m, b=b)._replace(**dict(tile))
     constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
     grid = cdiv(n_blocks, config.G << (m - 1))
