@@ -10,18 +10,18 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from typing import Any
 
-import torch
 
 COUNTER = "torch.utils.flop_counter"
-_formulas: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
+_formulas: dict[Any, Callable[..., int]] = {}  # by the packet of an operator
 
 
-def declare(op: torch._ops.OpOverload, formula: Callable[..., int] | None) -> None:
+def declare(op: Any, formula: Callable[..., int] | None) -> None:
     """Let the counter count an operator.
 
     Args:
-        op: the operator.
+        op: the operator, an ``OpOverload``.
         formula: the arguments of a call -> its floating-point operations. A multiplication and an
             addition count as two. None for an operator that works on single elements: torch
             counts none for these.
