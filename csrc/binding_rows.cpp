@@ -113,7 +113,7 @@ Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cent
                  const MaybeTensor& bias) {
   const auto dtype = dtype_of(x_, "scale: x");
   STD_TORCH_CHECK(x_.dim() == 2, "scale: x: expected (rows, n)");
-  STD_TORCH_CHECK(bias || !center, "scale: center: expected none without a bias");
+  STD_TORCH_CHECK(bias || !center_, "scale: center: expected none without a bias");
   const int64_t rows = x_.size(0), n = x_.size(1);
   const auto wide = compute_dtype(x_);
   const auto vector = [&](const Tensor& t) {
