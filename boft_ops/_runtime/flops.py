@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-
 COUNTER = "torch.utils.flop_counter"
 _formulas: dict[Any, Callable[..., int]] = {}  # by the packet of an operator
 
