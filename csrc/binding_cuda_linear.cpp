@@ -28,22 +28,24 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
 
 }  // namespace
 
-// Returns y (rows, n), and z = x R W^T + bias from before the scale if there is a scale and `save`
-// is set, else an empty tensor for z.
+// Returns y (rows, n), and z from before the scale if there is a scale and `save` is set, else an
+// empty tensor for z. z is x R W^T, plus the bias if `bias_in_z`.
 std::tuple<Tensor, Tensor> rotated_linear_cuda(const Tensor& x, const Tensor& weight,
                                                const Tensor& stage, const MaybeTensor& scale,
                                                const MaybeTensor& bias, bool bias_in_z, bool save) {
   check_layer("rotated_linear", x, weight);
-  STD_TORCH_CHECK(bias_in_z || !bias, "rotated_linear: bias_in_z: expected true on a GPU");
+  STD_TORCH_CHECK(bias_in_z || !bias || scale,
+                  "rotated_linear: bias_in_z: expected true without a scale");
   check_square(stage, 3, "rotated_linear: stage");
-  const Tensor z = linear(rotate_cuda(x, stage, stage.size(2), 1, false), weight, bias);
+  const auto center = bias_in_z ? bias : std::nullopt;
+  const Tensor z = linear(rotate_cuda(x, stage, stage.size(2), 1, false), weight, center);
   const Tensor none = torch::stable::new_empty(x, {0, weight.size(0)});
   if (!scale) return {z, none};
-  return {scale_cuda(z, *scale, bias, bias), save ? z : none};
+  return {scale_cuda(z, *scale, center, bias), save ? z : none};
 }
 
 // Returns the gradient of x, `splits` partial sums of that of the stage, and those of scale and
-// bias. The last two are empty without z. `center` is the bias, which z holds.
+// bias. The last two are empty without z. `center` is the bias if z holds it.
 std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
     const Tensor& grad_, const Tensor& x, const Tensor& weight, const Tensor& stage,
     const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,

@@ -22,8 +22,7 @@ Tensor scale_cuda(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cen
                   const MaybeTensor& bias_) {
   const auto dtype = cuda_dtype_of(x_, "scale: x");
   STD_TORCH_CHECK(x_.dim() == 2, "scale: x: expected (rows, n)");
-  STD_TORCH_CHECK(center_.has_value() == bias_.has_value(),
-                  "scale: center, bias: expected both or none");
+  STD_TORCH_CHECK(bias_ || !center_, "scale: center: expected none without a bias");
   check_device("scale", x_, {&scale_, given(center_), given(bias_)});
   const Tensor x = torch::stable::contiguous(x_);
   const auto scale = wide_vector(x, scale_, "scale: scale");

@@ -98,22 +98,22 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
 namespace {
 
 // Fills shift = bias - scale * center, which is exactly 0 where scale is 1 and center equals bias.
+// Without a center it is the bias.
 template <class C>
-void shift_of(const Tensor& scale, const Tensor& center, const Tensor& bias, Tensor& shift) {
+void shift_of(const Tensor& scale, const MaybeTensor& center, const Tensor& bias, Tensor& shift) {
   const auto data = [](const Tensor& t) { return static_cast<const C*>(t.const_data_ptr()); };
   C* out = static_cast<C*>(shift.mutable_data_ptr());
   for (int64_t j = 0; j < shift.size(0); ++j)
-    out[j] = data(bias)[j] - data(scale)[j] * data(center)[j];
+    out[j] = center ? data(bias)[j] - data(scale)[j] * data(*center)[j] : data(bias)[j];
 }
 
 }  // namespace
 
-Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& center,
+Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& center_,
                  const MaybeTensor& bias) {
   const auto dtype = dtype_of(x_, "scale: x");
   STD_TORCH_CHECK(x_.dim() == 2, "scale: x: expected (rows, n)");
-  STD_TORCH_CHECK(center.has_value() == bias.has_value(),
-                  "scale: center, bias: expected both or none");
+  STD_TORCH_CHECK(bias || !center_, "scale: center: expected none without a bias");
   const int64_t rows = x_.size(0), n = x_.size(1);
   const auto wide = compute_dtype(x_);
   const auto vector = [&](const Tensor& t) {
@@ -121,11 +121,12 @@ Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cent
     return torch::stable::contiguous(torch::stable::to(t, wide));
   };
   const Tensor x = torch::stable::contiguous(x_), scale = vector(scale_);
+  const auto center = center_ ? MaybeTensor(vector(*center_)) : std::nullopt;
   Tensor shift = torch::stable::new_zeros(scale, {n}), y = torch::stable::empty_like(x);
   if (bias && wide == ScalarType::Double)
-    shift_of<double>(scale, vector(*center), vector(*bias), shift);
+    shift_of<double>(scale, center, vector(*bias), shift);
   else if (bias)
-    shift_of<float>(scale, vector(*center), vector(*bias), shift);
+    shift_of<float>(scale, center, vector(*bias), shift);
   const void *px = x.const_data_ptr(), *ps = scale.const_data_ptr(), *pt = shift.const_data_ptr();
   void* py = y.mutable_data_ptr();
   const int64_t grain = std::max<int64_t>(1, boft::cpu::grain_of(n));

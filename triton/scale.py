@@ -36,7 +36,7 @@ def scale_kernel(
     Args:
         x_ptr: (n_rows, n); any float dtype.
         scale_ptr: (n,); any float dtype.
-        center_ptr: (n,); any float dtype. None if bias_ptr is.
+        center_ptr: (n,); any float dtype. None counts as 0, and if bias_ptr is None.
         bias_ptr: (n,); any float dtype. None for scale * x.
         y_ptr: (n_rows, n) result; dtype of x.
         n_rows: rows of x.
@@ -57,7 +57,9 @@ def scale_kernel(
     y = tl.load(x_ptr + at, mask=mask, other=0.0).to(dtype) * scale[None, :]
     if bias_ptr is not None:
         bias = _columns(bias_ptr, column, inside, dtype)
-        y += (bias - scale * _columns(center_ptr, column, inside, dtype))[None, :]
+        if center_ptr is not None:
+            bias -= scale * _columns(center_ptr, column, inside, dtype)
+        y += bias[None, :]
     tl.store(y_ptr + at, round_to(y, y_ptr.dtype.element_ty, INTERPRETED), mask=mask)
 
 
@@ -129,7 +131,7 @@ def scale(
     Args:
         x: (N, n).
         scale: (n,).
-        center: (n,), or None. Not used without a bias.
+        center: (n,), or None for 0. Not used without a bias.
         bias: (n,), or None for scale * x.
         tile: measured fields of ``ScaleConfig``.
 
@@ -140,7 +142,8 @@ def scale(
     if bias is None:
         center = None
     else:
-        center, bias = center.contiguous(), bias.contiguous()
+        center = None if center is None else center.contiguous()
+        bias = bias.contiguous()
     y = torch.empty_like(x)
     _scale_launch(*x.shape, tile)(x, scale, center, bias, y)
     return y

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import autocast, native, tuned
+from . import flops as flop_formulas
 from .device import devices_of
 from .namespace import NS, PACKAGE
 from .tuned import Choice, ShapeClass, Tunable
@@ -72,6 +73,7 @@ class Op:
             backward that has to run where its forward ran. ``shape_class`` is then the class of the
             forward's call.
         comparable: result -> tensors that do not depend on how a backend splits its sums.
+        flops: the arguments of a call -> its floating-point operations, see ``flops.declare``.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Op:
         shape_class: ShapeClass | None = None,
         measured_as: Op | None = None,
         comparable: Callable[[Any], Any] = lambda result: result,
+        flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.schema = schema
@@ -94,8 +97,11 @@ class Op:
         self.kernels = kernels or {}
         self._library = _define(self.name, schema, reference, fake)
         self.raw = getattr(getattr(torch.ops, NS), self.name).default
-        if {"triton", "cuda"} & self.kernels.keys():
-            _register(self._library, self.name, self._on_cuda)
+        flop_formulas.declare(self.raw, flops)
+        if {"triton", "cuda"} & self.kernels.keys() and not self.raw.has_kernel_for_dispatch_key(
+            torch._C.DispatchKey.CUDA  # an earlier import of this copy did so already
+        ):
+            self._library.impl(self.name, self._on_cuda, "CUDA")
         # backend -> the reason why it cannot run this operator
         self.unavailable = {b: why for b in BACKENDS if (why := self._why_unavailable(b))}
         # device type -> the choice where nothing was measured
@@ -380,12 +386,6 @@ def _define(
             library.impl(name, reference, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return libraries[name]
-
-
-def _register(library: torch.library.Library, name: str, cuda: Callable) -> None:
-    """Serve CUDA tensors of the raw op, unless an earlier import of this copy did so already."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NS}::{name}", "CUDA"):
-        library.impl(name, cuda, "CUDA")
 
 
 native.load()

@@ -12,6 +12,8 @@ COMPUTE = {
     torch.float16: torch.float32,
 }
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:
     """float64 if it is among these floating dtypes, else float32."""

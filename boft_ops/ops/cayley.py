@@ -6,7 +6,7 @@ R = (I + Q)(I - Q)^-1 with Q skew-symmetric is orthogonal with det +1, and the i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -149,6 +149,21 @@ def _gpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
     return skew.shape[-1] <= packed_size(limits.MAX_BLOCK)
 
 
+def flops_of_cayley(skew: torch.Tensor, *_: object) -> int:
+    """The flops of an inverse of each block."""
+    b = checks.block_size_from_packed("skew", skew.shape[-1])
+    return 2 * b**3 * math.prod(skew.shape[:-1])
+
+
+def flops_of_products(blocks: torch.Tensor, n_products: int) -> int:
+    """The flops of ``n_products`` matrix products with each block."""
+    return 2 * n_products * blocks.numel() * blocks.shape[-1]
+
+
+def _flops_of_neumann5(n_products: int) -> Callable[..., int]:
+    return lambda skew, *_: n_products * flops_of_cayley(skew)
+
+
 cayley_forward = Op(
     "cayley(Tensor skew, Tensor? drop_mask) -> Tensor",
     reference=cayley_reference,
@@ -160,6 +175,7 @@ cayley_forward = Op(
         "triton": Kernel(_gpu_supports_skew, "cayley:cayley", "config:CAYLEY"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_skew),
+    flops=flops_of_cayley,
 )
 cayley_backward = Op(
     "cayley_backward(Tensor blocks, Tensor? drop_mask, Tensor grad) -> Tensor",
@@ -172,18 +188,21 @@ cayley_backward = Op(
         "triton": Kernel(_gpu_supports_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_blocks),
+    flops=lambda blocks, *_: flops_of_products(blocks, 2),
 )
 neumann5_forward = Op(
     "cayley_neumann5(Tensor skew) -> Tensor",
     reference=_neumann5,
     fake=fake_cayley,
     samples=lambda w: iter([(w.skew(),)]),
+    flops=_flops_of_neumann5(3),
 )
 neumann5_backward = Op(
     "cayley_neumann5_backward(Tensor skew, Tensor grad) -> Tensor",
     reference=_neumann5_backward,
     fake=_fake_neumann5_backward,
     samples=lambda w: ((w.skew(), grad) for *_, grad in _sample_blocks(w)),
+    flops=_flops_of_neumann5(8),
 )
 
 
@@ -250,5 +269,8 @@ def cayley(skew: torch.Tensor, *, method: str = "exact") -> torch.Tensor:
     checks.tensor("skew", skew, min_dim=1)
     checks.choice("method", method, checks.METHODS)
     checks.block_size_from_packed("skew", skew.shape[-1])
-    function = Cayley if method == "exact" else CayleyNeumann5
-    return function.apply(skew.contiguous())
+    skew = skew.contiguous()
+    if method == "exact":
+        return Cayley.apply(skew)
+    # saved for backward: a Parameter itself would show it data that was put there later
+    return CayleyNeumann5.apply(skew.view_as(skew))

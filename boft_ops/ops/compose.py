@@ -155,6 +155,12 @@ def _class_of(factors: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
     return (factors.shape[0], factors.shape[-1]), (factors.shape[1],)
 
 
+def flops_of_compose(factors: torch.Tensor, *_: object) -> int:
+    """The flops of multiplying the groups of the first factors by each further one."""
+    m, n_blocks, b = factors.shape[:3]
+    return sum(2 * n_blocks * b * (b << level) * b for level in range(1, m))
+
+
 _CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 compose_forward = Op(
     "compose(Tensor factors, int first) -> Tensor",
@@ -167,6 +173,7 @@ compose_forward = Op(
         "triton": Kernel(_triton_supports, "compose:compose"),
     },
     shape_class=_CLASS,
+    flops=flops_of_compose,
 )
 compose_backward = Op(
     # grad (splits, d/size, size, size): partial sums, added up here
@@ -180,6 +187,7 @@ compose_backward = Op(
         "triton": Kernel(_triton_supports, "compose:compose_backward"),
     },
     shape_class=_CLASS,
+    flops=lambda factors, *_: 2 * flops_of_compose(factors),
 )
 
 
@@ -224,4 +232,5 @@ def compose(
     blocks = blocks.to(widest(blocks.dtype, dtype)).contiguous()
     if blocks.shape[0] == 1:
         return (blocks[0],)  # one factor is its own stage
-    return Compose.apply(blocks, stages)
+    # saved for backward: a Parameter itself would show it data that was put there later
+    return Compose.apply(blocks.view_as(blocks), stages)

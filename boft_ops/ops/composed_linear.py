@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .._runtime import autocast
+from .._runtime.dtypes import HALVES
 from .kaleidoscope import multiply
 from .rotation import DenseRotation, Rotation, SkewRotation
 from .scale import scale_columns
@@ -19,16 +20,30 @@ def composed_linear(
     bias: torch.Tensor | None,
     side: str,
     kaleidoscope: int,
+    as_torch: bool = False,
 ) -> torch.Tensor:
     """Compute the layer with functions that are differentiable any number of times.
 
-    It serves what ``RotatedLinear`` has no closed form for: a trained weight, side "out",
-    kaleidoscopes, transforms of torch.func, and gradients of gradients. The arguments are those of
-    ``rotated_linear``.
+    It serves what ``RotatedLinear`` has no closed form for: a trained weight, a weight that is no
+    plain tensor, side "out", kaleidoscopes, transforms of torch.func, and gradients of gradients.
+    The arguments are those of ``rotated_linear``.
+
+    Args:
+        as_torch: the rotation is the identity and the scale one, and the result has to equal
+            ``F.linear(x, weight, bias)`` bit for bit in half precision, too.
     """
     blocks = rotation.blocks()
     if side == "in":
         x = multiply(x, blocks, kaleidoscope)
+    if bias is not None and x.dtype in HALVES and (scale is not None or side == "out"):
+        # The bias comes last, because z is rounded before it is scaled or rotated. Beside a large
+        # bias that rounding would leave little of z, and a rotation would spread it.
+        z = F.linear(x, weight)
+        y = multiply(z, blocks, kaleidoscope, transpose=True) if side == "out" else z
+        if as_torch:
+            scaled = y if scale is None else scale_columns(y, scale)
+            return F.linear(x, weight, bias) + (scaled - z)  # the difference is exactly 0
+        return y + bias if scale is None else scale_columns(y, scale, None, bias)
     # The bias goes into the matrix product, where torch's linear has it, and what the scale and the
     # rotation then do to it is taken back below. Both corrections vanish exactly at the identity.
     y, shift = F.linear(x, weight, bias), bias

@@ -13,9 +13,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .._runtime import autocast, backend, checks, tuned
-from .._runtime.dtypes import widest
+from .._runtime.dtypes import HALVES, widest
 from .composed_linear import composed_linear
 from .dropout import draw_mask
 from .planner import WEIGHT_SIDE_ROWS, layer_plan
@@ -26,6 +28,9 @@ from .scale import scale_backward, scale_forward
 from .stages import Stage
 
 Strategy = Literal["fused", "batched", "separate", "rotate_weight"]
+# Types of weights whose numbers lie in one dense memory. Others, such as quantized weights and
+# DTensors, are tensors to F.linear alone: nothing else of a layer touches them.
+PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 Plan = tuple[tuple[Stage, ...], Strategy]
 
 
@@ -129,6 +134,19 @@ def is_rotated(skew: torch.Tensor) -> bool:
         return True
 
 
+def is_identity(rotation: Rotation, scale: torch.Tensor | None) -> bool:
+    """Return True if R is known to be the identity and the scale to be one.
+
+    The layer must then equal torch's own exactly. It looks at the data as ``is_rotated`` does.
+    """
+    parameter = rotation[0]  # skew or matrix
+    if torch.compiler.is_compiling():
+        return False
+    if isinstance(rotation, DenseRotation):
+        parameter = parameter.detach() - torch.eye(parameter.shape[-1])
+    return not is_rotated(parameter) and (scale is None or not is_rotated(scale.detach() - 1))
+
+
 # --- Functions ------------------------------------------------------------------------------------
 
 
@@ -149,8 +167,10 @@ def boft_linear(
 
     ``side="in"``: y = s * (x R W^T) + bias, as if W were diag(s) W R^T. ``side="out"``:
     y = s * ((x W^T) R^T) + bias, as if W were diag(s) R W. The bias is not rotated. With ``skew``
-    at zero and ``scale`` at one the result equals ``F.linear(x, weight, bias)`` bit for bit (but in
-    compiled graphs, which are made without a look at ``skew``, up to rounding).
+    at zero and ``scale`` at one the result equals ``F.linear(x, weight, bias)`` bit for bit.
+    Up to rounding it does so where that takes a look at ``skew`` and ``scale`` which is not taken:
+    in compiled graphs, and in half precision with a bias and a ``scale`` (or on side "out") on
+    other devices than a CPU.
 
     Saved for backward beside ``weight`` (a reference): x (side "in") or x W^T (side "out"), the
     blocks and the stage matrices. A trained ``scale`` keeps the (N, n) output before scaling too:
@@ -216,13 +236,17 @@ def rotated_linear(
         x, weight = autocast.cast(x), autocast.cast(weight)
         bias = None if bias is None else autocast.cast(bias)
     # RotatedLinear is for the usual case; differentiable functions are composed for all others
-    usual = side == "in" and not kaleidoscope
+    usual = side == "in" and not kaleidoscope and type(weight) in PLAIN
     usual = usual and not (torch.is_grad_enabled() and weight.requires_grad)
+    on_cpu_in_half = x.is_cpu and x.dtype in HALVES
+    as_torch = on_cpu_in_half and bias is not None and is_identity(rotation, scale)
     if not usual or torch._C._are_functorch_transforms_active():
-        return composed_linear(x, weight, rotation, scale, bias, side, kaleidoscope)
+        return composed_linear(x, weight, rotation, scale, bias, side, kaleidoscope, as_torch)
     if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
         scale = scale.detach()  # a Function cannot see no_grad, and would save z for this gradient
     stages, strategy = choose_strategy(x, weight, rotation)
+    if as_torch and scale is not None:
+        strategy = "identity"
     if isinstance(rotation, DenseRotation):
         plan = None, stages, strategy
         y = RotatedLinear.apply(x, weight, scale, bias, None, None, rotation.matrix, plan)

@@ -186,6 +186,11 @@ def _triton_supports_backward(grad, x, stage, *_: int) -> bool:
     return triton_supports_stage(x, stage)
 
 
+def flops_of_rotate(x: torch.Tensor, stage: torch.Tensor, *_: object) -> int:
+    """The flops of rows times a stage (..., size, size)."""
+    return 2 * x.numel() * stage.shape[-1]
+
+
 ROWS = ShapeClass(("size", "chunk", "stride"), ("rows", "features"), _class_of)
 rotate_rows = Op(
     "rotate(Tensor x, Tensor stage, int chunk, int stride, bool transpose) -> Tensor",
@@ -198,6 +203,7 @@ rotate_rows = Op(
         "triton": Kernel(triton_supports_stage, "rotate:rotate", "rotate:TILES"),
     },
     shape_class=ROWS,
+    flops=flops_of_rotate,
 )
 # Gradients of a stage come as partial sums (splits, d/size, size, size), in at least float32.
 rotate_stage_grad = Op(
@@ -217,6 +223,7 @@ rotate_stage_grad = Op(
     },
     shape_class=ROWS._replace(of=_stage_grad_class_of),
     comparable=lambda partials: partials.sum(0),
+    flops=lambda x, grad, size, *_: 2 * x.numel() * size,
 )
 rotate_backward = Op(
     "rotate_backward(Tensor grad, Tensor x, Tensor stage, int chunk, int stride, bool transpose,"
@@ -235,6 +242,7 @@ rotate_backward = Op(
     },
     shape_class=ROWS._replace(of=_backward_class_of),
     comparable=lambda result: (result[0], result[1].sum(0)),
+    flops=lambda grad, *args: 2 * flops_of_rotate(*args),
 )
 
 

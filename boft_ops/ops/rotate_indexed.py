@@ -22,6 +22,7 @@ from .rotate import (
     cpu_supports_stage,
     cuda_supports_stage,
     fake_rotate,
+    flops_of_rotate,
     order_of,
     rotate_reference,
     rotate_stage_grad,
@@ -87,6 +88,7 @@ rotate_indexed_rows = Op(
         ),
     },
     shape_class=ROWS._replace(of=_class_of),
+    flops=flops_of_rotate,
 )
 
 

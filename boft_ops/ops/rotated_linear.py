@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .._runtime import autocast, native
 from .._runtime.backend import Kernel, Op
-from .._runtime.dtypes import COMPUTE, widest
+from .._runtime.dtypes import COMPUTE, HALVES, widest
 from .._runtime.limits import FUSED_MULTIPLE, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
@@ -22,62 +22,18 @@ from .composed_linear import differentiable_gradients
 from .rotate import (
     apply_stages,
     apply_stages_backward,
+    flops_of_rotate,
     rotate_backward,
     rotate_rows,
     rotate_stage_grad,
 )
+from .rotated_linear_parts import batch
 from .scale import Scale, scale_backward, scale_forward
 from .stage_from_skew import stages_from_skew, stages_from_skew_backward
 from .stages import Stage, plan
 
 MIN_ROWS = 64  # with fewer rows a BLAS reads the weight faster than the fused C++ kernel
 MAX_CUDA_SIZE = 64  # features of a group; Triton's rotate is faster for larger ones
-
-
-def batch(
-    rotate: Callable, rotate_backward: Callable, scale_rows: Callable, scale_backward: Callable
-) -> tuple[Callable, Callable]:
-    """Return the op and its backward as a sequence of these functions and torch's products."""
-
-    def rotated_linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        stage: torch.Tensor,
-        scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        bias_in_z: bool,
-        save: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        center = bias if bias_in_z else None
-        z = F.linear(rotate(x, stage, stage.shape[-1], 1, False), weight, center)
-        y = z if scale is None else scale_rows(z, scale, center, center)
-        if bias is not None and not bias_in_z:
-            y = y + bias
-        return y, z if save and scale is not None else z.new_empty(0, z.shape[1])
-
-    def rotated_linear_backward(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        stage: torch.Tensor,
-        scale: torch.Tensor | None,
-        center: torch.Tensor | None,
-        z: torch.Tensor | None,
-        splits: int,
-        need_bias: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        if z is not None:
-            grad, scale_grad, bias_grad = scale_backward(grad, z, scale, center)
-        else:
-            scale_grad = stage.new_empty(0)
-            bias_grad = grad.sum(0) if need_bias else grad.new_empty(0)
-            if scale is not None:
-                grad = scale_rows(grad, scale, None, None)
-        layout = stage.shape[-1], 1, False
-        x_grad, stage_grad = rotate_backward(grad @ weight, x, stage, *layout, splits)
-        return x_grad, stage_grad, scale_grad, bias_grad
-
-    return rotated_linear, rotated_linear_backward
 
 
 rotated_linear_reference, rotated_linear_backward_reference = batch(
@@ -122,9 +78,9 @@ def _cpu_supports_backward(grad, x, weight, stage, scale, center, z, splits, nee
 
 
 def _cuda_supports(x, weight, stage, scale=None, bias=None, bias_in_z=True, save=False) -> bool:
-    half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
+    half = x.dtype in HALVES and x.dtype == weight.dtype
     small = stage.dtype == torch.float32 and stage.shape[-1] <= MAX_CUDA_SIZE
-    return half and small and (bias is None or bias_in_z)
+    return half and small and (bias is None or bias_in_z or scale is not None)
 
 
 def _cuda_supports_backward(grad, x, weight, stage, scale, center, z, splits, need_bias) -> bool:
@@ -143,7 +99,7 @@ def _samples(w: Workload) -> Iterator[tuple]:
     size = plan(w.n_factors, w.block_size, w.device.type)[0].size
     weight = w.tensor(w.n, w.d, std=w.d**-0.5)
     scale = 1 + w.tensor(w.n, std=0.1, dtype=w.compute_dtype)
-    bias, in_z = w.tensor(w.n, salt=1), w.device.type != "cpu"
+    bias, in_z = w.tensor(w.n, salt=1), w.device.type != "cpu" and w.dtype not in HALVES
     yield w.x(), weight, w.matrices(w.d // size, size), scale, bias, in_z, True
 
 
@@ -154,6 +110,10 @@ def _backward_samples(w: Workload) -> Iterator[tuple]:
         yield grad, x, weight, matrix, scale, bias if in_z else None, z, stage.splits(x), True
 
 
+def _flops(x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor, *_: object) -> int:
+    return 2 * x.numel() * weight.shape[0] + flops_of_rotate(x, stage)
+
+
 _CLASS = ShapeClass(
     ("size",),
     ("rows", "inputs", "outputs"),
@@ -162,7 +122,8 @@ _CLASS = ShapeClass(
 # y = scale * x R W^T + bias, for one stage of stride 1.
 #   x (rows, d); weight (n, d); stage (d/size, size, size); scale, bias (n,)
 #   bias_in_z: add the bias inside the matrix product, as torch's linear does; the scale then leaves
-#     it out: y = scale * (z - bias) + bias. With scale 1 y is exactly z.
+#     it out: y = scale * (z - bias) + bias. With scale 1 y is exactly z. Not for half precision
+#     with a scale: beside a large bias, z would be rounded to little of what the scale is for.
 # Returns y (rows, n) and z (rows, n), the output before the scale: x R W^T, plus the bias if
 # bias_in_z. z is empty, (0, n), unless `save` is true and there is a scale.
 rotated_linear_forward = Op(
@@ -177,6 +138,7 @@ rotated_linear_forward = Op(
         "triton": Kernel(_triton_supports, lambda: _triton_launches()[0]),
     },
     shape_class=_CLASS,
+    flops=_flops,
 )
 # The gradients of x, stage, scale and bias.
 #   center: the bias if z holds it, else None
@@ -199,13 +161,15 @@ rotated_linear_backward = Op(
     shape_class=_CLASS._replace(of=lambda grad, *args: _CLASS.of(*args)),
     measured_as=rotated_linear_forward,
     comparable=lambda result: (result[0], result[1].sum(0), *result[2:]),
+    flops=lambda grad, x, weight, stage, *_: _flops(x, weight, stage) + flops_of_rotate(x, stage),
 )
 
 
 # --- The Function of a layer ----------------------------------------------------------------------
 
 # A layer is (rows (N, d), weight (n, d), scale (n,) in the compute dtype, bias (n,), the matrix of
-# each stage, the stages). Needs are those of x, rotation, scale and bias. Gradients
+# each stage, the stages); in backward its bias is None unless z, the output before the scale, holds
+# it. Needs are those of x, rotation, scale and bias. Gradients
 # are x_grad, the partial sums of each stage's gradient, scale_grad and bias_grad.
 _Needs = tuple[bool, bool, bool, bool]
 _Gradients = tuple[torch.Tensor | None, list, torch.Tensor | None, torch.Tensor | None]
@@ -215,19 +179,25 @@ def _forward(layer: tuple, strategy: str, save_z: bool) -> tuple[torch.Tensor, t
     """Return y (N, n) and z, the output before the scale; z means something only if it is saved.
 
     The bias is added inside the product, as in torch's linear, so that y is exactly torch's where R
-    is the identity and the scale one. Only the fused kernel adds it last, and z is without it.
+    is the identity and the scale one. The fused kernel and the scale of half precision add it last,
+    and z is without it. The strategy "identity" is for the latter where y has to be torch's.
     """
     rows, weight, scale, bias, matrices, stages = layer
+    if strategy == "identity":
+        y = F.linear(rows, weight, bias)
+        return y, F.linear(rows, weight) if save_z else y
     if strategy == "fused":
         inner = _outer_stages(rows, matrices, stages)
         return rotated_linear_forward(inner, weight, matrices[0], scale, bias, False, save_z)
+    center = None if scale is not None and rows.dtype in HALVES else bias
     if strategy == "batched":
-        return rotated_linear_forward(rows, weight, matrices[0], scale, bias, True, save_z)
+        in_z = center is bias
+        return rotated_linear_forward(rows, weight, matrices[0], scale, bias, in_z, save_z)
     if strategy == "rotate_weight":
-        z = F.linear(rows, apply_stages(weight, matrices, stages, True), bias)
+        z = F.linear(rows, apply_stages(weight, matrices, stages, True), center)
     else:
-        z = F.linear(apply_stages(rows, matrices, stages, False), weight, bias)
-    return z if scale is None else Scale.forward(z, scale, bias, bias), z
+        z = F.linear(apply_stages(rows, matrices, stages, False), weight, center)
+    return z if scale is None else Scale.forward(z, scale, center, bias), z
 
 
 def _outer_stages(
@@ -261,11 +231,11 @@ def _backward_batched(
     layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
     """The gradients where both x and the rotation need one: one call computes the two together."""
-    rows, weight, scale, bias, matrices, stages = layer
+    rows, weight, scale, center, matrices, stages = layer
     splits = stages[0].splits(rows)
     with autocast.disabled(grad.device.type):  # it may be on in backward alone
         x_grad, partials, scale_grad, bias_grad = rotated_linear_backward(
-            grad, rows, weight, matrices[0], scale, bias, z, splits, False
+            grad, rows, weight, matrices[0], scale, center, z, splits, False
         )
     if z is None and needs[3]:
         bias_grad = grad.sum(0)
@@ -275,9 +245,9 @@ def _backward_batched(
 def _backward_separate(
     layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
 ) -> _Gradients:
-    rows, weight, scale, bias, matrices, stages = layer
+    rows, weight, scale, center, matrices, stages = layer
     need_x, need_rotation, need_scale, need_bias = needs
-    grad, scale_grad, bias_grad = _backward_scale(grad, z, scale, bias, need_scale, need_bias)
+    grad, scale_grad, bias_grad = _backward_scale(grad, z, scale, center, need_scale, need_bias)
     if not (need_x or need_rotation):
         return None, [], scale_grad, bias_grad
     with autocast.disabled(grad.device.type):
@@ -295,9 +265,9 @@ def _backward_rotate_weight(
     W R^T is computed again: saved, it would take as much memory as W. R is orthogonal, so
     dL/dR = x^T (dL/dx) R in each group.
     """
-    rows, weight, scale, bias, matrices, stages = layer
+    rows, weight, scale, center, matrices, stages = layer
     need_x, need_rotation, need_scale, need_bias = needs
-    grad, scale_grad, bias_grad = _backward_scale(grad, z, scale, bias, need_scale, need_bias)
+    grad, scale_grad, bias_grad = _backward_scale(grad, z, scale, center, need_scale, need_bias)
     if not (need_x or need_rotation):
         return None, [], scale_grad, bias_grad
     (matrix,), (stage,), partials = matrices, stages, []
@@ -315,13 +285,13 @@ def _backward_scale(
     grad: torch.Tensor,
     z: torch.Tensor | None,
     scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    center: torch.Tensor | None,
     need_scale: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradient of the product, which has the bias in it, and of the scale and bias."""
+    """Return the gradient of z, the output before the scale, and those of the scale and bias."""
     if need_scale:
-        return scale_backward(grad, z, scale, None if bias is None else bias.to(scale))
+        return scale_backward(grad, z, scale, None if center is None else center.to(scale))
     bias_grad = grad.sum(0) if need_bias else None
     if scale is not None:
         grad = Scale.forward(grad, scale, None, None)
@@ -342,21 +312,30 @@ class RotatedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias, skew, drop_mask, matrix, decided):
         method, stages, strategy = ctx.decided = decided
         if skew is None:
-            blocks, matrices = None, [_as(matrix, widest(x.dtype, matrix.dtype))]
+            blocks, matrices = None, [_as(matrix.detach(), widest(x.dtype, matrix.dtype))]
         else:
             blocks, matrices = stages_from_skew(skew, drop_mask, method, stages, x.dtype)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        wide_scale = None if scale is None else _as(scale, COMPUTE[x.dtype])
+        wide_scale = None if scale is None else scale.detach()
+        if scale is not None and scale.dtype != COMPUTE[x.dtype]:
+            wide_scale = wide_scale.to(COMPUTE[x.dtype])
         layer = rows, weight, wide_scale, bias, matrices, stages
         save_z = scale is not None and ctx.needs_input_grad[2]
         y, z = _forward(layer, strategy, save_z)
-        inputs = x, weight, scale, bias, skew, drop_mask, matrix
-        ctx.save_for_backward(*inputs, z if save_z else None, blocks, *matrices)
+        # A gradient of this call needs the numbers of this call. A saved Parameter would show what
+        # has been put into its .data since, a detached tensor keeps the memory that it had.
+        inputs = x, weight.detach(), scale, bias, skew, drop_mask, matrix
+        in_z = save_z and bias is not None and x.dtype not in HALVES and strategy != "fused"
+        center = bias.detach() if in_z else None
+        values = skew.detach() if method == "neumann5" else None
+        own = z if save_z else None, wide_scale, center, values, blocks
+        ctx.save_for_backward(*inputs, *own, *matrices)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale, bias, skew, drop_mask, matrix, z, blocks, *matrices = ctx.saved_tensors
+        x, weight, scale, bias, skew, drop_mask, matrix, *own = ctx.saved_tensors
+        z, wide_scale, center, values, blocks, *matrices = own
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             inputs, needs = ctx.saved_tensors[:7], ctx.needs_input_grad
             return differentiable_gradients(inputs, ctx.decided[0], grad, needs)
@@ -372,12 +351,12 @@ class RotatedLinear(torch.autograd.Function):
         else:
             backward = _backward_separate
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        wide_scale = None if scale is None else _as(scale, COMPUTE[x.dtype])
-        layer = rows, weight, wide_scale, bias, matrices, stages
+        layer = rows, weight, wide_scale, center, matrices, stages
         needs = need_x, need_rotation, need_scale, need_bias
         x_grad, partials, scale_grad, bias_grad = backward(layer, grad.contiguous(), z, needs)
         skew_grad = matrix_grad = None
         if need_skew:
+            skew = skew if values is None else values
             skew_grad = stages_from_skew_backward(skew, drop_mask, method, stages, blocks, partials)
         elif need_matrix:
             matrix_grad = _as(partials[0].sum(0), matrix.dtype)

@@ -20,6 +20,9 @@ def scale_reference(
 ) -> torch.Tensor:
     if bias is None:
         return _times(x, scale)
+    if center is None:  # in the compute dtype, and rounded once
+        wide = COMPUTE[x.dtype]
+        return torch.addcmul(bias.to(wide), x.to(wide), scale.to(wide)).to(x.dtype)
     # exactly x where scale is 1 and center is bias: the vector below is then exactly 0
     shift = (bias - scale * center).to(x.dtype)
     if torch.finfo(x.dtype).bits >= 32:
@@ -68,6 +71,7 @@ def _in_compute_dtype(x: torch.Tensor, *vectors: torch.Tensor | None) -> bool:
 def _samples(w: Workload) -> Iterator[tuple]:
     x, scale, center = _sample_vectors(w)
     yield x, scale, center, center
+    yield x, scale, None, center
     yield x, scale, None, None
 
 
@@ -105,7 +109,7 @@ def _cpu_supports_backward(grad, x, scale, center) -> bool:
 
 _CLASS = ShapeClass((), ("rows", "features"), _class_of)
 scale_forward = Op(
-    # center and bias come together or not at all
+    # without a center or a bias it is 0; there is no center without a bias
     "scale(Tensor x, Tensor scale, Tensor? center, Tensor? bias) -> Tensor",
     reference=scale_reference,
     fake=_fake_scale,
@@ -164,7 +168,7 @@ class Scale(torch.autograd.Function):
             x_grad, scale_grad, sums = scale_backward(grad.contiguous(), x, scale, center)
         if ctx.bias_dtype is None:
             return x_grad, scale_grad, None, None
-        center_grad = (-scale * sums).to(center.dtype)
+        center_grad = None if center is None else (-scale * sums).to(center.dtype)
         return x_grad, scale_grad, center_grad, sums.to(ctx.bias_dtype)
 
 
@@ -176,11 +180,13 @@ def scale_columns(
 ) -> torch.Tensor:
     """scale * (x - center) + bias for x (..., n) and vectors (n,), in the dtype of x.
 
-    ``scale`` may be of a wider dtype than x. center and bias come together or not at all.
+    ``scale`` may be of a wider dtype than x. There is no center without a bias.
     """
     if torch.finfo(x.dtype).bits >= 32:
         scale = scale.to(x.dtype)
-    if center is bias and center is not None:
-        center = center.view_as(center)  # Dynamo wants no tensor twice among a Function's inputs
+    # The Function saves views: a Parameter itself would show it data that was put there later.
+    # Dynamo, too, wants no tensor twice among its inputs, as center and bias may be.
+    scale = scale.view_as(scale)
+    center = None if center is None else center.view_as(center)
     rows = (x.flatten(0, -2) if x.dim() > 1 else x[None]).contiguous()
     return Scale.apply(rows, scale, center, bias).reshape(x.shape)

@@ -24,6 +24,8 @@ from .cayley import (
     cayley_reference,
     fake_cayley,
     fake_cayley_backward,
+    flops_of_cayley,
+    flops_of_products,
     neumann5_backward,
     neumann5_forward,
 )
@@ -33,6 +35,7 @@ from .compose import (
     compose_gradient,
     compose_reference,
     fake_compose,
+    flops_of_compose,
 )
 from .dropout import drop_blocks
 from .stages import Stage, plan
@@ -106,6 +109,10 @@ def _class_of(skew: torch.Tensor, _: object) -> tuple[tuple, tuple]:
     return (skew.shape[0], b), (skew.shape[1],)
 
 
+def _flops(skew: torch.Tensor, _: object) -> int:
+    return flops_of_cayley(skew) + flops_of_compose(fake_cayley(skew))
+
+
 _CLASS = ShapeClass(("n_factors", "block_size"), ("blocks",), _class_of)
 stage_from_skew_forward = Op(
     # drop_mask (m, K); returns blocks (m, K, b, b) and stage (d/size, size, size)
@@ -121,6 +128,7 @@ stage_from_skew_forward = Op(
         ),
     },
     shape_class=_CLASS,
+    flops=_flops,
 )
 stage_from_skew_backward = Op(
     # grad (splits, d/size, size, size): partial sums of the stage's gradient
@@ -140,6 +148,7 @@ stage_from_skew_backward = Op(
     shape_class=_CLASS._replace(
         of=lambda blocks, *_: ((blocks.shape[0], blocks.shape[-1]), (blocks.shape[1],))
     ),
+    flops=lambda blocks, *_: 2 * flops_of_compose(blocks) + flops_of_products(blocks, 2),
 )
 
 

@@ -3,9 +3,15 @@
 // The kernels are vectorized across blocks: a tile holds element (i, j) of kTile blocks side by
 // side, so that blocks of b = 2, 4, 8 fill the vector lanes as well as those of b = 64. Since
 // I + Q = 2 I - (I - Q), R is 2 (I - Q)^-1 - I: one inverse, no further product. All is computed in
-// double: the blocks are tiny beside the activations, and the one rounding at the end makes R
-// orthogonal to the last bit of float32 for |Q| up to 1e12.
+// double, because the blocks are tiny beside the activations.
+//
+// An elimination without pivoting makes entries of size |Q|^2, and what is left of them after they
+// cancel is off by 1e-16 |Q|^2. Blocks with a number beyond kPivotFrom are therefore inverted once
+// more, one by one and with pivoting, whose error is 1e-16 |Q|. Training does not come there: such
+// a block turns a plane by more than 178 degrees.
+#include <cmath>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "boft_kernels.h"
@@ -145,16 +151,73 @@ BOFT_INLINE void invert(Lanes* a, int64_t size, Lanes* spare) {
   }
 }
 
+// Inverts a (b, b) in place by Gauss-Jordan elimination with partial pivoting. `order` is memory for
+// the b rows that were pivots.
+BOFT_INLINE void invert_pivoted(double* a, double* order, int64_t b) {
+  for (int64_t k = 0; k < b; ++k) {
+    int64_t pivot = k;
+    for (int64_t i = k + 1; i < b; ++i)
+      if (std::fabs(a[i * b + k]) > std::fabs(a[pivot * b + k])) pivot = i;
+    order[k] = double(pivot);
+    if (pivot != k)
+      for (int64_t j = 0; j < b; ++j) std::swap(a[k * b + j], a[pivot * b + j]);
+    const double inverse = 1.0 / a[k * b + k];
+    a[k * b + k] = 1.0;
+    for (int64_t j = 0; j < b; ++j) a[k * b + j] *= inverse;
+    for (int64_t i = 0; i < b; ++i) {
+      if (i == k) continue;
+      const double factor = a[i * b + k];
+      a[i * b + k] = 0.0;
+      for (int64_t j = 0; j < b; ++j) a[i * b + j] -= factor * a[k * b + j];
+    }
+  }
+  for (int64_t k = b - 1; k >= 0; --k) {  // rows were exchanged, so columns of the inverse are too
+    const auto pivot = int64_t(order[k]);
+    if (pivot != k)
+      for (int64_t i = 0; i < b; ++i) std::swap(a[i * b + k], a[i * b + pivot]);
+  }
+}
+
+// The largest number of a skew-symmetric block that is eliminated without pivoting.
+constexpr double kPivotFrom = 64.0;
+
+// Computes the largest of the `packed` numbers of each block, without signs.
+BOFT_INLINE void find_largest(const Lanes* skew, int64_t packed, Lanes& largest) {
+  largest = Lanes{};
+  for (int64_t p = 0; p < packed; ++p) {
+    largest = skew[p] > largest ? skew[p] : largest;
+    largest = -skew[p] > largest ? -skew[p] : largest;
+  }
+}
+
+// Computes R of the block of lane v, (b, b), with pivoting. `memory` is for b * b + b numbers.
+BOFT_INLINE void transform_large(const Lanes* skew, int64_t b, int64_t v, double* memory,
+                                 Lanes* blocks) {
+  double* order = memory + b * b;
+  for (int64_t i = 0; i < b; ++i) {
+    memory[i * b + i] = 1.0;
+    for (int64_t j = i + 1; j < b; ++j) {
+      const double value = (*skew++)[v];
+      memory[i * b + j] = -value, memory[j * b + i] = value;
+    }
+  }
+  invert_pivoted(memory, order, b);
+  for (int64_t i = 0; i < b; ++i)
+    for (int64_t j = 0; j < b; ++j)
+      blocks[i * b + j][v] = 2.0 * memory[i * b + j] - (i == j ? 1.0 : 0.0);
+}
+
 // Block size rounded up to whole pieces.
 constexpr int64_t padded(int64_t b, int64_t piece) { return (b + piece - 1) / piece * piece; }
 
 // Transforms one tile of `count` blocks. `drop` is that of the tile, or null; `a` is scratch memory
-// for the matrix, a spare piece and the packed triangle. A dropped block has Q = 0, hence R = I.
+// for the matrix, a spare piece, the packed triangle and one block more. A dropped block has Q = 0,
+// hence R = I.
 template <int P, class T>
 BOFT_INLINE void forward_tile(const T* skew, const bool* drop, T* blocks, int64_t count, int64_t b,
                               Lanes* a) {
   const int64_t packed = b * (b - 1) / 2, size = padded(b, P);
-  Lanes *spare = a + size * size, *q = spare + P * P;
+  Lanes *spare = a + size * size, *skews = spare + P * P, *q = skews;
   load(skew, packed, count, reinterpret_cast<double*>(q));
   if (drop)
     for (int64_t v = 0; v < count; ++v)
@@ -171,6 +234,11 @@ BOFT_INLINE void forward_tile(const T* skew, const bool* drop, T* blocks, int64_
   for (int64_t i = 0; i < b; ++i)  // R = 2 (I - Q)^-1 - I, moved together without the padding
     for (int64_t j = 0; j < b; ++j)
       a[i * b + j] = 2.0 * a[i * size + j] - (i == j ? 1.0 : 0.0);
+  Lanes largest;
+  find_largest(skews, packed, largest);
+  for (int64_t v = 0; v < count; ++v)
+    if (largest[v] > kPivotFrom)
+      transform_large(skews, b, v, reinterpret_cast<double*>(skews + packed), a);
   store(reinterpret_cast<double*>(a), b * b, count, blocks);
 }
 
@@ -279,7 +347,7 @@ struct Scratch {
 void cayley(const void* skew, const bool* drop, void* blocks, int64_t n, int64_t b, int64_t begin,
             int64_t end, DType dtype) {
   const int64_t size = padded(b, 4);
-  Scratch scratch(size * size + 16 + b * (b - 1) / 2);
+  Scratch scratch(size * size + 16 + b * (b - 1) / 2 + (b * b + b + kTile - 1) / kTile);
   const auto as = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     BOFT_RUN(forward, static_cast<const T*>(skew), drop, static_cast<T*>(blocks), n, b, begin, end,

@@ -20,8 +20,9 @@ struct alignas(Vector * sizeof(T)) Columns {
   T at[Vector];
 };
 
-// Computes y. center and bias are both null or both given. It is computed as scale * x + shift with
-// shift = bias - scale * center, which is exactly 0 where scale is 1 and center equals bias.
+// Computes y. A center or bias of null is 0; without a bias there is no center. It is computed as
+// scale * x + shift with shift = bias - scale * center, which is exactly 0 where scale is 1 and
+// center equals bias.
 template <class T, int Vector>
 __global__ void __launch_bounds__(kScaleThreads, 1)
     scale_kernel(const T* x, const Wide<T>* scale, const Wide<T>* center, const Wide<T>* bias, T* y,
@@ -35,7 +36,8 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
 #pragma unroll
   for (int i = 0; i < Vector; ++i) {
     scales[i] = scale[column + i];
-    shifts[i] = bias == nullptr ? W(0) : bias[column + i] - scales[i] * center[column + i];
+    shifts[i] = bias == nullptr ? W(0) : bias[column + i];
+    if (center != nullptr) shifts[i] -= scales[i] * center[column + i];
   }
 #pragma unroll 4
   for (int64_t row = first; row < last; ++row) {

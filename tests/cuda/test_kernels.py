@@ -329,7 +329,7 @@ def test_scale(cuda, rows, n, dtype):
     grad, x = torch.randn(2, rows, n, dtype=exact).to(dtype)
     scale, center = torch.randn(2, n, dtype=exact)
     bias = torch.randn(n).to(dtype)  # vectors but the scale may be as narrow as the rows
-    for vectors in [(None, None), (center, center), (bias, bias)]:
+    for vectors in [(None, None), (center, center), (bias, bias), (None, bias)]:
         wide = [None if v is None else v.double() for v in vectors]
         truth = scale_reference(x.double(), scale.double(), *wide)
         check(cuda.scale(x, scale, *vectors), scale_reference(x, scale, *vectors), truth)
@@ -344,8 +344,11 @@ def test_scale(cuda, rows, n, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("kind", ["unscaled", "scaled", "trained"])
-def test_rotated_linear(cuda, kind, with_bias, dtype):
+@pytest.mark.parametrize(
+    ("kind", "bias_in_z"),
+    [("unscaled", True), *itertools.product(["scaled", "trained"], [True, False])],
+)
+def test_rotated_linear(cuda, kind, bias_in_z, with_bias, dtype):
     """One call makes the launches of a layer, each of which has a test of its own."""
     x, grad = torch.randn(40, 48).to(dtype), torch.randn(40, 24).to(dtype)
     weight = (torch.randn(24, 48) / 48**0.5).to(dtype)
@@ -353,7 +356,8 @@ def test_rotated_linear(cuda, kind, with_bias, dtype):
     stage = torch.matrix_exp(skew - skew.mT)
     scale = None if kind == "unscaled" else 1 + 0.1 * torch.randn(24)
     bias = torch.randn(24).to(dtype) if with_bias else None
-    arguments = x, weight, stage, scale, bias, True, kind == "trained"
+    arguments = x, weight, stage, scale, bias, bias_in_z, kind == "trained"
+    center = bias if bias_in_z else None
     exact = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
     y, z = cuda.rotated_linear(*arguments)
     want, z_want = rotated_linear_reference(*arguments)
@@ -362,10 +366,11 @@ def test_rotated_linear(cuda, kind, with_bias, dtype):
     check(y, want, y_exact)
     check(z, z_want, z_exact)
     z, z_exact = (z, z_exact) if kind == "trained" else (None, None)
-    got = cuda.rotated_linear_backward(grad, x, weight, stage, scale, bias, z, 2, False)
+    got = cuda.rotated_linear_backward(grad, x, weight, stage, scale, center, z, 2, False)
     backward = rotated_linear_backward_reference
-    wanted = backward(grad, x, weight, stage, scale, bias, z, 2, False)
-    truth = backward(grad.double(), *exact[:5], z_exact, 2, False)
+    wanted = backward(grad, x, weight, stage, scale, center, z, 2, False)
+    wide = None if center is None else center.double()
+    truth = backward(grad.double(), *exact[:4], wide, z_exact, 2, False)
     for i, (ours, reference, real) in enumerate(zip(got, wanted, truth, strict=True)):
         parts = i == 1  # summed up: how they are divided is the kernel's affair
         check(*(t.sum(0) if parts else t for t in (ours, reference, real)), scale=1e4 * parts)
@@ -405,7 +410,7 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
             "shape and dtype of x",
         ),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), r"expected \(n,\)"),
-        ("scale", (torch.zeros(3, 4), torch.zeros(4), None, torch.zeros(4)), "both or none"),
+        ("scale", (torch.zeros(3, 4), torch.zeros(4), torch.zeros(4), None), "none without a bias"),
         ("scale", (torch.zeros(3, 4), torch.zeros(3), None, None), r"expected \(n,\)"),
         (
             "rotated_linear",

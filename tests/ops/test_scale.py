@@ -41,7 +41,7 @@ def assert_as_good(got, reference, truth):
 def test_forward(backend, rows, n, dtype):
     skip_if_not_taken(backend, dtype)
     x, _, scale, center, bias = inputs(rows, n, dtype)
-    for vectors in [(None, None), (bias, bias), (center, bias)]:
+    for vectors in [(None, None), (bias, bias), (center, bias), (None, bias)]:
         with torch.no_grad():
             y = scale_forward(x, scale, *vectors)
         wide = [None if v is None else v.double() for v in vectors]
