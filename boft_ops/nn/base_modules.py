@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .._runtime.dtypes import HALVES
 from .rotated_weight import RotatedWeight, is_dense
 
 
@@ -102,3 +103,24 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
         f"base: expected a weight that can be made dense (plain, torchao's, bitsandbytes'), got "
         f"{type(module).__name__}"
     )
+
+
+def call_for_scale(
+    base: nn.Module, scale: torch.Tensor, x: torch.Tensor, *args, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The output of a frozen linear module, to be scaled around its bias.
+
+    In half precision a large bias takes the digits of the product that the scale's gradient is
+    made of, once both are rounded together. Where that gradient is wanted, the module is therefore
+    called with a bias of zeros.
+
+    Returns:
+        The output y, the bias that it holds (the center of the scale) or None, and the bias.
+    """
+    bias = getattr(base, "bias", None)
+    bias = bias if isinstance(bias, torch.Tensor) else None
+    is_trained = scale.requires_grad and torch.is_grad_enabled()
+    if bias is None or not is_trained or x.dtype not in HALVES or "bias" not in base._parameters:
+        return base(x, *args, **kwargs), bias, bias
+    zeros = {"bias": torch.zeros_like(bias)}
+    return torch.func.functional_call(base, zeros, (x, *args), kwargs), None, bias

@@ -19,7 +19,14 @@ from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_in
 from ..ops.scale import scale_columns
 from ..ops.stages import plan
 from .adapted_weight import adapted_weight, merge_adapters, no_weight
-from .base_modules import check_forward, check_numbers, check_unmodified, dense_weight, is_quantized
+from .base_modules import (
+    call_for_scale,
+    check_forward,
+    check_numbers,
+    check_unmodified,
+    dense_weight,
+    is_quantized,
+)
 from .config import RotationConfig
 from .linear_adapter import LinearAdapter
 from .rotated_weight import RotatedWeight
@@ -231,11 +238,10 @@ class MultiAdapterLinear(nn.Module):
             x = butterfly_matmul(x, adapter.blocks())
             if adapter.scale is not None:
                 scale = adapter.scale if scale is None else scale * adapter.scale
-        y = self.base(x)
         if scale is None:
-            return y
-        bias = self.bias
-        return scale_columns(y, scale, bias, bias)
+            return self.base(x)
+        y, center, bias = call_for_scale(self.base, scale, x)
+        return scale_columns(y, scale, center, bias)
 
     def _rows_of_requests(self, x: torch.Tensor) -> torch.Tensor:
         """``request_index`` in a shape that broadcasts to the rows of x."""
@@ -259,20 +265,20 @@ class MultiAdapterLinear(nn.Module):
         for numbers, stages, matrices in stacks:
             local = self._renumbered(index, numbers)
             x = rotate_indexed(x, matrices, stages, local, False)
-        y = self.base(x)
         scales = [adapter.scale for adapter in self.adapters.values()]
         if all(scale is None for scale in scales):
-            return y
+            return self.base(x)
         # The last row of the table, ones, is for the base alone and for numbers out of range.
         ones = next(torch.ones_like(scale) for scale in scales if scale is not None)
         table = torch.stack([ones if scale is None else scale for scale in (*scales, None)])
-        check_numbers({"scale": table}, y)
+        check_numbers({"scale": table}, x)
+        y, center, bias = call_for_scale(self.base, table, x)
         last = len(scales)
         chosen = torch.where((index < 0) | (index >= last), last, index)
         offset = (table[chosen] - 1).reshape(y.shape).to(y.dtype)
-        bias = self.bias
-        # y + (y - bias)(s - 1): exactly y where s is 1, and no small change of s is rounded away
-        return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), offset)
+        # y + (y - center)(s - 1): exactly y where s is 1, and no small change of s is rounded away
+        scaled = torch.addcmul(y, y if center is None else y - center.to(y.dtype), offset)
+        return scaled if bias is center else scaled + bias.to(y.dtype)
 
     def _stacks(self, dtype: torch.dtype, x: torch.Tensor | None = None) -> list[tuple]:
         """Compose the adapters: (their numbers, stages, matrices of each stage) per block size.

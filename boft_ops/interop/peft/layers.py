@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..._runtime import autocast, checks
-from ...nn.base_modules import check_numbers
+from ...nn.base_modules import call_for_scale, check_numbers
 from ...ops.butterfly import butterfly_matmul
 from ...ops.linear import rotated_linear
 from ...ops.merge import merge_weight, unmerge_weight, untracked
@@ -163,12 +163,12 @@ class RotatedInput(Rotated):
             if not args and not kwargs and is_unmodified(base, nn.Linear, x):
                 checks.linear_input(x, base.weight)
                 return rotated_linear(x, base.weight, nearest, scale=scale, bias=base.bias)
-            y = base(butterfly_matmul(x, nearest.blocks()), *args, **kwargs)
+            x = butterfly_matmul(x, nearest.blocks())
             if scale is None:
-                return y
-            bias = getattr(base, "bias", None)
-            check_numbers({"bias": bias}, x)
-            return scale_columns(y, scale, bias, bias)
+                return base(x, *args, **kwargs)
+            check_numbers({"bias": getattr(base, "bias", None)}, x)
+            y, center, bias = call_for_scale(base, scale, x, *args, **kwargs)
+            return scale_columns(y, scale, center, bias)
 
 
 class RotatedKernel(Rotated):
