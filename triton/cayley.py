@@ -51,7 +51,8 @@ def _packed(i, j, b: tl.constexpr):
 def _inverse(a, i, j, B: tl.constexpr):
     """Inverse of a [G, B, B] by in-place Gauss-Jordan elimination.
 
-    No pivoting is needed: the symmetric part of a is I, so every pivot is at least 1.
+    There is no pivoting: the symmetric part of a is I, so every pivot is at least 1. Beside entries
+    of 1e8 it may be rounded to 0, which makes the inverse NaN (docs/cayley.md).
     """
     for k in range(B):
         row = tl.sum(tl.where(i == k, a, 0.0), axis=1)

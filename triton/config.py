@@ -107,7 +107,7 @@ def _padded(b: int) -> int:
 
 Config = CayleyConfig | ComposeConfig | StageFromSkewConfig
 
-_CHOICES = {
+_DEFAULTS = {
     "cayley": _cayley,
     "cayley_backward": _cayley_backward,
     "compose": _compose,
@@ -126,10 +126,10 @@ def config_for(op: str, **structure: int) -> Config:
         structure: block size b for cayley; b and s, the features of an inner group, for compose;
             number of factors m and b for stage_from_skew.
     """
-    return _CHOICES[op](**structure)
+    return _DEFAULTS[op](**structure)
 
 
-class Tiles(NamedTuple):
+class BlockTiles(NamedTuple):
     """Configs of one kernel that a measurement may choose among.
 
     Attributes:
@@ -162,7 +162,7 @@ class Tiles(NamedTuple):
 
 # Two tiles of a transform are in registers, of float64 in the stage_from_skew kernels. On an H200
 # cayley was fastest with 32 numbers a thread; more are tried.
-CAYLEY = Tiles("cayley", CayleyConfig, 128)
-CAYLEY_BACKWARD = Tiles("cayley_backward", CayleyConfig, 128)
-STAGE_FROM_SKEW = Tiles("stage_from_skew", StageFromSkewConfig, 32)
-STAGE_FROM_SKEW_BACKWARD = Tiles("stage_from_skew_backward", StageFromSkewConfig, 32)
+CAYLEY = BlockTiles("cayley", CayleyConfig, 128)
+CAYLEY_BACKWARD = BlockTiles("cayley_backward", CayleyConfig, 128)
+STAGE_FROM_SKEW = BlockTiles("stage_from_skew", StageFromSkewConfig, 32)
+STAGE_FROM_SKEW_BACKWARD = BlockTiles("stage_from_skew_backward", StageFromSkewConfig, 32)

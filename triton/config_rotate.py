@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 
 
 DTYPE_CLASSES = {"bfloat16": "half", "float16": "half", "float32": "float32", "float64": "float64"}
-Tiles = tuple[tuple[int, Tile], ...]
+TilesBySize = tuple[tuple[int, Tile], ...]
 
 
 class TileTable(NamedTuple):
@@ -53,10 +53,10 @@ class TileTable(NamedTuple):
             and where the same product gives the gradient of x.
     """
 
-    half: Tiles
-    float32: Tiles
-    float64: Tiles
-    strided: Tiles
+    half: TilesBySize
+    float32: TilesBySize
+    float64: TilesBySize
+    strided: TilesBySize
     whole: tuple[str, ...]
 
     @property

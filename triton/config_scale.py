@@ -25,7 +25,7 @@ class ScaleConfig(NamedTuple):
     num_stages: int
 
 
-class Tiles(NamedTuple):
+class ScaleTiles(NamedTuple):
     """Configs of one kernel: its default, and the others that a measurement may choose."""
 
     config: ScaleConfig
@@ -45,5 +45,5 @@ class Tiles(NamedTuple):
         return 32 * config.num_warps <= numbers <= 4096 * config.num_warps <= 1 << 16
 
 
-FORWARD = Tiles(ScaleConfig(ROWS=8, COLUMNS=512, num_warps=4, num_stages=1))
-BACKWARD = Tiles(ScaleConfig(ROWS=4, COLUMNS=512, num_warps=4, num_stages=1))
+FORWARD = ScaleTiles(ScaleConfig(ROWS=8, COLUMNS=512, num_warps=4, num_stages=1))
+BACKWARD = ScaleTiles(ScaleConfig(ROWS=4, COLUMNS=512, num_warps=4, num_stages=1))

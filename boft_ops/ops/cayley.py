@@ -207,7 +207,10 @@ neumann5_backward = Op(
 
 
 class Cayley(torch.autograd.Function):
-    """R = (I + Q)(I - Q)^-1. Saves R alone: dL/dQ = 1/2 (I + R)^T dL/dR (I + R)^T."""
+    """R = (I + Q)(I - Q)^-1. Saves R alone: dL/dQ = 1/2 (I + R)^T dL/dR (I + R)^T.
+
+    A layer does not come here: RotatedLinear makes its stages, and their gradients, itself.
+    """
 
     generate_vmap_rule = True
 

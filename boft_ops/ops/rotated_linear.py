@@ -8,6 +8,7 @@ make them one by one than a GPU takes to run them, at any but the largest sizes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -167,15 +168,32 @@ rotated_linear_backward = Op(
 
 # --- The Function of a layer ----------------------------------------------------------------------
 
-# A layer is (rows (N, d), weight (n, d), scale (n,) in the compute dtype, bias (n,), the matrix of
-# each stage, the stages); in backward its bias is None unless z, the output before the scale, holds
-# it. Needs are those of x, rotation, scale and bias. Gradients
-# are x_grad, the partial sums of each stage's gradient, scale_grad and bias_grad.
-_Needs = tuple[bool, bool, bool, bool]
+
+class Layer(NamedTuple):
+    """The operands of one call."""
+
+    rows: torch.Tensor  # (N, d)
+    weight: torch.Tensor  # (n, d), frozen
+    scale: torch.Tensor | None  # (n,) in the compute dtype
+    bias: torch.Tensor | None  # (n,); in backward only if z, the output before the scale, holds it
+    matrices: list[torch.Tensor]  # (d/size, size, size) of each stage
+    stages: tuple[Stage, ...]
+
+
+class Needs(NamedTuple):
+    """The gradients that backward has to compute."""
+
+    x: bool
+    rotation: bool
+    scale: bool
+    bias: bool
+
+
+# x_grad, the partial sums of each stage's gradient, scale_grad and bias_grad
 _Gradients = tuple[torch.Tensor | None, list, torch.Tensor | None, torch.Tensor | None]
 
 
-def _forward(layer: tuple, strategy: str, save_z: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(layer: Layer, strategy: str, save_z: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y (N, n) and z, the output before the scale; z means something only if it is saved.
 
     The bias is added inside the product, as in torch's linear, so that y is exactly torch's where R
@@ -210,25 +228,24 @@ def _outer_stages(
 
 
 def _backward_fused(
-    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: Needs
 ) -> _Gradients:
     rows, weight, scale, _, matrices, stages = layer
-    need_x, need_rotation, _, need_bias = needs
     inner = _outer_stages(rows, matrices, stages)
     inner_grad, first, scale_grad, bias_grad = rotated_linear_backward(
-        grad, inner, weight, matrices[0], scale, None, z, 1, need_bias
+        grad, inner, weight, matrices[0], scale, None, z, 1, needs.bias
     )
     if len(stages) == 1:
         return inner_grad, [first], scale_grad, bias_grad
-    saved = rows if need_rotation else None
+    saved = rows if needs.rotation else None
     x_grad, others = apply_stages_backward(
-        inner_grad, saved, matrices[1:], stages[1:], False, need_x
+        inner_grad, saved, matrices[1:], stages[1:], False, needs.x
     )
     return x_grad, [first, *others], scale_grad, bias_grad
 
 
 def _backward_batched(
-    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: Needs
 ) -> _Gradients:
     """The gradients where both x and the rotation need one: one call computes the two together."""
     rows, weight, scale, center, matrices, stages = layer
@@ -237,44 +254,42 @@ def _backward_batched(
         x_grad, partials, scale_grad, bias_grad = rotated_linear_backward(
             grad, rows, weight, matrices[0], scale, center, z, splits, False
         )
-    if z is None and needs[3]:
+    if z is None and needs.bias:
         bias_grad = grad.sum(0)
     return x_grad, [partials], scale_grad, bias_grad
 
 
 def _backward_separate(
-    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: Needs
 ) -> _Gradients:
-    rows, weight, scale, center, matrices, stages = layer
-    need_x, need_rotation, need_scale, need_bias = needs
-    grad, scale_grad, bias_grad = _backward_scale(grad, z, scale, center, need_scale, need_bias)
-    if not (need_x or need_rotation):
+    rows, weight, _, _, matrices, stages = layer
+    grad, scale_grad, bias_grad = _backward_scale(layer, grad, z, needs)
+    if not (needs.x or needs.rotation):
         return None, [], scale_grad, bias_grad
     with autocast.disabled(grad.device.type):
         rows_grad = grad @ weight
-    saved = rows if need_rotation else None
-    x_grad, partials = apply_stages_backward(rows_grad, saved, matrices, stages, False, need_x)
+    saved = rows if needs.rotation else None
+    x_grad, partials = apply_stages_backward(rows_grad, saved, matrices, stages, False, needs.x)
     return x_grad, partials, scale_grad, bias_grad
 
 
 def _backward_rotate_weight(
-    layer: tuple, grad: torch.Tensor, z: torch.Tensor | None, needs: _Needs
+    layer: Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: Needs
 ) -> _Gradients:
     """The gradients of y = x (W R^T)^T, with one stage.
 
     W R^T is computed again: saved, it would take as much memory as W. R is orthogonal, so
     dL/dR = x^T (dL/dx) R in each group.
     """
-    rows, weight, scale, center, matrices, stages = layer
-    need_x, need_rotation, need_scale, need_bias = needs
-    grad, scale_grad, bias_grad = _backward_scale(grad, z, scale, center, need_scale, need_bias)
-    if not (need_x or need_rotation):
+    rows, weight, _, _, matrices, stages = layer
+    grad, scale_grad, bias_grad = _backward_scale(layer, grad, z, needs)
+    if not (needs.x or needs.rotation):
         return None, [], scale_grad, bias_grad
     (matrix,), (stage,), partials = matrices, stages, []
     rotated = apply_stages(weight, matrices, stages, True)
     with autocast.disabled(grad.device.type):
         x_grad = grad @ rotated
-        if need_rotation:
+        if needs.rotation:
             layout = stage.size, stage.chunk, stage.stride, stage.splits(rows)
             matrix_grad = rotate_stage_grad(rows, x_grad, *layout).sum(0).to(matrix.dtype)
             partials = [(matrix_grad @ matrix)[None]]
@@ -282,17 +297,13 @@ def _backward_rotate_weight(
 
 
 def _backward_scale(
-    grad: torch.Tensor,
-    z: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    center: torch.Tensor | None,
-    need_scale: bool,
-    need_bias: bool,
+    layer: Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: Needs
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return the gradient of z, the output before the scale, and those of the scale and bias."""
-    if need_scale:
+    scale, center = layer.scale, layer.bias
+    if needs.scale:
         return scale_backward(grad, z, scale, None if center is None else center.to(scale))
-    bias_grad = grad.sum(0) if need_bias else None
+    bias_grad = grad.sum(0) if needs.bias else None
     if scale is not None:
         grad = Scale.forward(grad, scale, None, None)
     return grad, None, bias_grad
@@ -319,7 +330,7 @@ class RotatedLinear(torch.autograd.Function):
         wide_scale = None if scale is None else scale.detach()
         if scale is not None and scale.dtype != COMPUTE[x.dtype]:
             wide_scale = wide_scale.to(COMPUTE[x.dtype])
-        layer = rows, weight, wide_scale, bias, matrices, stages
+        layer = Layer(rows, weight, wide_scale, bias, matrices, stages)
         save_z = scale is not None and ctx.needs_input_grad[2]
         y, z = _forward(layer, strategy, save_z)
         # A gradient of this call needs the numbers of this call. A saved Parameter would show what
@@ -351,8 +362,8 @@ class RotatedLinear(torch.autograd.Function):
         else:
             backward = _backward_separate
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        layer = rows, weight, wide_scale, center, matrices, stages
-        needs = need_x, need_rotation, need_scale, need_bias
+        layer = Layer(rows, weight, wide_scale, center, matrices, stages)
+        needs = Needs(need_x, need_rotation, need_scale, need_bias)
         x_grad, partials, scale_grad, bias_grad = backward(layer, grad.contiguous(), z, needs)
         skew_grad = matrix_grad = None
         if need_skew:

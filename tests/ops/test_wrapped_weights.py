@@ -72,7 +72,7 @@ def test_a_layer_whose_weight_is_quantized_after_adapting(rows):
     layer = BOFTLinear(64, 64, block_size=8)
     torch.nn.init.normal_(layer.skew, std=0.1)
     x, weight = torch.randn(rows, 64), quantized(64, 64, torch.float32)
-    layer.weight.data.copy_(weight.dense())
+    layer.frozen_weight.data.copy_(weight.dense())
     want = layer(x)
     layer._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
     with torch.no_grad():
