@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+_NOTHING = nullcontext()
+
 
 def cast(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in the dtype that autocast gives to matmul operands (float64 stays)."""
@@ -17,7 +19,7 @@ def cast(tensor: torch.Tensor) -> torch.Tensor:
 
 def disabled(device: str) -> AbstractContextManager:
     """A context without autocast; it costs nothing if autocast is off anyway."""
-    return torch.autocast(device, enabled=False) if enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if enabled(device) else _NOTHING
 
 
 def enabled(device: str) -> bool:

@@ -302,7 +302,7 @@ def _backward_scale(
     """Return the gradient of z, the output before the scale, and those of the scale and bias."""
     scale, center = layer.scale, layer.bias
     if needs.scale:
-        return scale_backward(grad, z, scale, None if center is None else center.to(scale))
+        return scale_backward(grad, z, scale, None if center is None else _as(center, scale.dtype))
     bias_grad = grad.sum(0) if needs.bias else None
     if scale is not None:
         grad = Scale.forward(grad, scale, None, None)

@@ -65,7 +65,7 @@ def _at_least_float32(skew: torch.Tensor) -> torch.dtype:
 
 def _triton_supports(skew: torch.Tensor, _: object) -> bool:
     b = checks.block_size_from_packed("skew", skew.shape[-1])
-    return b << (len(skew) - 1) <= MAX_ROTATION
+    return b << (skew.shape[0] - 1) <= MAX_ROTATION
 
 
 def _cuda_supports(
@@ -80,7 +80,8 @@ def _cuda_supports(
 def _cpu_supports(
     tensor: torch.Tensor, drop_mask: torch.Tensor | None, *grad: torch.Tensor
 ) -> bool:
-    return tensor.dtype in (torch.float32, torch.float64) and (len(grad) == 0 or len(grad[0]) == 1)
+    wide = tensor.dtype in (torch.float32, torch.float64)
+    return wide and (not grad or grad[0].shape[0] == 1)
 
 
 def _is_sampled(w: Workload) -> bool:
@@ -207,7 +208,7 @@ def stages_from_skew(
         blocks = cayley_forward(skew, drop_mask)
     else:
         blocks = drop_blocks(neumann5_forward(skew), drop_mask)
-    if len(blocks) == 1:
+    if blocks.shape[0] == 1:
         return blocks, [blocks[0]]  # one factor is its own stage
     return blocks, [compose_forward(blocks[s.first : s.last], s.first) for s in stages]
 
@@ -232,7 +233,7 @@ def stages_from_skew_backward(
     if is_one_small_stage(stages, method):
         grad = stage_from_skew_backward(blocks, drop_mask, partials[0])
         return grad if skew.dtype == wide else grad.to(skew.dtype)
-    if len(blocks) == 1:
+    if blocks.shape[0] == 1:
         grad = partials[0].sum(0, keepdim=True)
     else:
         grad = compose_gradient(blocks, stages, partials)
