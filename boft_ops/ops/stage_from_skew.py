@@ -81,7 +81,7 @@ def _cpu_supports(
     tensor: torch.Tensor, drop_mask: torch.Tensor | None, *grad: torch.Tensor
 ) -> bool:
     wide = tensor.dtype in (torch.float32, torch.float64)
-    return wide and (not grad or grad[0].shape[0] == 1)
+    return wide and (len(grad) == 0 or grad[0].shape[0] == 1)  # Dynamo knows no `not` of a tuple
 
 
 def _is_sampled(w: Workload) -> bool:
