@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
+from .._runtime.dtypes import widest
 from ..ops.cayley import cayley
 from ..ops.dropout import drop_blocks
-from ..ops.merge import merge_weight
+from ..ops.merge import merge_rotations
 from .base_modules import check_numbers, is_quantized
 from .linear_adapter import LinearAdapter
 from .rotated_weight import one_draw, rotated_weight
@@ -46,14 +47,17 @@ def _rotate(
     adapters: Sequence[LinearAdapter], draws: Sequence[Callable], weight: torch.Tensor, *trained
 ) -> torch.Tensor:
     """The weight with the adapters in it; ``trained`` are skew and scale of each, in a row."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     pairs = zip(trained[::2], trained[1::2], strict=True)
     # x meets the first adapter first, so the weight meets it last
-    for adapter, draw, (skew, scale) in reversed(list(zip(adapters, draws, pairs, strict=True))):
-        check_numbers({"skew": skew, "scale": scale}, weight)
-        blocks = cayley(skew.to(torch.promote_types(skew.dtype, wide.dtype)), method=adapter.method)
-        wide = merge_weight(wide, drop_blocks(blocks, draw(skew)), scale)
-    return wide.to(weight.dtype)
+    in_order = reversed(list(zip(adapters, draws, pairs, strict=True)))
+
+    def rotations() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for adapter, draw, (skew, scale) in in_order:
+            check_numbers({"skew": skew, "scale": scale}, weight)
+            wide = skew.to(widest(skew.dtype, weight.dtype))
+            yield drop_blocks(cayley(wide, method=adapter.method), draw(skew)), scale
+
+    return merge_rotations(weight, rotations())
 
 
 def _raise(weight: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._runtime import checks
+from .._runtime.dtypes import widest
 from ..ops.cayley import cayley
 from ..ops.dropout import drop_blocks
 from ..ops.kaleidoscope import multiply
@@ -151,7 +152,7 @@ class BOFTLayer(HasRotation, nn.Module):
 
     def _init_adapter(self, device: torch.device) -> None:
         # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
-        dtype = torch.promote_types(self.frozen_weight.dtype, torch.float32)
+        dtype = widest(self.frozen_weight.dtype)
         skew = torch.zeros(
             self.config.skew_shape(self.rotated_features), device=device, dtype=dtype
         )
@@ -393,4 +394,4 @@ class BOFTLayer(HasRotation, nn.Module):
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(widest(tensor.dtype))

@@ -6,7 +6,7 @@ W' = diag(s) W R^T for a rotation of the inputs, W' = diag(s) R W for one of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 
 import torch
@@ -76,6 +76,25 @@ def merge_weight(
     matrix = _as_matrix(weight, blocks)
     rotated = rotate_weight(matrix, blocks, scale, side=side, kaleidoscope=kaleidoscope)
     return rotated.to(weight.dtype).reshape(weight.shape)
+
+
+def merge_rotations(
+    weight: torch.Tensor, rotations: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
+) -> torch.Tensor:
+    """``merge_weight`` for several rotations of the inputs, rounded once after the last.
+
+    Args:
+        weight: (n, ...).
+        rotations: blocks and scale of each, in the order in which the weight meets them: an input
+            meets the last one first.
+
+    Returns:
+        The shape and dtype of ``weight``.
+    """
+    wide = weight.to(widest(weight.dtype))
+    for blocks, scale in rotations:
+        wide = merge_weight(wide, blocks, scale)
+    return wide.to(weight.dtype)
 
 
 def unmerge_weight(

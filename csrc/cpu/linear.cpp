@@ -5,7 +5,7 @@
 // stored. The backward pass rotates x_grad and computes the gradient of R while its result is in
 // cache.
 //
-// What remains is a product as in a BLAS: C = A B with A the weight (outputs x depth), B the rows
+// The rest is a product as in a BLAS: C = A B with A the weight (outputs x depth), B the rows
 // of x, here called tokens (depth x tokens), and C (outputs x tokens). A tile of C stays in
 // registers while the sum over the depth runs. A and B are packed in the order in which that loop
 // reads them: B in panels (depth, S::tokens), A in strips (depth, S::outputs).

@@ -96,7 +96,7 @@ struct Thread {
   std::deque<Copy> copies;
 };
 
-// What the lanes of a warp hand each other: deposits alternate between two sets of slots, so that
+// The values that the lanes of a warp hand each other. Deposits alternate between two sets of slots, so that
 // the next exchange can begin before every lane has read this one.
 struct Warp {
   alignas(16) unsigned char slots[2][kWarp][32];

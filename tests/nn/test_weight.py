@@ -96,7 +96,7 @@ def test_dropout_is_drawn_once_for_a_weight():
 def test_reading_shape_dtype_and_device_computes_nothing(monkeypatch):
     layers = [LAYERS["in"](), trained(multi())]
     monkeypatch.setattr("boft_ops.nn.base.merge_weight", None)
-    monkeypatch.setattr("boft_ops.nn.adapted_weight.merge_weight", None)
+    monkeypatch.setattr("boft_ops.nn.adapted_weight.merge_rotations", None)
     for layer in layers:
         weight = layer.weight
         assert (weight.shape, weight.dtype) == ((24, 16), torch.float32)

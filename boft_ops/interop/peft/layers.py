@@ -16,7 +16,7 @@ from ..._runtime import autocast, checks
 from ...nn.base_modules import call_for_scale, check_numbers
 from ...ops.butterfly import butterfly_matmul
 from ...ops.linear import rotated_linear
-from ...ops.merge import merge_weight, unmerge_weight, untracked
+from ...ops.merge import merge_rotations, merge_weight, unmerge_weight, untracked
 from ...ops.rotation import Rotation, SkewRotation
 from ...ops.scale import scale_columns
 from .base import call_with_weight, is_unmodified, onloaded
@@ -179,18 +179,7 @@ class RotatedKernel(Rotated):
         with onloaded(base):
             # Autocast is for products with activations, not for the rotation of a weight.
             with autocast.disabled(x.device.type):
-                weight = rotated_weight(base.weight, adapters, scale)
+                scales = [*[None] * (len(adapters) - 1), scale]
+                blocks = [adapter.blocks() for adapter in adapters]
+                weight = merge_rotations(base.weight, zip(blocks, scales, strict=True))
             return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
-
-
-def rotated_weight(
-    weight: torch.Tensor, adapters: list[Rotation], scale: torch.Tensor | None
-) -> torch.Tensor:
-    """diag(scale) W R_1^T R_2^T ... for W seen as (n, d), in at least float32 and rounded once.
-
-    ``adapters`` are in the order in which W meets their rotations.
-    """
-    matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for adapter in adapters[:-1]:
-        matrix = merge_weight(matrix, adapter.blocks())
-    return merge_weight(matrix, adapters[-1].blocks(), scale).to(weight.dtype)
