@@ -44,6 +44,8 @@ OURS = {
 }
 # Measured only on request: torch.compile takes long, and LyCORIS is not always installed.
 EXTRAS = ("compiled-boft", "lycoris-boft")
+# The others make the host wait for the device, or may do so: no graph can hold their steps.
+CAPTURABLE = (FLOOR, LORA, *OURS)
 NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *EXTRAS, *OURS)
 
 

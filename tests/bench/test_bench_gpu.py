@@ -132,7 +132,7 @@ def test_page_lists_gpu_goals_as_not_measured_without_a_gpu_result(tmp_path):
     page.write(path, [results.Results(synthetic())])
     text = path.read_text()
     assert "## GPU\n" in text
-    assert "make gpu-report" in text
+    assert 'make bench ARGS="--device cuda' in text
     assert all(f"- not measured: {goal}." in text for goal in goals.gpu_goals())
     page.write(path, [results.Results(synthetic()), on_gpu()])
     text = path.read_text()
