@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from contestants import Entry, Job
-from interleave import Contestant, Timer, measure, summary
+from interleave import Contestant, Timer, measure, no_collections, summary
 
 FIRST_CYCLES = 1 << 22  # some 2 ms of a GPU
 MOST_CYCLES = 1 << 28  # some 140 ms
@@ -45,7 +45,7 @@ class HostTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._cycles: dict[Callable, int] = {}  # that outlast the calls of a function
+        self._cycles: dict[Callable, int] = {}  # for each function, enough of them
 
     def __call__(self, run: Callable[[], object], calls: int) -> float:
         """Return the seconds that the host takes for one call.
@@ -217,10 +217,11 @@ def _graph(
                 call()
         torch.cuda.synchronize()
         try:
-            graph.capture_begin()
-            for call in calls:
-                call()
-            graph.capture_end()
+            with no_collections():  # a collection could free another graph, which disturbs
+                graph.capture_begin()
+                for call in calls:
+                    call()
+                graph.capture_end()
         except Exception as error:
             raise CaptureFailed(f"{type(error).__name__}: {error}") from error
     torch.cuda.current_stream().wait_stream(stream)

@@ -51,8 +51,7 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("environment", "", 25),
-    Section("ceilings", "ceilings:parts", 35),
+    Section("ceilings", "ceilings:parts", 45),
     Section("host", "rivals:host_parts", 70),
     Section("kernels", "kernels:parts", 90),
     Section("steps", "layers:parts", 50),
@@ -118,9 +117,6 @@ def child(
         kernels.warm_up(setting, *share)
         return
     writer = files.Writer(out / files.NAME, section.name)
-    if section.name == "environment":
-        writer.write("facts", **_environment(setting))
-        return
     module, function = section.where.split(":")
     parts = getattr(importlib.import_module(f"decide.{module}"), function)(setting, writer)
     try:
@@ -135,12 +131,6 @@ def child(
             from environment import clocks
 
             writer.write("facts", clocks=clocks())
-
-
-def _environment(setting) -> dict[str, object]:
-    from environment import facts
-
-    return {"dtype": str(setting.dtype).removeprefix("torch."), **facts(setting.device)}
 
 
 def _end_with_parent() -> None:
@@ -163,7 +153,7 @@ def run(options: argparse.Namespace) -> int:
         sys.exit(f"--out: expected a folder without {files.NAME}, got {out}")
     _prepare(options.commit)
     context = _context(options.device)
-    warmers = [*_warmers(context, out, options.device, deadline)]
+    warmers = [*_warmers(context, out, options, deadline)]
     for section in SECTIONS:
         if section.name in options.sections:
             left = deadline - time.monotonic()
@@ -196,13 +186,16 @@ def _context(device: str) -> multiprocessing.context.BaseContext:
     if device == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["contestants", "models", "boft_ops"])
+    context.set_forkserver_preload(["models", "peft", "transformers"])
     return context
 
 
-def _warmers(context, out: Path, device: str, deadline: float) -> Iterator[multiprocessing.Process]:
+def _warmers(
+    context, out: Path, options: argparse.Namespace, deadline: float
+) -> Iterator[multiprocessing.Process]:
     """Start processes that compile the kernels of later sections."""
-    if device != "cuda":
+    device = options.device
+    if device != "cuda" or not {"kernels", "errors"} & {*options.sections}:
         return
     shares = min(WARMERS, max(1, (os.cpu_count() or 1) - 2))
     section, seconds = Section(WARM_UP, "", 0), deadline - time.monotonic()

@@ -108,7 +108,7 @@ def measure(
         # a timer may take longer than what it times
         return clock() - start if timer else calls * duration
 
-    with _no_collections():
+    with no_collections():
         costs = {c.name: cost(c) for c in contestants}  # also the warm-up
         for c in contestants:
             if costs[c.name] < calls:  # the first call includes allocations, plans and caches
@@ -166,7 +166,7 @@ def summary(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Turn the garbage collector off, because a collection would fall on a random contestant."""
     gc.collect()
     enabled = gc.isenabled()

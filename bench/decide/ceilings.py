@@ -1,11 +1,13 @@
-"""Section "ceilings": the rates that bound everything else, and what one launch takes the host."""
+"""Section "ceilings": device and software, the rates that bound everything, and one launch."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from environment import facts
 
 from boft_ops._runtime import backend
 
@@ -16,13 +18,19 @@ LAUNCHES = 50  # between two readings of the clock
 
 
 def parts(setting: Setting, writer: Writer) -> Iterator[Part]:
-    """Yield the rates of the device, then the host's time of a launch."""
+    """Yield the facts, then the rates of the device, then the host's time of a launch."""
+    yield "environment", lambda: writer.write("facts", **_facts(setting))
     share = setting.seconds / 2
     rates = f"rates, {setting.bulk} rows of {setting.width}"
     yield rates, lambda: on_device(writer, rates, [*_rates(setting)], setting, share)
     yield "launches", lambda: of_host(writer, "launches", [*_launches(setting)], setting, share / 2)
     # An empty launch takes the device no time, so a loop of them is bound by the host.
     yield "loops", lambda: by_clock(writer, "loops", [*_launches(setting)], setting, share / 2)
+
+
+def _facts(setting: Setting) -> dict[str, Any]:
+    dtype = str(setting.dtype).removeprefix("torch.")
+    return {"part": "environment", "dtype": dtype, **facts(setting.device)}
 
 
 def _rates(setting: Setting) -> Iterator[Rival]:
@@ -86,19 +94,19 @@ def _launches(setting: Setting) -> Iterator[Rival]:
 
         return run
 
-    facts = {"launches": LAUNCHES}
+    more = {"launches": LAUNCHES}
     label = f"{LAUNCHES} times"
 
     def add() -> Callable[[], None]:
         x = torch.zeros(64, device=setting.device)
         return repeated(lambda: x.add_(1))
 
-    yield Rival("add", f"x.add_(1), {label}", add, facts=facts)
+    yield Rival("add", f"x.add_(1), {label}", add, facts=more)
 
     def empty() -> Callable[[], None]:
         return repeated(lambda: torch.empty(64, device=setting.device))
 
-    yield Rival("empty", f"torch.empty(64), {label}", empty, facts=facts)
+    yield Rival("empty", f"torch.empty(64), {label}", empty, facts=more)
     if setting.device.type != "cuda":
         return
 
@@ -134,13 +142,13 @@ def _launches(setting: Setting) -> Iterator[Rival]:
         run.kept = tensors
         return run
 
-    yield Rival("driver", f"cuLaunchKernel by ctypes, {label}", driver, facts=facts)
+    yield Rival("driver", f"cuLaunchKernel by ctypes, {label}", driver, facts=more)
     if backend.has_triton():
         yield Rival(
             "tensors", f"compiled Triton kernel, 4 tensors, {label}", lambda: triton(False),
-            facts=facts,
+            facts=more,
         )  # fmt: skip
         yield Rival(
             "integers", f"compiled Triton kernel, 4 addresses, {label}", lambda: triton(True),
-            facts=facts,
+            facts=more,
         )  # fmt: skip

@@ -74,7 +74,7 @@ def cases(setting: Setting) -> list[Case]:
         found += _of_rows(workload, *butterfly, "rotate", "rotate_backward")
     model = replace(workload, d=sum(setting.linears))
     found += [_sample(model, name) for name in (*small, "cayley", "cayley_backward")]
-    for butterfly in CONTIGUOUS:  # what the weight side takes in their place
+    for butterfly in CONTIGUOUS:  # the weight side takes these in their place
         found += _of_rows(workload, *butterfly, "rotate_stage_grad")
     return found
 
@@ -221,5 +221,5 @@ def warm_up(setting: Setting, share: int, shares: int) -> None:
         try:
             with as_chosen(case, choice):
                 case.op(*args)
-        except Exception:  # what fails here fails in its section, which says so
+        except Exception:  # it fails again in its section, which says so
             torch.cuda.synchronize()  # raises if this process can run nothing more

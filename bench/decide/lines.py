@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from interleave import summary
 
 NAME = "results.jsonl"
-DIGITS = 5  # of a number in a line
+DIGITS = 5  # significant digits of a number in a line
 
 
 class Figure(NamedTuple):

@@ -22,7 +22,7 @@ def environment_of(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ValueError: the lines have none.
     """
     for line in lines:
-        if (line["kind"], line["section"]) == ("facts", "environment"):
+        if (line["kind"], line.get("part")) == ("facts", "environment"):
             return line
     raise ValueError("lines: expected the facts of a device, got none")
 

@@ -1,7 +1,19 @@
 """Rules of bench/gpu_decide.py: each can be met, missed and left open."""
 
+from dataclasses import replace
+
 import pytest
-from bench_modules import BENCH, decide_kernels, decide_lines, decide_verdicts
+import torch
+from bench_modules import (
+    BENCH,
+    decide_contest,
+    decide_kernels,
+    decide_lines,
+    decide_verdicts,
+)
+
+from boft_ops._runtime import backend
+from boft_ops.tune import workloads
 
 Figure, RULES = decide_lines.Figure, decide_verdicts.RULES
 HOST = [f"enqueued, 4096x4096x{rows}" for rows in (16, 512, 2048, 8192)]
@@ -109,11 +121,34 @@ def test_the_page_has_every_rule():
         assert f"| {rule.text} | {rule.then} |" in page
 
 
-def test_variants_are_tiles_of_the_tuner():
-    from bench_modules import decide_contest
-
-    setting = decide_contest.setting("cuda", 60.0)
-    names = [part.part for part in decide_kernels.cases(setting)]
+def test_the_cases_of_a_gpu_have_names_of_their_own():
+    names = [case.part for case in decide_kernels.cases(decide_contest.setting("cuda", 60.0))]
     assert len(names) == len(set(names))
     assert "rotate, groups of 64, stride 16, 8192 rows of 4096" in names
     assert "stage_from_skew, (2,8) of 1245184 features" in names
+
+
+@pytest.mark.skipif(not backend.has_triton(), reason="triton is not installed")
+def test_variants_are_tiles_of_the_tuner():
+    """On a GPU, for which only the device of the workload stands here."""
+    case = decide_kernels.cases(decide_contest.setting("cpu", 1.0))[0]
+    args = case.args(0)
+    args = (args[0].bfloat16(), *args[1:])
+    gpu = replace(case, workload=replace(case.workload, device=torch.device("cuda")))
+    (name, choice), *others = [
+        (name, choice)
+        for name, choice in decide_kernels.choices(gpu, args, variants=3)
+        if choice.backend == "triton"
+    ]
+    assert (name, choice.config) == ("triton", ())
+    assert len(others) == 3
+    structure = {"size": 16, "chunk": 16, "stride": 1}
+    nearest = workloads.tiles(case.op, structure, "bfloat16")[:3]
+    assert [choice.config for _, choice in others] == nearest
+    default = case.op.tiles().default(structure, "bfloat16")
+    for name, choice in others:
+        changed = dict(part.split("=") for part in name.split()[1:])
+        assert changed
+        assert default._replace(**{k: int(v) for k, v in changed.items()}) == tuple(
+            dict(choice.config).values()
+        )
