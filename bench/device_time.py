@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -208,7 +208,7 @@ def _graph(
     different: Sequence[Callable[[], object]], calls: Sequence[Callable[[], object]]
 ) -> torch.cuda.CUDAGraph:
     """Capture calls. torch.cuda.graph would also empty the cache of the allocator each time."""
-    stream = torch.cuda.Stream()
+    stream = _capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -226,6 +226,12 @@ def _graph(
             raise CaptureFailed(f"{type(error).__name__}: {error}") from error
     torch.cuda.current_stream().wait_stream(stream)
     return graph
+
+
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    """Return the one stream of all captures: every stream has memory and workspaces of its own."""
+    return torch.cuda.Stream()
 
 
 def _seconds(run: Callable[[], object], calls: int) -> float:

@@ -33,6 +33,7 @@ from decide import lines as files  # noqa: E402
 RESERVE = 15.0  # seconds at the end, for the table
 PATIENCE = 3.0  # seconds in which a process that was interrupted may end
 WARMERS = 6  # processes that compile kernels meanwhile
+NO_DEVICE = 4  # exit code of a process that finds no GPU
 UNUSABLE = 3  # exit code of a process whose device cannot be used any more
 
 
@@ -54,7 +55,7 @@ SECTIONS = (
     Section("ceilings", "ceilings:parts", 45),
     Section("host", "rivals:host_parts", 70),
     Section("kernels", "kernels:parts", 90),
-    Section("steps", "layers:parts", 50),
+    Section("steps", "steps:parts", 50),
     Section("errors", "errors:parts", 40),
     Section("layers", "rivals:layer_parts", 70),
     Section("model", "model:parts", 60),
@@ -107,8 +108,11 @@ def child(
     os.setsid()  # so that its own child processes end with it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     until = time.monotonic() + seconds
+    import torch
     from decide import contest
 
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(NO_DEVICE)
     setting = contest.setting(device, max(seconds - START, 1.0))
     if section.name == WARM_UP:
         from decide import kernels
@@ -222,6 +226,8 @@ def _run_section(context, section: Section, out: Path, device: str, seconds: flo
             _stop([process])
             outcome = "stopped"
             break
+        if process.exitcode == NO_DEVICE:
+            sys.exit("--device: expected a CUDA device, found none (--device=cpu: a dry run)")
         if process.exitcode == 0:
             outcome = "done"
             break

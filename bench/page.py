@@ -60,6 +60,11 @@ directly, without a model around them.
 - pytest-benchmark times one function after the other, so the interleaved durations are replayed
   through its clock. bench/interleave.py explains why that is exact.
 
+On a GPU the results of a training step also have two times apart from each other, of the frozen
+layer, LoRA and this package's layers. One is that of the host alone, while the device is held
+busy; the other is that of the device alone, by a replayed CUDA graph (`host_ms` and `device_ms` in
+the CSV file). No committed result has them yet.
+
 With `--extras` two more contestants take part: a BOFT(2, 8) in plain torch under torch.compile,
 and LyCORIS' BOFT, which rotates the outputs with as many factors as possible.
 

@@ -1,6 +1,7 @@
 """The layers that are compared by host time and by the clock: sections "host" and "layers".
 
-``WAYS`` lists them. A layer that is computed in another way becomes one more row.
+``WAYS`` lists them. A layer that is computed in another way becomes one more row. A forced backend
+is checked in every call, which takes the host some time; so the default has a row of its own.
 """
 
 from __future__ import annotations

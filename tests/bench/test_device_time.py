@@ -1,5 +1,7 @@
 """bench/device_time.py: the host's time while a device is held, and the device's time alone."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from bench_modules import contestants, device_time
@@ -58,6 +60,68 @@ def test_recorded_calls_take_turns():
     assert (made, run.n_calls) == ([0, 1], 2)
     assert device_time.DeviceTimer(CPU)(run, 3) > 0
     assert made == [0, 1] * 4
+
+
+class Streams:
+    """Stands for torch.cuda: notes captures and replays, and makes every call at once."""
+
+    def __init__(self, monkeypatch, log):
+        self.log = log
+        for name in ("current_stream", "CUDAGraph", "Event"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, **__: self)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(device_time, "_capture_stream", lambda: self)
+        for name in ("synchronize", "_sleep"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+
+    def wait_stream(self, other):
+        pass
+
+    def capture_begin(self):
+        self.log.append("begin")
+
+    def capture_end(self):
+        self.log.append("end")
+
+    def replay(self):
+        self.log.append("replay")
+
+    def record(self):
+        self.log.append("event")
+
+    def elapsed_time(self, end):
+        return 16.0  # milliseconds
+
+
+def test_calls_are_captured_once_and_replayed(monkeypatch):
+    log = []
+    Streams(monkeypatch, log)
+    sets = [lambda i=i: log.append(i) for i in range(3)]
+    run = device_time.Recorded(sets, CUDA)
+    assert log == [0, 1, 2, 0, 1, 2, "begin", *[0, 1, 2] * 3, "end"]
+    assert run.n_calls == 9 >= device_time.MIN_CALLS
+    log.clear()
+    seconds = device_time.DeviceTimer(CUDA)(run, 2)
+    assert log == ["event", "replay", "replay", "event"]
+    assert seconds == pytest.approx(16e-3 / (2 * 9))
+
+
+def test_a_capture_that_fails_is_told_from_a_call_that_fails(monkeypatch):
+    log = []
+    Streams(monkeypatch, log)
+
+    def waits():
+        if log:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(device_time.CaptureFailed, match="RuntimeError: operation not permitted"):
+        device_time.Recorded([waits], CUDA)
+
+    def fails():
+        raise ValueError("no kernel")
+
+    with pytest.raises(ValueError, match="no kernel"):
+        device_time.Recorded([fails], CUDA)
 
 
 def test_steps_compute_all_gradients_of_each_batch():

@@ -129,6 +129,16 @@ def test_results_are_not_overwritten(dry_run):
         gpu_decide.main([f"--out={dry_run[0]}", "--device=cpu"])
 
 
+@pytest.mark.exhaustive
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_machine_without_a_gpu_is_told_so(tmp_path):
+    command = [sys.executable, SCRIPT, f"--out={tmp_path}"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "--device: expected a CUDA device, found none" in run.stderr
+    assert lines_in(tmp_path) == []
+
+
 def test_lines_go_to_the_page(dry_run, tmp_path, monkeypatch):
     from bench_modules import run
 

@@ -7,6 +7,7 @@ import torch
 from bench_modules import (
     BENCH,
     decide_contest,
+    decide_errors,
     decide_kernels,
     decide_lines,
     decide_verdicts,
@@ -152,3 +153,24 @@ def test_variants_are_tiles_of_the_tuner():
         assert default._replace(**{k: int(v) for k, v in changed.items()}) == tuple(
             dict(choice.config).values()
         )
+
+
+@pytest.mark.skipif(not backend.has_triton(), reason="triton is not installed")
+def test_a_tile_is_measured_and_checked(tmp_path, monkeypatch):
+    """By Triton's interpreter, in which the kernel takes another number of rows at a time."""
+    monkeypatch.setitem(backend.PREFERENCE, "cpu", ("triton",))
+    cpu = decide_contest.setting("cpu", 1.0)
+    setting = replace(cpu, variants=1, rounds=1, sets=1, dtype=torch.bfloat16)
+    case = next(c for c in decide_kernels.cases(setting) if c.facts.get("stride") == 8)
+    path = tmp_path / decide_lines.NAME
+    parts = dict(decide_kernels.parts(setting, decide_lines.Writer(path, "kernels")))
+    parts[f"{case.part}: tiles"]()
+    decide_errors.check(case, setting, decide_lines.Writer(path, "errors"))
+    figures = decide_lines.figures(decide_lines.read(path))
+    default, tile, clone = (f for f in figures if f.section == "kernels")
+    assert (default.name, clone.name) == ("triton", "clone")
+    assert tile.name.startswith("triton ")
+    assert tile.facts["tile"] != {} == default.facts["tile"]
+    errors = {f.name: max(f.by_round.values()) for f in figures if f.section == "errors"}
+    assert errors.keys() >= {default.name, tile.name}
+    assert max(errors.values()) <= 1
