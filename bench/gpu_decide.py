@@ -158,13 +158,17 @@ def run(options: argparse.Namespace) -> int:
     _prepare(options.commit)
     context = _context(options.device)
     warmers = [*_warmers(context, out, options, deadline)]
-    for section in SECTIONS:
-        if section.name in options.sections:
-            left = deadline - time.monotonic()
-            _run_section(context, section, out, options.device, min(section.seconds, left))
-        if section.name == "kernels":
-            _stop(warmers)
-    _stop(warmers)
+    try:
+        for section in SECTIONS:
+            if section.name in options.sections:
+                left = deadline - time.monotonic()
+                _run_section(context, section, out, options.device, min(section.seconds, left))
+            if section.name == "kernels":
+                _stop(warmers)
+    except KeyboardInterrupt:
+        print("interrupted: the table has what was measured until then")
+    finally:
+        _stop(warmers)
     text = _table(path)
     (out / TABLE).write_text(text + "\n")
     print(text, flush=True)
@@ -219,9 +223,14 @@ def _run_section(context, section: Section, out: Path, device: str, seconds: flo
         if left < 1:
             outcome = "stopped" if begun else "no time left"
             break
-        process = context.Process(target=child, args=(section, out, device, left, begun))
+        call = section, out, device, left, begun
+        process = context.Process(target=child, args=call, daemon=True)
         process.start()
-        process.join(left)
+        try:
+            process.join(left)
+        except KeyboardInterrupt:
+            _stop([process])
+            raise
         if process.exitcode is None:
             _stop([process])
             outcome = "stopped"

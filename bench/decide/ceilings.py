@@ -129,7 +129,8 @@ def _launches(setting: Setting) -> Iterator[Rival]:
                 raise RuntimeError(f"cuLaunchKernel: error {code}")
 
         run = repeated(call)
-        run.kept = pointers, tensors  # the array of arguments has their addresses alone
+        # the array of arguments has addresses alone, and a kernel that is freed is unloaded
+        run.kept = kernel, pointers, tensors
         return run
 
     def triton(as_integers: bool) -> Callable[[], None]:

@@ -158,16 +158,22 @@ def test_lines_go_to_the_page(dry_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.exhaustive
-def test_a_killed_run_leaves_lines_and_no_processes(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_ended_leaves_lines_and_no_processes(tmp_path, how):
     process = start(tmp_path)
     wait_for(lambda: len(lines_in(tmp_path)) > 10)
     ours = sections_of(process)
     assert ours
-    process.kill()
-    process.communicate()
+    process.send_signal(how)
+    text, _ = process.communicate(timeout=60)
     wait_for(lambda: all(field_of(pid, 3) is None for pid in ours), 10)
     assert len(lines_in(tmp_path)) > 10
-    assert gpu_decide.main([f"--table={tmp_path}"]) == 0
+    if how == signal.SIGKILL:
+        assert gpu_decide.main([f"--table={tmp_path}"]) == 0
+    else:
+        assert process.returncode == 0
+        assert "interrupted: the table has what was measured until then" in text
+        assert "VERDICTS" in text
 
 
 # --- Sections -------------------------------------------------------------------------------------
