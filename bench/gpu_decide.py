@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # boft_ops need not be installe
 from decide import lines as files  # noqa: E402
 
 RESERVE = 15.0  # seconds at the end, for the table
-PATIENCE = 3.0  # seconds in which a process that was interrupted may end
+PATIENCE = 3.0  # seconds in which processes that were interrupted may end
 WARMERS = 6  # processes that compile kernels meanwhile
 NO_DEVICE = 4  # exit code of a process that finds no GPU
 UNUSABLE = 3  # exit code of a process whose device cannot be used any more
@@ -260,15 +260,16 @@ def _run_section(context, section: Section, out: Path, device: str, seconds: flo
 
 def _stop(processes: Sequence[multiprocessing.Process]) -> None:
     """Interrupt processes, then kill them and the processes that they started."""
-    for kill, patience in ((signal.SIGINT, PATIENCE), (signal.SIGKILL, PATIENCE)):
+    for kill in (signal.SIGINT, signal.SIGKILL):
         for process in processes:
             if process.is_alive():
                 try:
                     os.killpg(process.pid, kill)
                 except ProcessLookupError:  # it has not called setsid yet
                     process.kill()
+        end = time.monotonic() + PATIENCE
         for process in processes:
-            process.join(patience)
+            process.join(max(0.0, end - time.monotonic()))
 
 
 def _table(path: Path) -> str:
