@@ -40,12 +40,13 @@ def check(case: Case, setting: Setting, writer: Writer) -> None:
             plain = _errors(case.op.comparable(case.op(*args)), exact)
         units = UNITS * torch.finfo(_tensors(args)[0].dtype).eps
         allowed = [2 * error + units for error in plain]
-        for name, choice in choices(case, args, setting.variants):
+        for variant in choices(case, args, setting.variants):
+            name = variant.name
             if name == "reference" or (round_ and name not in worst):
                 continue
             try:
-                with as_chosen(case, choice):
-                    result, share = _on_poison(case, args)
+                with as_chosen(case, variant.choice):
+                    result, share = _on_poison(case, variant.args(args))
             except Exception as error:
                 writer.write("failed", part=case.part, name=name, why=reason(error))
                 settle(setting.device)

@@ -1,7 +1,7 @@
 """Section "kernels": the kernels of a layer on the device alone, and variants of their tiles.
 
-``cases`` lists the calls, ``choices`` what each is tried with: every backend, and the tiles of the
-tuner's own space that are nearest to the default.
+``cases`` lists the calls, ``choices`` what each is tried with: every backend, the tiles of the
+tuner's own space that are nearest to the default, and other numbers of partial sums.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,9 @@ COPIES = {
     "rotate": 1.0, "rotate_backward": 1.5, "rotate_stage_grad": 1.0,
     "scale": 1.0, "scale_backward": 1.5,
 }  # fmt: skip
+# Operators whose last argument is the number of partial sums, and other numbers to try: fewer make
+# one wave of programs, more make shorter ones.
+SPLIT, SPLIT_PARTS = ("rotate_backward", "rotate_stage_grad"), (1 / 3, 1 / 2, 2 / 3, 2)
 WARM_ROWS = 1024  # enough for a kernel to be compiled as for many rows
 
 
@@ -130,20 +133,38 @@ def _sample(workload: Workload, name: str) -> Case:
     return Case(part, op, workload, make, facts)
 
 
-def choices(case: Case, args: tuple, variants: int) -> list[tuple[str, Choice]]:
-    """List the backends that take a call, by name, then tiles near the default.
+class Variant(NamedTuple):
+    """One way to make a call.
+
+    Attributes:
+        name: key in the lines.
+        choice: backend and tile.
+        splits: number of partial sums; None for that of the call.
+    """
+
+    name: str
+    choice: Choice
+    splits: int | None = None
+
+    def args(self, args: tuple) -> tuple:
+        """Return the arguments of the call with the number of partial sums, which is the last."""
+        return args if self.splits is None else (*args[:-1], self.splits)
+
+
+def choices(case: Case, args: tuple, variants: int) -> list[Variant]:
+    """List the backends that take a call, then tiles near the default and numbers of splits.
 
     Args:
         case: the call.
         args: its arguments.
-        variants: largest number of tiles.
+        variants: largest number of tiles; 0 leaves the numbers of splits out too.
     """
     op = case.op
     device = case.workload.device.type
     # On a GPU a reference may wait for the device, which no graph can hold.
     order = (*backend.PREFERENCE[device], *(("reference",) if device == "cpu" else ()))
     able = [b for b in order if b not in op.unavailable and op.supports(b, args)]
-    found = [(name, Choice(name)) for name in able]
+    found = [Variant(name, Choice(name)) for name in able]
     if "triton" in able and op.tiles() is not None:
         names = op.tunable.shape_class
         structure = dict(zip(names.structure, map(int, names.of(*args)[0]), strict=True))
@@ -151,7 +172,11 @@ def choices(case: Case, args: tuple, variants: int) -> list[tuple[str, Choice]]:
         default = op.tiles().default(structure, dtype)
         for tile in tiles(op, structure, dtype)[:variants]:
             differs = [f"{k}={v}" for k, v in tile if v != getattr(default, k)]
-            found.append((f"triton {' '.join(differs)}", Choice("triton", tile)))
+            found.append(Variant(f"triton {' '.join(differs)}", Choice("triton", tile)))
+    if "triton" in able and variants and op.name in SPLIT:
+        splits = args[-1]
+        for other in sorted({max(1, round(splits * part)) for part in SPLIT_PARTS} - {splits}):
+            found.append(Variant(f"triton splits={other}", Choice("triton"), other))
     return found
 
 
@@ -178,23 +203,23 @@ def _measure(
     sets = [case.args(seed) for seed in range(setting.sets)]
     found = choices(case, sets[0], variants)
     if variants:
-        found = [(n, c) for n, c in found if c.backend == "triton"]
+        found = [variant for variant in found if variant.choice.backend == "triton"]
         if len(found) < 2:
             return
 
-    def calls(choice: Choice) -> list[Callable[[], object]]:
-        return [lambda a=a: case.op(*a) for a in sets]
+    def calls(variant: Variant) -> list[Callable[[], object]]:
+        return [partial(case.op, *variant.args(args)) for args in sets]
 
     # First the default: a contest is compared with the first of its contestants.
     rivals = [
         Rival(
-            name,
-            name,
-            partial(calls, choice),
-            within=partial(as_chosen, case, choice),
-            facts={"backend": choice.backend, "tile": dict(choice.config)},
+            variant.name,
+            variant.name,
+            partial(calls, variant),
+            within=partial(as_chosen, case, variant.choice),
+            facts={"backend": variant.choice.backend, "tile": dict(variant.choice.config)},
         )
-        for name, choice in found
+        for variant in found
     ]
     if "copies" in case.facts:  # a clone in every round: the ceiling of a pass over rows
         clones = [lambda x=a[0]: x.clone() for a in sets]
@@ -210,16 +235,16 @@ def warm_up(setting: Setting, share: int, shares: int) -> None:
     every = cases(setting)
     small = [case.args(0, min(WARM_ROWS, setting.bulk)) for case in every]
     columns = [
-        [(case, args, choice) for _, choice in choices(case, args, setting.variants)]
+        [(case, args, variant) for variant in choices(case, args, setting.variants)]
         for case, args in zip(every, small, strict=True)
     ]
     # all defaults first, then the nearest tile of each call, and so on
     todo = [item for row in zip_longest(*columns) for item in row if item is not None]
-    for case, args, choice in todo[share::shares]:
-        if choice.backend != "triton":
+    for case, args, variant in todo[share::shares]:
+        if variant.choice.backend != "triton":
             continue
         try:
-            with as_chosen(case, choice):
-                case.op(*args)
+            with as_chosen(case, variant.choice):
+                case.op(*variant.args(args))
         except Exception:  # it fails again in its section, which says so
             torch.cuda.synchronize()  # raises if this process can run nothing more

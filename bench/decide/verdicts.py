@@ -231,8 +231,8 @@ def _tiles(figures: Sequence[Figure]) -> Iterator[tuple[Goal, str]]:
         right = [v for v in variants if _is_right(figures, call, v.name)]
         if right:
             best = min(right, key=lambda v: summary(v.ratios(default))[0])
-            tile = best.name.removeprefix("triton ")
-            text = f"{call}: the tile {tile} at most {FASTER} of the default"
+            changes = best.name.removeprefix("triton ")
+            text = f"{call}: with {changes} at most {FASTER} of the default"
             case = _case("", best.ratios(default), FASTER, "times")
             yield _goal(text, [case]), "the tuner is to confirm it as the default of such cards"
 

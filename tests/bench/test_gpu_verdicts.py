@@ -108,12 +108,12 @@ def test_a_faster_tile_counts_if_it_is_right(right, time, found):
     made += [error("rotate", "triton rows=32", 0.5)]
     if right is not None:
         made.append(error("rotate", "triton rows=128", right))
-    goals = [g for g, _ in decide_verdicts.judge(made) if g.text.startswith("rotate: the tile")]
+    goals = [g for g, _ in decide_verdicts.judge(made) if g.text.startswith("rotate: with")]
     if found:
-        assert "the tile rows=128 at most 0.98" in goals[0].text
+        assert "with rows=128 at most 0.98" in goals[0].text
         assert [goal.verdict for goal in goals] == found
     else:
-        assert "the tile rows=32" in goals[0].text
+        assert "with rows=32" in goals[0].text
 
 
 def test_the_page_has_every_rule():
@@ -136,22 +136,19 @@ def test_variants_are_tiles_of_the_tuner():
     args = case.args(0)
     args = (args[0].bfloat16(), *args[1:])
     gpu = replace(case, workload=replace(case.workload, device=torch.device("cuda")))
-    (name, choice), *others = [
-        (name, choice)
-        for name, choice in decide_kernels.choices(gpu, args, variants=3)
-        if choice.backend == "triton"
-    ]
-    assert (name, choice.config) == ("triton", ())
+    found = decide_kernels.choices(gpu, args, variants=3)
+    default, *others = [variant for variant in found if variant.choice.backend == "triton"]
+    assert (default.name, default.choice.config) == ("triton", ())
     assert len(others) == 3
     structure = {"size": 16, "chunk": 16, "stride": 1}
     nearest = workloads.tiles(case.op, structure, "bfloat16")[:3]
-    assert [choice.config for _, choice in others] == nearest
+    assert [variant.choice.config for variant in others] == nearest
     default = case.op.tiles().default(structure, "bfloat16")
-    for name, choice in others:
-        changed = dict(part.split("=") for part in name.split()[1:])
+    for variant in others:
+        changed = dict(part.split("=") for part in variant.name.split()[1:])
         assert changed
         assert default._replace(**{k: int(v) for k, v in changed.items()}) == tuple(
-            dict(choice.config).values()
+            dict(variant.choice.config).values()
         )
 
 
@@ -159,18 +156,24 @@ def test_variants_are_tiles_of_the_tuner():
 def test_a_tile_is_measured_and_checked(tmp_path, monkeypatch):
     """By Triton's interpreter, in which the kernel takes another number of rows at a time."""
     monkeypatch.setitem(backend.PREFERENCE, "cpu", ("triton",))
+    monkeypatch.setattr(decide_errors, "ROUNDS", 1)
     cpu = decide_contest.setting("cpu", 1.0)
-    setting = replace(cpu, variants=1, rounds=1, sets=1, dtype=torch.bfloat16)
-    case = next(c for c in decide_kernels.cases(setting) if c.facts.get("stride") == 8)
+    setting = replace(cpu, variants=1, rounds=1, sets=1, bulk=16)
+    every = decide_kernels.cases(setting)
+    case = next(c for c in every if c.part.startswith("rotate_backward, groups of 32, stride 8"))
+    make = case.make
+    case = replace(case, make=lambda w: (*make(w)[:-1], 3))  # a CPU has one partial sum
+    monkeypatch.setattr(decide_kernels, "cases", lambda setting: [case])
     path = tmp_path / decide_lines.NAME
     parts = dict(decide_kernels.parts(setting, decide_lines.Writer(path, "kernels")))
     parts[f"{case.part}: tiles"]()
     decide_errors.check(case, setting, decide_lines.Writer(path, "errors"))
     figures = decide_lines.figures(decide_lines.read(path))
-    default, tile, clone = (f for f in figures if f.section == "kernels")
+    default, tile, *splits, clone = (f for f in figures if f.section == "kernels")
     assert (default.name, clone.name) == ("triton", "clone")
     assert tile.name.startswith("triton ")
+    assert [f.name for f in splits] == [f"triton splits={n}" for n in (1, 2, 6)]
     assert tile.facts["tile"] != {} == default.facts["tile"]
     errors = {f.name: max(f.by_round.values()) for f in figures if f.section == "errors"}
-    assert errors.keys() >= {default.name, tile.name}
+    assert errors.keys() >= {default.name, tile.name, *[f.name for f in splits]}
     assert max(errors.values()) <= 1
