@@ -158,9 +158,9 @@ def test_a_tile_is_measured_and_checked(tmp_path, monkeypatch):
     monkeypatch.setitem(backend.PREFERENCE, "cpu", ("triton",))
     monkeypatch.setattr(decide_errors, "ROUNDS", 1)
     cpu = decide_contest.setting("cpu", 1.0)
-    setting = replace(cpu, variants=1, rounds=1, sets=1, bulk=16)
+    setting = replace(cpu, variants=1, rounds=1, sets=1, bulk=16, width=32)
     every = decide_kernels.cases(setting)
-    case = next(c for c in every if c.part.startswith("rotate_backward, groups of 32, stride 8"))
+    case = next(c for c in every if c.part.startswith("rotate_backward, groups of 16"))
     make = case.make
     case = replace(case, make=lambda w: (*make(w)[:-1], 3))  # a CPU has one partial sum
     monkeypatch.setattr(decide_kernels, "cases", lambda setting: [case])
