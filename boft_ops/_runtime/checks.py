@@ -66,6 +66,15 @@ def probability(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
 
 
+def number(name: str, value: object, *, positive: bool = False) -> None:
+    """Check for a finite number that is not negative, or is positive."""
+    expected = f"{name}: expected a {'positive' if positive else 'non-negative'} number"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{expected}, got {value!r}")
+    if not (0 < value < math.inf if positive else 0 <= value < math.inf):  # also refuses NaN
+        raise ValueError(f"{expected}, got {value!r}")
+
+
 def positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected a positive int, got {value!r}")

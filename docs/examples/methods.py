@@ -63,7 +63,7 @@ ADAPTER_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 METHODS = {
     "frozen": Method("frozen features", frozen, None, HEAD_RATES, 3e-2),
     "lora": Method("LoRA r=8", lora, merge_lora, ADAPTER_RATES, 3e-3),
-    "oft": Method("OFT b=8", oft, boft_ops.merge, ADAPTER_RATES, 1e-2),
+    "oft": Method("OFT b=8", oft, boft_ops.merge, ADAPTER_RATES, 3e-3),
     "boft": Method("BOFT(2,8)", boft, boft_ops.merge, ADAPTER_RATES, 3e-3),
 }
 

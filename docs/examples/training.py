@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+import boft_ops
+
 BATCH_SIZE = 32
 WARM_UP = 0.1  # share of the steps in which the learning rate rises; then it falls linearly
 
@@ -21,6 +23,9 @@ WARM_UP = 0.1  # share of the steps in which the learning rate rises; then it fa
 def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Make AdamW for the trainable parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    if any(isinstance(module, boft_ops.BOFTLinear) for module in model.modules()):
+        # One rate serves OFT and BOFT: a step changes every rotation equally.
+        trained = boft_ops.param_groups(model, lr=rate)
     # There is no weight decay, because it would have a different meaning for each method.
     return torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
 

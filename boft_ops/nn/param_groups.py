@@ -1,0 +1,77 @@
+"""Learning rates that carry over from one (n_factors, block_size) to another."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .._runtime import checks
+from .config import HasRotation, RotationConfig
+
+
+def param_groups(
+    model: nn.Module, lr: float, *, weight_decay: float = 0.0
+) -> list[dict[str, object]]:
+    """Sort the trained parameters of an adapted model into groups for AdamW, with their rates.
+
+    AdamW changes each number of ``skew`` by about its learning rate in a step, so the change of R
+    grows with the number of numbers that turn one feature. Here the rate of each skew is chosen so
+    that a step changes R equally for every block_size and n_factors: by about 9 lr radians, as
+    BOFT(2, 8) with the learning rate lr does (docs/layers.md). Scales and other parameters train
+    with lr.
+
+    Weight decay pulls towards zero, which is the pretrained layer for a skew but an output of zero
+    for a scale. Neither has any; ``weight_decay`` is for the other parameters, such as a head.
+
+    Args:
+        model: an adapted model, or a BOFT layer.
+        lr: the learning rate of BOFT(2, 8), positive.
+        weight_decay: that of parameters which are neither skew nor scale, not negative.
+
+    Returns:
+        Dicts with "params", "lr" and "weight_decay", as optimizers take them: one for each rate of
+        skews, one for the scales, one for the other trained parameters. Empty groups are left out.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module, or a number is none.
+        ValueError: a number is out of range, or no skew of the model requires a gradient.
+    """
+    checks.module("model", model)
+    checks.number("lr", lr, positive=True)
+    checks.number("weight_decay", weight_decay)
+    skews: dict[float, list[nn.Parameter]] = {}
+    scales: list[nn.Parameter] = []
+    adapters: set[torch.Tensor] = set()  # tensors compare by identity here
+    for module in model.modules():
+        if not isinstance(module, HasRotation):
+            continue
+        if module.skew.requires_grad and module.skew not in adapters:
+            rate = lr * _turn(RotationConfig()) / _turn(module.config)
+            skews.setdefault(rate, []).append(module.skew)
+        if module.scale is not None and module.scale.requires_grad and module.scale not in adapters:
+            scales.append(module.scale)
+        adapters |= {module.skew, module.scale}
+    if not skews:
+        raise ValueError("model: expected a BOFT layer whose skew requires a gradient, got none")
+    others = [p for p in model.parameters() if p.requires_grad and p not in adapters]
+    groups = [{"params": same, "lr": rate, "weight_decay": 0.0} for rate, same in skews.items()]
+    groups.append({"params": scales, "lr": lr, "weight_decay": 0.0})
+    groups.append({"params": others, "lr": lr, "weight_decay": weight_decay})
+    return [group for group in groups if group["params"]]
+
+
+def _turn(config: RotationConfig) -> float:
+    """The angle, root mean square, by which changing each number of skew by 1 turns a vector.
+
+    Near the identity R changes by 2 dQ for each factor. A feature meets b/2 - 1 neighbors of its
+    own chunk in all m factors: their gradients agree, so their steps add up to m. It meets b/2
+    features of another chunk in each factor, other ones in each, so these m b/2 steps are
+    independent. The 2 l butterflies of a kaleidoscope agree as the factors do.
+    """
+    m, half = config.n_factors, config.block_size / 2
+    if half < 1:
+        return 1.0  # a block of one feature has no numbers
+    copies = 2 * config.kaleidoscope or 1
+    return 2 * copies * math.sqrt(m * m * (half - 1) + m * half)
