@@ -4,7 +4,8 @@ Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kal
 ``butterfly_groups``, ``multiplicative_dropout``, ``boft_linear``.
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
-Models: ``adapt``, ``param_groups``, ``merge``, ``unload``, ``save_adapter``, ``load_adapter``.
+Models: ``adapt``, ``param_groups``, ``set_strength``, ``merge``, ``unload``, ``save_adapter``,
+``load_adapter``.
 """
 
 from ._runtime import paths
@@ -19,6 +20,7 @@ from .nn.dropout import MultiplicativeDropout  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
 from .nn.param_groups import param_groups  # noqa: E402
+from .nn.strength import set_strength  # noqa: E402
 from .ops.butterfly import butterfly_matmul  # noqa: E402
 from .ops.butterfly_groups import butterfly_groups  # noqa: E402
 from .ops.cayley import cayley  # noqa: E402
@@ -46,6 +48,7 @@ __all__ = [
     "multiplicative_dropout",
     "param_groups",
     "save_adapter",
+    "set_strength",
     "unload",
 ]
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from .._runtime import checks, linalg
-from ..ops.cayley import pack
 from ..ops.compose import compose_forward
 from ..ops.rotate import rotate_rows, rotate_stage_grad
 from ..ops.stages import plan
@@ -225,28 +224,6 @@ def nearest_rotation(matrices: torch.Tensor) -> torch.Tensor:
     # For determinant +1, flip the direction of the smallest singular value where necessary.
     u[..., -1] *= linalg.determinant(u @ vh).sign()[..., None]
     return u @ vh
-
-
-def inverse_cayley(blocks: torch.Tensor) -> torch.Tensor:
-    """Return the packed skew-symmetric parameters with ``cayley(skew) == blocks``.
-
-    Args:
-        blocks: (..., b, b), floating-point, orthogonal with determinant +1. No finite parameters
-            give an eigenvalue of -1, and they grow large near one.
-
-    Returns:
-        (..., b(b-1)/2), float64: the upper triangle of Q = (R - I)(R + I)^-1 in the order of
-        ``torch.triu_indices(b, b, 1)``.
-
-    Raises:
-        TypeError: ``blocks`` is not a floating-point tensor.
-        ValueError: ``blocks`` has fewer than two dimensions.
-    """
-    checks.tensor("blocks", blocks, min_dim=2)
-    rotations = blocks.double()
-    eye = torch.eye(rotations.shape[-1], dtype=rotations.dtype, device=rotations.device)
-    q = linalg.inverse(rotations + eye) @ (rotations - eye)  # the two factors commute
-    return 0.5 * pack(q)
 
 
 def _stages(factors: Sequence[Factor]) -> list[_Stage]:

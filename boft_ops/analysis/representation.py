@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .._runtime import checks
-from .approximation import inverse_cayley
+from ..ops.geodesic import inverse_cayley
 
 
 def kaleidoscope_parameters(

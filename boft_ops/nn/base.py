@@ -15,9 +15,10 @@ from ..ops.cayley import cayley
 from ..ops.dropout import drop_blocks
 from ..ops.kaleidoscope import multiply
 from ..ops.merge import merge_weight, unmerge_weight, untracked
-from .base_modules import check_forward, check_numbers, check_unmodified
+from .base_modules import check_forward, check_initialized, check_numbers, check_unmodified
 from .config import HasRotation, Options, RotationConfig
 from .dropout import MultiplicativeDropout
+from .powers import HasStrength
 from .rotated_weight import Weight, is_dense, is_sharded, one_draw, rotated_weight
 
 
@@ -29,7 +30,7 @@ class Merged(NamedTuple):
     former: torch.Tensor | None
 
 
-class BOFTLayer(HasRotation, nn.Module):
+class BOFTLayer(HasStrength, HasRotation, nn.Module):
     """Common base of BOFTLinear and BOFTConv2d: the rotation of a frozen weight, seen as (n, d).
 
     Attributes:
@@ -71,7 +72,7 @@ class BOFTLayer(HasRotation, nn.Module):
         is_fsdp = "weight" in vars(self) or hasattr(frozen, "_fsdp_flattened")
         if self.merged or is_fsdp or "skew" not in self._parameters:
             return frozen
-        return rotated_weight(self._rotated_once(), frozen, self.skew, self.scale)
+        return rotated_weight(self._rotated_once(), frozen, *self.at_strength())
 
     @weight.setter
     def weight(self, weight: torch.Tensor) -> None:  # not reached by parameters
@@ -117,7 +118,7 @@ class BOFTLayer(HasRotation, nn.Module):
             super().register_parameter(name, param)
         elif param is None or is_dense(param) or is_sharded(param):
             if param is not None:
-                former = Weight(self._rotated_once(), self.frozen_weight, (self.skew, self.scale))
+                former = Weight(self._rotated_once(), self.frozen_weight, self.at_strength())
                 former.check_written(param)
             super().register_parameter(name, param)
         else:
@@ -164,11 +165,7 @@ class BOFTLayer(HasRotation, nn.Module):
     def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> BOFTLayer:
         """Build a layer that shares the storage of ``base``; ``arguments`` are torch's."""
         check_forward(base, cls.BASE)
-        if isinstance(base.weight, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"expected an initialized layer, got {type(base).__name__} without a shape yet "
-                "(run it once)"
-            )
+        check_initialized(base)
         check_unmodified(base)
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
@@ -231,7 +228,7 @@ class BOFTLayer(HasRotation, nn.Module):
         """The dense rotation R, (features, features), for inspection; row vectors: y = x R."""
         check_numbers({"skew": self.skew})
         eye = torch.eye(self.rotated_features, dtype=self.skew.dtype, device=self.skew.device)
-        return multiply(eye, self._blocks(self.skew), self.config.kaleidoscope)
+        return multiply(eye, self._blocks(self.at_strength()[0]), self.config.kaleidoscope)
 
     @untracked
     def merged_weight(self) -> torch.Tensor:
@@ -243,8 +240,9 @@ class BOFTLayer(HasRotation, nn.Module):
         self._check_numbers()
         if self.merged:
             return self.frozen_weight.clone()
-        blocks = self._blocks(_widened(self.skew))
-        return merge_weight(self.frozen_weight, blocks, self.scale, **self._placement)
+        skew, scale = self.at_strength()
+        blocks = self._blocks(_widened(skew))
+        return merge_weight(self.frozen_weight, blocks, scale, **self._placement)
 
     @untracked
     def merge(self, *, keep: bool = True) -> BOFTLayer:
@@ -277,8 +275,8 @@ class BOFTLayer(HasRotation, nn.Module):
 
     def _keep_merged(self, former: torch.Tensor | None = None) -> None:
         # both may be stepped or loaded before unmerge(), which has to undo these
-        scale = None if self.scale is None else self.scale.detach().clone()
-        merged_with = Merged(self.skew.detach().clone(), scale, former)
+        copies = (t if t is None else t.detach().clone() for t in self.at_strength())
+        merged_with = Merged(*copies, former)
         self._merged_with = merged_with if self.merged else None
 
     @untracked
@@ -378,6 +376,8 @@ class BOFTLayer(HasRotation, nn.Module):
         finally:
             del self._is_loading
         if has_weight:
+            if self.merged:
+                self.strength = 1.0  # a state holds the powers that were merged
             self._keep_merged()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:

@@ -45,6 +45,15 @@ def check_forward(base: nn.Module, base_class: type[nn.Module]) -> None:
             )
 
 
+def check_initialized(base: nn.Module) -> None:
+    """Raise ValueError if ``base`` is a lazy layer that has no shape yet."""
+    if isinstance(base.weight, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"expected an initialized layer, got {type(base).__name__} without a shape yet "
+            "(run it once)"
+        )
+
+
 def check_unmodified(base: nn.Module) -> None:
     """Raise ValueError if ``base`` has hooks, parametrizations or a forward of its instance."""
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks)

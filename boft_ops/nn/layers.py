@@ -119,6 +119,8 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         weight = self.frozen_weight
         checks.linear_input(x, weight)
         skew, scale, config = self.skew, self.scale, self.config
+        if self.strength != 1:
+            skew, scale = self.at_strength()
         if skew.is_meta or (scale is not None and scale.is_meta):
             self._check_numbers(x)
         if self.n_identity:
@@ -267,6 +269,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
             self._check_trainable()
             return super().forward(x)
         self._check_numbers(x)
-        blocks = self.dropout(self._blocks(self.skew))
-        rotated = rotate_weight(self._matrix(), blocks, self.scale, **self._placement)
+        skew, scale = self.at_strength()
+        blocks = self.dropout(self._blocks(skew))
+        rotated = rotate_weight(self._matrix(), blocks, scale, **self._placement)
         return self._conv_forward(x, rotated.reshape(self.frozen_weight.shape), self.bias)

@@ -9,9 +9,10 @@ from .._runtime import checks
 from ..ops.cayley import cayley
 from .config import HasRotation, RotationConfig
 from .dropout import MultiplicativeDropout
+from .powers import HasStrength
 
 
-class LinearAdapter(HasRotation, nn.Module):
+class LinearAdapter(HasStrength, HasRotation, nn.Module):
     """The rotation of a linear layer's inputs and the scale of its outputs, without the layer.
 
     Args:
@@ -63,7 +64,7 @@ class LinearAdapter(HasRotation, nn.Module):
         If m < n_factors, identity factors are appended, so that the blocks of adapters with
         different m can be stacked.
         """
-        blocks = self.dropout(cayley(self.skew, method=self.config.method))
+        blocks = self.dropout(cayley(self.at_strength()[0], method=self.config.method))
         missing = n_factors - len(blocks)
         if missing <= 0:
             return blocks

@@ -235,9 +235,9 @@ class MultiAdapterLinear(nn.Module):
         active, scale = [self.adapters[name] for name in self.active], None
         for adapter in active:
             check_numbers({"skew": adapter.skew, "scale": adapter.scale}, x)
-            x = butterfly_matmul(x, adapter.blocks())
-            if adapter.scale is not None:
-                scale = adapter.scale if scale is None else scale * adapter.scale
+            x, own = butterfly_matmul(x, adapter.blocks()), adapter.at_strength()[1]
+            if own is not None:
+                scale = own if scale is None else scale * own
         if scale is None:
             return self.base(x)
         y, center, bias = call_for_scale(self.base, scale, x)
@@ -265,7 +265,7 @@ class MultiAdapterLinear(nn.Module):
         for numbers, stages, matrices in stacks:
             local = self._renumbered(index, numbers)
             x = rotate_indexed(x, matrices, stages, local, False)
-        scales = [adapter.scale for adapter in self.adapters.values()]
+        scales = [adapter.at_strength()[1] for adapter in self.adapters.values()]
         if all(scale is None for scale in scales):
             return self.base(x)
         # The last row of the table, ones, is for the base alone and for numbers out of range.
@@ -343,10 +343,10 @@ class MultiAdapterLinear(nn.Module):
         eager = self._prepared is not None and not torch.compiler.is_compiling()
         return eager and self._prepared[0] != self._versions()
 
-    def _versions(self) -> list[tuple[int, int]]:
-        skews = [adapter.skew for adapter in self.adapters.values()]
+    def _versions(self) -> list[tuple[int, int, float]]:
+        adapters = [(adapter.skew, adapter.strength) for adapter in self.adapters.values()]
         # A change in place raises the version; a tensor made in inference mode has none.
-        return [(id(s), 0 if s.is_inference() else s._version) for s in skews]
+        return [(id(s), 0 if s.is_inference() else s._version, t) for s, t in adapters]
 
     def train(self, mode: bool = True) -> MultiAdapterLinear:
         if mode:

@@ -30,9 +30,9 @@ from boft_ops import butterfly_matmul, cayley
 from boft_ops.analysis.approximation import (
     approximate,
     butterfly_factors,
-    inverse_cayley,
     shuffle_factors,
 )
+from boft_ops.ops.geodesic import inverse_cayley
 
 
 class Task(NamedTuple):

@@ -24,7 +24,7 @@ from _finetuned import boft, minilm
 from torch import nn
 
 import boft_ops
-from boft_ops.analysis.geodesic import geodesic
+from boft_ops.ops.geodesic import geodesic
 
 RECIPE = boft(5, 8, 3e-3, scale=False)
 STOPS = (0.8, 0.6, 0.4, 0.2)  # values of t between the ends, which all paths share

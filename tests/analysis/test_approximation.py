@@ -9,10 +9,10 @@ from boft_ops.analysis.approximation import (
     Factor,
     approximate,
     butterfly_factors,
-    inverse_cayley,
     nearest_rotation,
     shuffle_factors,
 )
+from boft_ops.ops.geodesic import inverse_cayley
 from boft_ops.analysis.transmission import pattern
 
 

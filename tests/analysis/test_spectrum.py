@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from boft_ops import BOFTLinear, butterfly_matmul, cayley
-from boft_ops.analysis.geodesic import geodesic
+from boft_ops.ops.geodesic import geodesic
 from boft_ops.analysis.spectrum import (
     drift,
     hyperspherical_energy,
@@ -80,7 +80,8 @@ def test_orthogonality_error():
             "weight: expected rows of different directions",
         ),
         (lambda w: orthogonality_error(w), ValueError, "matrix: expected shape"),
-        (lambda w: geodesic(w[:, :3], 1.5), ValueError, "t: expected a number in"),
+        (lambda w: geodesic(w[:, :3], math.inf), ValueError, "t: expected a finite number"),
+        (lambda w: geodesic(w[:, :3], "1"), TypeError, "t: expected a finite number"),
         (lambda w: geodesic(w[:, :2], 0.5), ValueError, "skew: expected a last dimension"),
     ],
 )

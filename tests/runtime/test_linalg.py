@@ -9,7 +9,8 @@ import torch
 
 from boft_ops import cayley
 from boft_ops._runtime import linalg
-from boft_ops.analysis.approximation import inverse_cayley, nearest_rotation
+from boft_ops.analysis.approximation import nearest_rotation
+from boft_ops.ops.geodesic import inverse_cayley
 
 LARGE = linalg.MAX_BATCHED + 1
 
