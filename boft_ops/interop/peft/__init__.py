@@ -51,6 +51,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             swap.accelerate_layer(layer)
         else:
             notes[f"not accelerated, as {reason}"].append(name)
+    swap.accelerate_tuners(model)
     for adapter, wanted, made in _lowered(model):
         notes[f"n_factors is {made}, not {wanted} as in the config: PEFT lowered it"].append(
             f"adapter {adapter!r} (made under patched() it is {wanted})"
@@ -73,7 +74,7 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is not an nn.Module.
-        ValueError: the model has no accelerated layer.
+        ValueError: the model has no accelerated layer, or the scale of an adapter is not 1.
         RuntimeError: a layer has more than one butterfly factor, which PEFT computes with its CUDA
             extension only, and the extension cannot be built. The model is then unchanged.
     """
@@ -83,6 +84,11 @@ def restore(model: nn.Module) -> nn.Module:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, swap.Rotated)}
     if not layers:
         raise ValueError("model: expected at least one accelerated layer, got none")
+    if scaled := [n for n, m in layers.items() if any(t != 1 for t in m.strengths.values())]:
+        raise ValueError(
+            f"model: expected adapters of scale 1, which is all that PEFT's own layers have, got "
+            f"another in {scaled[0]!r}: unscale_layer() or set_scale(name, 1) first"
+        )
     many = [name for name, layer in layers.items() if swap.needs_extension(layer)]
     if many and not swap.has_extension():
         raise RuntimeError(
@@ -95,6 +101,8 @@ def restore(model: nn.Module) -> nn.Module:
             notes[KEPT].append(name)
         else:
             swap.restore_layer(layer)
+    if not notes:
+        swap.restore_tuners(model)
     _warn(notes)
     return model
 

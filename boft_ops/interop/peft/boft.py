@@ -29,6 +29,9 @@ class BoftRotated(Rotated):
         with onloaded(self.boft_R):
             return SkewRotation(boft_skew(self.boft_R[name]))
 
+    def _sources(self, name):
+        return self.boft_R[name], self.boft_s[name]
+
     def _drop(self, name, adapter):
         dropout = self.boft_dropout[name]
         if isinstance(dropout, nn.Identity) or not dropout.training:
@@ -45,7 +48,7 @@ class BoftRotated(Rotated):
 
         Merging does not use it.
         """
-        return self.dense_rotation(adapter), self._scale(adapter)[:, None]
+        return self.dense_rotation(adapter), self.at_strength(adapter)[1][:, None]
 
     def update_layer(self, *args, **kwargs) -> None:
         """Add an adapter as PEFT does, with the m of the config and no dense permutation.

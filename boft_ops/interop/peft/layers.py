@@ -6,7 +6,8 @@ unmerge compute through this package's operators.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -14,7 +15,9 @@ from torch import nn
 
 from ..._runtime import autocast, checks
 from ...nn.base_modules import call_for_scale, check_numbers
+from ...nn.powers import Powers, power
 from ...ops.butterfly import butterfly_matmul
+from ...ops.geodesic import inverse_cayley
 from ...ops.linear import rotated_linear
 from ...ops.merge import merge_rotations, merge_weight, unmerge_weight, untracked
 from ...ops.rotation import Rotation, SkewRotation
@@ -27,9 +30,14 @@ class Rotated:
 
     Attributes:
         peft_class: PEFT's class, to which ``restore`` returns.
+        strengths: t of R^t and s^t by the name of the adapter; 1 for names that are not in it.
+        row_names: inside a call with ``adapter_names``, these and the rows of each (``rows.py``).
     """
 
     peft_class: type[nn.Module]
+    strengths: Mapping[str, float] = MappingProxyType({})
+    row_names: tuple[Sequence[str], int] | None = None
+    _powers: Mapping[str, Powers] = MappingProxyType({})
 
     def _names(self) -> Sequence[str]:
         """The names of the adapters of this layer."""
@@ -46,6 +54,10 @@ class Rotated:
     def _scale(self, name: str) -> torch.Tensor | None:
         """The scale (n,) of the outputs, or None."""
         return None
+
+    def _sources(self, name: str) -> tuple[torch.Tensor, ...]:
+        """The parameters that the rotation and the scale of an adapter are made from."""
+        raise NotImplementedError
 
     def _nearest_first(self, names: Sequence[str]) -> Sequence[str]:
         """Sort adapters in the order in which the weight meets them; x meets the last first."""
@@ -72,19 +84,107 @@ class Rotated:
             if self.merged_adapters:
                 self.unmerge()
         elif not self.merged_adapters:
-            own = self._names()
-            if names := [name for name in self.active_adapters if name in own]:
-                adapters, scale = {}, None
-                for name in names:  # the order in which PEFT draws its masks
-                    adapter = self._adapter(name)
-                    if self.training and isinstance(adapter, SkewRotation):
-                        adapter = adapter._replace(drop_mask=self._drop(name, adapter))
-                    adapters[name] = adapter
-                    factor = self._scale(name)
-                    scale = factor if scale is None else scale * factor
-                nearest_first = [adapters[name] for name in self._nearest_first(names)]
-                return self._rotated(nearest_first, scale, x, args, kwargs).to(dtype)
+            if self.row_names is not None:
+                return self._by_rows(x, args, kwargs).to(dtype)
+            return self._adapted(self.active_adapters, x, args, kwargs).to(dtype)
+        elif self.row_names is not None:
+            raise ValueError("adapter_names: expected unmerged adapters, got a merged layer")
         return self.base_layer(x, *args, **kwargs).to(dtype)
+
+    def _adapted(
+        self, names: Sequence[str], x: torch.Tensor, args: tuple, kwargs: dict
+    ) -> torch.Tensor:
+        """The output for x with those of the named adapters that the layer has."""
+        own = self._names()
+        names = [name for name in names if name in own]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        adapters, scale = {}, None
+        for name in names:  # the order in which PEFT draws its masks
+            adapter, factor = self.at_strength(name)
+            if self.training and isinstance(adapter, SkewRotation):
+                adapter = adapter._replace(drop_mask=self._drop(name, adapter))
+            adapters[name] = adapter
+            scale = factor if scale is None else scale * factor
+        nearest_first = [adapters[name] for name in self._nearest_first(names)]
+        return self._rotated(nearest_first, scale, x, args, kwargs)
+
+    def _by_rows(self, x: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+        """The output for x whose rows have adapters of their own."""
+        names, repeats = self.row_names
+        if len(x) not in (len(names), repeats * len(names)):
+            raise ValueError(
+                f"adapter_names: expected a name for each of the {len(x)} inputs of a layer, got "
+                f"{len(names)}"
+            )
+        if len(x) != len(names):  # beams of one request are neighbors
+            names = [name for name in names for _ in range(repeats)]
+        y = None
+        for name in dict.fromkeys(names):
+            rows = [i for i, other in enumerate(names) if other == name]
+            part = self._adapted([name], x[rows], args, kwargs)
+            y = part.new_empty(len(x), *part.shape[1:]) if y is None else y
+            y[rows] = part
+        return y
+
+    def at_strength(self, name: str) -> tuple[Rotation, torch.Tensor | None]:
+        """The rotation and the scale of an adapter at its strength; detached, unless that is 1."""
+        strength, adapter = self.strengths.get(name, 1), self._adapter(name)
+        scale = self._scale(name)
+        if strength == 1:
+            return adapter, scale
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"adapter {name!r}: expected scale 1 in training, or eval(), got {strength}"
+            )
+        if isinstance(adapter, SkewRotation):
+            skew, scale = self._powers[name].of(adapter.skew, scale, strength, self._sources(name))
+            return adapter._replace(skew=skew), scale
+        if not adapter.is_orthogonal():
+            raise ValueError(
+                f"adapter {name!r}: expected scale 1 over blocks of a truncated series that is "
+                f"none of this package's, got {strength}"
+            )
+        matrix = adapter.matrix
+        skew, scale = power(inverse_cayley(matrix).to(matrix.dtype), scale, strength)
+        return SkewRotation(skew[None]), scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength of an adapter, for inference: R^t and s^t in the place of R and s.
+
+        PEFT's own layers ignore it with a warning.
+
+        Args:
+            adapter: its name; a layer without it is left as it is.
+            scale: t; 0 is the base layer and 1 the adapter, both exactly.
+
+        Raises:
+            TypeError, ValueError: ``scale`` is no finite number.
+            RuntimeError: the adapter is merged.
+        """
+        checks.finite("scale", scale)
+        if adapter not in self._names():
+            return
+        if adapter in self.merged_adapters:
+            raise RuntimeError(f"set_scale: expected an unmerged adapter, {adapter!r} is merged")
+        self.strengths = {**self.strengths, adapter: float(scale)}
+        self._powers = {**self._powers, adapter: Powers()}
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of each active adapter by ``scale``, see ``set_scale``."""
+        checks.finite("scale", scale)
+        for name in self.active_adapters:
+            self.set_scale(name, scale * self.strengths.get(name, 1))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of each active adapter by ``scale``; None sets it to 1."""
+        for name in self.active_adapters:
+            self.set_scale(name, 1 if scale is None else self.strengths.get(name, 1) / scale)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter as PEFT does, and its strength."""
+        super().delete_adapter(adapter_name)
+        self.strengths = {n: t for n, t in self.strengths.items() if n != adapter_name}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Multiply the base weight by the rotations and scales of adapters.
@@ -130,11 +230,12 @@ class Rotated:
 
     @untracked
     def _merge_one(self, weight: torch.Tensor, name: str) -> torch.Tensor:
-        return merge_weight(weight, self._adapter(name).blocks(), self._scale(name))
+        adapter, scale = self.at_strength(name)
+        return merge_weight(weight, adapter.blocks(), scale)
 
     @untracked
     def _unmerge_one(self, name: str) -> torch.Tensor:
-        adapter, scale = self._adapter(name), self._scale(name)
+        adapter, scale = self.at_strength(name)
         orthogonal = adapter.is_orthogonal()
         try:
             return unmerge_weight(
@@ -145,7 +246,7 @@ class Rotated:
 
     def dense_rotation(self, name: str) -> torch.Tensor:
         """The matrix R, (d, d), for PEFT's ``get_delta_weight``."""
-        blocks = self._adapter(name).blocks()
+        blocks = self.at_strength(name)[0].blocks()
         eye = torch.eye(blocks.shape[-3] * blocks.shape[-1], dtype=blocks.dtype)
         return butterfly_matmul(eye.to(blocks.device), blocks)
 

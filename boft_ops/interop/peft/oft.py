@@ -37,6 +37,9 @@ class OftRotated(Rotated):
         method = "neumann5" if neumann else "exact"
         return SkewRotation(oft_skew(weight, neumann=neumann), method)
 
+    def _sources(self, name):
+        return (self.oft_R[name].weight,)
+
     def _nearest_first(self, names):
         # x meets the first active adapter first, although PEFT merges as if x met the last first.
         return names[::-1]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import boft, oft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 from .boft import BoftConv2d, BoftLinear, BoftRotated, free_permutation, restore_permutation
 from .layers import Rotated, RotatedKernel
 from .oft import OftConv2d, OftLinear
+from .rows import MODEL_FORMS, TakesRows
 
 TUNERS = (boft.layer.BOFTLayer, oft.layer.OFTLayer)
 _lock = threading.RLock()
@@ -81,6 +83,19 @@ def restore_layer(layer: Rotated) -> None:
         restore_permutation(layer)
 
 
+def accelerate_tuners(model: nn.Module) -> None:
+    """Give PEFT's BOFT and OFT models in ``model``, or itself, their accelerated classes."""
+    for module in model.modules():
+        module.__class__ = MODEL_FORMS.get(type(module), type(module))
+
+
+def restore_tuners(model: nn.Module) -> None:
+    """Give accelerated BOFT and OFT models PEFT's classes again."""
+    for module in model.modules():
+        if isinstance(module, TakesRows):
+            module.__class__ = module.peft_class
+
+
 def needs_extension(layer: Rotated) -> bool:
     """True if PEFT computes this layer with its CUDA extension only."""
     return isinstance(layer, BoftRotated) and any(len(p) > 1 for p in layer.boft_R.values())
@@ -114,13 +129,16 @@ def constructors(note: Callable[[str, str], None]) -> Iterator[None]:
         for module, layers in ((boft.model, boft.layer), (oft.model, oft.layer))
         for name in ("Linear", "Conv2d")
     ]
+    tuners = {key: cls for key, cls in PEFT_TYPE_TO_TUNER_MAPPING.items() if cls in MODEL_FORMS}
     # Without it, one of two threads that undo each other's replacements would leave its own behind.
     with _lock:
         before = [getattr(module, name) for module, name, _ in names]
         try:
             for module, name, peft_class in names:
                 setattr(module, name, constructor(peft_class))
+            PEFT_TYPE_TO_TUNER_MAPPING.update({k: MODEL_FORMS[cls] for k, cls in tuners.items()})
             yield
         finally:
+            PEFT_TYPE_TO_TUNER_MAPPING.update(tuners)
             for (module, name, _), value in zip(names, before, strict=True):
                 setattr(module, name, value)
