@@ -5,7 +5,7 @@ Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kal
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
 Models: ``adapt``, ``param_groups``, ``set_strength``, ``merge``, ``unload``, ``save_adapter``,
-``load_adapter``.
+``load_adapter``, ``merge_adapters``.
 """
 
 from ._runtime import paths
@@ -18,6 +18,7 @@ from .nn.adapt import adapt, merge, unload  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
 from .nn.dropout import MultiplicativeDropout  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
+from .nn.merge_adapters import merge_adapters  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
 from .nn.param_groups import param_groups  # noqa: E402
 from .nn.strength import set_strength  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "kaleidoscope_matmul",
     "load_adapter",
     "merge",
+    "merge_adapters",
     "multiplicative_dropout",
     "param_groups",
     "save_adapter",

@@ -36,7 +36,7 @@ def no_weight(base: nn.Module) -> torch.Tensor:
     return rotated_weight(_raise, base.weight)
 
 
-def merge_adapters(weight: torch.Tensor, adapters: Sequence[LinearAdapter]) -> torch.Tensor:
+def weight_with(weight: torch.Tensor, adapters: Sequence[LinearAdapter]) -> torch.Tensor:
     """The weight with the adapters in it, computed in at least float32 and rounded once."""
     draws = [lambda skew: None for _ in adapters]
     trained = [tensor for adapter in adapters for tensor in adapter.at_strength()]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +25,31 @@ FORMAT = "boft_ops"
 FORMAT_VERSION = 1
 
 AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale
+
+
+class Adapter(NamedTuple):
+    """The content of an adapter file.
+
+    Attributes:
+        layers: the options of each rotated layer, by its name in the pretrained model.
+        bases: class name of torch's layer ("Linear", "Conv2d") and number of outputs, by name; a
+            file may leave them out.
+        tensors: by their names in the pretrained model: skew and scale of each layer, and what else
+            was trained.
+    """
+
+    layers: dict[str, Options]
+    bases: dict[str, tuple[str, int]]
+    tensors: dict[str, torch.Tensor]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file; an existing one is replaced in one step and keeps its permissions.
+
+        Raises:
+            ValueError: ``path`` is a device, a FIFO or a folder.
+            OSError: the file cannot be written.
+        """
+        write_adapter(Path(path), *self)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DEFAULT) -> None:
@@ -51,6 +77,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     """
     checks.module("model", model)
     files.check_replaceable(Path(path))
+    adapter_of(model, adapter).save(path)
+
+
+def adapter_of(model: nn.Module, adapter: str = DEFAULT) -> Adapter:
+    """The content of the file that ``save_adapter`` writes; it shares the tensors of the model.
+
+    Raises:
+        ValueError: as for ``save_adapter``.
+    """
     layers = _adapted_layers(model, adapter)
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
@@ -62,18 +97,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     _check_tensors("model", stored, targets, required=rotations.keys())
     layer_options = {name: layer.options() for name, layer in layers.items()}
     bases = {name: layer.describe_base() for name, layer in layers.items()}
-    write_adapter(Path(path), layer_options, bases, stored)
+    return Adapter(layer_options, bases, stored)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Load a file of ``save_adapter`` into a model.
+def load_adapter(model: nn.Module, path: str | os.PathLike | Adapter) -> nn.Module:
+    """Load a file of ``save_adapter``, or an adapter in memory, into a model.
 
     The file is checked completely before the model is changed.
 
     Args:
         model: the pretrained model, which is then adapted as the file says, or a model that is
             adapted with the same options (those of dropout may differ).
-        path: file to read.
+        path: file to read, or the result of ``merge_adapters``.
 
     Returns:
         ``model``. Its tensors keep their devices and dtypes; the loaded parameters are trainable.
@@ -86,7 +121,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             tensors of the model are placeholders on the meta device.
     """
     checks.module("model", model)
-    layer_options, tensors = _read(Path(path))
+    if isinstance(path, Adapter):
+        (layer_options, _, tensors), path = path, "adapter"
+    else:
+        layer_options, _, tensors = read_adapter(Path(path))
     layers = _adapted_layers(model)
     if layers:
         _compare_options(path, layer_options, layers)
@@ -216,14 +254,24 @@ def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor
     return rotations
 
 
-def _read(path: Path) -> tuple[dict[str, Options], dict[str, torch.Tensor]]:
-    """The options of each layer, and the tensors."""
+def read_adapter(path: Path) -> Adapter:
+    """Read a file of ``save_adapter``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, not of this package, or of a newer format version.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a file, got {str(path)!r}")
     with files.open_safetensors(path) as file:
-        layer_options = parse_metadata(path, file.metadata() or {})
+        metadata = file.metadata() or {}
+        layer_options = parse_metadata(path, metadata)
+        try:
+            bases = dict(json.loads(metadata.get("bases", "{}")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: expected the layers' bases as JSON: {error}") from error
         names = file.keys()
-        return layer_options, {name: file.get_tensor(name) for name in names}
+        return Adapter(layer_options, bases, {name: file.get_tensor(name) for name in names})
 
 
 def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Options]:

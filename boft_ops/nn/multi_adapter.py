@@ -18,7 +18,7 @@ from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
 from ..ops.scale import scale_columns
 from ..ops.stages import plan
-from .adapted_weight import adapted_weight, merge_adapters, no_weight
+from .adapted_weight import adapted_weight, no_weight, weight_with
 from .base_modules import (
     call_for_scale,
     check_forward,
@@ -389,7 +389,7 @@ class MultiAdapterLinear(nn.Module):
         dense, bias = dense_weight(self.base), self.bias
         dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
         check_numbers({"weight": dense, "bias": bias})
-        weight = merge_adapters(dense.to(dtype), [self.adapters[name] for name in self.active])
+        weight = weight_with(dense.to(dtype), [self.adapters[name] for name in self.active])
         layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

@@ -17,6 +17,8 @@ from .cayley import cayley, pack, unpack
 # A mean is found once no angle of its last step is larger. Few steps are needed unless the
 # rotations are far apart.
 _STEP, _MAX_STEPS = 1e-12, 100
+_LARGEST = 1e6  # a parameter beyond turns by pi, up to 2e-6, which float32 does not hold
+_NO_MEAN = "expected rotations with a mean, got some that differ by angles near pi"
 _CANCELED = 1e-6  # share of the norms below which a sum of skews is rounding
 
 
@@ -97,8 +99,8 @@ def karcher_mean(skews: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The rotations whose squared distances to the given ones, weighted, have the smallest sum.
 
     The distance is the length of the geodesic, so the mean of I and R with weights 1 - t and t is
-    R^t, and rotating all of them rotates their mean. From the mean of the parameters, each step
-    follows the mean of the geodesics to all rotations, until it no longer moves.
+    R^t, and rotating all of them rotates their mean. From the rotation of the largest weight, each
+    step follows the mean of the geodesics to all rotations, until it no longer moves.
 
     Args:
         skews: (n, ..., b(b-1)/2), floating-point; every block has a mean of its own.
@@ -108,21 +110,30 @@ def karcher_mean(skews: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         (..., b(b-1)/2), float64.
 
     Raises:
-        ValueError: rotations differ by so large angles, near pi, that no mean is found.
+        ValueError: rotations differ by so large angles, near pi, that no mean is found, or the mean
+            turns by pi, for which there are no parameters.
     """
     skews = skews.double()
-    weights = weights.to(skews).view(-1, *[1] * (skews.dim() - 1))
     rotations = cayley(skews)
-    mean = cayley((weights * skews).sum(0))
+    mean = rotations[weights.argmax()]
+    weights = weights.to(skews).view(-1, *[1] * (skews.dim() - 1))
     for _ in range(_MAX_STEPS):
-        between = inverse_cayley(mean.mT @ rotations)
-        if not between.isfinite().all():
-            break
+        between = _finite_skew(mean.mT @ rotations)
         step = (weights * _map_eigenvalues(between, lambda values: 2 * torch.atan(values))).sum(0)
         mean = mean @ cayley(_map_eigenvalues(step, lambda angles: torch.tan(angles / 2)))
         if step.numel() == 0 or step.abs().max() <= _STEP:
-            return inverse_cayley(mean)
-    raise ValueError("expected rotations with a mean, got some that differ by angles near pi")
+            return _finite_skew(mean)
+    raise ValueError(_NO_MEAN)
+
+
+def _finite_skew(blocks: torch.Tensor) -> torch.Tensor:
+    """``inverse_cayley``, or ValueError for rotations by pi, which have no finite parameters."""
+    skew = inverse_cayley(blocks)
+    # infinity and NaN are not smaller either
+    is_small = skew.numel() == 0 or skew.abs().max() < _LARGEST
+    if not (is_small and torch.dist(cayley(skew), blocks) < 1e-6):
+        raise ValueError(_NO_MEAN)
+    return skew
 
 
 def _map_eigenvalues(

@@ -12,8 +12,8 @@ from boft_ops.analysis.approximation import (
     nearest_rotation,
     shuffle_factors,
 )
-from boft_ops.ops.geodesic import inverse_cayley
 from boft_ops.analysis.transmission import pattern
+from boft_ops.ops.geodesic import inverse_cayley
 
 
 def orthogonal(n, d):

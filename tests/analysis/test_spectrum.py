@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from boft_ops import BOFTLinear, butterfly_matmul, cayley
-from boft_ops.ops.geodesic import geodesic
 from boft_ops.analysis.spectrum import (
     drift,
     hyperspherical_energy,
     orthogonality_error,
     pairwise_angles,
 )
+from boft_ops.ops.geodesic import geodesic
 
 
 def random_weight(n=12, d=32):

@@ -72,7 +72,7 @@ def test_scales(case):
 
 
 def test_a_scale_is_a_power():
-    model, base, x = made("oft")
+    model, _, x = made("oft")
     layer = model.base_model.model[0]
     layer.set_scale("default", 2)
     r = cayley(layer.at_strength("default")[0].skew)
