@@ -2,8 +2,8 @@
 
 Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kaleidoscope_matmul``,
 ``butterfly_groups``, ``multiplicative_dropout``, ``boft_linear``.
-Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
-``MultiplicativeDropout``.
+Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv1d``, ``BOFTConv2d``, ``BOFTConv3d``,
+``BOFTEmbedding``, ``MultiAdapterLinear``, ``MultiplicativeDropout``.
 Models: ``adapt``, ``param_groups``, ``set_strength``, ``merge``, ``unload``, ``save_adapter``,
 ``load_adapter``, ``merge_adapters``.
 """
@@ -16,8 +16,10 @@ paths.hide_phantom_triton()
 from ._version import __version__  # noqa: E402
 from .nn.adapt import adapt, merge, unload  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
+from .nn.conv import BOFTConv1d, BOFTConv2d, BOFTConv3d  # noqa: E402
 from .nn.dropout import MultiplicativeDropout  # noqa: E402
-from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
+from .nn.embedding import BOFTEmbedding  # noqa: E402
+from .nn.layers import BOFTLinear, OFTLinear  # noqa: E402
 from .nn.merge_adapters import merge_adapters  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
 from .nn.param_groups import param_groups  # noqa: E402
@@ -31,7 +33,10 @@ from .ops.linear import boft_linear  # noqa: E402
 from .ops.rotate_indexed import butterfly_matmul_indexed  # noqa: E402
 
 __all__ = [
+    "BOFTConv1d",
     "BOFTConv2d",
+    "BOFTConv3d",
+    "BOFTEmbedding",
     "BOFTLinear",
     "MultiAdapterLinear",
     "MultiplicativeDropout",

@@ -12,13 +12,17 @@ from .._runtime import checks
 from .base import BOFTLayer
 from .base_modules import is_quantized
 from .config import Options
-from .layers import BOFTConv2d, BOFTLinear
+from .layer_kinds import (
+    BOFT_CLASSES,
+    build_layer,
+    check_replaceable,
+    is_called,
+    is_layer,
+)
 from .multi_adapter import MultiAdapterLinear
 from .wrappers import COMPILED, pretrained_names, wrapper_of
 
-DEFAULT = "default"  # name of the adapter that adapt() adds to a quantized layer
 ALL_LINEAR = "all-linear"
-BOFT_CLASSES = BOFTLayer, MultiAdapterLinear
 
 # These modules read the weight of a child without calling it, which would ignore a rotation.
 _BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -29,15 +33,20 @@ def adapt(
     target_modules: str | Iterable[str] | Mapping[str, Options],
     *,
     modules_to_save: str | Iterable[str] = (),
+    wrap: bool = False,
     **options,
 ) -> nn.Module:
-    """Replace the matching linear and convolution layers by BOFT layers and freeze the rest.
+    """Replace the matching layers by BOFT layers and freeze the rest.
+
+    These are linear layers, convolutions of one to three dimensions, and embeddings, whose vectors
+    are rotated and have no scale.
 
     A model that is adapted already gets further layers; what is trained in it stays trainable.
 
-    A quantized linear layer is kept: a ``MultiAdapterLinear`` takes its place and calls it on
-    rotated inputs. Quantized layers are those of torchao and bitsandbytes, and modules with packed
-    integers, in_features and out_features, as GPTQ and AWQ have them.
+    Some linear layers are kept: a ``MultiAdapterLinear`` takes their place and calls them on
+    rotated inputs. These are the Conv1D of transformers (GPT-2) and quantized layers: those of
+    torchao and bitsandbytes, fine-grained fp8 of transformers, and modules with packed integers and
+    attributes for their sizes, as GPTQ, AWQ and HQQ have them.
 
     Args:
         model: changed in place; unchanged if an error is raised.
@@ -50,6 +59,9 @@ def adapt(
             of ``options``, as in ``{"q_proj": {"block_size": 16}, "down_proj": {}}``.
         modules_to_save: other modules that stay trainable, such as a classification head, named as
             in target_modules; ``save_adapter`` stores them.
+        wrap: True also keeps and calls linear layers that cannot be replaced: with hooks, with
+            parametrizations, with a forward of their own, or any module with in_features and
+            out_features. The caller knows that they are linear in their input, up to a bias.
         **options: keyword arguments of ``BOFTLinear`` and ``BOFTConv2d`` from block_size on, such
             as ``block_size=8, n_factors=2``.
 
@@ -57,8 +69,8 @@ def adapt(
         ``model``.
 
     Raises:
-        TypeError: a matching module is not an nn.Linear, nn.Conv2d or quantized linear layer, or
-            has a forward of its own, which a BOFT layer would lose.
+        TypeError: a matching module is none of these layers, or has a forward of its own, which a
+            BOFT layer would lose.
         ValueError: nothing matches; the features of a layer do not fit the options (the message
             names the layer); a layer has hooks or parametrizations, which a BOFT layer would lose;
             its parent may bypass its forward; it is adapted already; it shares its weight with a
@@ -88,20 +100,21 @@ def adapt(
                     "target_modules, which is frozen: expected one of the two"
                 )
     with unfrozen_on_error(model):
-        put_in(model, build_layers(model, layer_options))
+        put_in(model, build_layers(model, layer_options, wrap=wrap))
     for module in saved.values():
         module.requires_grad_(True)
     return model
 
 
 def build_layers(
-    model: nn.Module, options: dict[str, dict]
+    model: nn.Module, options: dict[str, dict], *, wrap: bool = False
 ) -> dict[nn.Module, BOFTLayer | MultiAdapterLinear]:
     """Build the BOFT layers for layers of a model, without putting them in.
 
     Args:
         model: unchanged, except that its quantized target layers are frozen.
         options: the keyword arguments of each BOFT layer, by the dotted name of the layer.
+        wrap: as for ``adapt``.
 
     Returns:
         The BOFT layer for each module to replace.
@@ -116,9 +129,9 @@ def build_layers(
             raise ValueError(f"model: expected a module {name!r}, got none of that name")
         parent, module = children[name]
         if module not in layers:  # a module may be registered under several names
-            _check_replaceable(name, module)
+            check_replaceable(name, module, wrap)
             check_parent(f"target_modules: {name!r}", parent)
-            layers[module] = _build(name, module, layer_options)
+            layers[module] = build_layer(name, module, layer_options, wrap)
     return layers
 
 
@@ -165,7 +178,7 @@ def unfrozen_on_error(model: nn.Module) -> Iterator[None]:
 def merge(
     model: nn.Module, requantize: Callable[[nn.Linear], nn.Module] | None = None
 ) -> nn.Module:
-    """Replace every BOFT layer by a plain nn.Linear or nn.Conv2d with the merged weight.
+    """Replace every BOFT layer by a layer of torch with the merged weight.
 
     Args:
         model: changed in place, or itself a BOFT layer; unchanged if an error is raised.
@@ -271,7 +284,7 @@ def _all_linear(model: nn.Module, saved: Iterable[nn.Module]) -> list[str]:
         for _, _, name, module in named_children(model)
         if module not in left_out
         and not isinstance(module, BOFT_CLASSES)
-        and (isinstance(module, nn.Linear) or is_quantized(module))
+        and (isinstance(module, nn.Linear) or is_called(module))
     ]
 
 
@@ -296,10 +309,10 @@ def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> di
             raise TypeError(f"{argument}: expected a string or a list of names, got {names!r}")
         matches = {n: [m for m in modules if m == n or m.endswith(f".{n}")] for n in names}
     if unmatched := [name for name, matched in matches.items() if not matched]:
-        layers = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_layer(m)})
+        layers = sorted({n.rpartition(".")[2] for n, m in modules.items() if is_layer(m)})
         raise ValueError(
             f"{argument}: expected names of modules of the model, got {unmatched} without a match; "
-            f"the names of its linear and convolution layers end in {layers}"
+            f"the names of its layers that can be adapted end in {layers}"
         )
     return {name: modules[name] for matched in matches.values() for name in matched}
 
@@ -319,23 +332,6 @@ def named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.M
                 yield parent, attribute, pretrained_name(name), child
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or is_quantized(module)
-
-
-def _check_replaceable(name: str, module: nn.Module) -> None:
-    if isinstance(module, BOFT_CLASSES):
-        raise ValueError(
-            f"target_modules: {name!r} is adapted already: expected other layers, or unload(model) "
-            "first"
-        )
-    if not _is_layer(module):
-        raise TypeError(
-            "target_modules: expected nn.Linear, nn.Conv2d or a quantized linear layer, "
-            f"{name!r} is {type(module).__name__}"
-        )
-
-
 def check_parent(layer: str, parent: nn.Module) -> None:
     """Raise ValueError if ``parent`` may read the weight of its child without calling it.
 
@@ -352,16 +348,3 @@ def check_parent(layer: str, parent: nn.Module) -> None:
             "without calling it, so that the rotation would be ignored; expected a layer whose "
             "forward() is called"
         )
-
-
-def _build(name: str, module: nn.Module, options: dict) -> BOFTLayer | MultiAdapterLinear:
-    try:
-        if is_quantized(module):
-            layer = MultiAdapterLinear(module)
-            layer.add_adapter(DEFAULT, **options)
-            return layer.train(module.training)
-        if isinstance(module, nn.Linear):
-            return BOFTLinear.from_linear(module, **options)
-        return BOFTConv2d.from_conv(module, **options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from .._runtime import checks, files
-from .adapt import DEFAULT, build_layers, named_children, put_in, unfrozen_on_error
+from .adapt import build_layers, named_children, put_in, unfrozen_on_error
 from .base import BOFTLayer
 from .base_modules import check_numbers
 from .config import Options, RotationConfig
+from .layer_kinds import DEFAULT
 from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
 from .rotated_weight import is_sharded

@@ -31,7 +31,7 @@ class Merged(NamedTuple):
 
 
 class BOFTLayer(HasStrength, HasRotation, nn.Module):
-    """Common base of BOFTLinear and BOFTConv2d: the rotation of a frozen weight, seen as (n, d).
+    """Common base of all BOFT layers: the rotation of a frozen weight, seen as (n, d).
 
     Attributes:
         config: the ``RotationConfig``.
@@ -170,7 +170,7 @@ class BOFTLayer(HasStrength, HasRotation, nn.Module):
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
         layer.frozen_weight = nn.Parameter(base.weight.detach(), requires_grad=False)
-        if base.bias is not None:
+        if getattr(base, "bias", None) is not None:
             layer.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
         layer._init_adapter(base.weight.device)
         return layer.train(base.training)

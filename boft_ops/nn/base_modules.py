@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .._runtime.checks import FLOATING
 from .._runtime.dtypes import HALVES
 from .rotated_weight import RotatedWeight, is_dense
 
@@ -68,20 +69,40 @@ def check_unmodified(base: nn.Module) -> None:
         )
 
 
+# The attributes that hold the sizes of linear layers: torch's and most others', AutoGPTQ's, and
+# Conv1D's of transformers (GPT-2).
+_SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf"))
+_CONV1D = "transformers.pytorch_utils.Conv1D"  # a name, as importing transformers takes seconds
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """The numbers of input and output features that a linear layer says it has, else None."""
+    for names in _SIZES:
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(n, int) for n in sizes):
+            return sizes
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for the Conv1D of transformers: a linear layer that stores its weight transposed."""
+    cls = type(module)
+    return f"{cls.__module__}.{cls.__qualname__}" == _CONV1D
+
+
 def is_quantized(module: nn.Module) -> bool:
-    """True if ``module`` is a linear layer whose weight is not a dense floating-point tensor.
+    """True if ``module`` is a linear layer whose weight is not a dense tensor of 16 bits or more.
 
     Such layers are made by torchao (an ``nn.Linear`` whose weight is a tensor subclass),
-    bitsandbytes (a subclass with a packed weight), GPTQ and AWQ (modules with packed integers and
-    no weight).
+    bitsandbytes (a subclass with a packed weight), transformers (a subclass with a weight of 8 bits
+    and its scales), GPTQ, AWQ and HQQ (modules with packed integers and no weight).
     """
-    features = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    if not all(isinstance(n, int) for n in features):
+    if linear_features(module) is None:
         return False
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
         is_plain = is_dense(weight) or isinstance(weight, RotatedWeight)
-        return not is_plain or not weight.is_floating_point()
+        return not is_plain or weight.dtype not in FLOATING
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(not tensor.is_floating_point() for tensor in own)
 
@@ -94,8 +115,11 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     """
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
-        if weight.is_floating_point() and is_dense(weight):
-            return weight.detach()
+        if weight.dtype in FLOATING and is_dense(weight):
+            return weight.detach().mT if is_conv1d(module) else weight.detach()
+        block_scales = getattr(module, "weight_scale_inv", None)
+        if isinstance(block_scales, torch.Tensor) and weight.is_floating_point():
+            return _scaled_by_blocks(weight, block_scales, getattr(module, "block_size", None))
         state = getattr(weight, "quant_state", None)
         if state is not None:  # bitsandbytes, 4 bits
             from bitsandbytes.functional import dequantize_4bit
@@ -114,6 +138,59 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     )
 
 
+def _scaled_by_blocks(
+    weight: torch.Tensor, scales: torch.Tensor, block_size: tuple[int, int] | None
+) -> torch.Tensor:
+    """The weight that 8-bit floats with a scale for each block stand for, float32.
+
+    Args:
+        weight: (n, d), in a format of 8 bits, as in transformers' fine-grained fp8.
+        scales: one for each block, or one for all; blocks at the end of a row or column may be cut.
+        block_size: rows and columns of a block, or None for one scale.
+    """
+    scales = scales.detach().float()
+    if block_size is not None:
+        for dim, size in enumerate(block_size):
+            scales = scales.repeat_interleave(size, dim)
+        scales = scales[: weight.shape[0], : weight.shape[1]]
+    return weight.detach().float() * scales
+
+
+def like_base(base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """A frozen layer with the weight (n, d): a Conv1D if the base is one, else an nn.Linear."""
+    n, d = weight.shape
+    with torch.device("meta"):
+        layer = type(base)(n, d) if is_conv1d(base) else nn.Linear(d, n, dtype=weight.dtype)
+    weight = weight.mT.contiguous() if is_conv1d(base) else weight
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer.train(base.training)
+
+
+def adapter_place(base: nn.Module) -> dict[str, torch.device | torch.dtype]:
+    """The device of an adapter beside ``base``, and float64 beside float64, as keyword arguments.
+
+    Where accelerate offloads the base, it is the device that the base is computed on.
+    """
+    place: dict[str, torch.device | torch.dtype] = {}
+    for tensor in (*base.parameters(), *base.buffers()):
+        place.setdefault("device", tensor.device)
+        if tensor.dtype == torch.float64:
+            place["dtype"] = torch.float64
+    hook = getattr(base, "_hf_hook", None)
+    if "device" in place and place["device"].type == "meta" and hook is not None:
+        place["device"] = torch.device(getattr(hook, "execution_device", None) or "cpu")
+    return place
+
+
+def _offloaded_bias(base: nn.Module, device: torch.device) -> torch.Tensor:
+    """The bias of a module that accelerate has offloaded, on ``device``."""
+    stored = getattr(getattr(base, "_hf_hook", None), "weights_map", None)
+    if stored is None:
+        check_numbers({"bias": base.bias})
+    return stored["bias"].to(device)
+
+
 def call_for_scale(
     base: nn.Module, scale: torch.Tensor, x: torch.Tensor, *args, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -128,6 +205,9 @@ def call_for_scale(
     """
     bias = getattr(base, "bias", None)
     bias = bias if isinstance(bias, torch.Tensor) else None
+    if bias is not None and bias.is_meta and not x.is_meta:  # it is there during the call alone
+        bias = _offloaded_bias(base, x.device)
+        return base(x, *args, **kwargs), bias, bias
     is_trained = scale.requires_grad and torch.is_grad_enabled()
     if bias is None or not is_trained or x.dtype not in HALVES or "bias" not in base._parameters:
         return base(x, *args, **kwargs), bias, bias

@@ -1,4 +1,4 @@
-"""BOFTLinear, OFTLinear and BOFTConv2d: torch's layers with a frozen weight and a rotation."""
+"""BOFTLinear and OFTLinear: torch's linear layer with a frozen weight and a rotation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.linear import rotated_linear
-from ..ops.merge import rotate_weight
 from ..ops.rotation import SkewRotation
 from .base import BOFTLayer
 from .config import RotationConfig
@@ -15,11 +14,6 @@ from .config import RotationConfig
 
 def _linear_arguments(linear: nn.Linear) -> tuple:
     return linear.in_features, linear.out_features, linear.bias is not None
-
-
-def _conv_arguments(conv: nn.Conv2d) -> tuple:
-    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-    return *shape, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode
 
 
 class BOFTLinear(BOFTLayer, nn.Linear):
@@ -174,102 +168,3 @@ class OFTLinear(BOFTLinear):
             n_factors=1,
             **options,
         )
-
-
-class BOFTConv2d(BOFTLayer, nn.Conv2d):
-    """A frozen ``nn.Conv2d`` whose kernel is multiplied by an orthogonal butterfly matrix R.
-
-    The kernel is rotated as a matrix (out_channels, in_channels/groups * kh * kw), once per call.
-    Stride, padding, dilation and groups are therefore torch's own.
-
-    Args:
-        in_channels ... dtype: as for ``nn.Conv2d``.
-        block_size ... kaleidoscope: as for ``BOFTLinear``; the rotated features are
-            in_channels/groups * kh * kw (side "in") or out_channels (side "out").
-
-    Shape: x (N, in_channels, H, W) -> (N, out_channels, H', W').
-
-    Raises:
-        TypeError, ValueError: as for ``BOFTLinear``.
-    """
-
-    BASE, _base_arguments = nn.Conv2d, _conv_arguments
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        block_size: int = 8,
-        n_factors: int = 2,
-        side: str = "in",
-        scale: bool = True,
-        p_component: float = 0.0,
-        p_block: float = 0.0,
-        method: str = "exact",
-        kaleidoscope: int = 0,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        config = RotationConfig(
-            block_size=block_size,
-            n_factors=n_factors,
-            side=side,
-            scale=scale,
-            p_component=p_component,
-            p_block=p_block,
-            method=method,
-            kaleidoscope=kaleidoscope,
-        )
-        self._init_rotation(config)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **options) -> BOFTConv2d:
-        """Build a BOFT layer that shares the storage of the weight and bias of ``conv``.
-
-        Args:
-            conv: any ``nn.Conv2d`` with torch's forward; it is not changed.
-            **options: the keyword arguments of the constructor, from block_size on.
-
-        Returns:
-            The layer, in the mode (training or evaluation) of ``conv``.
-
-        Raises:
-            TypeError: ``conv`` is not an nn.Conv2d or has a forward of its own, or an option has a
-                wrong type.
-            ValueError: ``conv`` has hooks, parametrizations or no shape yet, or an option does not
-                fit it.
-        """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
-        return cls._from_base(conv, _conv_arguments(conv), options)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.merged:
-            self._check_trainable()
-            return super().forward(x)
-        self._check_numbers(x)
-        skew, scale = self.at_strength()
-        blocks = self.dropout(self._blocks(skew))
-        rotated = rotate_weight(self._matrix(), blocks, scale, **self._placement)
-        return self._conv_forward(x, rotated.reshape(self.frozen_weight.shape), self.bias)

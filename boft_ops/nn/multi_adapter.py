@@ -20,12 +20,16 @@ from ..ops.scale import scale_columns
 from ..ops.stages import plan
 from .adapted_weight import adapted_weight, no_weight, weight_with
 from .base_modules import (
+    adapter_place,
     call_for_scale,
     check_forward,
     check_numbers,
     check_unmodified,
     dense_weight,
+    is_conv1d,
     is_quantized,
+    like_base,
+    linear_features,
 )
 from .config import RotationConfig
 from .linear_adapter import LinearAdapter
@@ -63,11 +67,13 @@ class MultiAdapterLinear(nn.Module):
     ) -> None:
         super().__init__()
         checks.module("base", base)
-        features = {"in_features": in_features, "out_features": out_features}
-        for name, value in features.items():
-            features[name] = getattr(base, name, None) if value is None else value
-            checks.positive_int(name, features[name])
-        self.in_features, self.out_features = features.values()
+        own = linear_features(base) or (None, None)
+        self.in_features, self.out_features = (
+            one if given is None else given
+            for one, given in zip(own, (in_features, out_features), strict=True)
+        )
+        checks.positive_int("in_features", self.in_features)
+        checks.positive_int("out_features", self.out_features)
         self.base = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
@@ -147,11 +153,8 @@ class MultiAdapterLinear(nn.Module):
             raise ValueError(f"name: expected a string without dots, got {name!r}")
         if name in self.adapters or hasattr(self.adapters, name):
             raise ValueError(f"name: expected a new one, got {name!r}; there are {self.names}")
-        factory_kwargs = {k: options.pop(k) for k in ("device", "dtype") if k in options}
-        for tensor in (*self.base.parameters(), *self.base.buffers()):
-            factory_kwargs.setdefault("device", tensor.device)
-            if tensor.dtype == torch.float64:
-                factory_kwargs.setdefault("dtype", torch.float64)
+        given = {k: options.pop(k) for k in ("device", "dtype") if k in options}
+        factory_kwargs = adapter_place(self.base) | given
         config = RotationConfig(**options)
         adapter = LinearAdapter(self.in_features, self.out_features, config, **factory_kwargs)
         return adapter.train(self.training)
@@ -370,14 +373,14 @@ class MultiAdapterLinear(nn.Module):
                 merged weight to the layer to use (``docs/interop.md`` has examples).
 
         Returns:
-            A frozen ``nn.Linear``, or the result of ``requantize``.
+            A frozen ``nn.Linear``, or Conv1D over one, or the result of ``requantize``.
 
         Raises:
-            TypeError: the base is neither quantized nor a plain ``nn.Linear``.
+            TypeError: the base is neither quantized nor a plain ``nn.Linear`` or Conv1D.
             ValueError: the base has hooks, is quantized and ``requantize`` is None, or its weight
                 cannot be read; or a tensor is a placeholder on the meta device.
         """
-        if not (quantized := is_quantized(self.base)):
+        if not (quantized := is_quantized(self.base)) and not is_conv1d(self.base):
             check_forward(self.base, nn.Linear)
         check_unmodified(self.base)
         if quantized and requantize is None:
@@ -390,10 +393,7 @@ class MultiAdapterLinear(nn.Module):
         dtype = dense.dtype if bias is None else torch.promote_types(dense.dtype, bias.dtype)
         check_numbers({"weight": dense, "bias": bias})
         weight = weight_with(dense.to(dtype), [self.adapters[name] for name in self.active])
-        layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        layer.train(self.training)
+        layer = like_base(self.base, weight, bias)
         return layer if requantize is None else requantize(layer)
 
     def extra_repr(self) -> str:

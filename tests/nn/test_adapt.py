@@ -22,7 +22,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList([Attention(), Attention()])
-        self.conv = nn.Conv1d(16, 16, 1)
+        self.conv = nn.ConvTranspose1d(16, 16, 1)
         self.classifier = nn.Linear(16, 3)
 
     def forward(self, x):
@@ -185,7 +185,7 @@ def test_errors_leave_the_model_untouched():
     bad = [
         (["q_proj", "odd"], {}, ValueError, "odd: block_size: expected a divisor of 15"),
         (["q_proj", "nothing"], {}, ValueError, r"\['nothing'\] without a match.*q_proj"),
-        (["q_proj", "conv"], {}, TypeError, "'conv' is Conv1d"),
+        (["q_proj", "conv"], {}, TypeError, "'conv' is ConvTranspose1d$"),
         (["q_proj"], {"side": "left"}, ValueError, "side: expected one of"),
         (["q_proj"], {"rank": 4}, TypeError, "rank"),
         (["q_proj"], {"modules_to_save": ["head"]}, ValueError, "modules_to_save: expected names"),
