@@ -316,7 +316,7 @@ def test_float8_training():
     base, x = nn.Sequential(nn.Linear(32, 16)), torch.randn(16, 32)
     adapted = randomized(adapt(copy.deepcopy(base), "0", **OPTIONS))
     y = adapted(x)
-    with pytest.raises(TypeError, match="cannot assign .* as parameter 'weight'"):
+    with pytest.raises(TypeError, match=r"cannot assign .* as parameter 'weight'"):
         float8.convert_to_float8_training(adapted, config=config)
     assert torch.equal(adapted(x), y)
     float8.convert_to_float8_training(base, config=config)
