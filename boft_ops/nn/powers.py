@@ -92,8 +92,8 @@ class HasStrength:
 
         At t = 0 the module is the pretrained one and at t = 1 the finetuned one, both exactly. In
         between every block of R follows the shortest way, by t times its angles. Numbers beyond 1
-        exaggerate what was trained, and negative ones undo it twice. ``skew`` and ``scale`` are not
-        changed, and files hold them as they are. A trained bias has no strength.
+        exaggerate what was trained, and negative ones turn the other way. ``skew`` and ``scale``
+        are not changed, and files hold them as they are. A trained bias has no strength.
 
         Args:
             strength: t, a finite number.
