@@ -9,7 +9,7 @@ namespace {
 // Contiguous matrices of a stage as the kernels apply them: transposed for x R^T.
 Tensor as_applied(const Tensor& stage, bool transpose) {
   const int64_t last = stage.dim() - 1;
-  return torch::stable::contiguous(transpose ? torch::stable::transpose(stage, last - 1, last)
+  return dense(transpose ? torch::stable::transpose(stage, last - 1, last)
                                              : stage);
 }
 
@@ -19,8 +19,8 @@ Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t
                   bool transpose) {
   const auto dtype = dtype_of(x_, "rotate: x");
   const auto shape = stage_of(x_, stage_, chunk, stride);
-  const Tensor x = torch::stable::contiguous(x_), stage = as_applied(stage_, transpose);
-  Tensor y = torch::stable::empty_like(x);
+  const Tensor x = dense(x_), stage = as_applied(stage_, transpose);
+  Tensor y = new_like(x);
   const void *in = x.const_data_ptr(), *matrices = stage.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const int64_t rows = x.size(0), d = x.size(1);
@@ -35,9 +35,9 @@ Tensor rotate_indexed_cpu(const Tensor& x_, const Tensor& stages_, const Tensor&
                           int64_t chunk, int64_t stride, bool transpose) {
   const auto dtype = dtype_of(x_, "rotate_indexed: x");
   const auto shape = stage_of(x_, stages_, index_, chunk, stride);
-  const Tensor x = torch::stable::contiguous(x_), stages = as_applied(stages_, transpose);
-  const Tensor index = torch::stable::contiguous(index_);
-  Tensor y = torch::stable::empty_like(x);
+  const Tensor x = dense(x_), stages = as_applied(stages_, transpose);
+  const Tensor index = dense(index_);
+  Tensor y = new_like(x);
   const void *in = x.const_data_ptr(), *matrices = stages.const_data_ptr();
   const auto* which = static_cast<const int32_t*>(index.const_data_ptr());
   void* out = y.mutable_data_ptr();
@@ -57,9 +57,9 @@ Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::Stage& shape, 
                const Tensor* stage, Tensor* x_grad) {
   const auto dtype = dtype_of(x_, "rotate_stage_grad: x");
   STD_TORCH_CHECK(alike(x_, grad_), "rotate_stage_grad: grad: expected the shape and dtype of x");
-  const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
+  const Tensor x = dense(x_), grad = dense(grad_);
   const int64_t rows = x.size(0), d = x.size(1), groups = d / shape.size;
-  Tensor out = torch::stable::new_empty(x, {1, groups, shape.size, shape.size}, compute_dtype(x));
+  Tensor out = new_tensor(x, {1, groups, shape.size, shape.size}, compute_dtype(x));
   const void *left = x.const_data_ptr(), *right = grad.const_data_ptr();
   const void* matrices = stage ? stage->const_data_ptr() : nullptr;
   void *to = out.mutable_data_ptr(), *dx = x_grad ? x_grad->mutable_data_ptr() : nullptr;
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
   check_splits(splits);
   const auto shape = stage_of(x, stage_, chunk, stride);
   const Tensor stage = as_applied(stage_, !transpose);
-  Tensor x_grad = torch::stable::empty_like(torch::stable::contiguous(x));
+  Tensor x_grad = new_like(dense(x));
   const Tensor gram = gram_of(x, grad, shape, transpose, &stage, &x_grad);
   return {x_grad, gram};
 }
@@ -98,41 +98,49 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
 namespace {
 
 // Fills shift = bias - scale * center, which is exactly 0 where scale is 1 and center equals bias.
-// Without a center it is the bias.
+// Without a center it is the bias, and without a bias 0.
 template <class C>
-void shift_of(const Tensor& scale, const MaybeTensor& center, const Tensor& bias, Tensor& shift) {
+void shift_of(const Tensor& scale, const MaybeTensor& center, const MaybeTensor& bias,
+              Tensor& shift) {
   const auto data = [](const Tensor& t) { return static_cast<const C*>(t.const_data_ptr()); };
   C* out = static_cast<C*>(shift.mutable_data_ptr());
   for (int64_t j = 0; j < shift.size(0); ++j)
-    out[j] = center ? data(bias)[j] - data(scale)[j] * data(*center)[j] : data(bias)[j];
+    out[j] = center ? data(*bias)[j] - data(scale)[j] * data(*center)[j] : bias ? data(*bias)[j] : 0;
 }
 
 }  // namespace
 
-Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& center_,
-                 const MaybeTensor& bias) {
-  const auto dtype = dtype_of(x_, "scale: x");
-  STD_TORCH_CHECK(x_.dim() == 2, "scale: x: expected (rows, n)");
+void scale_into(const Tensor& x, const Tensor& scale_, const MaybeTensor& center_,
+                const MaybeTensor& bias, Tensor& y) {
+  const auto dtype = dtype_of(x, "scale: x");
+  STD_TORCH_CHECK(x.dim() == 2, "scale: x: expected (rows, n)");
   STD_TORCH_CHECK(bias || !center_, "scale: center: expected none without a bias");
-  const int64_t rows = x_.size(0), n = x_.size(1);
-  const auto wide = compute_dtype(x_);
+  const int64_t rows = x.size(0), n = x.size(1);
+  const auto wide = compute_dtype(x);
   const auto vector = [&](const Tensor& t) {
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n, "scale: expected vectors (n,)");
-    return torch::stable::contiguous(torch::stable::to(t, wide));
+    return dense(t.scalar_type() == wide ? t : torch::stable::to(t, wide));
   };
-  const Tensor x = torch::stable::contiguous(x_), scale = vector(scale_);
+  const Tensor scale = vector(scale_);
   const auto center = center_ ? MaybeTensor(vector(*center_)) : std::nullopt;
-  Tensor shift = torch::stable::new_zeros(scale, {n}), y = torch::stable::empty_like(x);
-  if (bias && wide == ScalarType::Double)
-    shift_of<double>(scale, center, vector(*bias), shift);
-  else if (bias)
-    shift_of<float>(scale, center, vector(*bias), shift);
+  Tensor shift = new_like(scale);
+  if (wide == ScalarType::Double)
+    shift_of<double>(scale, center, bias ? MaybeTensor(vector(*bias)) : bias, shift);
+  else
+    shift_of<float>(scale, center, bias ? MaybeTensor(vector(*bias)) : bias, shift);
   const void *px = x.const_data_ptr(), *ps = scale.const_data_ptr(), *pt = shift.const_data_ptr();
   void* py = y.mutable_data_ptr();
   const int64_t grain = std::max<int64_t>(1, boft::cpu::grain_of(n));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     boft::cpu::scale(px, ps, pt, py, n, begin, end, dtype);
   });
+}
+
+Tensor scale_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& center,
+                 const MaybeTensor& bias) {
+  const Tensor x = dense(x_);
+  Tensor y = new_like(x);
+  scale_into(x, scale, center, bias, y);
   return y;
 }
 
@@ -141,13 +149,13 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const
                                                       const MaybeTensor& center_) {
   const auto dtype = dtype_of(x_, "scale_backward: x");
   check_scale(grad_, x_, scale_, center_);
-  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
-  const Tensor scale = torch::stable::contiguous(scale_);
-  const Tensor center = center_ ? torch::stable::contiguous(*center_)
+  const Tensor grad = dense(grad_), x = dense(x_);
+  const Tensor scale = dense(scale_);
+  const Tensor center = center_ ? dense(*center_)
                                 : torch::stable::new_zeros(scale, {scale.size(0)});
-  Tensor x_grad = torch::stable::empty_like(x);
-  Tensor scale_grad = torch::stable::empty_like(scale);
-  Tensor bias_grad = torch::stable::empty_like(scale);
+  Tensor x_grad = new_like(x);
+  Tensor scale_grad = new_like(scale);
+  Tensor bias_grad = new_like(scale);
   const void *pg = grad.const_data_ptr(), *px = x.const_data_ptr();
   const void *ps = scale.const_data_ptr(), *pc = center.const_data_ptr();
   void *dx = x_grad.mutable_data_ptr(), *ds = scale_grad.mutable_data_ptr();
