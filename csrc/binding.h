@@ -88,10 +88,11 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   int32_t type, index, number;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  if (dtype)
+  if (dtype) {
     number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
-  else
+  } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &number));
+  }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides.data(), number, type, index, &handle));
@@ -102,16 +103,18 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
 inline Tensor new_like(const Tensor& t) { return new_tensor(t, t.sizes()); }
 
 // The numbers of a tensor under other sizes and strides: a tensor of its own to autograd, without a
-// call of the dispatcher. By default the strides are those of a contiguous tensor.
+// call of the dispatcher. By default the strides are those of a contiguous tensor. `skipped` numbers
+// come before its first one.
 inline Tensor viewed(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                     const int64_t* strides = nullptr) {
+                     const int64_t* strides = nullptr, int64_t skipped = 0) {
   const auto contiguous = contiguous_strides(sizes);
   int64_t offset;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(),
-                                     strides ? strides : contiguous.data(), offset, &handle));
+                                     strides ? strides : contiguous.data(), offset + skipped,
+                                     &handle));
   return Tensor(handle);
 }
 

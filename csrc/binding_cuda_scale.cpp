@@ -18,26 +18,21 @@ MaybeTensor wide_vector(const Tensor& x, const MaybeTensor& t, const char* name)
 
 }  // namespace
 
-void scale_into_cuda(const Tensor& x, const Tensor& scale_, const MaybeTensor& center_,
-                     const MaybeTensor& bias_, Tensor& y) {
-  const auto dtype = cuda_dtype_of(x, "scale: x");
-  STD_TORCH_CHECK(x.dim() == 2, "scale: x: expected (rows, n)");
+Tensor scale_cuda(const Tensor& x_, const Tensor& scale_, const MaybeTensor& center_,
+                  const MaybeTensor& bias_) {
+  const auto dtype = cuda_dtype_of(x_, "scale: x");
+  STD_TORCH_CHECK(x_.dim() == 2, "scale: x: expected (rows, n)");
   STD_TORCH_CHECK(bias_ || !center_, "scale: center: expected none without a bias");
-  check_device("scale", x, {&scale_, given(center_), given(bias_)});
+  check_device("scale", x_, {&scale_, given(center_), given(bias_)});
+  const Tensor x = dense(x_);
   const auto scale = wide_vector(x, scale_, "scale: scale");
   const auto center = wide_vector(x, center_, "scale: center");
   const auto bias = wide_vector(x, bias_, "scale: bias");
+  Tensor y = new_like(x);
   check_launch("scale", boft::cuda::scale(x.const_data_ptr(), scale->const_data_ptr(),
                                           pointer<void>(center), pointer<void>(bias),
                                           y.mutable_data_ptr(), x.size(0), x.size(1), dtype,
                                           queue_of(x)));
-}
-
-Tensor scale_cuda(const Tensor& x_, const Tensor& scale, const MaybeTensor& center,
-                  const MaybeTensor& bias) {
-  const Tensor x = dense(x_);
-  Tensor y = new_like(x);
-  scale_into_cuda(x, scale, center, bias, y);
   return y;
 }
 

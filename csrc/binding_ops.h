@@ -36,16 +36,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cpu(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
     const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,
     bool need_bias);
-// Writes scale * (x - center) + bias into y, which may be x; both are contiguous.
-void scale_into(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
-                const MaybeTensor& bias, Tensor& y);
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_cpu(
+std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cpu(
     const Tensor& x, const Tensor& weight, const Tensor& skew, const MaybeTensor& drop_mask,
     const MaybeTensor& scale, const MaybeTensor& bias, bool save_z, bool fused);
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cpu(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& blocks,
-    const Tensor& stage, const MaybeTensor& drop_mask, const MaybeTensor& scale,
-    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool fused);
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& skew,
+    const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& scale,
+    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool need_bias,
+    bool fused);
 
 Tensor cayley_cuda(const Tensor& skew, const MaybeTensor& drop);
 Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
@@ -65,9 +63,6 @@ Tensor rotate_stage_grad_cuda(const Tensor& x, const Tensor& grad, int64_t size,
                  int64_t splits);
 Tensor scale_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                   const MaybeTensor& bias);
-// As scale_into.
-void scale_into_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
-                     const MaybeTensor& bias, Tensor& y);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const Tensor& x,
                                                        const Tensor& scale,
                                                        const MaybeTensor& center);
@@ -78,13 +73,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
     const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,
     bool need_bias);
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_cuda(
+std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cuda(
     const Tensor& x, const Tensor& weight, const Tensor& skew, const MaybeTensor& drop_mask,
     const MaybeTensor& scale, const MaybeTensor& bias, bool save_z, bool fused);
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cuda(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& blocks,
-    const Tensor& stage, const MaybeTensor& drop_mask, const MaybeTensor& scale,
-    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool fused);
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& skew,
+    const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& scale,
+    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool need_bias,
+    bool fused);
 
 }  // namespace boft::binding
 

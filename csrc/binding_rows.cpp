@@ -1,6 +1,6 @@
 // Operators that read or write activations, on a CPU: rotate, rotate_indexed, scale, and their
 // gradients. The kernels divide work by whole rows, groups or columns.
-#include "binding_checks.h"
+#include "binding_cpu.h"
 #include "binding_ops.h"
 
 namespace boft::binding {
@@ -15,19 +15,51 @@ Tensor as_applied(const Tensor& stage, bool transpose) {
 
 }  // namespace
 
+void rotate_rows(const void* x, const void* stages, void* y, int64_t rows, int64_t d,
+                 boft::Stage stage, boft::DType dtype) {
+  const int64_t grain = std::max<int64_t>(8, boft::cpu::grain_of(d * stage.size));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::rotate(x, stages, y, d, stage, begin, end, dtype);
+  });
+}
+
+void rotate_rows_backward(const void* grad, const void* x, const void* stages, void* x_grad,
+                          void* stages_grad, int64_t rows, int64_t d, boft::Stage stage,
+                          bool transpose, boft::DType dtype) {
+  const int64_t work = std::max<int64_t>(rows, 1) * stage.size * stage.size;
+  torch::stable::parallel_for(0, d / stage.size, boft::cpu::grain_of(work),
+                              [&](int64_t begin, int64_t end) {
+    boft::cpu::rotate_backward(grad, x, stages, x_grad, stages_grad, rows, d, stage, transpose,
+                               begin, end, dtype);
+  });
+}
+
+void scale_rows(const void* x, const void* scale, const void* shift, void* y, int64_t rows,
+                int64_t n, boft::DType dtype) {
+  const int64_t grain = std::max<int64_t>(1, boft::cpu::grain_of(n));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::scale(x, scale, shift, y, n, begin, end, dtype);
+  });
+}
+
+void scale_rows_backward(const void* grad, const void* x, const void* scale, const void* center,
+                         void* x_grad, void* scale_grad, void* bias_grad, int64_t rows, int64_t n,
+                         boft::DType dtype) {
+  const int64_t grain = std::max<int64_t>(16, boft::cpu::grain_of(rows));
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::scale_backward(grad, x, scale, center, x_grad, scale_grad, bias_grad, rows, n, begin,
+                              end, dtype);
+  });
+}
+
 Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
                   bool transpose) {
   const auto dtype = dtype_of(x_, "rotate: x");
   const auto shape = stage_of(x_, stage_, chunk, stride);
   const Tensor x = dense(x_), stage = as_applied(stage_, transpose);
   Tensor y = new_like(x);
-  const void *in = x.const_data_ptr(), *matrices = stage.const_data_ptr();
-  void* out = y.mutable_data_ptr();
-  const int64_t rows = x.size(0), d = x.size(1);
-  const int64_t grain = std::max<int64_t>(8, boft::cpu::grain_of(d * shape.size));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    boft::cpu::rotate(in, matrices, out, d, shape, begin, end, dtype);
-  });
+  rotate_rows(x.const_data_ptr(), stage.const_data_ptr(), y.mutable_data_ptr(), x.size(0),
+              x.size(1), shape, dtype);
   return y;
 }
 
@@ -60,15 +92,10 @@ Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::Stage& shape, 
   const Tensor x = dense(x_), grad = dense(grad_);
   const int64_t rows = x.size(0), d = x.size(1), groups = d / shape.size;
   Tensor out = new_tensor(x, {1, groups, shape.size, shape.size}, compute_dtype(x));
-  const void *left = x.const_data_ptr(), *right = grad.const_data_ptr();
-  const void* matrices = stage ? stage->const_data_ptr() : nullptr;
-  void *to = out.mutable_data_ptr(), *dx = x_grad ? x_grad->mutable_data_ptr() : nullptr;
-  const int64_t work = std::max<int64_t>(rows, 1) * shape.size * shape.size;
-  torch::stable::parallel_for(0, groups, boft::cpu::grain_of(work),
-                              [&](int64_t begin, int64_t end) {
-    boft::cpu::rotate_backward(right, left, matrices, dx, to, rows, d, shape, transpose, begin, end,
-                               dtype);
-  });
+  rotate_rows_backward(grad.const_data_ptr(), x.const_data_ptr(),
+                       stage ? stage->const_data_ptr() : nullptr,
+                       x_grad ? x_grad->mutable_data_ptr() : nullptr, out.mutable_data_ptr(), rows,
+                       d, shape, transpose, dtype);
   return out;
 }
 
@@ -98,49 +125,37 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
 namespace {
 
 // Fills shift = bias - scale * center, which is exactly 0 where scale is 1 and center equals bias.
-// Without a center it is the bias, and without a bias 0.
+// Without a center it is the bias.
 template <class C>
-void shift_of(const Tensor& scale, const MaybeTensor& center, const MaybeTensor& bias,
-              Tensor& shift) {
+void shift_of(const Tensor& scale, const MaybeTensor& center, const Tensor& bias, Tensor& shift) {
   const auto data = [](const Tensor& t) { return static_cast<const C*>(t.const_data_ptr()); };
   C* out = static_cast<C*>(shift.mutable_data_ptr());
   for (int64_t j = 0; j < shift.size(0); ++j)
-    out[j] = center ? data(*bias)[j] - data(scale)[j] * data(*center)[j] : bias ? data(*bias)[j] : 0;
+    out[j] = center ? data(bias)[j] - data(scale)[j] * data(*center)[j] : data(bias)[j];
 }
 
 }  // namespace
 
-void scale_into(const Tensor& x, const Tensor& scale_, const MaybeTensor& center_,
-                const MaybeTensor& bias, Tensor& y) {
-  const auto dtype = dtype_of(x, "scale: x");
-  STD_TORCH_CHECK(x.dim() == 2, "scale: x: expected (rows, n)");
+Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& center_,
+                 const MaybeTensor& bias) {
+  const auto dtype = dtype_of(x_, "scale: x");
+  STD_TORCH_CHECK(x_.dim() == 2, "scale: x: expected (rows, n)");
   STD_TORCH_CHECK(bias || !center_, "scale: center: expected none without a bias");
-  const int64_t rows = x.size(0), n = x.size(1);
-  const auto wide = compute_dtype(x);
+  const int64_t rows = x_.size(0), n = x_.size(1);
+  const auto wide = compute_dtype(x_);
   const auto vector = [&](const Tensor& t) {
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n, "scale: expected vectors (n,)");
-    return dense(t.scalar_type() == wide ? t : torch::stable::to(t, wide));
+    return dense(torch::stable::to(t, wide));
   };
-  const Tensor scale = vector(scale_);
+  const Tensor x = dense(x_), scale = vector(scale_);
   const auto center = center_ ? MaybeTensor(vector(*center_)) : std::nullopt;
-  Tensor shift = new_like(scale);
-  if (wide == ScalarType::Double)
-    shift_of<double>(scale, center, bias ? MaybeTensor(vector(*bias)) : bias, shift);
-  else
-    shift_of<float>(scale, center, bias ? MaybeTensor(vector(*bias)) : bias, shift);
-  const void *px = x.const_data_ptr(), *ps = scale.const_data_ptr(), *pt = shift.const_data_ptr();
-  void* py = y.mutable_data_ptr();
-  const int64_t grain = std::max<int64_t>(1, boft::cpu::grain_of(n));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    boft::cpu::scale(px, ps, pt, py, n, begin, end, dtype);
-  });
-}
-
-Tensor scale_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& center,
-                 const MaybeTensor& bias) {
-  const Tensor x = dense(x_);
-  Tensor y = new_like(x);
-  scale_into(x, scale, center, bias, y);
+  Tensor shift = torch::stable::new_zeros(scale, {n}), y = new_like(x);
+  if (bias && wide == ScalarType::Double)
+    shift_of<double>(scale, center, vector(*bias), shift);
+  else if (bias)
+    shift_of<float>(scale, center, vector(*bias), shift);
+  scale_rows(x.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(),
+             y.mutable_data_ptr(), rows, n, dtype);
   return y;
 }
 
@@ -156,15 +171,10 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const
   Tensor x_grad = new_like(x);
   Tensor scale_grad = new_like(scale);
   Tensor bias_grad = new_like(scale);
-  const void *pg = grad.const_data_ptr(), *px = x.const_data_ptr();
-  const void *ps = scale.const_data_ptr(), *pc = center.const_data_ptr();
-  void *dx = x_grad.mutable_data_ptr(), *ds = scale_grad.mutable_data_ptr();
-  void* db = bias_grad.mutable_data_ptr();
-  const int64_t rows = x.size(0), n = x.size(1);
-  const int64_t grain = std::max<int64_t>(16, boft::cpu::grain_of(rows));
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    boft::cpu::scale_backward(pg, px, ps, pc, dx, ds, db, rows, n, begin, end, dtype);
-  });
+  scale_rows_backward(grad.const_data_ptr(), x.const_data_ptr(), scale.const_data_ptr(),
+                      center.const_data_ptr(), x_grad.mutable_data_ptr(),
+                      scale_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), x.size(0),
+                      x.size(1), dtype);
   return {x_grad, scale_grad, bias_grad};
 }
 

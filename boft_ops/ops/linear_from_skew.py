@@ -7,11 +7,11 @@ stages, half precision on a CPU, graphs) goes by the strategies of linear.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from .._runtime import autocast
+from .._runtime import autocast, checks
 from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import COMPUTE, HALVES
 from .._runtime.limits import MAX_ROTATION
@@ -36,12 +36,18 @@ def _reference(x, weight, skew, drop_mask, scale, bias, save_z, fused):
     blocks, stage = stage_from_skew_forward.reference(skew, drop_mask)
     rows, in_z = x.reshape(-1, x.shape[-1]), _is_bias_in_z(x, scale)
     y, z = rotated_linear_reference(rows, weight, stage, scale, bias, in_z, save_z)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), z, blocks, stage
+    rotation = torch.cat([blocks.flatten(), stage.flatten()])
+    return y.reshape(*x.shape[:-1], weight.shape[0]), z, rotation
 
 
 def _backward_reference(
-    grad, x, weight, blocks, stage, drop_mask, scale, bias, output, is_scaled, splits, fused
-):
+    grad, x, weight, skew, rotation, drop_mask, scale, bias, output, is_scaled, splits, need_bias,
+    fused,
+):  # fmt: skip
+    m, n_blocks, b, size = _shape_of(skew)
+    n_numbers = m * n_blocks * b * b
+    blocks = rotation[:n_numbers].view(m, n_blocks, b, b)
+    stage = rotation[n_numbers:].view(-1, size, size)
     rows, in_z = x.reshape(-1, x.shape[-1]), _is_bias_in_z(x, scale)
     center = bias if in_z or is_scaled else None
     if output is not None:
@@ -50,12 +56,21 @@ def _backward_reference(
             _, output = rotated_linear_reference(rows, weight, stage, scale, bias, in_z, True)
             center, is_scaled = bias if in_z else None, False
     x_grad, stage_grad, scale_grad, bias_grad = rotated_linear_backward_reference(
-        grad.reshape(-1, grad.shape[-1]), rows, weight, stage, scale, center, output, splits, fused
+        *(grad.reshape(-1, grad.shape[-1]), rows, weight, stage),
+        *(scale, center, output, splits, need_bias),
     )
     if output is not None and is_scaled:
         scale_grad = scale_grad / scale
     skew_grad = stage_from_skew_backward.reference(blocks, drop_mask, stage_grad)
+    bias_grad = bias_grad.to(skew.dtype) if need_bias else skew.new_empty(0)
     return x_grad.reshape(x.shape), skew_grad, scale_grad, bias_grad
+
+
+def _shape_of(skew: torch.Tensor) -> tuple[int, int, int, int]:
+    """The numbers m of factors, K of blocks, b of a block's rows, and those of a group's features."""
+    m, n_blocks, packed = skew.shape
+    b = checks.block_size_from_packed("skew", packed)
+    return m, n_blocks, b, b << (m - 1)
 
 
 def _is_bias_in_z(x: torch.Tensor, scale: torch.Tensor | None) -> bool:
@@ -64,53 +79,39 @@ def _is_bias_in_z(x: torch.Tensor, scale: torch.Tensor | None) -> bool:
 
 
 def _fake(x, weight, skew, drop_mask, scale, bias, save_z, fused):
-    m, n_blocks, packed = skew.shape
-    b = (1 + round((1 + 8 * packed) ** 0.5)) // 2
-    size, n = b << (m - 1), weight.shape[0]
+    m, n_blocks, b, size = _shape_of(skew)
+    n = weight.shape[0]
     rows = x.numel() // x.shape[-1] if save_z and scale is not None else 0
-    return (
-        x.new_empty(*x.shape[:-1], n),
-        x.new_empty(rows, n),
-        skew.new_empty(m, n_blocks, b, b),
-        skew.new_empty(n_blocks * b // size, size, size),
-    )
+    rotation = skew.new_empty(n_blocks * b * (m * b + size))
+    return x.new_empty(*x.shape[:-1], n), x.new_empty(rows, n), rotation
 
 
 def _fake_backward(
-    grad, x, weight, blocks, stage, drop_mask, scale, bias, output, is_scaled, splits, fused
-):
-    m, n_blocks, b, _ = blocks.shape
+    grad, x, weight, skew, rotation, drop_mask, scale, bias, output, is_scaled, splits, need_bias,
+    fused,
+):  # fmt: skip
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
-    skew_grad = blocks.new_empty(m, n_blocks, b * (b - 1) // 2)
+    skew_grad = torch.empty_like(skew, memory_format=torch.contiguous_format)
     n = weight.shape[0]
-    if output is not None:
-        return x_grad, skew_grad, scale.new_empty(n), scale.new_empty(n)
-    return x_grad, skew_grad, stage.new_empty(0), grad.new_empty(n if fused else 0)
-
-
-def _fits(x: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, size: int) -> bool:
-    compute_dtype = COMPUTE[x.dtype]
-    return x.dtype == weight.dtype and skew.dtype == compute_dtype and size <= MAX_ROTATION
-
-
-def _size_of(skew: torch.Tensor) -> int:
-    return round((1 + (1 + 8 * skew.shape[-1]) ** 0.5) / 2) << (skew.shape[0] - 1)
-
-
-def _cpu_supports(x, weight, skew, *_: object) -> bool:
-    return x.dtype == torch.float32 and _fits(x, weight, skew, _size_of(skew))
+    scale_grad = skew.new_empty(n if output is not None else 0)
+    return x_grad, skew_grad, scale_grad, skew.new_empty(n if need_bias else 0)
 
 
 def _cuda_supports(x, weight, skew, *_: object) -> bool:
-    return x.dtype != torch.float64 and _fits(x, weight, skew, _size_of(skew))
+    fits = x.dtype == weight.dtype and skew.dtype == COMPUTE[x.dtype] and weight.is_contiguous()
+    return fits and x.dtype != torch.float64 and _shape_of(skew)[3] <= MAX_ROTATION
 
 
-def _cpu_supports_backward(grad, x, weight, blocks, stage, *_: object) -> bool:
-    return x.dtype == torch.float32 and _fits(x, weight, blocks, stage.shape[-1])
+def _cpu_supports(x, weight, skew, *_: object) -> bool:
+    return x.dtype == torch.float32 and _cuda_supports(x, weight, skew)
 
 
-def _cuda_supports_backward(grad, x, weight, blocks, stage, *_: object) -> bool:
-    return x.dtype != torch.float64 and _fits(x, weight, blocks, stage.shape[-1])
+def _cuda_supports_backward(grad, x, weight, skew, *_: object) -> bool:
+    return _cuda_supports(x, weight, skew)
+
+
+def _cpu_supports_backward(grad, x, weight, skew, *_: object) -> bool:
+    return _cpu_supports(x, weight, skew)
 
 
 def _samples(w: Workload) -> Iterator[tuple]:
@@ -127,15 +128,14 @@ def _samples(w: Workload) -> Iterator[tuple]:
 def _backward_samples(w: Workload) -> Iterator[tuple]:
     for x, weight, skew, drop_mask, scale, bias, save_z, fused in _samples(w):
         with torch.no_grad():
-            blocks, stage = stage_from_skew_forward.reference(skew, drop_mask)
+            rotation = _reference(x, weight, skew, drop_mask, scale, bias, False, False)[2]
         splits = plan(w.n_factors, w.block_size, w.device.type)[0].splits(x)
-        grad, output = (w.tensor(w.rows, w.n, salt=salt) for salt in (1, 2))
-        outputs = ((output, True), (output, False)) if save_z else ((None, False),)
-        for output, is_scaled in outputs:
-            yield (
-                *(grad, x, weight, blocks, stage, drop_mask),
-                *(scale, bias, output, is_scaled, splits, fused),
-            )
+        grad, z = (w.tensor(w.rows, w.n, salt=salt) for salt in (1, 2))
+        output = z if save_z else None
+        yield (
+            *(grad, x, weight, skew, rotation, drop_mask, scale, bias),
+            *(output, False, splits, output is not None, fused),
+        )
 
 
 # y = scale * (x R W^T) + bias from the skew of R, for one stage of at most MAX_ROTATION features.
@@ -143,24 +143,27 @@ def _backward_samples(w: Workload) -> Iterator[tuple]:
 #   save_z: return z as well, for the gradient of the scale
 #   fused: multiply in the kernel that rotates, on a CPU
 # Returns y (..., n); z (rows, n), the output before the scale, with the bias in it but for half
-# precision with a scale, and (0, n) unless saved; blocks (m, K, b, b); stage (d/size, size, size).
+# precision with a scale, and (0, n) unless saved; and `rotation`, the numbers of the blocks
+# (m, K, b, b) and then of the stage (d/size, size, size): one tensor costs less than two.
 linear_from_skew_forward = Op(
     "linear_from_skew(Tensor x, Tensor weight, Tensor skew, Tensor? drop_mask, Tensor? scale,"
-    " Tensor? bias, bool save_z, bool fused) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? bias, bool save_z, bool fused) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     samples=_samples,
     kernels={"cpu": Kernel(_cpu_supports), "cuda": Kernel(_cuda_supports)},
 )
 # The gradients of x, skew, scale and bias.
+#   rotation: as the forward op returned it
 #   output: for the gradient of the scale, z or, if is_scaled, y; None if the scale needs none
 #   splits: the number of partial sums of the gradient of the stage; 1 on a CPU
+#   need_bias: sum up the gradient of the bias, for which there has to be an output, or fused
 # Returns x_grad like x, skew_grad like skew, scale_grad (n,), empty without output, and bias_grad
-# (n,), empty without output unless fused.
+# (n,), empty unless need_bias; the last two in the dtype of skew.
 linear_from_skew_backward = Op(
-    "linear_from_skew_backward(Tensor grad, Tensor x, Tensor weight, Tensor blocks, Tensor stage,"
+    "linear_from_skew_backward(Tensor grad, Tensor x, Tensor weight, Tensor skew, Tensor rotation,"
     " Tensor? drop_mask, Tensor? scale, Tensor? bias, Tensor? output, bool is_scaled, int splits,"
-    " bool fused) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool need_bias, bool fused) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_fake_backward,
     samples=_backward_samples,
@@ -181,19 +184,16 @@ class NativeCall:
     __slots__ = ("forward", "backward", "fused", "splits", "keeps_output")
 
     def __init__(self, backend: str, fused: bool, splits: int) -> None:
-        of = Op.native if backend == "cuda" else _raw
-        self.forward = of(linear_from_skew_forward)
-        self.backward = of(linear_from_skew_backward)
+        ops = linear_from_skew_forward, linear_from_skew_backward
+        calls = [op.native() if backend == "cuda" else op.raw for op in ops]
+        # the builtin behind an overload, whose own __call__ is a Python function around it
+        self.forward, self.backward = (getattr(call, "_op", call) for call in calls)
         self.fused, self.splits = fused, splits
         self.keeps_output = backend == "cpu"
 
 
-def _raw(op: Op) -> Callable:
-    return op.raw
-
-
 class LinearFromSkew(torch.autograd.Function):
-    """The layer by the native call. It saves x, the blocks, the stage and, for a trained scale, y.
+    """The layer by the native call. It saves x, the rotation and, for a trained scale, y.
 
     y is what the consumer of the layer keeps as well, mostly, while z, the output before the scale,
     would be a tensor of its own: z = (y - bias) / scale + bias. Changing y in place is allowed; the
@@ -203,52 +203,61 @@ class LinearFromSkew(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, scale, bias, skew, drop_mask, native):
-        kept = saves_z = False
+        keeps = saves = False
         if scale is not None and ctx.needs_input_grad[2]:
-            kept = native.keeps_output and _saved_tensor_hooks(True) is None
-            saves_z = not kept
-        y, z, blocks, stage = native.forward(
-            x, weight, skew, drop_mask, scale, bias, saves_z, native.fused
-        )
-        ctx.native = native
-        ctx.output = (y.detach(), y._version) if kept else None
+            keeps = native.keeps_output and _saved_tensor_hooks(True) is None
+            saves = not keeps
+        ctx.native, ctx.vectors = native, (scale, bias)
         # A gradient of this call needs the numbers of this call. A saved Parameter would show what
-        # has been put into its .data since, a detached tensor keeps the memory that it had.
-        own = [None if t is None else t.detach() for t in (weight, scale, bias)]
-        ctx.save_for_backward(
-            x, scale, bias, skew, drop_mask, *own, blocks, stage, z if saves_z else None
+        # has been put into its .data since, a detached tensor keeps the memory that it had. A call
+        # with plain tensors takes less time, too.
+        weight = weight.detach()
+        scale = None if scale is None else scale.detach()
+        bias = None if bias is None else bias.detach()
+        y, z, rotation = native.forward(
+            x, weight, skew.detach(), drop_mask, scale, bias, saves, native.fused
         )
+        ctx.output = (y.detach(), y._version) if keeps else None
+        z = z if saves else None
+        ctx.save_for_backward(x, skew, drop_mask, rotation, weight, scale, bias, z)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, bias, skew, drop_mask, weight, scale_, bias_, blocks, stage, z = ctx.saved_tensors
+        x, skew, drop_mask, rotation, weight, scale, bias, z = ctx.saved_tensors
         needs = need_x, _, need_scale, need_bias, need_skew, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            inputs = x, weight, scale, bias, skew, drop_mask, None
+            inputs = x, weight, *ctx.vectors, skew, drop_mask, None
             return differentiable_gradients(inputs, "exact", grad, needs)
+        if autocast.enabled(grad.device.type):  # it may be on in backward alone
+            with autocast.disabled(grad.device.type):
+                return LinearFromSkew.backward(ctx, grad)
         native, is_scaled = ctx.native, False
-        with autocast.disabled(grad.device.type):  # it may be on in backward alone
-            if ctx.output is not None:
-                z, version = ctx.output
-                is_scaled = z._version == version
-                if not is_scaled:  # changed in place: from now on z is saved in its stead
-                    native.keeps_output = False
-                    call = x, weight, skew.detach(), drop_mask, scale_, bias_, True, native.fused
-                    z = native.forward(*call)[1]
-                if not torch._C._autograd._get_current_graph_task_keep_graph():
-                    ctx.output = None
-            x_grad, skew_grad, scale_grad, bias_grad = native.backward(
-                *(grad, x, weight, blocks, stage, drop_mask),
-                *(scale_, bias_, z, is_scaled, native.splits, native.fused),
-            )
-        if need_bias and bias_grad.shape[0] == 0:
-            bias_grad = grad.flatten(0, -2).sum(0)
+        if ctx.output is not None:
+            z, version = ctx.output
+            is_scaled = z._version == version
+            if not is_scaled:  # changed in place: from now on z is saved in its stead
+                native.keeps_output = False
+                call = x, weight, skew.detach(), drop_mask, scale, bias, True, native.fused
+                z = native.forward(*call)[1]
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                ctx.output = None
+        sums_bias = need_bias and (z is not None or native.fused)
+        # batched gradients (vmap over backward) need the operator's reference
+        transformed = torch._C._are_functorch_transforms_active()
+        run = linear_from_skew_backward if transformed else native.backward
+        x_grad, skew_grad, scale_grad, bias_grad = run(
+            *(grad, x, weight, skew.detach(), rotation, drop_mask, scale, bias),
+            *(z, is_scaled, native.splits, sums_bias, native.fused),
+        )
+        if need_bias:
+            bias_grad = bias_grad if sums_bias else grad.flatten(0, -2).sum(0)
+            bias_grad = bias_grad.to(bias.dtype)
         return (
             x_grad if need_x else None,
             None,
             scale_grad if need_scale else None,
-            bias_grad.to(bias.dtype) if need_bias else None,
+            bias_grad if need_bias else None,
             skew_grad if need_skew else None,
             None,
             None,
