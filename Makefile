@@ -37,7 +37,7 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-exhaustive test-triton-3.6 sanitize sanitize-cuda cuda cuda-memcheck bench paper gpu-report docs lint format build clean distclean
+.PHONY: help setup demo test test-exhaustive test-triton-3.6 sanitize sanitize-cuda cuda cuda-memcheck bench paper gpu-decide docs lint format build clean distclean
 
 help:
 	@echo 'make demo             finetune a real model with frozen features, LoRA, OFT and BOFT'
@@ -46,7 +46,7 @@ help:
 	@echo 'make test-triton-3.6  run the tests of the Triton kernels with Triton 3.6, the one of torch 2.11'
 	@echo 'make bench            compare speed and memory with PEFT; options: ARGS=--help'
 	@echo 'make paper            repeat the experiments of docs/paper; options: ARGS="--quick --out FOLDER"'
-	@echo 'make gpu-report       on a machine with a GPU, test, tune, measure and render; options: ARGS=--quick'
+	@echo 'make gpu-decide       on a machine with a GPU, measure what decides its open questions'
 	@echo 'make lint             check the code with ruff'
 	@echo 'make format           format the code with ruff and apply its fixes'
 	@echo 'make docs             build the documentation site in build/site; a warning is an error'
@@ -129,10 +129,10 @@ docs: $(STAMPS)/docs $(STAMPS)/lint
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 # Uses $(PYTHON) instead of $(VENV), because a GPU machine may have no network but has the torch it
-# needs. ARGS=--quick takes 9 minutes instead of 25. OUT is the folder of the archive of results.
-OUT ?= build/gpu-report
-gpu-report:
-	$(PYTHON) bench/gpu_report.py --out '$(OUT)' $(ARGS)
+# needs. It takes 8.5 minutes (ARGS="--minutes 5"). OUT is the folder of the results.
+OUT ?= build/gpu-decide
+gpu-decide:
+	$(PYTHON) bench/gpu_decide.py --out '$(OUT)' $(ARGS)
 
 lint: $(STAMPS)/lint
 	$(PY) -m ruff check .

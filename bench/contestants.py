@@ -6,14 +6,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import peft
 import torch
 from peers import LycorisBOFT, PlainBOFT, forgo_extension
 from torch import nn
 
 from boft_ops import BOFTLinear
+
+if TYPE_CHECKING:  # its import takes seconds, and many measurements do without it
+    import peft
 
 FLOOR = "linear"
 LORA = "lora-r16"
@@ -44,6 +46,8 @@ OURS = {
 }
 # Measured only on request: torch.compile takes long, and LyCORIS is not always installed.
 EXTRAS = ("compiled-boft", "lycoris-boft")
+# The others make the host wait for the device, or may do so: no graph can hold their steps.
+CAPTURABLE = (FLOOR, LORA, *OURS)
 NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *EXTRAS, *OURS)
 
 
@@ -161,11 +165,15 @@ def _make(name: str, base: nn.Linear) -> Entry:
 
 
 def _lora(base: nn.Linear) -> Entry:
+    import peft
+
     config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=["0"])
     return Entry(LORA, "PEFT LoRA r=16", _inject(base, config))
 
 
 def _oft(base: nn.Linear, neumann: bool) -> Entry:
+    import peft
+
     config = peft.OFTConfig(
         r=0, oft_block_size=OFT_BLOCK, use_cayley_neumann=neumann, target_modules=["0"]
     )
@@ -176,6 +184,8 @@ def _oft(base: nn.Linear, neumann: bool) -> Entry:
 
 def _peft_boft(base: nn.Linear) -> Entry:
     """Build PEFT's BOFT(2, 8), which becomes BOFT(1, 8) if PEFT's CUDA extension is missing."""
+    import peft
+
     asked = 2
     forgo_extension()
     config = peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=asked, target_modules=["0"])
@@ -199,6 +209,8 @@ def _lycoris_boft(base: nn.Linear) -> Entry:
 
 def _inject(base: nn.Linear, config: peft.PeftConfig) -> nn.Module:
     """Make PEFT's adapted layer over the weight of ``base``, without a model around it."""
+    import peft
+
     linear = nn.Linear(base.in_features, base.out_features, device="meta")
     linear.weight, linear.bias = base.weight, base.bias
     with warnings.catch_warnings():

@@ -85,7 +85,8 @@ def compare(
 ) -> None:
     """Raise AssertionError if the relative error is larger than rounding in a dtype explains."""
     tolerance = TOLERANCE[computed_in]
-    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    expected = expected.detach().double()
+    actual = actual.detach().to(expected.device).double()
     error = float((actual - expected).norm() / expected.norm())
     if not error <= tolerance:
         raise AssertionError(f"{name}: relative error {error:.2g}, expected at most {tolerance:g}")

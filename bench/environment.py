@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ import boft_ops
 from boft_ops._runtime import backend, tuned
 from boft_ops._runtime.device import cpu_name, slug, version
 
-__all__ = ["DTYPES", "ROOT", "commit", "describe", "device_name", "slug", "write"]
+__all__ = ["DTYPES", "ROOT", "clocks", "commit", "describe", "device_name", "facts", "slug"]
 
 ROOT = Path(__file__).resolve().parents[1]
 QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
@@ -73,19 +72,21 @@ def commit() -> dict:
         return {"id": None, "dirty": None}
 
 
-def write(folder: Path) -> None:
-    """Write environment.json: the machine, the software, and the clocks, which are only read."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = describe(device) | {"commit": commit()}
+def facts(device: torch.device) -> dict:
+    """Describe the machine, its software, the commit, and the clocks, which are only read."""
+    found = describe(device) | {"commit": commit()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         names = ("multi_processor_count", "total_memory", "L2_cache_size", "major", "minor")
-        facts["properties"] = {name: getattr(properties, name, None) for name in names}
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-        line = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        values = map(str.strip, line.split(","))
-        facts["nvidia-smi"] = dict(zip(QUERY.split(","), values, strict=False))
-    text = json.dumps(facts, indent=2)
-    (folder / "environment.json").write_text(text + "\n")
-    print(text)
+        found["properties"] = {name: getattr(properties, name, None) for name in names}
+        found["clocks"] = clocks()
+    return found
+
+
+def clocks() -> dict[str, str]:
+    """Read driver, clocks, power and temperature of the GPU; empty without nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+    line = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return dict(zip(QUERY.split(","), map(str.strip, line.split(",")), strict=False))

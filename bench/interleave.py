@@ -6,11 +6,13 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # a table of old results needs no torch
+    import torch
 
 MIN_ROUNDS = 7
 # A contestant that is SLOW times slower than the median one runs in fewer rounds, so that it takes
@@ -27,14 +29,21 @@ class Contestant:
         name: key in the results.
         run: the timed call. Its result is freed outside of the timed part.
         reset: a function that is called after each run, outside of the timed part.
+        within: returns a context in which it runs, such as one that forces a backend. It is entered
+            outside of the timed part.
+        most: largest number of its rounds; None for all rounds.
     """
 
     name: str
     run: Callable[[], object]
     reset: Callable[[], None] = lambda: None
+    within: Callable[[], AbstractContextManager] = nullcontext
+    most: int | None = None
 
 
 Durations = dict[str, dict[int, float]]  # name -> round -> seconds
+# Calls a function so many times, and returns the seconds of one call.
+Timer = Callable[[Callable[[], object], int], float]
 
 
 def order(n: int, round_: int) -> list[int]:
@@ -57,6 +66,7 @@ def measure(
     synchronize: Callable[[], None] = lambda: None,
     calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    timer: Timer | None = None,
 ) -> Durations:
     """Time all contestants in turn, round after round.
 
@@ -70,28 +80,41 @@ def measure(
         calls: number of calls between two readings of the clock. A duration is the time of one
             call. The default is 1.
         clock: a function that returns the time in seconds.
+        timer: what a duration is; None for the time between two readings of the clock.
 
     Returns:
         The seconds of each contestant, by round.
     """
 
-    def once(contestant: Contestant) -> float:
+    def by_clock(run: Callable[[], object], calls: int) -> float:
         synchronize()
         start = clock()
         for _ in range(calls):
-            result = contestant.run()
+            result = run()
         synchronize()
         duration = (clock() - start) / calls
         del result
+        return duration
+
+    def once(contestant: Contestant) -> float:
+        with contestant.within():
+            duration = (timer or by_clock)(contestant.run, calls)
         contestant.reset()
         return duration
 
-    with _no_collections():
-        estimates = {c.name: once(c) for c in contestants}  # also the warm-up
+    def cost(contestant: Contestant) -> float:
+        start = clock()
+        duration = once(contestant)
+        # a timer may take longer than what it times
+        return clock() - start if timer else calls * duration
+
+    with no_collections():
+        costs = {c.name: cost(c) for c in contestants}  # also the warm-up
         for c in contestants:
-            if estimates[c.name] < 1.0:  # the first call includes allocations, plans and caches
-                estimates[c.name] = once(c)
-        n_rounds, turns = schedule(estimates, rounds, seconds / calls)
+            if costs[c.name] < calls:  # the first call includes allocations, plans and caches
+                costs[c.name] = cost(c)
+        most = {c.name: c.most for c in contestants if c.most is not None}
+        n_rounds, turns = schedule(costs, rounds, seconds, most)
         durations: Durations = {c.name: {} for c in contestants}
         for round_ in range(n_rounds):
             for i in order(len(contestants), round_):
@@ -102,11 +125,17 @@ def measure(
 
 
 def schedule(
-    estimates: dict[str, float], rounds: int, seconds: float
+    estimates: dict[str, float], rounds: int, seconds: float, most: dict[str, int] | None = None
 ) -> tuple[int, dict[str, frozenset[int]]]:
     """Choose the number of rounds, and the rounds in which each contestant runs.
 
     Slow contestants run in few rounds, spread evenly, so that the others can run in many.
+
+    Args:
+        estimates: seconds that a turn of each contestant takes.
+        rounds: largest number of rounds.
+        seconds: approximate time to take.
+        most: largest number of rounds of some contestants.
     """
     limit = SLOW * median(estimates.values())
     fast = sum(t for t in estimates.values() if t <= limit)
@@ -117,6 +146,7 @@ def schedule(
         n = n_rounds
         if estimate > limit:
             n = min(n_rounds, max(2, int(SLOW_SHARE * seconds / estimate)))
+        n = min(n, (most or {}).get(name, n))
         turns[name] = frozenset((2 * i + 1) * n_rounds // (2 * n) for i in range(n))
     return n_rounds, turns
 
@@ -136,7 +166,7 @@ def summary(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Turn the garbage collector off, because a collection would fall on a random contestant."""
     gc.collect()
     enabled = gc.isenabled()
@@ -185,5 +215,7 @@ class ReplayClock:
 def synchronizer(device: torch.device) -> Callable[[], None]:
     """Return a function that waits until a device is idle."""
     if device.type == "cuda":
+        import torch
+
         return lambda: torch.cuda.synchronize(device)
     return lambda: None

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from contestants import NAMES
+from decide.page import section
 from environment import slug
-from goals import MET, goals, gpu_goals
+from goals import goals, gpu_goals
+from judging import MET
 from operators import BOTH
 from results import Results, Row
 
@@ -57,6 +59,11 @@ directly, without a model around them.
   A layer with wrong results is not timed.
 - pytest-benchmark times one function after the other, so the interleaved durations are replayed
   through its clock. bench/interleave.py explains why that is exact.
+
+On a GPU the results of a training step also have two times apart from each other, of the frozen
+layer, LoRA and this package's layers. One is that of the host alone, while the device is held
+busy; the other is that of the device alone, by a replayed CUDA graph (`host_ms` and `device_ms` in
+the CSV file). No committed result has them yet.
 
 With `--extras` two more contestants take part: a BOFT(2, 8) in plain torch under torch.compile,
 and LyCORIS' BOFT, which rotates the outputs with as many factors as possible.
@@ -126,17 +133,34 @@ verdicts here.
 """
 
 
-def write(path: Path, results: Sequence[Results]) -> None:
-    """Write the page of the given results, in their order."""
+def write(path: Path, results: Sequence[Results], decided: Sequence[Sequence[dict]] = ()) -> None:
+    """Write the page of the given results, in their order, then of runs of gpu_decide.py.
+
+    Args:
+        path: the page.
+        results: runs of the benchmarks.
+        decided: the lines of runs of gpu_decide.py.
+    """
     parts = [METHOD]
     devices = list(dict.fromkeys(r.machine["device"] for r in results))
     if devices == ["cpu"]:
         parts.append("Not measured on a GPU: all figures below are of a CPU.\n")
     for result in results:
         parts.append("\n".join(_section(result)))
+    parts += ["\n".join(section(lines)) for lines in decided]
     if set(devices) <= {"cpu"}:
         parts.append(_no_gpu())
+    if not decided:
+        parts.append(NOT_DECIDED)
     path.write_text("\n".join(parts))
+
+
+NOT_DECIDED = """\
+## Host and device of a GPU apart
+
+No GPU has run `make gpu-decide` yet ([tuning.md](tuning.md#what-a-gpu-is-to-decide) has its
+sections and rules).
+"""
 
 
 def _no_gpu() -> str:
@@ -146,10 +170,9 @@ def _no_gpu() -> str:
 
 Nothing was measured on a GPU yet. On a machine with one,
 
-    make gpu-report
+    make bench ARGS="--device cuda --dtype bf16"
 
-tunes, measures, writes its results into bench/results and its figures here
-([tuning.md](tuning.md)). They are to meet these goals:
+writes its results into bench/results and its figures here. They are to meet these goals:
 
 {goals_left}
 """

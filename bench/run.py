@@ -19,8 +19,11 @@ from pathlib import Path
 
 import chart
 import page
+from decide import lines as files
+from decide.page import FILE as DECIDED
 from environment import ROOT, slug
-from goals import MET, NOT_MET, goals
+from goals import goals
+from judging import MET, NOT_MET
 from results import Results
 from rich.console import Console
 from rich.markup import escape
@@ -28,7 +31,7 @@ from rich.table import Table
 
 FOLDER = ROOT / "bench" / "results"
 SUITES = {"layer": "test_layer.py", "ops": "test_operators.py", "model": "test_model.py"}
-MACHINE = "environment.json"  # gpu_report.py's description of the machine, beside the results
+MACHINE = "environment.json"  # description of a machine, beside its results
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
@@ -174,7 +177,8 @@ def publish(folder: Path, docs: Path) -> None:
     for results in every:
         if results.is_main and results.groups("layer"):
             chart.draw(docs / page.image(results), results)
-    page.write(docs / "benchmarks.md", every)
+    decided = [files.read(path) for path in sorted(folder.glob(f"*/{DECIDED}"))]
+    page.write(docs / "benchmarks.md", every, decided)
 
 
 def main(argv: list[str] | None = None) -> None:

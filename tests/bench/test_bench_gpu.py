@@ -1,11 +1,13 @@
 """The parts of the GPU benchmarks that can be tested without a GPU."""
 
+import csv
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_modules import (
     contestants,
+    device_time,
     goals,
     gpu_operators,
     interleave,
@@ -132,7 +134,7 @@ def test_page_lists_gpu_goals_as_not_measured_without_a_gpu_result(tmp_path):
     page.write(path, [results.Results(synthetic())])
     text = path.read_text()
     assert "## GPU\n" in text
-    assert "make gpu-report" in text
+    assert 'make bench ARGS="--device cuda' in text
     assert all(f"- not measured: {goal}." in text for goal in goals.gpu_goals())
     page.write(path, [results.Results(synthetic()), on_gpu()])
     text = path.read_text()
@@ -316,6 +318,42 @@ def test_a_contestant_that_needs_too_much_memory_is_left_out(monkeypatch, when):
     assert lines == ["64x8x4: peft-boft needs more memory than there is, and is left out"]
     facts = contest.facts("linear", "forward")
     assert facts["left_out"] == [contestants.PEFT_BOFT]
+
+
+def test_results_of_a_gpu_tell_host_and_device_apart(monkeypatch, tmp_path):
+    contest, lines = a_contest(monkeypatch, None, "built")
+    assert "host_s" not in contest.facts("linear", operators.BOTH)  # on a CPU
+    durations = contest.durations(operators.BOTH)
+    monkeypatch.setattr(contest, "durations", lambda direction: durations)
+    measured = []
+
+    def apart(jobs, device, rounds, seconds):
+        measured.append([job.entry.name for job in jobs])
+        return [device_time.Apart(1e-3 * i, 2e-3 * i) for i, _ in enumerate(jobs, 1)]
+
+    monkeypatch.setattr(test_layer, "apart", apart)
+    contest.device = CUDA
+    facts = {name: contest.facts(name, operators.BOTH) for name in contest.jobs}
+    assert measured == [["linear", "lora-r16", "boft-1-16", "boft-2-8", "boft-4-4"]]  # once
+    assert (facts["lora-r16"]["host_s"], facts["lora-r16"]["device_s"]) == (2e-3, 4e-3)
+    assert "host_s" not in facts["peft-boft"]
+    assert "host_s" not in contest.facts("linear", "forward")
+
+    result = on_gpu()
+    result.rows[-1].info.update(host_s=2e-3, device_s=4e-3)
+    result.write_csv(tmp_path / "auto.csv")
+    header, *_, last = csv.reader((tmp_path / "auto.csv").read_text().splitlines())
+    row = dict(zip(header, last, strict=True))
+    assert (row["host_ms"], row["device_ms"]) == ("2.0", "4.0")
+
+    def fails(*_):
+        raise device_time.CaptureFailed("no graph")
+
+    monkeypatch.setattr(test_layer, "apart", fails)
+    contest, lines = a_contest(monkeypatch, None, "built")
+    contest.device = CUDA
+    assert contest.apart("linear") is None
+    assert lines == ["64x8x4: host and device are not told apart: no graph"]
 
 
 def test_nothing_is_compared_without_the_frozen_layer(monkeypatch):

@@ -9,9 +9,10 @@ try:
     import chart
     import contestants
     import correctness
+    import device_time
     import goals
+    import gpu_decide
     import gpu_operators
-    import gpu_report
     import host
     import indexed
     import interleave
@@ -26,6 +27,11 @@ try:
     import run
     import sizes
     import test_layer
+    from decide import contest as decide_contest
+    from decide import errors as decide_errors
+    from decide import kernels as decide_kernels
+    from decide import lines as decide_lines
+    from decide import verdicts as decide_verdicts
 finally:
     sys.path.remove(str(BENCH))
 
@@ -34,9 +40,15 @@ __all__ = [
     "chart",
     "contestants",
     "correctness",
+    "decide_contest",
+    "decide_errors",
+    "decide_kernels",
+    "decide_lines",
+    "decide_verdicts",
+    "device_time",
     "goals",
+    "gpu_decide",
     "gpu_operators",
-    "gpu_report",
     "host",
     "indexed",
     "interleave",

@@ -1,0 +1,52 @@
+"""Part of the page of benchmarks that shows a run of gpu_decide.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from judging import MET
+
+from .lines import figures
+from .table import cells
+from .verdicts import NOT_MEASURED, judge
+
+FILE = "decide.jsonl"  # the lines of a run, among the committed results of its device
+TILES = ": tiles"  # end of the parts that are too many for the page
+
+
+def environment_of(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the facts of device and software.
+
+    Raises:
+        ValueError: the lines have none.
+    """
+    for line in lines:
+        if (line["kind"], line.get("part")) == ("facts", "environment"):
+            return line
+    raise ValueError("lines: expected the facts of a device, got none")
+
+
+def section(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of Markdown for one run."""
+    facts, found = environment_of(lines), figures(lines)
+    yield f"## {facts['device'].upper()}: what gpu_decide.py measured"
+    yield ""
+    commit = (facts["commit"]["id"] or "unknown")[:12]
+    versions = ", ".join(f"{k} {facts[k]}" for k in ("torch", "triton", "peft", "python"))
+    yield f"{facts['device']}; host {facts['cpu']}. {versions}, commit {commit}."
+    yield ""
+    for goal, then in judge(found):
+        verdict = goal.verdict if goal.verdict == MET else f"**{goal.verdict}**"
+        measured = f" Measured: {goal.measured}." if goal.measured else ""
+        follows = f" If met: {then}." if goal.verdict != NOT_MEASURED else ""
+        yield f"- {verdict}: {goal.text}.{measured}{follows}"
+    yield ""
+    yield "| | us [quartiles] | x first | rate |"
+    yield "|---|--:|--:|--:|"
+    for figure in found:
+        if figure.part.endswith(TILES) or figure.unit != "s":
+            continue
+        label, value, ratio, rate = cells(figure, found)
+        yield f"| {figure.section}, {figure.part}: {label} | {value} | {ratio} | {rate} |"
+    yield ""

@@ -1,0 +1,80 @@
+"""Section "steps": training steps of whole layers on the device alone, each as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple
+
+from contestants import FLOOR, LORA, Shape, batch, build, frozen, names
+from device_time import batches, training_steps
+
+from boft_ops._runtime import tuned
+from boft_ops.ops.planner import PLAN, plan_choice
+
+from .contest import Part, Rival, Setting, on_device
+from .lines import Writer
+from .rivals import LABELS, OURS
+
+
+class Step(NamedTuple):
+    """A layer and the way in which its step is computed.
+
+    Attributes:
+        name: key in the lines.
+        layer: one of contestants.NAMES.
+        label: name for a reader.
+        scaled: False to leave the trained scale out.
+        within: returns a context that makes the layer be computed so.
+    """
+
+    name: str
+    layer: str
+    label: str
+    scaled: bool = True
+    within: Callable[[], AbstractContextManager] = nullcontext
+
+
+def _side(weight: bool) -> Callable[[], AbstractContextManager]:
+    return lambda: tuned.pinned(**{PLAN.name: plan_choice(1, weight)})
+
+
+STEPS = (
+    Step(FLOOR, FLOOR, LABELS[FLOOR]),
+    Step(LORA, LORA, LABELS[LORA]),
+    Step("input side", OURS, "BOFT(2,8), x rotated", within=_side(False)),
+    Step("weight side", OURS, "BOFT(2,8), W rotated", within=_side(True)),
+    Step("input side, no scale", OURS, "BOFT(2,8) without scale, x rotated", False, _side(False)),
+    Step("weight side, no scale", OURS, "BOFT(2,8) without scale, W rotated", False, _side(True)),
+    Step("boft-dense", "boft-dense", "BOFT(10,8)"),
+)
+
+
+def parts(setting: Setting, writer: Writer) -> Iterator[Part]:
+    """Yield the steps of each shape."""
+    for shape in setting.shapes:
+        seconds = setting.seconds / len(setting.shapes)
+        yield str(shape), partial(_measure, shape, setting, writer, seconds)
+
+
+def _measure(shape: Shape, setting: Setting, writer: Writer, seconds: float) -> None:
+    base = frozen(shape, setting.device, setting.dtype)
+    x, grad = batch(shape, setting.device, setting.dtype)
+    sets = batches(x, grad, setting.sets)
+
+    def make(step: Step) -> list[Callable[[], object]]:
+        entry = build(step.layer, base)
+        if not step.scaled:
+            entry.layer.scale = None
+        return training_steps(entry, sets)
+
+    rivals = [
+        Rival(step.name, step.label, partial(make, step), within=step.within)
+        for step in STEPS
+        if step.layer in names(shape)
+    ]
+    rivals.append(
+        Rival("clone", "x.clone()", lambda: [lambda x=x: x.detach().clone() for x, _ in sets])
+    )
+    on_device(writer, str(shape), rivals, setting, seconds)
