@@ -108,13 +108,10 @@ inline Tensor new_like(const Tensor& t) { return new_tensor(t, t.sizes()); }
 inline Tensor viewed(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                      const int64_t* strides = nullptr, int64_t skipped = 0) {
   const auto contiguous = contiguous_strides(sizes);
-  int64_t offset;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(),
-                                     strides ? strides : contiguous.data(), offset + skipped,
-                                     &handle));
+                                     strides ? strides : contiguous.data(), skipped, &handle));
   return Tensor(handle);
 }
 

@@ -64,7 +64,6 @@ std::tuple<Tensor, Tensor> rotated_linear_cpu(const Tensor& x_, const Tensor& we
                                               const Tensor& stage_, const MaybeTensor& scale_,
                                               const MaybeTensor& bias_, bool bias_in_z, bool save) {
   const Shape s(x_, weight_, stage_);
-  STD_TORCH_CHECK(bias_in_z || !bias_, "rotated_linear: bias_in_z: expected true on a CPU");
   save = save && scale_;
   const auto scale = s.vector(scale_), bias = s.vector(bias_);
   const Tensor x = dense(x_), weight = dense(weight_);
@@ -80,8 +79,9 @@ std::tuple<Tensor, Tensor> rotated_linear_cpu(const Tensor& x_, const Tensor& we
       boft::cpu::linear_pack(from, data(stage), data(packed), rows, s.d, s.size, begin, end);
     });
     parallel_for(0, boft::cpu::linear_units(rows, s.n, 1), 1, [&](int64_t begin, int64_t end) {
-      boft::cpu::linear(data(packed), data(weight), pointer<float>(scale), pointer<float>(bias), to,
-                        unscaled, rows, s.d, s.n, begin, end);
+      boft::cpu::linear(data(packed), data(weight), pointer<float>(scale), pointer<float>(bias),
+                        bias_in_z ? pointer<float>(bias) : nullptr, to, unscaled, rows, s.d, s.n,
+                        begin, end);
     });
   }
   return {y, z};

@@ -71,6 +71,7 @@ def choose_strategy(
     global _generation
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # of torch.jit.trace
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) is not torch.Tensor
     ):
@@ -155,15 +156,12 @@ def _native_call(
     wide = COMPUTE[x.dtype]
     if (scale is not None and scale.dtype != wide) or (bias is not None and bias.dtype != x.dtype):
         return None
-    skew = rotation.skew
-    arguments = x, weight, skew, rotation.drop_mask, scale, bias, False, False
-    name = "cpu" if x.is_cpu else _kernel_backend(x, weight, rotation, plan.stages)
-    if name not in ("cpu", "cuda") or backend.forced() not in (None, name):
+    operands = x, weight, rotation.skew, rotation.drop_mask, scale, bias, False, False
+    name = linear_from_skew_forward.kernel_backend(*operands)
+    # on a GPU the kernels of the rows decide, which Triton has too
+    if name is None or (name == "cuda" and _kernel_backend(x, weight, rotation, plan.stages) != name):
         return None
-    op = linear_from_skew_forward
-    if plan.strategy == "rotate_weight" or name in op.unavailable:
-        return None
-    if not op.supports(name, arguments) or not _parts_agree(name, x, weight, plan.stages):
+    if plan.strategy == "rotate_weight" or not _parts_agree(name, x, weight, plan.stages):
         return None
     return NativeCall(name, plan.strategy == "fused", plan.stages[0].splits(x))
 

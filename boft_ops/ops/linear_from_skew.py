@@ -16,10 +16,16 @@ from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import COMPUTE, HALVES
 from .._runtime.limits import MAX_ROTATION
 from .._runtime.workload import Workload
+from .cayley import fake_cayley
 from .composed_linear import differentiable_gradients
 from .rotated_linear import rotated_linear_backward_reference, rotated_linear_reference
 from .scale import scale_backward
-from .stage_from_skew import stage_from_skew_backward, stage_from_skew_forward
+from .stage_from_skew import (
+    flops_of_skew_gradient,
+    flops_of_stage_from_skew,
+    stage_from_skew_backward,
+    stage_from_skew_forward,
+)
 from .stages import plan
 
 # Least magnitude of a scale by which the output is divided to find it as it was before the scale
@@ -138,6 +144,18 @@ def _backward_samples(w: Workload) -> Iterator[tuple]:
         )
 
 
+def _flops(x, weight, skew, *_: object) -> int:
+    return flops_of_stage_from_skew(skew) + _flops_of_rows(x, weight, skew, 1)
+
+
+def _flops_of_backward(grad, x, weight, skew, *_: object) -> int:
+    return flops_of_skew_gradient(fake_cayley(skew)) + _flops_of_rows(x, weight, skew, 2)
+
+
+def _flops_of_rows(x: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, passes: int) -> int:
+    return 2 * x.numel() * (weight.shape[0] + passes * _shape_of(skew)[3])
+
+
 # y = scale * (x R W^T) + bias from the skew of R, for one stage of at most MAX_ROTATION features.
 #   x (..., d); weight (n, d); skew (m, K, b(b-1)/2); drop_mask (m, K); scale, bias (n,)
 #   save_z: return z as well, for the gradient of the scale
@@ -152,6 +170,7 @@ linear_from_skew_forward = Op(
     fake=_fake,
     samples=_samples,
     kernels={"cpu": Kernel(_cpu_supports), "cuda": Kernel(_cuda_supports)},
+    flops=_flops,
 )
 # The gradients of x, skew, scale and bias.
 #   rotation: as the forward op returned it
@@ -168,6 +187,7 @@ linear_from_skew_backward = Op(
     fake=_fake_backward,
     samples=_backward_samples,
     kernels={"cpu": Kernel(_cpu_supports_backward), "cuda": Kernel(_cuda_supports_backward)},
+    flops=_flops_of_backward,
 )
 
 

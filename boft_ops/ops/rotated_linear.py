@@ -67,7 +67,6 @@ def _cpu_supports(x, weight, stage, scale=None, bias=None, bias_in_z=True, save=
     """Float32 with enough rows, on a CPU with the vector instructions that its BLAS uses too."""
     return (
         x.dtype == weight.dtype == stage.dtype == torch.float32
-        and (bias is None or bias_in_z)
         and FUSED_MULTIPLE % stage.shape[-1] == 0
         and x.shape[0] >= MIN_ROWS
         and native.isa in ("avx2", "avx512")
