@@ -25,7 +25,7 @@ inline std::optional<Tensor> mask_of(const std::optional<Tensor>& drop,
   bool fits = drop->scalar_type() == ScalarType::Bool && drop->dim() == int64_t(sizes.size());
   for (size_t i = 0; fits && i < sizes.size(); ++i) fits = drop->size(int64_t(i)) == sizes[i];
   STD_TORCH_CHECK(fits, "cayley: drop_mask: expected a boolean for each block");
-  return torch::stable::contiguous(*drop);
+  return dense(*drop);
 }
 
 // Shape of n neighboring butterfly factors and of the stage that they make. Each factor has
@@ -52,7 +52,7 @@ struct Butterfly {
                         t.size(3) == size && t.scalar_type() == factors.scalar_type(),
                     "compose_backward: grad: expected (splits, groups, size, size) in the dtype of "
                     "the stage matrices");
-    return torch::stable::contiguous(t);
+    return dense(t);
   }
 };
 

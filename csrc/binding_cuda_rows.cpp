@@ -19,9 +19,9 @@ Tensor gram_of(const char* op, const Tensor& grad_, const Tensor& x_, const boft
   STD_TORCH_CHECK(alike(x_, grad_), op, ": grad: expected the shape and dtype of x");
   STD_TORCH_CHECK(splits > 0, op, ": splits: expected a positive number, got ", splits);
   check_device(op, x_, {&grad_, stage});
-  const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
+  const Tensor x = dense(x_), grad = dense(grad_);
   const int64_t rows = x.size(0), d = x.size(1);
-  Tensor partials = torch::stable::new_empty(x, {splits, d / shape.size, shape.size, shape.size},
+  Tensor partials = new_tensor(x, {splits, d / shape.size, shape.size, shape.size},
                                              compute_dtype(x));
   check_launch(op, boft::cuda::rotate_backward(
                        grad.const_data_ptr(), x.const_data_ptr(),
@@ -39,8 +39,8 @@ Tensor rotate_cuda(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_
   const auto shape = stage_of(x_, stage_, chunk, stride);
   check_size("rotate", shape);
   check_device("rotate", x_, {&stage_});
-  const Tensor x = torch::stable::contiguous(x_), stage = torch::stable::contiguous(stage_);
-  Tensor y = torch::stable::empty_like(x);
+  const Tensor x = dense(x_), stage = dense(stage_);
+  Tensor y = new_like(x);
   check_launch("rotate", boft::cuda::rotate(x.const_data_ptr(), stage.const_data_ptr(),
                                             y.mutable_data_ptr(), x.size(0), x.size(1), shape,
                                             transpose, dtype, queue_of(x)));
@@ -54,9 +54,9 @@ Tensor rotate_indexed_cuda(const Tensor& x_, const Tensor& stages_, const Tensor
   check_size("rotate_indexed", shape);
   check_device("rotate_indexed", x_, {&stages_, &index_});
   STD_TORCH_CHECK(stages_.size(0) <= INT32_MAX, "rotate_indexed: stages: too many adapters");
-  const Tensor x = torch::stable::contiguous(x_), stages = torch::stable::contiguous(stages_);
-  const Tensor index = torch::stable::contiguous(index_);
-  Tensor y = torch::stable::empty_like(x);
+  const Tensor x = dense(x_), stages = dense(stages_);
+  const Tensor index = dense(index_);
+  Tensor y = new_like(x);
   check_launch("rotate_indexed",
                boft::cuda::rotate_indexed(
                    x.const_data_ptr(), stages.const_data_ptr(),
@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor
                                                 const Tensor& stage_, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits) {
   const auto shape = stage_of(x, stage_, chunk, stride);
-  const Tensor stage = torch::stable::contiguous(stage_);
-  Tensor x_grad = torch::stable::empty_like(torch::stable::contiguous(x));
+  const Tensor stage = dense(stage_);
+  Tensor x_grad = new_like(dense(x));
   const Tensor partials =
       gram_of("rotate_backward", grad, x, shape, transpose, splits, &stage, &x_grad);
   return {x_grad, partials};

@@ -18,6 +18,7 @@ import torch
 from boft_ops._runtime import backend, native
 from boft_ops.ops.cayley import cayley_backward_reference, cayley_reference
 from boft_ops.ops.compose import compose_backward_reference, compose_reference
+from boft_ops.ops.linear_from_skew import linear_from_skew_backward, linear_from_skew_forward
 from boft_ops.ops.rotate import rotate_backward_reference, rotate_reference
 from boft_ops.ops.rotate_indexed import _rotate_indexed
 from boft_ops.ops.rotated_linear import rotated_linear_backward_reference, rotated_linear_reference
@@ -376,6 +377,41 @@ def test_rotated_linear(cuda, kind, bias_in_z, with_bias, dtype):
         check(*(t.sum(0) if parts else t for t in (ours, reference, real)), scale=1e4 * parts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", ["unscaled", "scaled", "trained"])
+def test_linear_from_skew(cuda, kind, with_bias, dtype):
+    """All launches of a layer from the skew on, for x of any number of dimensions."""
+    x, grad = torch.randn(2, 20, 32).to(dtype), torch.randn(2, 20, 24).to(dtype)
+    weight, skew = (torch.randn(24, 32) / 32**0.5).to(dtype), 0.3 * torch.randn(2, 4, 28)
+    drop = torch.rand(2, 4) < 0.3
+    scale = None if kind == "unscaled" else 1 + 0.1 * torch.randn(24)
+    bias = torch.randn(24).to(dtype) if with_bias else None
+    arguments = x, weight, skew, drop, scale, bias, kind == "trained", False
+    exact = [a.double() if _is_floating(a) else a for a in arguments]
+    y, z, rotation = cuda.linear_from_skew(*arguments)
+    wanted, truth = linear_from_skew_forward.reference, linear_from_skew_forward.reference(*exact)
+    if dtype != torch.float32 and scale is not None and bias is not None:
+        truth = truth[0], truth[1] - (bias.double() if len(z) else 0), truth[2]
+    for ours, reference, real in zip((y, z, rotation), wanted(*arguments), truth, strict=True):
+        check(ours, reference, real)
+    z = z if kind == "trained" else None
+    need_bias = z is not None
+    call = x, weight, skew, rotation, drop, scale, bias, z, False, 2, need_bias, False
+    got = cuda.linear_from_skew_backward(grad, *call)
+    backward = linear_from_skew_backward.reference
+    exact = [a.double() if _is_floating(a) else a for a in (grad, *call)]
+    if dtype != torch.float32 and scale is not None and bias is not None and z is not None:
+        exact[8] = exact[8] + bias.double()  # in float64 the bias is in z
+    wanted, truth = backward(grad, *call), backward(*exact)
+    for ours, reference, real in zip(got, wanted, truth, strict=True):
+        check(ours, reference, real, scale=10)
+
+
+def _is_floating(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torch.int32)
 
 
@@ -416,6 +452,22 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
             "rotated_linear",
             (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 8, 8), None, None, True, False),
             "of one dtype",
+        ),
+        (
+            "linear_from_skew",
+            (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 2, 6), *[None] * 3, False, False),
+            "of one dtype",
+        ),
+        (
+            "linear_from_skew",
+            (torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 3, 6), *[None] * 3, False, False),
+            "blocks for 8 features",
+        ),
+        (
+            "linear_from_skew_backward",
+            (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 2, 6)],
+             *[torch.zeros(63), *[None] * 4], False, 1, False, False),
+            "rotation: expected",
         ),
     ],
 )

@@ -37,6 +37,7 @@ def samples():
     x, g = torch.randn(5, 32), torch.randn(32, 5).T
     weight, scale, bias = torch.randn(6, 32), torch.randn(6), torch.randn(6)
     y, rows = torch.randn(5, 6), torch.tensor([1, 1, -1, 0, 1], dtype=torch.int32)
+    numbers = raw.linear_from_skew(x, weight, skew, drop, None, None, False, False)[2]
     return {
         "cayley": [
             *[(skew, None), (skew.transpose(0, 1), drop.T), (skew.bfloat16(), None)],
@@ -70,15 +71,25 @@ def samples():
         ],
         "rotated_linear": [
             (x, weight, stage, scale, bias, False, True),
-            (x, weight, stage, scale, None, True, True),
+            (x, weight, stage, scale, bias, True, True),
             (g, weight, stage, None, bias, False, True),
             (g, weight, stage, scale, bias, False, False),
         ],
         "rotated_linear_backward": [
             (y, x, weight, stage, scale, None, y, 1, True),
-            (y, x, weight, stage, scale, None, y, 1, False),
+            (y, x, weight, stage, scale, bias, y, 1, False),
             (y, g, weight, stage, None, None, None, 1, True),
             (y, g, weight, stage, scale, None, None, 1, False),
+        ],
+        "linear_from_skew": [
+            (x, weight, skew, None, scale, bias, True, False),
+            (g[None], weight, skew.transpose(0, 1).contiguous().transpose(0, 1), drop, None, None, False, False),
+            (x.repeat(20, 1), weight, skew, drop, scale, None, False, True),
+        ],
+        "linear_from_skew_backward": [
+            (y, x, weight, skew, numbers, None, scale, bias, y, False, 1, True, False),
+            (y, g, weight, skew, numbers, drop, scale, None, y, True, 1, False, True),
+            (y[None], x[None], weight, skew, numbers, drop, None, None, None, False, 1, False, False),
         ],
     }  # fmt: skip
 
