@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._runtime import backend, checks, dtypes, tuned
+from .._runtime import backend, checks, dtypes, gpu, tuned
 from .._runtime.limits import MAX_STAGE
 from .._runtime.tuned import Choice, Tunable
 from .._runtime.workload import Workload
@@ -25,7 +25,6 @@ MODELS = {
     "sd-1.5": ((320, 320), (640, 640), (1280, 1280), (768, 320), (768, 640), (768, 1280)),
 }
 STAGES = (1, 2, 3, 4)  # values of num_stages
-TileFields = tuple[tuple[str, int], ...]
 
 
 class Shape(NamedTuple):
@@ -105,25 +104,25 @@ def problems(
     return [*found.values()]
 
 
-def tiles(op: backend.Op, structure: dict[str, int], dtype: str) -> list[TileFields]:
-    """Every tile but the default itself, nearest first; none if the kernel has none to set.
+def tiles(op: backend.Op, structure: dict[str, int], dtype: str, device: int) -> list[Choice]:
+    """Every tile but the default one of a CUDA device, given by its number, nearest first.
 
     A step halves or doubles one field, or changes num_stages. Two steps reach what was fastest on
-    an H200 from each default; kernels with two free fields get three.
+    an H200 from each default; kernels with few fields get four.
     """
     table = op.tiles()
-    default = None if table is None else table.default(structure, dtype)
+    default = None if table is None else table.default(structure, dtype, gpu.limits_of(device))
     if default is None:
         return []
     found = dict.fromkeys([default])  # in the order in which they are found
-    for _ in range(2 if len(default) > 4 else 3):
+    for _ in range(2 if len(default) > 4 else 4):
         for tile in [*found]:
             for field, value in tile._asdict().items():
                 nearby = STAGES if field == "num_stages" else (value // 2, value * 2)
                 found |= {tile._replace(**{field: other}): None for other in nearby if other >= 1}
     del found[default]
     legal = [tile for tile in found if table.is_legal(tile, structure, dtype)]
-    return [tuple(tile._asdict().items()) for tile in legal]
+    return [Choice("triton", tuple(tile._asdict().items())) for tile in legal]
 
 
 def _of_operator(op: backend.Op, workload: Workload) -> Iterable[Problem]:
@@ -132,8 +131,7 @@ def _of_operator(op: backend.Op, workload: Workload) -> Iterable[Problem]:
         able = [Choice(b) for b in order if b not in op.unavailable and op.supports(b, args)]
         key = _key(op.tunable, args[0], args)
         if "triton" in [choice.backend for choice in able]:
-            found = tiles(op, key["structure"], key["dtype"])
-            able += [Choice("triton", tile) for tile in found]
+            able += tiles(op, key["structure"], key["dtype"], args[0].get_device())
         make = lambda seed, i=index: [*op.samples(replace(workload, seed=seed))][i]  # noqa: E731
         default, *others = able
         yield Problem(op.tunable, workload, make, op, op.comparable, default, (*others,), key)

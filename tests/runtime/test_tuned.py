@@ -384,11 +384,12 @@ def test_a_tile_reaches_the_launch(tuned_cache, monkeypatch):
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     from boft_ops.triton_kernels import rotate
     from boft_ops.triton_kernels import rotate_indexed as indexed
+    from boft_ops.triton_kernels.limits import H200
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
     x, stage = torch.randn(64, 64), cayley(0.1 * torch.randn(4, 120))
     args, index = (x, stage, 16, 1, False), torch.zeros(64, dtype=torch.int32)
-    default = rotate.TILES.default({"size": 16, "chunk": 16, "stride": 1}, "float32")
+    default = rotate.TILES.default({"size": 16, "chunk": 16, "stride": 1}, "float32", H200)
     used = []  # constants and launch options of every launch that is looked up
 
     def note(module, name):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton_resources
 
 from boft_ops._runtime import backend, tuned
 from boft_ops._runtime.tuned import Choice
 from boft_ops._runtime.workload import Workload
 from boft_ops.ops.planner import PLAN, plan_choice
 from boft_ops.ops.stages import plan
+from boft_ops.triton_kernels.limits import H200
 from boft_ops.tune import __main__ as command
 from boft_ops.tune import explain, measure, search, workloads
 from boft_ops.tune.workloads import MODELS, Shape, shapes_of
@@ -69,14 +69,17 @@ def test_bytes_and_flops_of_the_weight_side():
 @pytest.mark.parametrize("size", [6, 16, 32, 64, 128])
 def test_tiles_are_legal(name, dtype, size):
     structure = {"size": size, "chunk": size, "stride": 1}
-    found = [dict(tile) for tile in workloads.tiles(backend.ops()[name], structure, dtype)]
+    found = [
+        dict(choice.config) for choice in workloads.tiles(backend.ops()[name], structure, dtype, -1)
+    ]
     if name == "rotate_backward" and not found:
         assert size > 64  # its groups are too large for one kernel
         return
     assert found
-    assert len(found) <= 80
+    assert len(found) <= 100
     for tile in found:
-        assert all(value & (value - 1) == 0 for key, value in tile.items() if key != "num_stages")
+        free = ("num_stages", "programs")
+        assert all(value & (value - 1) == 0 for key, value in tile.items() if key not in free)
         assert tile["bands"] == 1 or tile["bands"] >= tile["num_warps"]
         packs = tile["bands"] == 1 and tile["columns"] >= 2 * size
         if packs or tile["bands"] > 1:
@@ -85,6 +88,27 @@ def test_tiles_are_legal(name, dtype, size):
         assert size > 16 or packs or tile["bands"] > 1
         if name == "rotate_backward" or (dtype == "bfloat16" and name == "rotate"):
             assert tile["inner"] >= size
+
+
+@pytest.mark.parametrize(("name", "size"), [("rotate", 32), ("rotate_backward", 16)])
+def test_bands_of_sixteen_are_tried_for_chunks_that_lie_apart(name, size):
+    structure = {"size": size, "chunk": 4, "stride": 8}
+    found = workloads.tiles(backend.ops()[name], structure, "bfloat16", -1)
+    assert {8, 16} <= {dict(choice.config)["bands"] for choice in found}
+
+
+def test_more_and_fewer_programs_are_tried():
+    structure = {"size": 16, "chunk": 16, "stride": 1}
+    found = workloads.tiles(backend.ops()["rotate"], structure, "bfloat16", -1)
+    assert {3, 6, 12} <= {dict(choice.config)["programs"] for choice in found}
+    found = workloads.tiles(backend.ops()["rotate_backward"], structure, "bfloat16", -1)
+    assert {dict(choice.config)["programs"] for choice in found} == {0}  # the caller gives splits
+
+
+def test_several_groups_in_a_program_are_tried():
+    structure = {"n_factors": 2, "block_size": 8}
+    found = workloads.tiles(backend.ops()["stage_from_skew"], structure, "float32", -1)
+    assert {"B": 8, "G": 4, "C": 8, "num_warps": 1} in [dict(choice.config) for choice in found]
 
 
 # (bands, rows, columns, inner, num_warps, num_stages) of the fastest seen on an H200, 8192 x 4096
@@ -103,21 +127,24 @@ FASTEST = [
 def test_what_was_fastest_is_tried(name, size, tile):
     structure = {"size": size, "chunk": size, "stride": 1}
     op = backend.ops()[name]
-    default = op.tiles().default(structure, "bfloat16")
-    found = workloads.tiles(op, structure, "bfloat16")
-    assert tile in [tuple(default), *(tuple(dict(one).values()) for one in found)]
+    default = op.tiles().default(structure, "bfloat16", H200)
+    found = [
+        tuple(dict(one.config).values()) for one in workloads.tiles(op, structure, "bfloat16", -1)
+    ]
+    assert tile in [one[: len(tile)] for one in (default, *found)]
 
 
 @pytest.mark.parametrize("name", ["cayley", "cayley_backward"])
 def test_many_blocks_in_one_warp_are_tried(name):
-    found = workloads.tiles(backend.ops()[name], {"block_size": 8}, "float32")
-    groups = {dict(tile)["G"] for tile in found if dict(tile)["num_warps"] == 1}
+    found = workloads.tiles(backend.ops()[name], {"block_size": 8}, "float32", -1)
+    configs = [dict(choice.config) for choice in found]
+    groups = {config["G"] for config in configs if config["num_warps"] == 1}
     assert {32, 64} <= groups
 
 
 def test_an_op_without_a_tile_has_no_tiles_to_try():
     op = backend.ops()["compose"]
-    assert workloads.tiles(op, {"n_factors": 2, "block_size": 8}, "float32") == []
+    assert workloads.tiles(op, {"n_factors": 2, "block_size": 8}, "float32", -1) == []
 
 
 COMPILE_AHEAD = """
@@ -139,7 +166,7 @@ cpu = torch.device("cpu")
 from boft_ops.tune.workloads import tiles
 from boft_ops._runtime.backend import ops
 structure = problem.key["structure"]
-found = [Choice("triton", tile) for tile in tiles(ops()["rotate"], structure, "bfloat16")]
+found = tiles(ops()["rotate"], structure, "bfloat16", -1)
 # no power of two: does not compile
 choices = Choice("triton"), *found[:3], Choice("triton", (("rows", 3),))
 problem = dataclasses.replace(problem, others=choices)
@@ -172,7 +199,7 @@ for name, size, dtype in (("rotate", 16, "bfloat16"), ("rotate", 64, "bfloat16")
                           ("rotate_backward", 64, "bfloat16"),
                           ("rotate_stage_grad", 32, "float32")):
     structure = {"size": size, "chunk": size, "stride": 1}
-    tile = Tile(**dict(tiles(ops()[name], structure, dtype)[0]))
+    tile = Tile(**dict(tiles(ops()[name], structure, dtype, -1)[0].config))
     case = rotate_case(name, tile, structure | {"dtype": dtype})
     print(json.dumps([name, size, dtype, triton_resources.compiled("sm_90", case)]))
 """
@@ -192,7 +219,7 @@ def test_the_nearest_tiles_compile_for_a_gpu_that_is_not_there(tmp_path):
     assert len(found) == 4
     for *what, used in found:
         assert used["stack"] == 0, (what, used)
-        assert used["shared"] <= triton_resources.TARGETS["sm_90"][1], (what, used)
+        assert used["shared"] <= H200.program_shared, (what, used)
 
 
 # --- The search -----------------------------------------------------------------------------------
