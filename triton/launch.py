@@ -53,6 +53,7 @@ class Launch:
         constants: constexpr arguments by name.
         num_warps: warps per program.
         num_stages: stages of software pipelining.
+        device: number of the device of the tensors; None: looked up in every call.
         smaller: makes the launch that takes the place of this one if the device has too little
             shared memory for it. The error is raised if there is none.
     """
@@ -65,12 +66,13 @@ class Launch:
         constants: dict[str, Any],
         num_warps: int,
         num_stages: int = 1,
+        device: int | None = None,
         smaller: Callable[[], Launch | None] = lambda: None,
     ) -> None:
         self._kernel, self._grid = kernel, grid
         self._scalars, self._constants = scalars, constants
         self._options = {"num_warps": num_warps, "num_stages": num_stages}
-        self._smaller = smaller
+        self._device, self._smaller = device, smaller
         self._replacement: Launch | None = None
         # signature of the tensors -> compiled kernel with its grid, arguments after the tensors
         self._runs: dict[tuple, tuple[Callable, tuple]] = {}
@@ -78,7 +80,9 @@ class Launch:
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if self._grid == 0:
             return
-        device = tensors[0].get_device()
+        device = self._device
+        if device is None:
+            device = tensors[0].get_device()
         signature = (
             device,
             *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],

@@ -179,7 +179,7 @@ def _rotate_launch(
         _rotate_launch, device, dtype, n, d, size, chunk, stride, transpose, measured, shrink + 1
     )
     grid = n_tiles * cdiv(n, rows)
-    return launch_with(tile, rotate_kernel, grid, (n, d, rows), structure, smaller)
+    return launch_with(device, tile, rotate_kernel, grid, (n, d, rows), structure, smaller)
 
 
 def tile_for(
@@ -207,14 +207,15 @@ def count_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
 
 
 def launch_with(
-    tile: Tile, kernel: Any, grid: int, scalars: tuple[int, ...], structure: dict[str, Any],
-    smaller: Callable[[], Launch | None],
+    device: int, tile: Tile, kernel: Any, grid: int, scalars: tuple[int, ...],
+    structure: dict[str, Any], smaller: Callable[[], Launch | None],
 ) -> Launch:  # fmt: skip
     """Launch of a kernel with a tile.
 
     Args:
         structure: the other constexpr arguments of the kernel.
-        smaller: as for ``Launch``.
+        device, smaller: as for ``Launch``.
     """
     constants = structure | constants_of(tile) | {"INTERPRETED": INTERPRETED}
-    return Launch(kernel, grid, scalars, constants, tile.num_warps, tile.num_stages, smaller)
+    options = tile.num_warps, tile.num_stages
+    return Launch(kernel, grid, scalars, constants, *options, device, smaller)

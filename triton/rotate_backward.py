@@ -267,7 +267,8 @@ def _backward_launch(
         _backward_launch, device, dtype, n, d, splits, *layout, transpose, measured, shrink + 1
     )
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    return _launch_in_splits(tile, n, d, splits, structure | {"X_GRAD": True}, smaller)
+    structure["X_GRAD"] = True
+    return _launch_in_splits(device, tile, n, d, splits, structure, smaller)
 
 
 @lru_cache(LAUNCHES)
@@ -284,12 +285,15 @@ def _stage_grad_launch(
         _stage_grad_launch, device, dtype, n, d, splits, *layout, measured, shrink + 1
     )
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": False}
-    return _launch_in_splits(tile, n, d, splits, structure | {"X_GRAD": False}, smaller)
+    structure["X_GRAD"] = False
+    return _launch_in_splits(device, tile, n, d, splits, structure, smaller)
 
 
 def _launch_in_splits(
-    tile: Tile, n: int, d: int, splits: int, structure: dict, smaller: Callable[[], Launch | None]
-) -> Launch:
+    device: int, tile: Tile, n: int, d: int, splits: int, structure: dict,
+    smaller: Callable[[], Launch | None],
+) -> Launch:  # fmt: skip
     rows = cdiv(cdiv(n, splits), tile.rows) * tile.rows
     grid = splits * count_tiles(tile, d, structure["SIZE"], tile.columns, tile.inner)
-    return launch_with(tile, rotate_backward_kernel, grid, (n, d, rows), structure, smaller)
+    scalars = n, d, rows
+    return launch_with(device, tile, rotate_backward_kernel, grid, scalars, structure, smaller)

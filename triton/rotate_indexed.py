@@ -157,4 +157,4 @@ def _indexed_launch(
     )
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
     grid, scalars = n_tiles * cdiv(n, rows), (n, n_adapters, d, rows)
-    return launch_with(tile, rotate_indexed_kernel, grid, scalars, structure, smaller)
+    return launch_with(device, tile, rotate_indexed_kernel, grid, scalars, structure, smaller)

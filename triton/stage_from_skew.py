@@ -297,4 +297,5 @@ def _launch_for(
     config = config_for(op, m=m, b=b, many=many)._replace(**dict(tile))
     constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
     grid = cdiv(n_blocks, config.G << (m - 1))
-    return Launch(kernel, grid, (n_blocks, *scalars), constants, config.num_warps)
+    scalars = n_blocks, *scalars
+    return Launch(kernel, grid, scalars, constants, config.num_warps, device=device)

@@ -163,7 +163,7 @@ class Op:
         kernel = self.kernels.get(choice.backend)
         if kernel is None or choice.backend in self.unavailable:
             return REFERENCE
-        if choice.backend == "triton" and not triton_takes(x):
+        if choice.backend == "triton" and x.dtype.itemsize == 2 and not triton_takes(x):
             return REFERENCE
         return choice if kernel.supports is None or kernel.supports(*args) else REFERENCE
 

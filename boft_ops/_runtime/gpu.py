@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ def triton_takes(x: torch.Tensor) -> bool:
 
     Triton uses no matrix units there, and its products spill registers. torch's do neither.
     """
-    return x.dtype.itemsize > 2 or not x.is_cuda or _has_matrix_units(x.get_device())
+    if x.dtype.itemsize > 2 or not x.is_cuda:
+        return True
+    compiling = torch.compiler.is_compiling()
+    return (_has_matrix_units if compiling else _cached_has_matrix_units)(x.get_device())
 
 
 def _has_matrix_units(device: int) -> bool:
@@ -35,3 +39,4 @@ def _has_matrix_units(device: int) -> bool:
 
 # As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
 _has_matrix_units._dynamo_marked_constant = True
+_cached_has_matrix_units = cache(_has_matrix_units)

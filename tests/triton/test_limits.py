@@ -252,6 +252,7 @@ def test_half_precision_before_capability_8_is_torchs(monkeypatch, device, dtype
     monkeypatch.setenv("BOFT_OPS_AUTOTUNE", "0")
     monkeypatch.setattr(limits, "limits_of", lambda number: DEVICES[device])
     tuned.forget()
+    gpu._cached_has_matrix_units.cache_clear()
     served = device == "sm_80" or dtype == torch.float32
     with FakeTensorMode():
         x, stage = (torch.empty(s, device="cuda") for s in ((8, 32), (2, 16, 16)))
@@ -263,6 +264,7 @@ def test_half_precision_before_capability_8_is_torchs(monkeypatch, device, dtype
             else:
                 with pytest.raises(RuntimeError, match=f"{dtype} from compute capability 8.0 on"):
                     ops.rotate_rows(*args)
+    gpu._cached_has_matrix_units.cache_clear()
     tuned.forget()
 
 

@@ -242,6 +242,7 @@ def test_the_ops_ask_for_the_sizes_that_have_tiles():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [8, 32])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, in the interpreter
 def test_numbers_that_are_not_finite_stay_in_their_row_and_tile(bad, size, dtype):
     """docs/kernels.md: groups that share a product share what is not finite, and nothing else."""
     x, grad, stage = inputs(size, 128 // size, 20, dtype)
