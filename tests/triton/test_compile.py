@@ -62,7 +62,10 @@ def check(target, rest, rows):
         rows = {name: table[target, name] for name in cases if (target, name) in table} | rows
     assert rows.keys() == cases.keys()
     for name, used in rows.items():
-        spills = int(re.search(r" SIZE=(\d+)|$", name)[1] or 0) > SPILLS_ABOVE.get(target, 256)
+        size = int(re.search(r" SIZE=(\d+)|$", name)[1] or 0)
+        spills = size > SPILLS_ABOVE.get(target, 256)
+        if version != triton.__version__:  # Triton 3.6 spills some bytes on gfx1100 and sm_120
+            spills = target in TYPICAL
         assert used["stack"] == 0 or spills, (name, used)
         assert used["shared"] <= limits.program_shared, (name, used)
         if backend == "cuda":  # or it does not launch
