@@ -10,6 +10,7 @@ import triton.language as tl
 from .config_scale import BACKWARD, FORWARD, PROGRAMS, ScaleConfig
 from .groups import round_to
 from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
+from .limits import limits_of
 from .rotate import INTERPRETED
 
 
@@ -181,7 +182,7 @@ def scale_backward(
     x_grad = torch.empty_like(x)
     if x.numel() == 0:
         return x_grad, torch.zeros_like(scale), torch.zeros_like(scale)
-    splits, launch = _backward_launch(*x.shape, tile)
+    splits, launch = _backward_launch(x.get_device(), *x.shape, tile)
     sum_dtype = COMPUTE[x.dtype]
     sums = x.new_empty(splits, 2, x.shape[1], dtype=sum_dtype)
     launch(grad, x, scale, center, x_grad, sums)
@@ -192,11 +193,12 @@ def scale_backward(
 
 
 @lru_cache(LAUNCHES)
-def _backward_launch(n_rows: int, n: int, tile: MeasuredTile) -> tuple[int, Launch]:
+def _backward_launch(device: int, n_rows: int, n: int, tile: MeasuredTile) -> tuple[int, Launch]:
     """Number of splits of the rows, each with partial sums, and the launch."""
     config = BACKWARD.config._replace(**dict(tile))
     blocks = cdiv(n, config.COLUMNS)
-    splits = max(1, min(cdiv(PROGRAMS, blocks), cdiv(n_rows, config.ROWS)))
+    programs = PROGRAMS * limits_of(device).multiprocessors
+    splits = max(1, min(cdiv(programs, blocks), cdiv(n_rows, config.ROWS)))
     rows = cdiv(cdiv(n_rows, splits), config.ROWS) * config.ROWS
     return splits, _launch_with(config, scale_backward_kernel, blocks * splits, (n_rows, n, rows))
 

@@ -11,7 +11,6 @@ measured one, else the default of the device. ``Op.choose`` makes it.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ import torch
 from . import autocast, native, tuned
 from . import flops as flop_formulas
 from .device import devices_of
-from .namespace import NS, PACKAGE
+from .gpu import triton_object, triton_takes
+from .namespace import NS
 from .tuned import Choice, ShapeClass, Tunable
 from .workload import Workload
 
@@ -128,6 +128,8 @@ class Op:
 
     def supports(self, backend: str, args: tuple) -> bool:
         """False if this backend has a kernel that does not take these arguments."""
+        if backend == "triton" and not triton_takes(args[0]):
+            return False
         supports = self.kernels[backend].supports if backend in self.kernels else None
         return supports is None or supports(*args)
 
@@ -160,6 +162,8 @@ class Op:
                 native.tell_absence()
         kernel = self.kernels.get(choice.backend)
         if kernel is None or choice.backend in self.unavailable:
+            return REFERENCE
+        if choice.backend == "triton" and x.dtype.itemsize == 2 and not triton_takes(x):
             return REFERENCE
         return choice if kernel.supports is None or kernel.supports(*args) else REFERENCE
 
@@ -249,6 +253,11 @@ class Op:
                 f"BOFT_OPS_BACKEND={backend}: expected tensors on {' or '.join(devices)}, "
                 f"got {device}"
             )
+        if backend == "triton" and not triton_takes(args[0]):
+            raise RuntimeError(
+                f"BOFT_OPS_BACKEND=triton: {self.name}: Triton's kernels take {args[0].dtype} from "
+                "compute capability 8.0 on. Without the variable torch runs it"
+            )
         if not self.supports(backend, args):
             shapes = [f"{a.dtype} {tuple(a.shape)}" for a in args if isinstance(a, torch.Tensor)]
             raise RuntimeError(
@@ -279,7 +288,8 @@ class Op:
         fields = () if tiles is None else tiles.type._fields
         if unknown := config.keys() - set(fields):
             raise ValueError(f"{self.name}: its tiles have no {', '.join(sorted(unknown))}")
-        if any(n < 1 or n & (n - 1) for name, n in config.items() if name != "num_stages"):
+        free = ("num_stages", "programs")
+        if any(n < 1 or n & (n - 1) for name, n in config.items() if name not in free):
             raise ValueError(f"not a tile, of powers of two: {config}")
 
     def tiles(self) -> Any:
@@ -350,12 +360,6 @@ def bypasses_dispatch(tensor: torch.Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
     )
-
-
-def triton_object(name: str) -> Any:
-    """The object ``"module:name"`` under triton_kernels."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(f"{PACKAGE}.triton_kernels.{module}"), attribute)
 
 
 @cache

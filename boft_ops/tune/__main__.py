@@ -1,13 +1,12 @@
 """Measure which backends, tiles and plans are fastest on this machine, and keep them.
 
 --shapes takes names (llama-2-7b, llama-3-8b, deberta-v3-base, dinov2-large, sd-1.5) and DxNxROWS.
---explain prints the model's opinion of a layer.
+--explain prints the bytes and flops of each plan of a layer.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -26,7 +25,6 @@ from .search import tune
 from .workloads import MODELS, problems, shapes_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-INTERRUPTED = 130  # exit code
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,11 +43,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda")
     add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
     add("--rows", type=_positive, help="for named shapes (512 on a CPU, 8192 on a GPU)")
-    add("--seconds", type=_seconds, help="stop in good time before so many have passed")
-    add("--again", action="store_true", help="measure also what the file has")
+    add("--seconds", type=_positive, help="begin nothing after so many")
     add("--out", type=Path, help="write here, not into the cache")
     add("--explain", nargs=3, type=_positive, metavar=("d", "n", "N"),
-        help="measure nothing: the model")  # fmt: skip
+        help="measure nothing: bytes and flops of each plan")  # fmt: skip
     options = parser.parse_args(argv)
     gpu = options.device == "cuda"
     options.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
@@ -62,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         else:
             options.shapes = shapes_of(options.shapes, options.rows)
             _check_work(options)
-            options.out = options.out or tuned_file.user_file(options.device)
+            options.out = options.out or tuned_file.file_of(options.device)
             _check_out(options.out)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
@@ -85,16 +82,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return seconds
-
-
 def _check_work(options: argparse.Namespace) -> None:
     """Raise ValueError where nothing of what was asked for can be measured."""
     if options.device.type == "cuda" and not torch.cuda.is_available():
@@ -108,10 +95,8 @@ def _check_work(options: argparse.Namespace) -> None:
 def _check_out(path: Path) -> None:
     """Raise ValueError unless the file can be written: measuring takes long."""
     folder = paths.nearest(path.parent)
-    if (path.exists() and not path.is_file()) or not folder.is_dir():
-        raise ValueError(f"--out: expected a file in a folder, got {str(path)!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
+    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if path.is_dir() or not writable:
         raise ValueError(f"--out: expected a file in a folder to write to, got {str(path)!r}")
 
 
@@ -134,20 +119,19 @@ def _tune_all(options: argparse.Namespace) -> int:
         print(f"{path} is measured anew: {error}")
         rows = []
     known = {tuned_file.key_of(row) for row in rows}
-    todo = [p for p in every if options.again or tuned_file.key_of(p.row(p.default)) not in known]
+    todo = [p for p in every if tuned_file.key_of(p.row(p.default)) not in known]
     print(f"{name_of(device)}: {len(todo)} of {len(every)} to measure, into {path}", flush=True)
-    timer, done, longest = Timer(device), 0, 0.0
+    timer, done = Timer(device), 0
     for problem in todo:
-        began = time.perf_counter()
-        if options.seconds and options.seconds - (began - start) < longest:
+        if options.seconds and time.perf_counter() - start > options.seconds:
             break
         try:
             row = tune(problem, timer)
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from {path}", file=sys.stderr)
-            return INTERRUPTED
+            return 130
         tuned_file.update(path, device, [row], tuned.check_row)
-        done, longest = done + 1, max(longest, time.perf_counter() - began)
+        done += 1
         print(f"[{done}/{len(todo)}] {_line(problem, row)}", flush=True)
     tuned.forget()
     left = f", {len(todo) - done} left for the next time" if done < len(todo) else ""

@@ -92,8 +92,10 @@ def test_the_triton_kernel_over_tiles_of_rows(monkeypatch):
     if not backends.has_triton():
         pytest.skip("triton is not installed")
     from boft_ops.triton_kernels import rotate_indexed as kernels
+    from boft_ops.triton_kernels.limits import H200
 
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    small = H200._replace(multiprocessors=1, threads=32)  # one program at a time
+    monkeypatch.setattr(kernels, "limits_of", lambda device: small)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for size, chunk, stride, groups in ((4, 2, 4, 8), (3, 3, 1, 7), (32, 8, 4, 4), (64, 64, 1, 1)):
         for dtype in (torch.float32, torch.bfloat16):
