@@ -1,7 +1,8 @@
 """Orthogonal butterfly finetuning (BOFT, arXiv 2311.06243): operators and layers.
 
-Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kaleidoscope_matmul``,
-``butterfly_groups``, ``multiplicative_dropout``, ``boft_linear``.
+Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``,
+``butterfly_matmul_segments``, ``kaleidoscope_matmul``, ``butterfly_groups``,
+``multiplicative_dropout``, ``boft_linear``.
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
 Models: ``adapt``, ``merge``, ``unload``, ``save_adapter``, ``load_adapter``.
@@ -24,7 +25,10 @@ from .ops.cayley import cayley  # noqa: E402
 from .ops.dropout import multiplicative_dropout  # noqa: E402
 from .ops.kaleidoscope import kaleidoscope_matmul  # noqa: E402
 from .ops.linear import boft_linear  # noqa: E402
-from .ops.rotate_indexed import butterfly_matmul_indexed  # noqa: E402
+from .ops.rotate_indexed import (  # noqa: E402
+    butterfly_matmul_indexed,
+    butterfly_matmul_segments,
+)
 
 __all__ = [
     "BOFTConv2d",
@@ -38,6 +42,7 @@ __all__ = [
     "butterfly_groups",
     "butterfly_matmul",
     "butterfly_matmul_indexed",
+    "butterfly_matmul_segments",
     "cayley",
     "kaleidoscope_matmul",
     "load_adapter",
