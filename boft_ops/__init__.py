@@ -3,7 +3,7 @@
 Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``,
 ``butterfly_matmul_segments``, ``kaleidoscope_matmul``, ``butterfly_groups``,
 ``multiplicative_dropout``, ``boft_linear``.
-Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
+Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``BOFTExperts``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
 Models: ``adapt``, ``merge``, ``unload``, ``save_adapter``, ``load_adapter``.
 """
@@ -17,6 +17,7 @@ from ._version import __version__  # noqa: E402
 from .nn.adapt import adapt, merge, unload  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
 from .nn.dropout import MultiplicativeDropout  # noqa: E402
+from .nn.experts import BOFTExperts  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
 from .ops.butterfly import butterfly_matmul  # noqa: E402
@@ -32,6 +33,7 @@ from .ops.rotate_indexed import (  # noqa: E402
 
 __all__ = [
     "BOFTConv2d",
+    "BOFTExperts",
     "BOFTLinear",
     "MultiAdapterLinear",
     "MultiplicativeDropout",
