@@ -279,10 +279,7 @@ def test_segment_stage_grads(cuda, ends, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "structure",
-    [
-        *[(1, 1, 1, 5), (3, 3, 1, 23), (16, 4, 8, 16), (20, 10, 2, 2), (43, 43, 1, 2)],
-        *[(64, 4, 4, 4), (160, 80, 1, 1), (256, 128, 1, 1)],
-    ],
+    [(3, 3, 1, 23), (16, 4, 8, 16), (43, 43, 1, 2), (64, 4, 4, 4), (160, 80, 1, 1)],
     ids=lambda s: "-".join(map(str, s)),
 )
 def test_segment_stage_grads_of_any_structure(cuda, structure, dtype):

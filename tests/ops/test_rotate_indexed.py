@@ -138,7 +138,7 @@ def test_the_triton_gradient_over_tiles_of_rows():
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize(("m", "b", "d"), SHAPES)
+@pytest.mark.parametrize(("m", "b", "d"), [*SHAPES[1:3], SHAPES[-1]])
 def test_segments(small, m, b, d, transpose):
     """An empty segment, one of one row, rows in none, and the gradients of all."""
     x, blocks = torch.randn(12, d), adapters(m, b, d, 4)
