@@ -132,7 +132,8 @@ class BOFTExperts(nn.Module):
         base = self.base
         if is_registered(base):
             registry_of(base).register(NAME, _implementation)
-            base.config = _Config(base.config)
+            if not isinstance(base.config, _Config):
+                base.config = _Config(base.config)
         base._boft_forward = self._forward
         if hasattr(base, "_apply_gate"):
             base._apply_gate = self._between
@@ -141,6 +142,10 @@ class BOFTExperts(nn.Module):
     def _needs_gate(self) -> bool:
         up = self.gate_up_proj
         return self.down_proj is not None or (up is not None and up.scale is not None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._is_connected = False  # the registry of another process does not have NAME
 
     def disconnect(self) -> None:
         """Make the base compute as before it was put into this module, which it outlives."""

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 
 import pytest
 import torch
@@ -189,6 +190,27 @@ def test_experts_of_other_processes(name, experts):
     assert not got[3].any()
 
 
+def test_experts_that_a_dispatch_surrounds():
+    """A forward of the instance gets the numbers of all experts, what it calls those of its own."""
+    whole = rotated_experts(adapted(built("mixtral"), "each"))[0]
+    base = boft_ops.unload(copy.deepcopy(whole))
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(base, name, nn.Parameter(getattr(base, name)[:2]))
+    base.num_experts, base._is_expert_parallel, inner = 2, True, base.forward
+    base.forward = lambda x, index, weights: inner(
+        x, index.where(index < 2, 2), weights.where(index < 2, 0)
+    )
+    layer = BOFTExperts(base)
+    for name in ("gate_up_proj", "down_proj"):
+        adapter = layer.add_adapter(name, **OPTIONS)
+        adapter.skew.data.copy_(getattr(whole, name).skew[:2])
+        adapter.scale.data.copy_(getattr(whole, name).scale[:2])
+    x, index = torch.randn(6, 16, dtype=torch.float64), torch.arange(12).reshape(6, 2) % 4
+    weights = torch.rand(6, 2, dtype=torch.float64)
+    want = whole(x, index, weights.where(index < 2, 0))
+    torch.testing.assert_close(layer(x, index, weights), want)
+
+
 @every_mode
 @every_model
 def test_saved_and_loaded(name, experts, tmp_path):
@@ -254,6 +276,16 @@ def test_dropout_draws_for_every_expert():
     assert len({tuple(mask.flatten().tolist()) for mask in dropped}) > 1
     adapter.eval()
     assert not (adapter.blocks() == eye).flatten(-2).all(-1).any()
+
+
+def test_pickled_for_another_process(monkeypatch):
+    """Its registry has no implementation of this package until a rotated model is called."""
+    model = adapted(built("mixtral"), "each")
+    want, memory = logits(model), io.BytesIO()
+    torch.save(model, memory)
+    memory.seek(0)
+    monkeypatch.delitem(type(moe.ALL_EXPERTS_FUNCTIONS)._global_mapping, "boft_ops")
+    torch.testing.assert_close(logits(torch.load(memory, weights_only=False)), want)
 
 
 class Packed(nn.Module):
