@@ -1,8 +1,9 @@
 """Orthogonal butterfly finetuning (BOFT, arXiv 2311.06243): operators and layers.
 
-Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kaleidoscope_matmul``,
-``butterfly_groups``, ``multiplicative_dropout``, ``boft_linear``.
-Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
+Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``,
+``butterfly_matmul_segments``, ``kaleidoscope_matmul``, ``butterfly_groups``,
+``multiplicative_dropout``, ``boft_linear``.
+Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``BOFTExperts``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
 Models: ``adapt``, ``merge``, ``unload``, ``save_adapter``, ``load_adapter``.
 """
@@ -16,6 +17,7 @@ from ._version import __version__  # noqa: E402
 from .nn.adapt import adapt, merge, unload  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
 from .nn.dropout import MultiplicativeDropout  # noqa: E402
+from .nn.experts import BOFTExperts  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
 from .ops.butterfly import butterfly_matmul  # noqa: E402
@@ -24,10 +26,14 @@ from .ops.cayley import cayley  # noqa: E402
 from .ops.dropout import multiplicative_dropout  # noqa: E402
 from .ops.kaleidoscope import kaleidoscope_matmul  # noqa: E402
 from .ops.linear import boft_linear  # noqa: E402
-from .ops.rotate_indexed import butterfly_matmul_indexed  # noqa: E402
+from .ops.rotate_indexed import (  # noqa: E402
+    butterfly_matmul_indexed,
+    butterfly_matmul_segments,
+)
 
 __all__ = [
     "BOFTConv2d",
+    "BOFTExperts",
     "BOFTLinear",
     "MultiAdapterLinear",
     "MultiplicativeDropout",
@@ -38,6 +44,7 @@ __all__ = [
     "butterfly_groups",
     "butterfly_matmul",
     "butterfly_matmul_indexed",
+    "butterfly_matmul_segments",
     "cayley",
     "kaleidoscope_matmul",
     "load_adapter",

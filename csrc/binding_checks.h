@@ -93,6 +93,18 @@ inline boft::Stage stage_of(const Tensor& x, const Tensor& stages, const Tensor&
   return shape;
 }
 
+// Layout of a stage over the features of x, (rows, d), whose rows lie in segments that end at
+// `offsets`.
+inline boft::Stage stage_of_segments(const Tensor& x, const Tensor& grad, const Tensor& offsets,
+                                     int64_t size, int64_t chunk, int64_t stride) {
+  const auto shape = stage_of(x, size, chunk, stride);
+  STD_TORCH_CHECK(alike(x, grad),
+                  "segment_stage_grads: grad: expected the shape and dtype of x");
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Int,
+                  "segment_stage_grads: offsets: expected an int32 for each segment");
+  return shape;
+}
+
 // Checks the arguments of scale_backward: grad and x (rows, n), scale and center (n,).
 inline void check_scale(const Tensor& grad, const Tensor& x, const Tensor& scale,
                         const std::optional<Tensor>& center) {

@@ -71,6 +71,26 @@ Tensor rotate_stage_grad_cuda(const Tensor& x, const Tensor& grad, int64_t size,
                  nullptr);
 }
 
+Tensor segment_stage_grads_cuda(const Tensor& x_, const Tensor& grad_, const Tensor& offsets_,
+                                int64_t size, int64_t chunk, int64_t stride, int64_t splits) {
+  const char* op = "segment_stage_grads";
+  const auto dtype = cuda_dtype_of(x_, op);
+  const auto shape = stage_of_segments(x_, grad_, offsets_, size, chunk, stride);
+  check_size(op, shape);
+  STD_TORCH_CHECK(splits > 0, op, ": splits: expected a positive number, got ", splits);
+  check_device(op, x_, {&grad_, &offsets_});
+  const Tensor x = dense(x_), grad = dense(grad_);
+  const Tensor offsets = dense(offsets_);
+  const int64_t rows = x.size(0), d = x.size(1), n = offsets.size(0);
+  Tensor partials =
+      new_tensor(x, {splits, n, d / size, size, size}, compute_dtype(x));
+  check_launch(op, boft::cuda::segment_stage_grads(
+                       x.const_data_ptr(), grad.const_data_ptr(),
+                       static_cast<const int32_t*>(offsets.const_data_ptr()),
+                       partials.mutable_data_ptr(), n, rows, d, shape, splits, dtype, queue_of(x)));
+  return partials;
+}
+
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
                                                 const Tensor& stage_, int64_t chunk, int64_t stride,
                                                 bool transpose, int64_t splits) {

@@ -24,6 +24,8 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
                                                bool transpose, int64_t splits);
 Tensor rotate_stage_grad_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                 int64_t splits);
+Tensor segment_stage_grads_cpu(const Tensor& x, const Tensor& grad, const Tensor& offsets,
+                               int64_t size, int64_t chunk, int64_t stride, int64_t splits);
 Tensor scale_cpu(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                  const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad, const Tensor& x,
@@ -61,6 +63,8 @@ std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor
                                                 bool transpose, int64_t splits);
 Tensor rotate_stage_grad_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits);
+Tensor segment_stage_grads_cuda(const Tensor& x, const Tensor& grad, const Tensor& offsets,
+                                int64_t size, int64_t chunk, int64_t stride, int64_t splits);
 Tensor scale_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                   const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const Tensor& x,
@@ -88,13 +92,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cuda(
 #define BOFT_CPU_OPS(OP)                                                                       \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)          \
   OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(rotate_stage_grad)      \
-  OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)                  \
-  OP(linear_from_skew) OP(linear_from_skew_backward)
+  OP(segment_stage_grads) OP(scale) OP(scale_backward) OP(rotated_linear)                        \
+  OP(rotated_linear_backward) OP(linear_from_skew) OP(linear_from_skew_backward)
 
 // Names of the operators with a CUDA kernel: <name>_cuda is registered for each, if csrc/cuda was
 // compiled.
 #define BOFT_CUDA_OPS(OP)                                                                    \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)        \
   OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(rotate_stage_grad)    \
-  OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)                \
-  OP(linear_from_skew) OP(linear_from_skew_backward)
+  OP(segment_stage_grads) OP(scale) OP(scale_backward) OP(rotated_linear)                        \
+  OP(rotated_linear_backward) OP(linear_from_skew) OP(linear_from_skew_backward)

@@ -1,5 +1,5 @@
 // Operators that read or write activations, on a CPU: rotate, rotate_indexed, scale, and their
-// gradients. The kernels divide work by whole rows, groups or columns.
+// gradients, also by segments of rows. The kernels divide work by whole rows, groups or columns.
 #include "binding_cpu.h"
 #include "binding_ops.h"
 
@@ -120,6 +120,26 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
   Tensor x_grad = new_like(dense(x));
   const Tensor gram = gram_of(x, grad, shape, transpose, &stage, &x_grad);
   return {x_grad, gram};
+}
+
+Tensor segment_stage_grads_cpu(const Tensor& x_, const Tensor& grad_, const Tensor& offsets_,
+                               int64_t size, int64_t chunk, int64_t stride, int64_t splits) {
+  check_splits(splits);
+  const auto dtype = dtype_of(x_, "segment_stage_grads: x");
+  const auto shape = stage_of_segments(x_, grad_, offsets_, size, chunk, stride);
+  const Tensor x = dense(x_), grad = dense(grad_);
+  const Tensor offsets = dense(offsets_);
+  const int64_t rows = x.size(0), d = x.size(1), groups = d / size, n = offsets.size(0);
+  Tensor out = new_tensor(x, {1, n, groups, size, size}, compute_dtype(x));
+  const void *left = x.const_data_ptr(), *right = grad.const_data_ptr();
+  const auto* ends = static_cast<const int32_t*>(offsets.const_data_ptr());
+  void* to = out.mutable_data_ptr();
+  const int64_t work = std::max<int64_t>(rows, 1) * size * size;
+  torch::stable::parallel_for(0, groups, boft::cpu::grain_of(work),
+                              [&](int64_t begin, int64_t end) {
+    boft::cpu::segment_stage_grads(left, right, ends, to, n, rows, d, shape, begin, end, dtype);
+  });
+  return out;
 }
 
 namespace {

@@ -101,6 +101,18 @@ void rotate_backward(const void* grad, const void* x, const void* stages, void* 
                      void* stages_grad, int64_t rows, int64_t d, Stage stage, bool transpose,
                      int64_t begin, int64_t end, DType dtype);
 
+// Computes the gradient of the stage of every segment of the rows, for groups [begin, end) of each:
+// x^T grad of a group, summed over the rows [offsets[e-1], offsets[e]) of segment e, the first of
+// which begins at row 0. Offsets that descend or leave [0, rows] are cut to it, since they are not
+// checked before the kernel runs.
+//   x, grad:     (rows, d)
+//   offsets:     (n_segments,), the end of each segment; rows from the last one on are in none
+//   stage_grads: (n_segments, d / size, size, size), output, float32 if `dtype` is bfloat16; zeros
+//                for an empty segment
+void segment_stage_grads(const void* x, const void* grad, const int32_t* offsets,
+                         void* stage_grads, int64_t n_segments, int64_t rows, int64_t d,
+                         Stage stage, int64_t begin, int64_t end, DType dtype);
+
 // The next functions compute y = scale * (x R W^T) + bias as one matrix product, in float32, for a
 // stage with stride 1. Rows of x are packed in panels of linear_panel() rows. Panels are multiplied
 // in blocks of kLinearRows rows. One block times a few outputs is a unit of work.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,13 +11,15 @@ from .._runtime import checks
 from .base import BOFTLayer
 from .base_modules import is_quantized
 from .config import Options
+from .expert_adapter import EACH, MODES
+from .expert_modules import is_experts
+from .experts import BOFTExperts, expert_parameters, put_experts
 from .layers import BOFTConv2d, BOFTLinear
 from .multi_adapter import MultiAdapterLinear
-from .wrappers import COMPILED, pretrained_names, wrapper_of
+from .targets import BOFT_CLASSES, is_layer, matching, named_children, options_by_name
+from .wrappers import COMPILED, wrapper_of
 
 DEFAULT = "default"  # name of the adapter that adapt() adds to a quantized layer
-ALL_LINEAR = "all-linear"
-BOFT_CLASSES = BOFTLayer, MultiAdapterLinear
 
 # These modules read the weight of a child without calling it, which would ignore a rotation.
 _BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -28,6 +29,8 @@ def adapt(
     model: nn.Module,
     target_modules: str | Iterable[str] | Mapping[str, Options],
     *,
+    target_parameters: str | Iterable[str] = (),
+    experts: str = EACH,
     modules_to_save: str | Iterable[str] = (),
     **options,
 ) -> nn.Module:
@@ -47,7 +50,12 @@ def adapt(
             except ``model.get_output_embeddings()`` and what lies in ``modules_to_save``. A mapping
             gives options of their own to layers: its keys are such names, or regular expressions
             that match whole dotted names, and its values are keyword arguments that replace those
-            of ``options``, as in ``{"q_proj": {"block_size": 16}, "down_proj": {}}``.
+            of ``options``, as in ``{"q_proj": {"block_size": 16}, "down_proj": {}}``. May be empty
+            if there are target_parameters.
+        target_parameters: 3-D weights of experts, named as in PEFT, such as
+            ``["experts.gate_up_proj", "experts.down_proj"]``; a string is a regular expression.
+            The inputs of the experts are rotated, see ``BOFTExperts``.
+        experts: "each" trains a rotation for every expert, "shared" one for all experts of a layer.
         modules_to_save: other modules that stay trainable, such as a classification head, named as
             in target_modules; ``save_adapter`` stores them.
         **options: keyword arguments of ``BOFTLinear`` and ``BOFTConv2d`` from block_size on, such
@@ -60,17 +68,23 @@ def adapt(
         TypeError: a matching module is not an nn.Linear, nn.Conv2d or quantized linear layer, or
             has a forward of its own, which a BOFT layer would lose.
         ValueError: nothing matches; the features of a layer do not fit the options (the message
-            names the layer); a layer has hooks or parametrizations, which a BOFT layer would lose;
+            names the layer); experts compute in a way that a rotation would miss; a layer has hooks
+            or parametrizations, which a BOFT layer would lose;
             its parent may bypass its forward; it is adapted already; it shares its weight with a
             module to save (tied embeddings); or two keys of a mapping match it with other options.
     """
     checks.module("model", model)
-    saved = _matching(model, modules_to_save, "modules_to_save") if modules_to_save else {}
-    layer_options = _options_by_name(model, target_modules, options, saved.values())
+    saved = matching(model, modules_to_save, "modules_to_save") if modules_to_save else {}
+    checks.choice("experts", experts, MODES)
+    layer_options = options_by_name(model, target_modules, options, saved.values())
+    modules = {name: module for _, _, name, module in named_children(model)}
+    weights = expert_parameters(modules)
+    if target_parameters:
+        names = matching(model, target_parameters, "target_parameters", weights)
+        layer_options |= dict.fromkeys(names, options | {"experts": experts})
     if not layer_options:
         raise ValueError("target_modules: expected at least one name, got none")
-    modules = {name: module for _, _, name, module in named_children(model)}
-    targets = {name: modules[name] for name in layer_options}
+    targets = {name: (modules | weights)[name] for name in layer_options}
     replaced = set(targets.values())
     for name, module in saved.items():
         if not replaced.isdisjoint(module.modules()):
@@ -110,8 +124,12 @@ def build_layers(
         TypeError, ValueError: as for ``adapt``.
     """
     children = {name: (parent, module) for parent, _, name, module in named_children(model)}
-    layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear] = {}
+    experts = expert_parameters({name: module for name, (_, module) in children.items()})
+    layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear | BOFTExperts] = {}
     for name, layer_options in options.items():
+        if name in experts:
+            put_experts(layers, name, experts[name], layer_options)
+            continue
         if name not in children:
             raise ValueError(f"model: expected a module {name!r}, got none of that name")
         parent, module = children[name]
@@ -135,6 +153,9 @@ def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLin
     for parent, attribute, _, module in list(named_children(model)):
         if module in layers:
             setattr(parent, attribute, layers[module])
+    for layer in layers.values():
+        if isinstance(layer, BOFTExperts):
+            layer.connect()
     _mark_quantized(model, False)
 
 
@@ -183,8 +204,8 @@ def merge(
     """
     checks.module("model", model)
 
-    def merged(layer: BOFTLayer | MultiAdapterLinear) -> nn.Module:
-        if isinstance(layer, BOFTLayer):
+    def merged(layer: BOFTLayer | MultiAdapterLinear | BOFTExperts) -> nn.Module:
+        if not isinstance(layer, MultiAdapterLinear):
             return layer.merged_layer()
         return layer.merged_layer(requantize if is_quantized(layer.base) else None)
 
@@ -211,10 +232,14 @@ def unload(model: nn.Module) -> nn.Module:
     """
     checks.module("model", model)
 
-    def pretrained(layer: BOFTLayer | MultiAdapterLinear) -> nn.Module:
-        return layer.base if isinstance(layer, MultiAdapterLinear) else layer.base_layer()
+    def pretrained(layer: BOFTLayer | MultiAdapterLinear | BOFTExperts) -> nn.Module:
+        return layer.base_layer() if isinstance(layer, BOFTLayer) else layer.base
 
-    return _replace_layers(model, pretrained)
+    experts = [module for module in model.modules() if isinstance(module, BOFTExperts)]
+    model = _replace_layers(model, pretrained)
+    for layer in experts:
+        layer.disconnect()
+    return model
 
 
 def _replace_layers(model: nn.Module, plain: Callable[..., nn.Module]) -> nn.Module:
@@ -231,108 +256,17 @@ def _replace_layers(model: nn.Module, plain: Callable[..., nn.Module]) -> nn.Mod
     return model
 
 
-def _options_by_name(
-    model: nn.Module,
-    target_modules: str | Iterable[str] | Mapping[str, Options],
-    options: Options,
-    saved: Iterable[nn.Module],
-) -> dict[str, Options]:
-    """The options of each layer to replace, by its dotted name; see ``adapt``.
-
-    ``saved`` are the modules to save, which "all-linear" leaves out.
-    """
-    if target_modules == ALL_LINEAR:
-        return dict.fromkeys(_all_linear(model, saved), options)
-    if not isinstance(target_modules, Mapping):
-        return dict.fromkeys(_matching(model, target_modules, "target_modules"), options)
-    found: dict[str, Options] = {}
-    for key, own in target_modules.items():
-        if not isinstance(own, Mapping):
-            raise TypeError(f"target_modules: expected options for {key!r}, got {own!r}")
-        try:
-            names = _matching(model, [key], "target_modules")
-        except ValueError:
-            names = _matching(model, key, "target_modules")
-        for name in names:
-            if found.setdefault(name, options | own) != options | own:
-                raise ValueError(f"target_modules: expected one choice of options for {name!r}")
-    return found
-
-
-def _all_linear(model: nn.Module, saved: Iterable[nn.Module]) -> list[str]:
-    """The names of the linear layers that "all-linear" means."""
-    left_out = {inner for module in saved for inner in module.modules()}
-    for module in model.modules():  # a wrapper does not have its model's methods
-        head = getattr(module, "get_output_embeddings", None)
-        if callable(head) and isinstance(output := head(), nn.Module):
-            left_out |= set(output.modules())
-    return [
-        name
-        for _, _, name, module in named_children(model)
-        if module not in left_out
-        and not isinstance(module, BOFT_CLASSES)
-        and (isinstance(module, nn.Linear) or is_quantized(module))
-    ]
-
-
-def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> dict[str, nn.Module]:
-    """The modules that a regular expression or a list of names matches, by dotted name.
-
-    ``argument`` is the name of the public argument, for error messages.
-    """
-    modules = {name: module for _, _, name, module in named_children(model)}
-    if isinstance(names, str):
-        try:
-            matches = {names: [n for n in modules if re.fullmatch(names, n)]}
-        except re.error as error:
-            raise ValueError(
-                f"{argument}: expected a regular expression, got {names!r}: {error}"
-            ) from error
-    elif not isinstance(names, Iterable):
-        raise TypeError(f"{argument}: expected a string or a list of names, got {names!r}")
-    else:
-        names = list(names)
-        if any(not isinstance(n, str) or not n for n in names):
-            raise TypeError(f"{argument}: expected a string or a list of names, got {names!r}")
-        matches = {n: [m for m in modules if m == n or m.endswith(f".{n}")] for n in names}
-    if unmatched := [name for name, matched in matches.items() if not matched]:
-        layers = sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_layer(m)})
-        raise ValueError(
-            f"{argument}: expected names of modules of the model, got {unmatched} without a match; "
-            f"the names of its linear and convolution layers end in {layers}"
-        )
-    return {name: modules[name] for matched in matches.values() for name in matched}
-
-
-def named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """Yield (parent, attribute, dotted name, module) for every child under each of its names.
-
-    Names are those in the pretrained model: what a wrapper wraps bears the wrapper's name, and
-    comes after it.
-    """
-    pretrained_name = pretrained_names(model)
-    for prefix, parent in model.named_modules(remove_duplicate=False):
-        is_adapted = isinstance(parent, BOFT_CLASSES)
-        for attribute, child in {} if is_adapted else parent._modules.items():
-            if child is not None:
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                yield parent, attribute, pretrained_name(name), child
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or is_quantized(module)
-
-
 def _check_replaceable(name: str, module: nn.Module) -> None:
     if isinstance(module, BOFT_CLASSES):
         raise ValueError(
             f"target_modules: {name!r} is adapted already: expected other layers, or unload(model) "
             "first"
         )
-    if not _is_layer(module):
+    if not is_layer(module):
+        hint = f"; target_parameters takes '{name}.down_proj'" if is_experts(module) else ""
         raise TypeError(
             "target_modules: expected nn.Linear, nn.Conv2d or a quantized linear layer, "
-            f"{name!r} is {type(module).__name__}"
+            f"{name!r} is {type(module).__name__}{hint}"
         )
 
 

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from .._runtime import checks, files
-from .adapt import DEFAULT, build_layers, named_children, put_in, unfrozen_on_error
+from .adapt import DEFAULT, build_layers, put_in, unfrozen_on_error
 from .base import BOFTLayer
 from .base_modules import check_numbers
 from .config import Options, RotationConfig
+from .expert_adapter import ExpertAdapter
+from .experts import BOFTExperts, expert_parameters
 from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
 from .rotated_weight import is_sharded
+from .targets import named_children
 from .wrappers import pretrained_names, wrapped_attribute
 
 FORMAT = "boft_ops"
@@ -107,7 +110,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: does not fit the model: {error}") from error
             modules = {name: module for _, _, name, module in named_children(model)}
-            layers = {name: _adapted_layer(new_layers[modules[name]]) for name in layer_options}
+            experts = expert_parameters(modules)
+            layers = {
+                name: getattr(new_layers[experts[name]], name.rpartition(".")[2])
+                if name in experts
+                else _adapted_layer(new_layers[modules[name]])
+                for name in layer_options
+            }
             rotations = _rotation_tensors(layers)
             targets = _loadable(model, layers) | rotations
             _check_tensors(path, tensors, targets, rotations.keys())
@@ -160,7 +169,7 @@ def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, Adapt
 def _adapted_layer(module: nn.Module, adapter: str = DEFAULT) -> AdaptedLayer | None:
     if isinstance(module, MultiAdapterLinear):
         return dict(module.adapters).get(adapter)
-    return module if isinstance(module, BOFTLayer) else None
+    return module if isinstance(module, (BOFTLayer, ExpertAdapter)) else None
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -189,18 +198,20 @@ def _loadable(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     pretrained_name = _pretrained_names(model)
     tensors = {pretrained_name(name): tensor for name, tensor in tensors.items()}
-    frozen = {f"{name}.weight" if name else "weight" for name in layers}
+    frozen = {f"{name}.weight" if name else "weight" for name in layers} | set(layers)
     return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
 
 def _pretrained_names(model: nn.Module) -> Callable[[str], str]:
     """Return a function from names in the model to names in the pretrained model.
 
-    A ``MultiAdapterLinear`` adds ``base`` to the names of its layer, as wrappers add their parts.
+    ``MultiAdapterLinear`` and ``BOFTExperts`` add ``base`` to the names of what they call, as
+    wrappers add their parts.
     """
 
     def attribute_of(module: nn.Module) -> str | None:
-        return "base" if isinstance(module, MultiAdapterLinear) else wrapped_attribute(module)
+        is_around = isinstance(module, (MultiAdapterLinear, BOFTExperts))
+        return "base" if is_around else wrapped_attribute(module)
 
     return pretrained_names(model, attribute_of)
 
@@ -266,9 +277,11 @@ def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
 
 def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Tensor]) -> None:
     """Raise ValueError if a tensor is a shard, as FSDP and ZeRO leave it on each process."""
-    shapes = {
-        id(layer.skew): layer.config.skew_shape(layer.rotated_features) for layer in layers.values()
-    }
+    shapes = {id(layer.skew): layer.whole_skew_shape for layer in layers.values()}
+    if parts := [name for name, layer in layers.items() if getattr(layer, "is_part", False)]:
+        raise ValueError(
+            f"model: {parts[0]}: expected all experts, got those of one process of several"
+        )
     for name, tensor in stored.items():
         shape = tuple(tensor.shape)
         if is_sharded(tensor) or shapes.get(id(tensor), shape) != shape:

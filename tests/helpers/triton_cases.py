@@ -19,6 +19,7 @@ TABLES = {
     "rotate_indexed": rotate_indexed.TILES,
     "rotate_backward": rotate_backward.BACKWARD_TILES,
     "rotate_stage_grad": rotate_backward.STAGE_GRAD_TILES,
+    "segment_stage_grads": rotate_backward.STAGE_GRAD_TILES,
 }
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
@@ -205,6 +206,10 @@ def rotate_case(op: str, tile: Tile, structure: dict[str, Any]) -> Case:
         pointers = {"x_ptr": row_type, "stage_ptr": sum_type, "y_ptr": row_type}
         if op == "rotate_indexed":
             pointers["index_ptr"] = "i32"
+    elif op == "segment_stage_grads":
+        del constants["TRANSPOSE"]
+        pointers = {"x_ptr": row_type, "grad_ptr": row_type, "partials_ptr": sum_type}
+        pointers["ends_ptr"] = "i32"
     else:
         constants["X_GRAD"] = op == "rotate_backward"
         pointers = {"x_ptr": row_type, "grad_ptr": row_type, "partials_ptr": sum_type}
@@ -215,6 +220,7 @@ def rotate_case(op: str, tile: Tile, structure: dict[str, Any]) -> Case:
     kernel = {
         "rotate": "rotate:rotate_kernel",
         "rotate_indexed": "rotate_indexed:rotate_indexed_kernel",
+        "segment_stage_grads": "segment_stage_grads:segment_stage_grads_kernel",
     }.get(op, "rotate_backward:rotate_backward_kernel")
     usual = structure["size"] & (structure["size"] - 1) == 0 and structure["chunk"] != 2
     everywhere = usual and dtype in ("bfloat16", "float32")

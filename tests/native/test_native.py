@@ -114,6 +114,28 @@ def test_rotate_indexed(n, b, first, rows, dtype):
                 assert torch.equal(y[index == i], want[index == i])
 
 
+# no row; none in the first, one in the second, some in none; cut where they descend or leave N
+ENDS = {0: [0, 0], 1: [0, 1], 40: [0, 1, 23, 37], 300: [120, 100, 290, 2**31 - 1, -5, 300]}
+
+
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
+@pytest.mark.parametrize("rows", ENDS)
+@pytest.mark.parametrize(("n", "b", "first"), STAGES[::2])
+def test_segment_stage_grads(n, b, first, rows, dtype):
+    """Each segment has what rotate_stage_grad makes of its rows alone, to the bit."""
+    size, stride = b << (n - 1), 1 << first
+    x, g = torch.randn(rows, 4 * size * stride).to(dtype), torch.randn(4 * size * stride, rows).T
+    g, ends = g.to(dtype), torch.tensor(ENDS[rows], dtype=torch.int32)
+    (got,) = raw.segment_stage_grads(x, g, ends, size, b // 2, stride, 1)
+    assert got.shape == (len(ends), 4 * stride, size, size)
+    begin = 0
+    for gram, end in zip(got, ENDS[rows], strict=True):
+        own = slice(max(begin, 0), max(end, begin, 0))
+        want = raw.rotate_stage_grad(x[own], g[own], size, b // 2, stride, 1)
+        assert torch.equal(gram, want[0])
+        begin = end
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 12, 20, 100])
 def test_one_factor_of_any_size(size, dtype):
@@ -379,6 +401,21 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
             "shape and dtype of x",
         ),
         ("rotate_stage_grad", (*[torch.zeros(3, 16)] * 2, 8, 4, 1, 2), "expected 1 on a CPU"),
+        (
+            "segment_stage_grads",
+            (torch.zeros(3, 16), torch.zeros(3, 8), torch.zeros(2).int(), 8, 4, 1, 1),
+            "shape and dtype of x",
+        ),
+        (
+            "segment_stage_grads",
+            (*[torch.zeros(3, 16)] * 2, torch.zeros(2).long(), 8, 4, 1, 1),
+            "an int32 for each segment",
+        ),
+        (
+            "segment_stage_grads",
+            (*[torch.zeros(3, 16)] * 2, torch.zeros(2).int(), 8, 4, 1, 2),
+            "expected 1 on a CPU",
+        ),
         (
             "rotate_backward",
             (torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, 4, 4), 4, 1, False, 1),

@@ -38,6 +38,7 @@ def samples():
     weight, scale, bias = torch.randn(6, 32), torch.randn(6), torch.randn(6)
     y, rows = torch.randn(5, 6), torch.tensor([1, 1, -1, 0, 1], dtype=torch.int32)
     numbers = raw.linear_from_skew(x, weight, skew, drop, None, None, False, False)[2]
+    ends = torch.tensor([1, 1, 4], dtype=torch.int32)  # an empty segment, a row in none
     return {
         "cayley": [
             *[(skew, None), (skew.transpose(0, 1), drop.T), (skew.bfloat16(), None)],
@@ -58,6 +59,10 @@ def samples():
             (x, torch.stack([stage, stage.mT]), rows, 2, 1, False),
             (g, torch.stack([stage1, stage1]).mT, rows, 2, 2, True),
             (x[:0], stage[None], rows[:0], 2, 1, True),
+        ],
+        "segment_stage_grads": [
+            *[(x, g, ends, 16, 2, 1, 1), (x, g, ends, 8, 2, 2, 1)],
+            *[(g.double(), x.double(), ends, 16, 2, 1, 1), (x, g, ends[:0], 16, 2, 1, 1)],
         ],
         "rotate_backward": [
             *[(x, g, stage, 2, 1, False, 1), (g, x, stage1, 2, 2, True, 1)],

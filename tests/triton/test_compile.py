@@ -88,7 +88,7 @@ def check(target, rest, rows):
 def test_half_precision_rows_use_matrix_units_and_whole_pieces_of_16_bytes():
     """The committed table says so of the rotate kernels, for every target."""
     _, table = triton_resources.read_table()
-    kernels = ("rotate:", "rotate_backward:", "rotate_indexed:")
+    kernels = ("rotate:", "rotate_backward:", "rotate_indexed:", "segment_stage_grads:")
     rows = [(name, used) for (_, name), used in table.items() if name.startswith(kernels)]
     halves = [(name, used) for name, used in rows if " bf16" in name or " fp16" in name]
     assert len(halves) > 50

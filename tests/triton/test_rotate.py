@@ -21,6 +21,7 @@ import triton.language as tl
 from triton_cases import TABLES, reachable_tiles
 
 from boft_ops.ops.rotate_indexed import rotate_indexed_rows
+from boft_ops.ops.segment_stage_grads import segment_stage_grads
 from boft_ops.triton_kernels import config_rotate
 from boft_ops.triton_kernels import rotate as kernels
 from boft_ops.triton_kernels import rotate_backward as backward_kernels
@@ -204,7 +205,7 @@ def test_a_small_change_is_not_rounded_away(size, dtype, stage_dtype):
         assert abs(float(ratio) - scale) < 2e-4
 
 
-@pytest.mark.parametrize("op", ["rotate", "rotate_indexed", "rotate_backward", "rotate_stage_grad"])
+@pytest.mark.parametrize("op", TABLES)
 def test_every_structure_has_a_tile_that_fits(op):
     tiles = set()
     for dtype in config_rotate.DTYPE_CLASSES:
@@ -234,6 +235,7 @@ def test_the_ops_ask_for_the_sizes_that_have_tiles():
             rotate.rotate_stage_grad: (x, x, size, size, 1, 1),
             rotate.rotate_backward: (x, x, stage, size, 1, False, 1),
             rotate_indexed_rows: (x, stage[None], index, size, 1, False),
+            segment_stage_grads: (x, x, index, size, size, 1, 1),
         }
         for op, args in calls.items():
             assert op.supports("triton", args) == (size <= config_rotate.MAX_SIZE)

@@ -31,6 +31,11 @@ def read(
         ValueError: the options or tensors are not valid, or do not fit each other.
     """
     layer_options = parse_metadata(path, metadata)
+    if experts := [name for name, options in layer_options.items() if "experts" in options]:
+        raise ValueError(
+            f"{path}: {experts[0]}: expected a rotated layer, got rotated experts, which no other "
+            "format has"
+        )
     bases = _bases(path, metadata.get("bases", "{}"))
     others = dict(tensors)
     layers = {}
