@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +30,7 @@ def adapt(
     target_modules: str | Iterable[str] | Mapping[str, Options],
     *,
     modules_to_save: str | Iterable[str] = (),
-    **options,
+    **options: Any,
 ) -> nn.Module:
     """Replace the matching linear and convolution layers by BOFT layers and freeze the rest.
 
