@@ -40,7 +40,7 @@ def test_the_page_promises_what_the_metadata_allows():
         "Python": r'requires-python = ">=([\d.]+)"',
         "PyTorch": r'"torch>=([\d.]+)"',
         "Triton": r'"triton>=([\d.]+);',
-        "PEFT": r'"peft>=([\d.]+)",\n  "pybind,
+        "PEFT": r'"peft>=([\d.]+)",\n  "pybind',
     }.items():
         oldest = re.search(pattern, PYPROJECT)[1]
         assert re.search(rf"^\| {row} \| {re.escape(oldest)} ", VERSIONING, re.M), row
