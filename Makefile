@@ -38,7 +38,7 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-exhaustive test-triton-3.6 sanitize sanitize-cuda cuda cuda-memcheck bench paper gpu-decide docs lint format build dist clean distclean
+.PHONY: help setup demo test test-exhaustive test-triton-3.6 sanitize sanitize-cuda cuda cuda-memcheck bench paper gpu-decide docs lint format build dist hub clean distclean
 
 help:
 	@echo 'make demo             finetune a real model with frozen features, LoRA, OFT and BOFT'
@@ -58,6 +58,7 @@ help:
 	@echo 'make cuda-memcheck    on a machine with a GPU, test the CUDA kernels under compute-sanitizer'
 	@echo 'make build            recompile the changed files of csrc/, in place'
 	@echo 'make dist             make what a release uploads: sdist, pure wheel and manylinux wheel, checked'
+	@echo 'make hub              make a repository that kernels.get_local_kernel loads; options: HUB=FOLDER'
 	@echo 'make clean            remove build products'
 	@echo 'make distclean        remove build products, $(VENV) and data/'
 	@echo 'Variables: PYTHON VENV TORCH PIP_FLAGS ARGS WORKERS MAX_JOBS BOFT_OPS_... (docs/env.md)'
@@ -163,6 +164,11 @@ dist: $(STAMPS)/dist
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
 	  --exclude 'libtorch*' --exclude 'libc10*' -w '$(DIST)' build/dist/*.whl
 	@$(PY) -m twine check --strict '$(DIST)'/*
+
+HUB := build/hub
+hub: $(STAMPS)/setup
+	@rm -rf '$(HUB)'
+	@$(PY) hub/make_repository.py '$(HUB)'
 
 # Each step below leaves a stamp file. Each target above depends only on the steps that it needs.
 $(STAMPS)/venv:

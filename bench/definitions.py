@@ -46,7 +46,7 @@ def check_definition(name: str, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def _merged(layer: torch.nn.Module) -> torch.Tensor:
-    """The weight that PEFT's own code computes from a layer in float64, or LyCORIS' in its dtype."""
+    """The weight that PEFT's own code merges, in float64, or LyCORIS' in its dtype."""
     if isinstance(layer, LycorisBOFT):
         return layer.adapter.get_merged_weight()[0].detach().cpu().double()
     layer = copy.deepcopy(layer).cpu().double()

@@ -46,7 +46,7 @@ class PlainBOFT(nn.Module):
 
 
 class ActivationBOFT(nn.Module):
-    """PEFT's BOFT as its pull request 3540 describes it: the activations are rotated, in plain torch.
+    """PEFT's BOFT as its pull request 3540 describes it: it rotates activations in plain torch.
 
     Written from the description. The parameters are those of PEFT, an unconstrained matrix for each
     block and a scale. Each factor gathers the features of its blocks by an index, multiplies them

@@ -11,8 +11,8 @@ import torch
 from bench_modules import (
     BENCH,
     contestants,
-    definitions,
     correctness,
+    definitions,
     goals,
     interleave,
     layer_operators,
