@@ -206,7 +206,7 @@ def _activation_boft(base: nn.Linear) -> Entry:
     return Entry("peft-boft-activation", "PEFT BOFT(2,8), activation side", layer, note)
 
 
-def _parameters(base: nn.Linear) -> int:
+def _budget(base: nn.Linear) -> int:
     """Number of parameters of BOFT(2, 8), which rivals with a rank come nearest to."""
     return 7 * base.in_features + base.out_features
 
@@ -215,7 +215,7 @@ def _psoft(base: nn.Linear) -> Entry:
     """Build PEFT's PSOFT: an r x r rotation between the largest singular vectors of the weight."""
     import peft
 
-    rank = min(round((2 * _parameters(base)) ** 0.5), *base.weight.shape)
+    rank = min(round((2 * _budget(base)) ** 0.5), *base.weight.shape)
     config = peft.PsoftConfig(r=rank, psoft_alpha=rank, psoft_svd="lowrank", target_modules=["0"])
     note = "its rank gives about as many parameters as BOFT(2,8) has"
     return Entry("peft-psoft", f"PEFT PSOFT r={rank}", _inject(base, config), note)
@@ -223,7 +223,7 @@ def _psoft(base: nn.Linear) -> Entry:
 
 def _more(base: nn.Linear) -> Entry:
     """Build a Monarch layer with a rank that gives about as many parameters as BOFT(2, 8)."""
-    rank = max(round(_parameters(base) / (base.in_features + base.out_features)), 1)
+    rank = max(round(_budget(base) / (base.in_features + base.out_features)), 1)
     note = "its rank gives about as many parameters as BOFT(2,8) has; it does not rotate"
     return Entry("more", f"Monarch (MoRe) rank {rank}", MoRe(base, rank), note)
 

@@ -7,7 +7,6 @@ So the base may be quantized, and several adapters can share it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -116,7 +115,7 @@ class MultiAdapterLinear(nn.Module):
         """Names of all adapters, in the order of their numbers in ``adapter_index``."""
         return tuple(self.adapters)
 
-    def add_adapter(self, name: str, *, active: bool = True, **options: Any) -> LinearAdapter:
+    def add_adapter(self, name: str, *, active: bool = True, **options: object) -> LinearAdapter:
         """Add an adapter that is the identity until it is trained or loaded.
 
         Args:
@@ -142,7 +141,7 @@ class MultiAdapterLinear(nn.Module):
             self.active = (*self.active, name)
         return adapter
 
-    def new_adapter(self, name: str, **options: Any) -> LinearAdapter:
+    def new_adapter(self, name: str, **options: object) -> LinearAdapter:
         """Make the adapter that ``add_adapter`` would add, without changing the layer."""
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"name: expected a string without dots, got {name!r}")

@@ -125,12 +125,8 @@ def test_the_rotation_on_a_gpu_is_the_packages(extension, pytestconfig, tmp_path
     command = ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", *includes, f"-I{extension}"]
     command += [f"-I{extension / 'third_party' / 'boft_csrc'}"]
     command += ["cuda_module.cpp", "rotation_cuda.cpp", str(emulated / cuda_emulation.LIB)]
-    torch_libraries = build_tools.find_torch().root / "lib"  # of the emulated library's bindings
-    command += [
-        f"-Wl,-rpath,{emulated}",
-        f"-Wl,-rpath,{torch_libraries}",
-        "-Wl,--disable-new-dtags",
-    ]
+    for folder in (emulated, build_tools.find_torch().root / "lib"):  # its bindings need torch
+        command += [f"-Wl,-rpath,{folder}", "-Wl,--disable-new-dtags"]
     command += ["-Wl,--allow-shlib-undefined", "-o", "rotation_cuda.so"]
     subprocess.run(command, check=True, cwd=extension)
     skew, x, weight, target = operands()
