@@ -18,8 +18,8 @@ PREFIX = "lycoris"  # LyCORIS' own prefix of layer names; trainers use others, s
 
 
 def convert(
-    source: str | os.PathLike,
-    destination: str | os.PathLike,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     to: str,
     *,
     base: Base | None = None,
@@ -75,7 +75,7 @@ def convert(
 
 
 def read_checkpoint(
-    source: str | os.PathLike, *, base: Base | None = None, prefix: str = PREFIX
+    source: str | os.PathLike[str], *, base: Base | None = None, prefix: str = PREFIX
 ) -> Checkpoint:
     """Read an adapter checkpoint into this package's convention.
 

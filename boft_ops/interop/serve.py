@@ -25,7 +25,7 @@ from .formats.checkpoint import Base, LayerState
 
 def load_adapters(
     model: nn.Module,
-    checkpoints: Mapping[str, str | os.PathLike],
+    checkpoints: Mapping[str, str | os.PathLike[str]],
     *,
     base: Base | None = None,
     prefix: str = PREFIX,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -32,7 +33,7 @@ def adapt(
     target_parameters: str | Iterable[str] = (),
     experts: str = EACH,
     modules_to_save: str | Iterable[str] = (),
-    **options,
+    **options: Any,
 ) -> nn.Module:
     """Replace the matching linear and convolution layers by BOFT layers and freeze the rest.
 

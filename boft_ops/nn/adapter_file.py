@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DEFAULT) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAULT) -> None:
     """Write the finetuned parameters of a model to one safetensors file.
 
     The tensors bear their names in the pretrained model, without the parts that wrappers such as
@@ -68,7 +68,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     write_adapter(Path(path), layer_options, bases, stored)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a file of ``save_adapter`` into a model.
 
     The file is checked completely before the model is changed.
@@ -292,7 +292,9 @@ def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Ten
 
 
 def _check_levels(
-    path: str | os.PathLike, layer_options: dict[str, Options], tensors: dict[str, torch.Tensor]
+    path: str | os.PathLike[str],
+    layer_options: dict[str, Options],
+    tensors: dict[str, torch.Tensor],
 ) -> None:
     """Raise ValueError unless the levels of kaleidoscopes fit the skews.
 
@@ -307,7 +309,7 @@ def _check_levels(
 
 
 def _compare_options(
-    path: str | os.PathLike, layer_options: dict[str, Options], layers: dict[str, AdaptedLayer]
+    path: str | os.PathLike[str], layer_options: dict[str, Options], layers: dict[str, AdaptedLayer]
 ) -> None:
     """Raise ValueError unless the model is adapted with the options of the file."""
     if differing := sorted(layer_options.keys() ^ layers.keys()):
@@ -321,7 +323,7 @@ def _compare_options(
 
 
 def _check_tensors(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tensors: dict[str, torch.Tensor],
     targets: dict[str, torch.Tensor],
     required: set[str],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from .base_modules import check_forward, check_numbers, check_unmodified
 from .config import HasRotation, Options, RotationConfig
 from .dropout import MultiplicativeDropout
 from .rotated_weight import Weight, is_dense, is_sharded, one_draw, rotated_weight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Merged(NamedTuple):
@@ -161,7 +164,7 @@ class BOFTLayer(HasRotation, nn.Module):
         self.register_parameter("scale", nn.Parameter(scale) if self.config.scale else None)
 
     @classmethod
-    def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> BOFTLayer:
+    def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> Self:
         """Build a layer that shares the storage of ``base``; ``arguments`` are torch's."""
         check_forward(base, cls.BASE)
         if isinstance(base.weight, nn.parameter.UninitializedParameter):
@@ -247,7 +250,7 @@ class BOFTLayer(HasRotation, nn.Module):
         return merge_weight(self.frozen_weight, blocks, self.scale, **self._placement)
 
     @untracked
-    def merge(self, *, keep: bool = True) -> BOFTLayer:
+    def merge(self, *, keep: bool = True) -> Self:
         """Replace the frozen weight by the merged weight, so that inference computes no rotation.
 
         The former tensor is not written to, as other modules may share it.
@@ -282,7 +285,7 @@ class BOFTLayer(HasRotation, nn.Module):
         self._merged_with = merged_with if self.merged else None
 
     @untracked
-    def unmerge(self) -> BOFTLayer:
+    def unmerge(self) -> Self:
         """Undo ``merge``: bring back the weight that it put aside, bit for bit.
 
         Without that weight, after ``merge(keep=False)`` or a state dict of a merged layer, it is
@@ -318,7 +321,7 @@ class BOFTLayer(HasRotation, nn.Module):
         is_parameter = isinstance(former, nn.Parameter)
         return former if is_parameter else nn.Parameter(former, requires_grad=False)
 
-    def interpolate(self, n: int) -> BOFTLayer:
+    def interpolate(self, n: int) -> Self:
         """Replace the n factors of the largest strides by the identity (the paper's Fig. 10).
 
         n = 0 is the finetuned layer, n = n_factors the pretrained weight, still scaled.

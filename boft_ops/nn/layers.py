@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
@@ -11,6 +13,9 @@ from ..ops.merge import rotate_weight
 from ..ops.rotation import SkewRotation
 from .base import BOFTLayer
 from .config import RotationConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _linear_arguments(linear: nn.Linear) -> tuple:
@@ -92,7 +97,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         self._init_rotation(config)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **options) -> BOFTLinear:
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> Self:
         """Build a BOFT layer that shares the storage of the weight and bias of ``linear``.
 
         Args:
@@ -158,7 +163,7 @@ class OFTLinear(BOFTLinear):
         dtype: torch.dtype | None = None,
         *,
         block_size: int = 8,
-        **options,
+        **options: Any,
     ) -> None:
         if "n_factors" in options:
             raise TypeError("n_factors: OFTLinear has exactly one; use BOFTLinear for more")
@@ -242,7 +247,7 @@ class BOFTConv2d(BOFTLayer, nn.Conv2d):
         self._init_rotation(config)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **options) -> BOFTConv2d:
+    def from_conv(cls, conv: nn.Conv2d, **options: Any) -> Self:
         """Build a BOFT layer that shares the storage of the weight and bias of ``conv``.
 
         Args:

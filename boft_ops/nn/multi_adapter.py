@@ -115,7 +115,7 @@ class MultiAdapterLinear(nn.Module):
         """Names of all adapters, in the order of their numbers in ``adapter_index``."""
         return tuple(self.adapters)
 
-    def add_adapter(self, name: str, *, active: bool = True, **options) -> LinearAdapter:
+    def add_adapter(self, name: str, *, active: bool = True, **options: object) -> LinearAdapter:
         """Add an adapter that is the identity until it is trained or loaded.
 
         Args:
@@ -141,7 +141,7 @@ class MultiAdapterLinear(nn.Module):
             self.active = (*self.active, name)
         return adapter
 
-    def new_adapter(self, name: str, **options) -> LinearAdapter:
+    def new_adapter(self, name: str, **options: object) -> LinearAdapter:
         """Make the adapter that ``add_adapter`` would add, without changing the layer."""
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"name: expected a string without dots, got {name!r}")

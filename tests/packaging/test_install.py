@@ -61,7 +61,7 @@ def test_metadata(wheel):
         "License-Expression: MIT",
         "Requires-Python: >=3.10",
         "Requires-Dist: torch>=2.10",
-        'Requires-Dist: triton>=3.4; platform_system == "Linux"',
+        'Requires-Dist: triton>=3.6; platform_system == "Linux"',
         "Requires-Dist: safetensors>=0.4",
     ):
         assert line in text.splitlines()

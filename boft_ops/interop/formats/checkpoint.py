@@ -115,7 +115,7 @@ def _check_layer(layer: LayerState) -> None:
         )
 
 
-Base = nn.Module | str | os.PathLike
+Base = nn.Module | str | os.PathLike[str]
 Shapes = dict[str, tuple[int, ...]]
 
 
