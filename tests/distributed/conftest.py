@@ -6,7 +6,7 @@ import pytest
 from processes import Processes
 
 
-@pytest.fixture(scope="session", autouse=True)  # which starts nothing yet
+@pytest.fixture(scope="session", autouse=True)  # nothing is started yet
 def processes():
     """The pool of processes: ``processes.run(n, function, **kwargs)``."""
     pool = Processes()

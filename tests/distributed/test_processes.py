@@ -26,6 +26,6 @@ def test_body_runs_on_every_rank(value, tmp_path):
 
 
 def test_an_error_of_one_rank_is_raised_here(processes):
-    with pytest.raises(AssertionError, match="(?s)rank 1 of 2:.*ValueError: as asked"):
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 of 2:.*ValueError: as asked"):
         processes.run(2, fail, rank=1)
     assert processes.run(2, total, value=0) == [(1, 2), (1, 2)]
