@@ -4,7 +4,7 @@ Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``, ``kal
 ``butterfly_groups``, ``multiplicative_dropout``, ``boft_linear``.
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
-Models: ``adapt``, ``merge``, ``unload``, ``save_adapter``, ``load_adapter``.
+Models: ``adapt``, ``merge``, ``unload``, ``reset_adapters``, ``save_adapter``, ``load_adapter``.
 """
 
 from ._runtime import paths
@@ -13,7 +13,7 @@ paths.mount_triton(__name__)
 paths.hide_phantom_triton()
 
 from ._version import __version__  # noqa: E402
-from .nn.adapt import adapt, merge, unload  # noqa: E402
+from .nn.adapt import adapt, merge, reset_adapters, unload  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
 from .nn.dropout import MultiplicativeDropout  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
@@ -43,6 +43,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "multiplicative_dropout",
+    "reset_adapters",
     "save_adapter",
     "unload",
 ]

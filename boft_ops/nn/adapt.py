@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .._runtime import checks
+from .adapter_parameters import HasAdapter
 from .base import BOFTLayer
 from .base_modules import is_quantized
 from .config import Options
@@ -215,6 +216,34 @@ def unload(model: nn.Module) -> nn.Module:
         return layer.base if isinstance(layer, MultiAdapterLinear) else layer.base_layer()
 
     return _replace_layers(model, pretrained)
+
+
+def reset_adapters(model: nn.Module) -> nn.Module:
+    """Make every adapter of a model the identity: skews zero, scales one.
+
+    A model that was built on the meta device and got memory by ``to_empty`` starts so by itself.
+    Other ways to get memory, or to fill it, may leave anything in the adapters.
+
+    Args:
+        model: an adapted model, sharded or not; changed in place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: the model has no BOFT layer.
+    """
+    checks.module("model", model)
+    adapters = [module for module in model.modules() if isinstance(module, HasAdapter)]
+    if not adapters:
+        raise ValueError("model: expected at least one BOFT layer, got none")
+    for adapter in adapters:
+        adapter.reset_adapter()
+    for module in model.modules():
+        if isinstance(module, MultiAdapterLinear):
+            module.forget()
+    return model
 
 
 def _replace_layers(model: nn.Module, plain: Callable[..., nn.Module]) -> nn.Module:

@@ -7,11 +7,12 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.cayley import cayley
-from .config import HasRotation, RotationConfig
+from .adapter_parameters import HasAdapter
+from .config import RotationConfig
 from .dropout import MultiplicativeDropout
 
 
-class LinearAdapter(HasRotation, nn.Module):
+class LinearAdapter(HasAdapter, nn.Module):
     """The rotation of a linear layer's inputs and the scale of its outputs, without the layer.
 
     Args:
@@ -56,6 +57,8 @@ class LinearAdapter(HasRotation, nn.Module):
         scale = torch.ones(out_features, device=device, dtype=dtype)
         self.skew = nn.Parameter(skew)
         self.register_parameter("scale", nn.Parameter(scale) if config.scale else None)
+
+    reset_parameters = HasAdapter.reset_adapter  # the name by which torch initializes a module
 
     def blocks(self, n_factors: int = 0) -> torch.Tensor:
         """Orthogonal blocks (m, K, b, b), after dropout in training mode.
