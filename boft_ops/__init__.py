@@ -13,8 +13,9 @@ paths.mount_triton(__name__)
 paths.hide_phantom_triton()
 
 from ._version import __version__  # noqa: E402
-from .nn.adapt import adapt, merge, reset_adapters, unload  # noqa: E402
+from .nn.adapt import adapt, merge, unload  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
+from .nn.adapter_parameters import reset_adapters  # noqa: E402
 from .nn.dropout import MultiplicativeDropout  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402

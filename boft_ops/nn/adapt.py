@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from .._runtime import checks
-from .adapter_parameters import HasAdapter
 from .base import BOFTLayer
 from .base_modules import is_quantized
 from .config import Options
+from .distributed import check_order, data_mesh, fully_sharded
 from .layers import BOFTConv2d, BOFTLinear
 from .multi_adapter import MultiAdapterLinear
+from .rotated_weight import is_sharded
 from .wrappers import COMPILED, pretrained_names, wrapper_of
 
 DEFAULT = "default"  # name of the adapter that adapt() adds to a quantized layer
@@ -112,14 +113,17 @@ def build_layers(
     """
     children = {name: (parent, module) for parent, _, name, module in named_children(model)}
     layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear] = {}
-    for name, layer_options in options.items():
+    for name in options:
         if name not in children:
             raise ValueError(f"model: expected a module {name!r}, got none of that name")
+    check_order(model, {name: children[name][1] for name in options})
+    fully_sharded_modules = fully_sharded(model)
+    for name, layer_options in options.items():
         parent, module = children[name]
         if module not in layers:  # a module may be registered under several names
             _check_replaceable(name, module)
             check_parent(f"target_modules: {name!r}", parent)
-            layers[module] = _build(name, module, layer_options)
+            layers[module] = _build(name, module, layer_options, module in fully_sharded_modules)
     return layers
 
 
@@ -216,34 +220,6 @@ def unload(model: nn.Module) -> nn.Module:
         return layer.base if isinstance(layer, MultiAdapterLinear) else layer.base_layer()
 
     return _replace_layers(model, pretrained)
-
-
-def reset_adapters(model: nn.Module) -> nn.Module:
-    """Make every adapter of a model the identity: skews zero, scales one.
-
-    A model that was built on the meta device and got memory by ``to_empty`` starts so by itself.
-    Other ways to get memory, or to fill it, may leave anything in the adapters.
-
-    Args:
-        model: an adapted model, sharded or not; changed in place.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        TypeError: ``model`` is not an nn.Module.
-        ValueError: the model has no BOFT layer.
-    """
-    checks.module("model", model)
-    adapters = [module for module in model.modules() if isinstance(module, HasAdapter)]
-    if not adapters:
-        raise ValueError("model: expected at least one BOFT layer, got none")
-    for adapter in adapters:
-        adapter.reset_adapter()
-    for module in model.modules():
-        if isinstance(module, MultiAdapterLinear):
-            module.forget()
-    return model
 
 
 def _replace_layers(model: nn.Module, plain: Callable[..., nn.Module]) -> nn.Module:
@@ -383,12 +359,21 @@ def check_parent(layer: str, parent: nn.Module) -> None:
         )
 
 
-def _build(name: str, module: nn.Module, options: dict) -> BOFTLayer | MultiAdapterLinear:
+def _build(
+    name: str, module: nn.Module, options: dict, is_managed: bool
+) -> BOFTLayer | MultiAdapterLinear:
+    """Build one layer; a weight that ``fully_shard`` manages has to stay where it is."""
     try:
-        if is_quantized(module):
+        mesh = data_mesh(module.weight) if is_managed else None
+        weight = getattr(module, "weight", None)
+        if is_quantized(module) or (isinstance(module, nn.Linear) and is_sharded(weight)):
             layer = MultiAdapterLinear(module)
-            layer.add_adapter(DEFAULT, **options)
+            adapter = layer.add_adapter(DEFAULT, **options)
+            if mesh is not None:
+                adapter.replicate(mesh)
             return layer.train(module.training)
+        if is_sharded(weight):
+            raise ValueError("expected adapt() before the convolution is sharded, got a shard")
         if isinstance(module, nn.Linear):
             return BOFTLinear.from_linear(module, **options)
         return BOFTConv2d.from_conv(module, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .._runtime import checks
 from .config import HasRotation
 
 
@@ -35,3 +36,28 @@ class HasAdapter(HasRotation):
     def _is_meta(self) -> bool:
         skew = self._parameters.get("skew")
         return skew is not None and skew.is_meta
+
+
+def reset_adapters(model: nn.Module) -> nn.Module:
+    """Make every adapter of a model the identity: skews zero, scales one.
+
+    A model that was built on the meta device and got memory by ``to_empty`` starts so by itself.
+    Other ways to get memory, or to fill it, may leave anything in the adapters.
+
+    Args:
+        model: an adapted model, sharded or not; changed in place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: the model has no BOFT layer.
+    """
+    checks.module("model", model)
+    adapters = [module for module in model.modules() if isinstance(module, HasAdapter)]
+    if not adapters:
+        raise ValueError("model: expected at least one BOFT layer, got none")
+    for adapter in adapters:
+        adapter.reset_adapter()
+    return model
