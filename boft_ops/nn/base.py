@@ -18,6 +18,7 @@ from ..ops.merge import merge_weight, unmerge_weight, untracked
 from .adapter_parameters import HasAdapter
 from .base_modules import check_forward, check_numbers, check_unmodified
 from .config import Options, RotationConfig
+from .distributed import frozen_parameter
 from .dropout import MultiplicativeDropout
 from .rotated_weight import Weight, is_dense, is_sharded, one_draw, rotated_weight
 
@@ -171,9 +172,9 @@ class BOFTLayer(HasAdapter, nn.Module):
         check_unmodified(base)
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
-        layer.frozen_weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        layer.frozen_weight = frozen_parameter(base.weight)
         if base.bias is not None:
-            layer.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
+            layer.bias = frozen_parameter(base.bias)
         layer._init_adapter(base.weight.device)
         return layer.train(base.training)
 

@@ -41,7 +41,9 @@ def check_order(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
                     "the model first, then wrap it"
                 )
     for name, module in targets.items():
-        if hasattr(getattr(module, "weight", None), "_fsdp_flattened"):
+        # its flat parameters: marked ones, or plain tensors in the place of parameters
+        is_flat = hasattr(getattr(module, "weight", None), "_fsdp_flattened")
+        if is_flat or "weight" in vars(module):
             raise ValueError(
                 f"model: expected adapt() before FullyShardedDataParallel, got {name!r} with a "
                 "weight that it manages: adapt the model first, then wrap it"
@@ -84,6 +86,17 @@ def data_mesh(weight: torch.Tensor) -> DeviceMesh:
             "adapt the model before it is parallelized"
         )
     return weight.device_mesh
+
+
+def frozen_parameter(parameter: torch.Tensor) -> nn.Parameter:
+    """A frozen Parameter that shares the storage of ``parameter``.
+
+    It is the same object under DeepSpeed's ZeRO-3, whose records of where the numbers are
+    (``ds_id`` and others) lie on it.
+    """
+    if hasattr(parameter, "ds_id"):
+        return parameter.requires_grad_(False)
+    return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def compute_device(tensor: torch.Tensor) -> torch.device | str:

@@ -3,10 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_models import adapt, mesh_of_all, pretrained, randomize, shard, train
-from torch.distributed.device_mesh import init_device_mesh
-
-import boft_ops
+from distributed_models import adapt, pretrained, shard, train
 
 
 def same_on_all_ranks(model):
