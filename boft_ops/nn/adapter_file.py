@@ -307,7 +307,7 @@ def _check_loadable(
     required: set[str],
 ) -> None:
     """Raise ValueError unless a file fits the tensors of the model, which may be shards."""
-    check_present(targets)
+    check_present({name: targets[name] for name in tensors.keys() & targets.keys()})
     _check_tensors(path, tensors, targets, required, whole_shapes(model, targets))
 
 
