@@ -8,8 +8,8 @@ is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -60,6 +60,35 @@ def fully_sharded(model: nn.Module) -> set[nn.Module]:
     return inside
 
 
+class Shards(NamedTuple):
+    """Where the weight of a layer's base lies, noted between calls, while it is a shard.
+
+    ``fully_shard`` and tensor parallelism look alike then. In a call the former has put a whole
+    weight in the place of the shard, and every rank sees other data.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple
+
+    @classmethod
+    def of(cls, base: nn.Module) -> Shards | None:
+        """The shards of a base, or None for one that is not sharded."""
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, torch.Tensor) or not is_sharded(weight):
+            return None
+        return cls(weight.device_mesh, tuple(weight.placements))
+
+    def ranks_with_data(self, base: nn.Module) -> DeviceMesh | None:
+        """The ranks to average over, asked in a forward pass; None for tensor parallelism.
+
+        Raises:
+            ValueError: the ranks do not see other data each.
+        """
+        if is_sharded(base.weight) and not is_fully_sharded(base):
+            return None
+        return _data_mesh(*self)
+
+
 def is_fully_sharded(module: nn.Module) -> bool:
     """True if ``fully_shard`` was called on this very module."""
     return any(
@@ -79,13 +108,19 @@ def data_mesh(weight: torch.Tensor) -> DeviceMesh:
             "expected a weight that fully_shard manages, got one that it ignores, beside which "
             "nobody averages the gradients of an adapter: adapt the model before fully_shard"
         )
-    kinds = ["S" if placement.is_shard() else "R" for placement in weight.placements]
-    if kinds not in (["S"], ["R", "S"]) or any(p.is_partial() for p in weight.placements):
+    return _data_mesh(weight.device_mesh, weight.placements)
+
+
+def _data_mesh(mesh: DeviceMesh, placements: Sequence) -> DeviceMesh:
+    """``mesh``, if these are the placements of ``fully_shard`` without further parallelism."""
+    *outer, inner = placements
+    is_hybrid = len(outer) == 1 and outer[0].is_replicate()
+    if not inner.is_shard() or (outer and not is_hybrid):
         raise ValueError(
-            f"expected a weight that fully_shard alone has spread, got {tuple(weight.placements)}: "
-            "adapt the model before it is parallelized"
+            f"expected a weight that fully_shard alone has spread, got {tuple(placements)}: adapt "
+            "the model before it is parallelized"
         )
-    return weight.device_mesh
+    return mesh
 
 
 def frozen_parameter(parameter: torch.Tensor) -> nn.Parameter:
