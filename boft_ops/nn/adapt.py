@@ -40,6 +40,8 @@ def adapt(
     A quantized linear layer is kept: a ``MultiAdapterLinear`` takes its place and calls it on
     rotated inputs. Quantized layers are those of torchao and bitsandbytes, and modules with packed
     integers, in_features and out_features, as GPTQ and AWQ have them.
+    A linear layer that ``fully_shard`` has sharded is kept likewise, and the gradients of its
+    adapter are averaged over the ranks (docs/distributed.md).
 
     Args:
         model: changed in place; unchanged if an error is raised.
@@ -63,7 +65,8 @@ def adapt(
             has a forward of its own, which a BOFT layer would lose.
         ValueError: nothing matches; the features of a layer do not fit the options (the message
             names the layer); a layer has hooks or parametrizations, which a BOFT layer would lose;
-            its parent may bypass its forward; it is adapted already; it shares its weight with a
+            its parent may bypass its forward; it lies in DistributedDataParallel or another wrapper
+            that has to come after ``adapt``; it is adapted already; it shares its weight with a
             module to save (tied embeddings); or two keys of a mapping match it with other options.
     """
     checks.module("model", model)

@@ -61,7 +61,7 @@ def fully_sharded(model: nn.Module) -> set[nn.Module]:
 
 
 class Shards(NamedTuple):
-    """Where the weight of a layer's base lies, noted between calls, while it is a shard.
+    """Mesh and placements of a base's weight, noted between calls, while it is a shard.
 
     ``fully_shard`` and tensor parallelism look alike then. In a call the former has put a whole
     weight in the place of the shard, and every rank sees other data.

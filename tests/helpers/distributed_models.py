@@ -15,7 +15,7 @@ import boft_ops
 
 OPTIONS = {"block_size": 4, "n_factors": 2}
 TARGETS = ["up", "down"]
-ROWS = 4  # of each rank in a batch
+ROWS = 4  # rows of a batch on each rank
 
 
 class Block(nn.Module):
