@@ -274,8 +274,7 @@ class MultiAdapterLinear(nn.Module):
         table = torch.stack([ones if scale is None else scale for scale in (*scales, None)])
         check_numbers({"scale": table}, x)
         y, center, bias = call_for_scale(self.base, table, x)
-        last = len(scales)
-        chosen = torch.where((index < 0) | (index >= last), last, index)
+        chosen = torch.where((index < 0) | (index >= len(scales)), len(scales), index)
         offset = (table[chosen] - 1).reshape(y.shape).to(y.dtype)
         # y + (y - center)(s - 1): exactly y where s is 1, and no small change of s is rounded away
         scaled = torch.addcmul(y, y if center is None else y - center.to(y.dtype), offset)

@@ -37,7 +37,7 @@ class Rotated:
         """Note that the base is sharded already: nobody then averages gradients of adapters."""
         self._shards = Shards.of(self.get_base_layer())
 
-    def _of_all_ranks(self, parameter: torch.Tensor) -> torch.Tensor:
+    def of_all_ranks(self, parameter: torch.Tensor) -> torch.Tensor:
         """A parameter of an adapter, whose gradient is averaged if the base was sharded before."""
         if self._shards is None:
             return parameter

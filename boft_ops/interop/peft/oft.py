@@ -26,7 +26,7 @@ class OftRotated(Rotated):
         if module.coft:
             with torch.no_grad():
                 module.weight.copy_(module._project_batch(module.weight, eps=module.eps))
-        weight = self._of_all_ranks(module.weight)
+        weight = self.of_all_ranks(module.weight)
         if module.coft:
             weight = weight.clone()  # saved for backward; the next call projects in place
         if module.block_share:
