@@ -62,6 +62,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     check_present(shared)
     check_numbers(shared)
     stored = gather(model, shared)
+    _check_gathered(layers, stored)
     targets = _loadable(model, layers) | rotations
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     _check_tensors("model", stored, targets, rotations.keys(), shapes)
@@ -268,6 +269,18 @@ def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
             f"model: expected interpolate(0), as a file holds all factors; {switched[0]!r} has "
             f"interpolate({layers[switched[0]].n_identity})"
         )
+
+
+def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError for a skew that is a shard of a kind that is not known here."""
+    for name, layer in layers.items():
+        skew = f"{name}.skew" if name else "skew"
+        shape = layer.config.skew_shape(layer.rotated_features)
+        if tuple(stored[skew].shape) != shape:
+            raise ValueError(
+                f"model: {skew}: expected a whole tensor of shape {shape}, got a shard of shape "
+                f"{tuple(stored[skew].shape)}: gather the parameters first"
+            )
 
 
 def _check_levels(
