@@ -5,7 +5,7 @@ Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``,
 ``multiplicative_dropout``, ``boft_linear``.
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv2d``, ``BOFTExperts``, ``MultiAdapterLinear``,
 ``MultiplicativeDropout``.
-Models: ``adapt``, ``merge``, ``unload``, ``save_adapter``, ``load_adapter``.
+Models: ``adapt``, ``merge``, ``unload``, ``reset_adapters``, ``save_adapter``, ``load_adapter``.
 """
 
 from ._runtime import paths
@@ -16,6 +16,7 @@ paths.hide_phantom_triton()
 from ._version import __version__  # noqa: E402
 from .nn.adapt import adapt, merge, unload  # noqa: E402
 from .nn.adapter_file import load_adapter, save_adapter  # noqa: E402
+from .nn.adapter_parameters import reset_adapters  # noqa: E402
 from .nn.dropout import MultiplicativeDropout  # noqa: E402
 from .nn.experts import BOFTExperts  # noqa: E402
 from .nn.layers import BOFTConv2d, BOFTLinear, OFTLinear  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "multiplicative_dropout",
+    "reset_adapters",
     "save_adapter",
     "unload",
 ]

@@ -22,6 +22,7 @@ import torch
 
 from . import autocast, native, tuned
 from . import flops as flop_formulas
+from .autograd import differentiate
 from .device import devices_of
 from .gpu import triton_object, triton_takes
 from .namespace import NS
@@ -62,7 +63,7 @@ class Op:
 
     Args:
         schema: torch.library schema, such as ``"cayley(Tensor skew) -> Tensor"``.
-        reference: plain torch, differentiable by autograd.
+        reference: plain torch, differentiable by autograd, which is the gradient of the raw op.
         fake: shapes and dtypes alone (FakeTensor rule).
         samples: (Workload) -> the arguments of calls that a layer of that shape makes. Tests and
             the tuner run them.
@@ -201,6 +202,10 @@ class Op:
             return self._run(choice, args)  # in its interpreter; the raw op runs the C++ kernel
         if eager and x.is_cuda and bypasses_dispatch(x):
             return self._run(choice, args)  # the dispatcher would only call _on_cuda
+        if eager:
+            # Nothing needs a gradient here; asking for it is a call of Python per operator.
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.raw(*args)
         return self.raw(*args)
 
     def _on_cuda(self, *args):
@@ -389,6 +394,7 @@ def _define(
             # for every device; a kernel registered for a device key wins over it
             library.impl(name, reference, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            differentiate(f"{namespace}::{name}", reference, library)
     return libraries[name]
 
 

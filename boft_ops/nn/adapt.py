@@ -12,13 +12,15 @@ from .._runtime import checks
 from .base import BOFTLayer
 from .base_modules import is_quantized
 from .config import Options
+from .distributed import check_order, data_mesh, fully_sharded
 from .expert_adapter import EACH, MODES
 from .expert_modules import is_experts
 from .experts import BOFTExperts, expert_parameters, put_experts
 from .layers import BOFTConv2d, BOFTLinear
 from .multi_adapter import MultiAdapterLinear
+from .rotated_weight import is_sharded
 from .targets import BOFT_CLASSES, is_layer, matching, named_children, options_by_name
-from .wrappers import COMPILED, wrapper_of
+from .wrappers import COMPILED, pretrained_names, wrapper_of
 
 DEFAULT = "default"  # name of the adapter that adapt() adds to a quantized layer
 
@@ -42,6 +44,8 @@ def adapt(
     A quantized linear layer is kept: a ``MultiAdapterLinear`` takes its place and calls it on
     rotated inputs. Quantized layers are those of torchao and bitsandbytes, and modules with packed
     integers, in_features and out_features, as GPTQ and AWQ have them.
+    A linear layer that ``fully_shard`` has sharded is kept likewise, and the gradients of its
+    adapter are averaged over the ranks (docs/distributed.md).
 
     Args:
         model: changed in place; unchanged if an error is raised.
@@ -70,8 +74,9 @@ def adapt(
             has a forward of its own, which a BOFT layer would lose.
         ValueError: nothing matches; the features of a layer do not fit the options (the message
             names the layer); experts compute in a way that a rotation would miss; a layer has hooks
-            or parametrizations, which a BOFT layer would lose;
-            its parent may bypass its forward; it is adapted already; it shares its weight with a
+            or parametrizations, which a BOFT layer would lose; its parent may bypass its forward;
+            it lies in DistributedDataParallel or another wrapper that has to come after ``adapt``;
+            it is adapted already; it shares its weight with a
             module to save (tied embeddings); or two keys of a mapping match it with other options.
     """
     checks.module("model", model)
@@ -127,17 +132,23 @@ def build_layers(
     children = {name: (parent, module) for parent, _, name, module in named_children(model)}
     experts = expert_parameters({name: module for name, (_, module) in children.items()})
     layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear | BOFTExperts] = {}
+    for name in options:
+        if name in experts:
+            continue
+        if name not in children:
+            raise ValueError(f"model: expected a module {name!r}, got none of that name")
+    targets = {name: experts.get(name) or children[name][1] for name in options}
+    check_order(model, targets)
+    fully_sharded_modules = fully_sharded(model)
     for name, layer_options in options.items():
         if name in experts:
             put_experts(layers, name, experts[name], layer_options)
             continue
-        if name not in children:
-            raise ValueError(f"model: expected a module {name!r}, got none of that name")
         parent, module = children[name]
         if module not in layers:  # a module may be registered under several names
             _check_replaceable(name, module)
             check_parent(f"target_modules: {name!r}", parent)
-            layers[module] = _build(name, module, layer_options)
+            layers[module] = _build(name, module, layer_options, module in fully_sharded_modules)
     return layers
 
 
@@ -289,12 +300,21 @@ def check_parent(layer: str, parent: nn.Module) -> None:
         )
 
 
-def _build(name: str, module: nn.Module, options: dict) -> BOFTLayer | MultiAdapterLinear:
+def _build(
+    name: str, module: nn.Module, options: dict, is_managed: bool
+) -> BOFTLayer | MultiAdapterLinear:
+    """Build one layer; a weight that ``fully_shard`` manages has to stay where it is."""
     try:
-        if is_quantized(module):
+        mesh = data_mesh(module.weight) if is_managed else None
+        weight = getattr(module, "weight", None)
+        if is_quantized(module) or (isinstance(module, nn.Linear) and is_sharded(weight)):
             layer = MultiAdapterLinear(module)
-            layer.add_adapter(DEFAULT, **options)
+            adapter = layer.add_adapter(DEFAULT, **options)
+            if mesh is not None:
+                adapter.replicate(mesh)
             return layer.train(module.training)
+        if is_sharded(weight):
+            raise ValueError("expected adapt() before the convolution is sharded, got a shard")
         if isinstance(module, nn.Linear):
             return BOFTLinear.from_linear(module, **options)
         return BOFTConv2d.from_conv(module, **options)

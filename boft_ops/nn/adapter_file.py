@@ -19,7 +19,7 @@ from .expert_adapter import ExpertAdapter
 from .experts import BOFTExperts, expert_parameters
 from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
-from .rotated_weight import is_sharded
+from .shards import check_present, gather, scatter, whole_shapes, write_once
 from .targets import named_children
 from .wrappers import pretrained_names, wrapped_attribute
 
@@ -37,6 +37,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str
     every other parameter that requires a gradient (``modules_to_save``, trained biases) with the
     buffers of its module. The metadata holds the format version and the options of each layer.
     The file is replaced in one step, so that after a crash it is the old one or the new one.
+    If several ranks hold the tensors together (``fully_shard``, FullyShardedDataParallel, tensor
+    parallelism), each of them makes the call: all gather, the first one writes the whole file, and
+    the others return once it is written.
 
     Args:
         model: an adapted model; merged layers store the same adapter as unmerged ones.
@@ -48,30 +51,34 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str
         TypeError: ``model`` is not an nn.Module.
         ValueError: the model has no BOFT layer and no such adapter; ``load_adapter`` would refuse
             the file (the weight of a rotated layer is trained, numbers are NaN or infinite, factors
-            are switched off by ``interpolate``); tensors are shards, or placeholders on the meta
-            device; or ``path`` is a device, a FIFO or a folder.
-        OSError: the file cannot be written.
+            are switched off by ``interpolate``); tensors are put away by DeepSpeed's ZeRO-3, or
+            placeholders on the meta device; or ``path`` is a device, a FIFO or a folder.
+        OSError: the file cannot be written; a RuntimeError on the ranks that do not write.
     """
     checks.module("model", model)
-    files.check_replaceable(Path(path))
     layers = _adapted_layers(model, adapter)
     if not layers:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
     _check_whole(layers)
     rotations = _rotation_tensors(layers)
-    stored = _trained(model) | rotations
-    targets = _loadable(model, layers) | rotations
+    shared = _trained(model) | rotations
+    check_present(shared)
+    check_numbers(shared)
+    stored = gather(model, shared)
     _check_gathered(layers, stored)
-    _check_tensors("model", stored, targets, required=rotations.keys())
+    targets = _loadable(model, layers) | rotations
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    _check_tensors("model", stored, targets, rotations.keys(), shapes)
     layer_options = {name: layer.options() for name, layer in layers.items()}
     bases = {name: layer.describe_base() for name, layer in layers.items()}
-    write_adapter(Path(path), layer_options, bases, stored)
+    write_once(model, shared, lambda: write_adapter(Path(path), layer_options, bases, stored))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a file of ``save_adapter`` into a model.
 
     The file is checked completely before the model is changed.
+    Every rank that holds a part of the model makes the call, reads the file and takes its part.
 
     Args:
         model: the pretrained model, which is then adapted as the file says, or a model that is
@@ -86,7 +93,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, not of this package, of a newer format version, or does
             not fit the model (the message names the tensor or option), layers are merged, or
-            tensors of the model are placeholders on the meta device.
+            tensors of the model are placeholders on the meta device or put away by ZeRO-3.
     """
     checks.module("model", model)
     layer_options, tensors = _read(Path(path))
@@ -101,7 +108,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         rotations = _rotation_tensors(layers)
         targets = _loadable(model, layers) | rotations
         required = rotations.keys() | _trained(model).keys()
-        _check_tensors(path, tensors, targets, required)
+        _check_loadable(model, path, tensors, targets, required)
     else:
         with unfrozen_on_error(model):
             _check_levels(path, layer_options, tensors)
@@ -119,17 +126,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             }
             rotations = _rotation_tensors(layers)
             targets = _loadable(model, layers) | rotations
-            _check_tensors(path, tensors, targets, rotations.keys())
+            _check_loadable(model, path, tensors, targets, rotations.keys())
             put_in(model, new_layers)
         targets = _loadable(model, layers) | rotations  # including tensors of the new layers
     for module in model.modules():
         if isinstance(module, MultiAdapterLinear):
             module.forget()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
-            if isinstance(targets[name], nn.Parameter):
-                targets[name].requires_grad_(True)
+    scatter(model, targets, tensors)
+    for name in tensors:
+        if isinstance(targets[name], nn.Parameter):
+            targets[name].requires_grad_(True)
     return model
 
 
@@ -184,10 +190,11 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     parents = {name.rpartition(".")[0] for name in stored}
     bases = {m.base for m in model.modules() if isinstance(m, MultiAdapterLinear)}
     parents -= {name for name, module in model.named_modules() if module in bases}
-    state = model.state_dict().keys()  # holds the persistent buffers only
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[0] in parents and name in state:
-            stored[name] = buffer
+    for name, module in model.named_modules():
+        if name in parents:
+            for own, buffer in module.named_buffers(name, recurse=False):
+                if own.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    stored[own] = buffer
     pretrained_name = _pretrained_names(model)
     return {pretrained_name(name): tensor for name, tensor in stored.items()}
 
@@ -276,18 +283,18 @@ def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
 
 
 def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError if a tensor is a shard, as FSDP and ZeRO leave it on each process."""
-    shapes = {id(layer.skew): layer.whole_skew_shape for layer in layers.values()}
+    """Raise ValueError for a skew that is a shard of a kind that is not known here."""
     if parts := [name for name, layer in layers.items() if getattr(layer, "is_part", False)]:
         raise ValueError(
             f"model: {parts[0]}: expected all experts, got those of one process of several"
         )
-    for name, tensor in stored.items():
-        shape = tuple(tensor.shape)
-        if is_sharded(tensor) or shapes.get(id(tensor), shape) != shape:
+    for name, layer in layers.items():
+        skew = f"{name}.skew" if name else "skew"
+        shape = layer.whole_skew_shape
+        if tuple(stored[skew].shape) != shape:
             raise ValueError(
-                f"model: {name}: expected a whole tensor, got a shard of it: gather the parameters "
-                "into a model on one process, which can be saved"
+                f"model: {skew}: expected a whole tensor of shape {shape}, got a shard of shape "
+                f"{tuple(stored[skew].shape)}: gather the parameters first"
             )
 
 
@@ -322,11 +329,24 @@ def _compare_options(
             raise ValueError(f"{path}: {name}: expected the model's {expected}, got {saved}")
 
 
+def _check_loadable(
+    model: nn.Module,
+    path: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    targets: dict[str, torch.Tensor],
+    required: set[str],
+) -> None:
+    """Raise ValueError unless a file fits the tensors of the model, which may be shards."""
+    check_present({name: targets[name] for name in tensors.keys() & targets.keys()})
+    _check_tensors(path, tensors, targets, required, whole_shapes(model, targets))
+
+
 def _check_tensors(
     path: str | os.PathLike[str],
     tensors: dict[str, torch.Tensor],
     targets: dict[str, torch.Tensor],
     required: set[str],
+    shapes: dict[str, tuple[int, ...]],
 ) -> None:
     """Raise ValueError unless the tensors of a file fit the tensors of the model.
 
@@ -337,6 +357,7 @@ def _check_tensors(
         tensors: of the file, by their names in the pretrained model.
         targets: the tensors of the model that the file may hold.
         required: names of the tensors that the file must hold.
+        shapes: of the whole targets, by their names.
     """
     if missing := sorted(required - tensors.keys()):
         raise ValueError(f"{path}: expected a tensor {missing[0]!r}, got none")
@@ -355,7 +376,7 @@ def _check_tensors(
         is_trained = isinstance(targets[name], nn.Parameter) and tensor.is_floating_point()
         if is_trained and not tensor.isfinite().all():
             raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
-        shape = tuple(targets[name].shape)
+        shape = shapes[name]
         is_float = targets[name].is_floating_point()
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != is_float:
             expected = "a floating-point" if is_float else "an integer"

@@ -15,8 +15,10 @@ from ..ops.cayley import cayley
 from ..ops.dropout import drop_blocks
 from ..ops.kaleidoscope import multiply
 from ..ops.merge import merge_weight, unmerge_weight, untracked
+from .adapter_parameters import HasAdapter
 from .base_modules import check_forward, check_numbers, check_unmodified
-from .config import HasRotation, Options, RotationConfig
+from .config import Options, RotationConfig
+from .distributed import frozen_parameter
 from .dropout import MultiplicativeDropout
 from .rotated_weight import Weight, is_dense, is_sharded, one_draw, rotated_weight
 
@@ -32,7 +34,7 @@ class Merged(NamedTuple):
     former: torch.Tensor | None
 
 
-class BOFTLayer(HasRotation, nn.Module):
+class BOFTLayer(HasAdapter, nn.Module):
     """Common base of BOFTLinear and BOFTConv2d: the rotation of a frozen weight, seen as (n, d).
 
     Attributes:
@@ -149,9 +151,7 @@ class BOFTLayer(HasRotation, nn.Module):
         # torch's method reads ``weight``, which is not the parameter here
         self.BASE.reset_parameters(SimpleNamespace(weight=self.frozen_weight, bias=self.bias))
         if "skew" in self._parameters:  # torch's constructors call this before there is one
-            nn.init.zeros_(self.skew)
-            if self.scale is not None:
-                nn.init.ones_(self.scale)
+            self.reset_adapter()
 
     def _init_adapter(self, device: torch.device) -> None:
         # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
@@ -175,9 +175,9 @@ class BOFTLayer(HasRotation, nn.Module):
         check_unmodified(base)
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
-        layer.frozen_weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        layer.frozen_weight = frozen_parameter(base.weight)
         if base.bias is not None:
-            layer.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
+            layer.bias = frozen_parameter(base.bias)
         layer._init_adapter(base.weight.device)
         return layer.train(base.training)
 
@@ -354,27 +354,27 @@ class BOFTLayer(HasRotation, nn.Module):
                 "before training, or eval() for inference"
             )
 
-    def get_extra_state(self) -> torch.Tensor:
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # A merged weight that is loaded as an unmerged one would be rotated twice, and unmerging
         # has to undo exactly the factors that were merged.
-        return torch.tensor([self.merged, self.n_identity], dtype=torch.int64)
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        merged, self.n_identity = state.tolist()
-        self.merged = bool(merged)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # torch copies into the weight in place. If loading changes whether it is merged, other
-        # layers that share its storage must not change with it.
-        state, has_weight = state_dict.get(f"{prefix}_extra_state"), f"{prefix}weight" in state_dict
-        if state is not None and bool(state[0]) != self.merged:
+        state = state_dict.pop(f"{prefix}_extra_state", None)  # only if there is something to say
+        has_weight, merged = f"{prefix}weight" in state_dict, self.merged
+        if state is not None:
+            merged, self.n_identity = bool(state[0]), int(state[1])
+        else:
+            merged = merged and not has_weight
+            self.n_identity = 0 if f"{prefix}skew" in state_dict else self.n_identity
+        if merged != self.merged:
             if not has_weight:
                 raise ValueError(
                     f"{prefix}_extra_state: expected merged={self.merged}, as the layer is, in a "
                     "state without its weight, got the other"
                 )
+            # torch copies into the weight in place. Other layers that share its storage must not
+            # change with it.
             copy = self.frozen_weight.detach().clone()
             self.frozen_weight = nn.Parameter(copy, requires_grad=False)
+            self.merged = merged
         self._is_loading = True  # a state holds the frozen or merged weight, not the rotated one
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -385,6 +385,9 @@ class BOFTLayer(HasRotation, nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged or self.n_identity:  # loaders of plain layers' states trip over such a key
+            state = torch.tensor([self.merged, self.n_identity], dtype=torch.int64)
+            destination[f"{prefix}_extra_state"] = state
         if self._merged_with is not None:  # the merged ones, even if the parameters have changed
             merged = self._merged_with
             for name, tensor in (("skew", merged.skew), ("scale", merged.scale)):

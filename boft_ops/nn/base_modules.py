@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .._runtime.dtypes import HALVES
-from .rotated_weight import RotatedWeight, is_dense
+from .distributed import is_fully_sharded
+from .rotated_weight import RotatedWeight, is_dense, is_sharded
 
 
 def check_numbers(
@@ -71,6 +72,8 @@ def is_quantized(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
+        if is_sharded(weight):
+            weight = weight.to_local()
         is_plain = is_dense(weight) or isinstance(weight, RotatedWeight)
         return not is_plain or not weight.is_floating_point()
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
@@ -119,6 +122,10 @@ def call_for_scale(
     """
     bias = getattr(base, "bias", None)
     bias = bias if isinstance(bias, torch.Tensor) else None
+    if bias is not None and is_fully_sharded(base):  # whole inside the call alone
+        y = base(x, *args, **kwargs)
+        bias = (bias.full_tensor() if is_sharded(bias) else bias).to(y.dtype)
+        return y, bias, bias
     is_trained = scale.requires_grad and torch.is_grad_enabled()
     if bias is None or not is_trained or x.dtype not in HALVES or "bias" not in base._parameters:
         return base(x, *args, **kwargs), bias, bias

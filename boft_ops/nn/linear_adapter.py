@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from .._runtime import checks
 from ..ops.cayley import cayley
-from .config import HasRotation, RotationConfig
+from .adapter_parameters import HasAdapter
+from .config import RotationConfig
+from .distributed import averaged, replicated
 from .dropout import MultiplicativeDropout
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-class LinearAdapter(HasRotation, nn.Module):
+
+class LinearAdapter(HasAdapter, nn.Module):
     """The rotation of a linear layer's inputs and the scale of its outputs, without the layer.
 
     Args:
@@ -57,13 +64,24 @@ class LinearAdapter(HasRotation, nn.Module):
         self.skew = nn.Parameter(skew)
         self.register_parameter("scale", nn.Parameter(scale) if config.scale else None)
 
+    reset_parameters = HasAdapter.reset_adapter  # the name by which torch initializes a module
+
+    def local(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Skew and scale as plain tensors; gradients are averaged over the ranks that hold them."""
+        return averaged(self.skew), None if self.scale is None else averaged(self.scale)
+
+    def replicate(self, mesh: DeviceMesh) -> None:
+        """Make skew and scale one parameter of all ranks of a mesh, on which they are equal."""
+        self.skew = replicated(self.skew, mesh)
+        self.scale = None if self.scale is None else replicated(self.scale, mesh)
+
     def blocks(self, n_factors: int = 0) -> torch.Tensor:
         """Orthogonal blocks (m, K, b, b), after dropout in training mode.
 
         If m < n_factors, identity factors are appended, so that the blocks of adapters with
         different m can be stacked.
         """
-        blocks = self.dropout(cayley(self.skew, method=self.config.method))
+        blocks = self.dropout(cayley(averaged(self.skew), method=self.config.method))
         missing = n_factors - len(blocks)
         if missing <= 0:
             return blocks

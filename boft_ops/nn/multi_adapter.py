@@ -28,6 +28,7 @@ from .base_modules import (
     is_quantized,
 )
 from .config import RotationConfig
+from .distributed import compute_device
 from .linear_adapter import LinearAdapter
 from .rotated_weight import RotatedWeight
 
@@ -149,7 +150,7 @@ class MultiAdapterLinear(nn.Module):
             raise ValueError(f"name: expected a new one, got {name!r}; there are {self.names}")
         factory_kwargs = {k: options.pop(k) for k in ("device", "dtype") if k in options}
         for tensor in (*self.base.parameters(), *self.base.buffers()):
-            factory_kwargs.setdefault("device", tensor.device)
+            factory_kwargs.setdefault("device", compute_device(tensor))
             if tensor.dtype == torch.float64:
                 factory_kwargs.setdefault("dtype", torch.float64)
         config = RotationConfig(**options)
@@ -236,8 +237,8 @@ class MultiAdapterLinear(nn.Module):
         for adapter in active:
             check_numbers({"skew": adapter.skew, "scale": adapter.scale}, x)
             x = butterfly_matmul(x, adapter.blocks())
-            if adapter.scale is not None:
-                scale = adapter.scale if scale is None else scale * adapter.scale
+            if (own := adapter.local()[1]) is not None:
+                scale = own if scale is None else scale * own
         if scale is None:
             return self.base(x)
         y, center, bias = call_for_scale(self.base, scale, x)
@@ -265,7 +266,7 @@ class MultiAdapterLinear(nn.Module):
         for numbers, stages, matrices in stacks:
             local = self._renumbered(index, numbers)
             x = rotate_indexed(x, matrices, stages, local, False)
-        scales = [adapter.scale for adapter in self.adapters.values()]
+        scales = [adapter.local()[1] for adapter in self.adapters.values()]
         if all(scale is None for scale in scales):
             return self.base(x)
         # The last row of the table, ones, is for the base alone and for numbers out of range.
@@ -273,8 +274,7 @@ class MultiAdapterLinear(nn.Module):
         table = torch.stack([ones if scale is None else scale for scale in (*scales, None)])
         check_numbers({"scale": table}, x)
         y, center, bias = call_for_scale(self.base, table, x)
-        last = len(scales)
-        chosen = torch.where((index < 0) | (index >= last), last, index)
+        chosen = torch.where((index < 0) | (index >= len(scales)), len(scales), index)
         offset = (table[chosen] - 1).reshape(y.shape).to(y.dtype)
         # y + (y - center)(s - 1): exactly y where s is 1, and no small change of s is rounded away
         scaled = torch.addcmul(y, y if center is None else y - center.to(y.dtype), offset)

@@ -322,11 +322,11 @@ class RotatedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias, skew, drop_mask, matrix, decided):
         method, stages, strategy = ctx.decided = decided
         if skew is None:
-            blocks, matrices = None, [_as(matrix.detach(), widest(x.dtype, matrix.dtype))]
+            blocks, matrices = None, [_as(_detached(matrix), widest(x.dtype, matrix.dtype))]
         else:
             blocks, matrices = stages_from_skew(skew, drop_mask, method, stages, x.dtype)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        wide_scale = None if scale is None else scale.detach()
+        wide_scale = None if scale is None else _detached(scale)
         if scale is not None and scale.dtype != COMPUTE[x.dtype]:
             wide_scale = wide_scale.to(COMPUTE[x.dtype])
         layer = Layer(rows, weight, wide_scale, bias, matrices, stages)
@@ -382,6 +382,11 @@ class RotatedLinear(torch.autograd.Function):
             matrix_grad,
             None,
         )
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its Parameter; as it is in an exported graph, which is differentiated."""
+    return tensor if torch.compiler.is_exporting() else tensor.detach()
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -27,7 +27,7 @@ class BoftRotated(Rotated):
 
     def _adapter(self, name):
         with onloaded(self.boft_R):
-            return SkewRotation(boft_skew(self.boft_R[name]))
+            return SkewRotation(boft_skew(self.of_all_ranks(self.boft_R[name])))
 
     def _drop(self, name, adapter):
         dropout = self.boft_dropout[name]
@@ -38,7 +38,7 @@ class BoftRotated(Rotated):
 
     def _scale(self, name):
         with onloaded(self.boft_s):
-            return self.boft_s[name].flatten()
+            return self.of_all_ranks(self.boft_s[name]).flatten()
 
     def get_delta_weight(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense matrix R (d, d) and the scale (n, 1) of an adapter, for inspection.
@@ -56,6 +56,7 @@ class BoftRotated(Rotated):
         with _no_dense_permutation():
             super().update_layer(*args, **kwargs)
         free_permutation(self)
+        self.note_shards()
         for name in self.boft_R:
             m, n_blocks, b, _ = self.boft_R[name].shape
             checks.butterfly_shape(n_blocks * b, b, m)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..._runtime import autocast, checks
 from ...nn.base_modules import call_for_scale, check_numbers
+from ...nn.distributed import Shards, averaged
 from ...ops.butterfly import butterfly_matmul
 from ...ops.linear import rotated_linear
 from ...ops.merge import merge_rotations, merge_weight, unmerge_weight, untracked
@@ -30,6 +31,17 @@ class Rotated:
     """
 
     peft_class: type[nn.Module]
+    _shards: Shards | None = None
+
+    def note_shards(self) -> None:
+        """Note that the base is sharded already: nobody then averages gradients of adapters."""
+        self._shards = Shards.of(self.get_base_layer())
+
+    def of_all_ranks(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter of an adapter, whose gradient is averaged if the base was sharded before."""
+        if self._shards is None:
+            return parameter
+        return averaged(parameter, self._shards.ranks_with_data(self.get_base_layer()))
 
     def _names(self) -> Sequence[str]:
         """The names of the adapters of this layer."""

@@ -70,6 +70,7 @@ def computes_otherwise(peft_class: type[nn.Module], base: nn.Module) -> bool:
 def accelerate_layer(layer: nn.Module) -> None:
     """Give a layer of PEFT, which has no ``obstacle_of``, its accelerated class."""
     layer.__class__ = FORMS[type(layer)]
+    layer.note_shards()
     if isinstance(layer, BoftRotated):
         free_permutation(layer)
 
