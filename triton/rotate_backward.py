@@ -21,7 +21,7 @@ from .groups import (
     rows_axis,
     same_group,
 )
-from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv, expect
 from .rotate import count_tiles, launch_with, rotate, tile_for
 
 # inner must hold a whole group. Larger groups have no tile: the gradients of x and of the stage
@@ -161,7 +161,7 @@ def rotate_backward(
     *,
     tile: MeasuredTile = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch ``rotate_backward_kernel``. The caller checks the arguments.
+    """Launch ``rotate_backward_kernel``. The caller checks dtypes and devices.
 
     Large groups take two launches, ``rotate`` and ``rotate_stage_grad`` with their default tiles:
     their x^T grad alone fills the registers of a program.
@@ -179,8 +179,14 @@ def rotate_backward(
     Returns:
         Gradient of x, and partial sums (splits, d/size, size, size) of the gradient of the stage,
         in float64 if x is, else float32.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
-    structure = stage.shape[-1], chunk, stride
+    size = stage.shape[-1]
+    expect("grad", grad, *x.shape)
+    expect("stage", stage, x.shape[1] // size, size, size)
+    structure = size, chunk, stride
     launch = _backward_launch(x.dtype, *x.shape, splits, *structure, transpose, tile)
     if launch is None:
         pair = (grad, x) if transpose else (x, grad)
@@ -214,7 +220,11 @@ def rotate_stage_grad(
 
     Returns:
         Partial sums (splits, d/size, size, size), in float64 if x is, else float32.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    expect("grad", grad, *x.shape)
     launch = _stage_grad_launch(x.dtype, *x.shape, splits, size, chunk, stride, tile)
     return _partials(launch, x, grad.contiguous(), None, None, size, splits)
 
