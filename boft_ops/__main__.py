@@ -1,10 +1,11 @@
-"""python -m boft_ops [info | build | vendor DEST]: show, build or copy this installation."""
+"""python -m boft_ops [info | build | vendor DEST | merge BASE OUT --adapter FILE]: see --help."""
 
 import argparse
 import importlib.metadata
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,10 +94,21 @@ def main(argv: list[str] | None = None) -> int:
     copy.add_argument("dest", metavar="DEST", type=Path, help="the copy, e.g. src/third_party/boft")
     copy.add_argument("--force", action="store_true", help="replace an earlier copy")
     copy.add_argument("--with-native", action="store_true", help="copy the compiled library too")
+    merge = commands.add_parser("merge", help="merge an adapter into the files of a model")
+    merge.add_argument("base", metavar="BASE", type=Path, help="a safetensors file, or a folder")
+    merge.add_argument("out", metavar="OUT", type=Path, help="a new file or folder")
+    merge.add_argument("--adapter", type=Path, required=True, help="as python -m ....convert reads")
+    merge.add_argument("--prefix", default="lycoris", help="of LyCORIS' names, as for convert")
     args = parser.parse_args(argv)
     try:
         if args.command == "build":
             print(build(args.verbose))
+        elif args.command == "merge":
+            from .interop.merge_checkpoint import merge_checkpoint
+
+            report = partial(print, flush=True)
+            options = {"prefix": args.prefix, "report": report}
+            merge_checkpoint(args.base, args.out, args.adapter, **options)
         elif args.command == "vendor":
             dest = vendor.vendor(args.dest, force=args.force, with_native=args.with_native)
             print(f"copied to {dest}")

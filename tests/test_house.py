@@ -21,7 +21,7 @@ ROOMS = {  # room -> the rooms that it may import
     "tune": {"_runtime", "ops", "tune"},
     "analysis": {"_runtime", "ops", "analysis"},
 }
-ENTRIES = {"__init__", "__main__", "_version", "convert"}  # files at the top
+ENTRIES = {"__init__", "__main__", "_version", "convert", "distributed"}  # files at the top
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a checkout")
 

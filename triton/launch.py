@@ -38,6 +38,16 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def expect(name: str, tensor: torch.Tensor | None, *shape: int) -> None:
+    """Raise ValueError unless a tensor has this shape, or is None.
+
+    A kernel gets no shape of a tensor: one that is too small would be read beyond its end, and of
+    one that is cut otherwise than x, as under tensor parallelism, the wrong entries.
+    """
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+
 class Launch:
     """A kernel with its grid and all its arguments except the tensors, with which it is called.
 

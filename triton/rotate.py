@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .config_rotate import Entry, Tile, TileTable, constants_of
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv, expect
 from .limits import Limits, limits_of, turns_for
 
 # True in Triton's interpreter, whose half-precision arithmetic needs help. Read on import, as
@@ -139,7 +139,7 @@ def rotate(
     *,
     tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Launch ``rotate_kernel``. The caller checks the arguments.
+    """Launch ``rotate_kernel``. The caller checks dtypes and devices.
 
     Args:
         x: (N, d).
@@ -151,10 +151,15 @@ def rotate(
 
     Returns:
         Rotated rows, like x.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    size = stage.shape[-1]
+    expect("stage", stage, x.shape[1] // size, size, size)
     x, stage = x.contiguous(), stage.contiguous()
     y = torch.empty_like(x)
-    structure = stage.shape[-1], chunk, stride, transpose
+    structure = size, chunk, stride, transpose
     _rotate_launch(x.get_device(), x.dtype, *x.shape, *structure, tile)(x, stage, y)
     return y
 

@@ -22,7 +22,7 @@ from .groups import (
     rows_axis,
     same_group,
 )
-from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv, expect
 from .limits import limits_of
 from .rotate import count_tiles, launch_with, rotate, tile_for
 
@@ -174,7 +174,7 @@ def rotate_backward(
     *,
     tile: MeasuredTile = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch ``rotate_backward_kernel``. The caller checks the arguments.
+    """Launch ``rotate_backward_kernel``. The caller checks dtypes and devices.
 
     Large groups take two launches, ``rotate`` and ``rotate_stage_grad`` with their default tiles:
     their x^T grad alone fills the registers of a program.
@@ -192,8 +192,14 @@ def rotate_backward(
     Returns:
         Gradient of x, and partial sums (splits, d/size, size, size) of the gradient of the stage,
         in float64 if x is, else float32.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
-    structure = stage.shape[-1], chunk, stride
+    size = stage.shape[-1]
+    expect("grad", grad, *x.shape)
+    expect("stage", stage, x.shape[1] // size, size, size)
+    structure = size, chunk, stride
     shape = x.get_device(), x.dtype, *x.shape
     launch = _backward_launch(*shape, splits, *structure, transpose, tile)
     if launch is None:
@@ -228,7 +234,11 @@ def rotate_stage_grad(
 
     Returns:
         Partial sums (splits, d/size, size, size), in float64 if x is, else float32.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    expect("grad", grad, *x.shape)
     shape = x.get_device(), x.dtype, *x.shape
     launch = _stage_grad_launch(*shape, splits, size, chunk, stride, tile)
     return _partials(launch, x, grad.contiguous(), None, None, size, splits)

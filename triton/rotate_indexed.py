@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .config_rotate import Entry, Tile, TileTable
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv, expect
 from .limits import limits_of, turns_for
 from .rotate import count_tiles, launch_with, tile_for
 
@@ -117,7 +117,7 @@ def rotate_indexed(
     *,
     tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Launch ``rotate_indexed_kernel``. The caller checks the arguments.
+    """Launch ``rotate_indexed_kernel``. The caller checks dtypes and devices.
 
     Args:
         x: (N, d).
@@ -130,10 +130,16 @@ def rotate_indexed(
 
     Returns:
         Rotated rows, like x.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    size = stages.shape[-1]
+    expect("stages", stages, len(stages), x.shape[1] // size, size, size)
+    expect("index", index, len(x))
     x, stages, index = x.contiguous(), stages.contiguous(), index.contiguous()
     y = torch.empty_like(x)
-    structure = stages.shape[-1], chunk, stride, transpose
+    structure = size, chunk, stride, transpose
     launch = _indexed_launch(x.get_device(), x.dtype, *x.shape, len(stages), *structure, tile)
     launch(x, stages, index, y)
     return y

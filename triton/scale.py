@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .config_scale import BACKWARD, FORWARD, PROGRAMS, ScaleConfig
 from .groups import round_to
-from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv, expect
 from .limits import limits_of
 from .rotate import INTERPRETED
 
@@ -127,7 +127,7 @@ def scale(
     *,
     tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Launch ``scale_kernel``. The caller checks the arguments.
+    """Launch ``scale_kernel``. The caller checks dtypes and devices.
 
     Args:
         x: (N, n).
@@ -138,7 +138,12 @@ def scale(
 
     Returns:
         scale * (x - center) + bias, like x.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    for name, vector in (("scale", scale), ("center", center), ("bias", bias)):
+        expect(name, vector, x.shape[1])
     x, scale = x.contiguous(), scale.contiguous()
     if bias is None:
         center = None
@@ -165,7 +170,7 @@ def scale_backward(
     *,
     tile: MeasuredTile = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch ``scale_backward_kernel``. The caller checks the arguments.
+    """Launch ``scale_backward_kernel``. The caller checks dtypes and devices.
 
     Args:
         grad: (N, n) gradient of y.
@@ -176,7 +181,13 @@ def scale_backward(
 
     Returns:
         Gradients of x, like x, and of scale and bias, like scale.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    expect("grad", grad, *x.shape)
+    expect("scale", scale, x.shape[1])
+    expect("center", center, x.shape[1])
     grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
     center = None if center is None else center.contiguous()
     x_grad = torch.empty_like(x)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,18 +21,11 @@ from .base_modules import check_forward, check_numbers, check_unmodified
 from .config import Options, RotationConfig
 from .distributed import frozen_parameter
 from .dropout import MultiplicativeDropout
+from .merging import Merged, check_own_weight, kept, merge_in_place, parameter_of
 from .rotated_weight import Weight, is_dense, is_sharded, one_draw, rotated_weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Merged(NamedTuple):
-    """The skew and scale in a merged weight, and the weight before, if it is kept."""
-
-    skew: torch.Tensor
-    scale: torch.Tensor | None
-    former: torch.Tensor | None
 
 
 class BOFTLayer(HasAdapter, nn.Module):
@@ -246,14 +240,18 @@ class BOFTLayer(HasAdapter, nn.Module):
         self._check_numbers()
         if self.merged:
             return self.frozen_weight.clone()
-        blocks = self._blocks(_widened(self.skew))
-        return merge_weight(self.frozen_weight, blocks, self.scale, **self._placement)
+        return self._merge_with(merge_weight, self.frozen_weight, self.skew, self.scale)
+
+    def _merge_with(self, merge: Callable[..., torch.Tensor], weight, skew, scale) -> torch.Tensor:
+        blocks_of = lambda skew: self._blocks(_widened(skew))  # noqa: E731
+        return merge_in_place(merge, weight, blocks_of, skew, scale, **self._placement)
 
     @untracked
     def merge(self, *, keep: bool = True) -> Self:
         """Replace the frozen weight by the merged weight, so that inference computes no rotation.
 
-        The former tensor is not written to, as other modules may share it.
+        The former tensor is not written to, as other modules may share it. Only shards are, as
+        FSDP gathers from the very Parameter that it made; all ranks have to merge together.
 
         Args:
             keep: True puts the former weight aside, for ``unmerge`` to bring it back bit for bit;
@@ -265,17 +263,19 @@ class BOFTLayer(HasAdapter, nn.Module):
 
         Raises:
             RuntimeError: the layer is merged already.
-            ValueError: parameters are placeholders on the meta device.
+            ValueError: parameters are placeholders on the meta device, or FSDP has gathered the
+                weight and will put its shard back.
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
-        weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        self._put_aside(weight, self.frozen_weight if keep else None)
+        check_own_weight(self, self.frozen_weight)
+        former = kept(self.frozen_weight) if keep else None
+        self._put_aside(self.merged_weight(), former)
         return self
 
-    def _put_aside(self, weight: nn.Parameter, former: torch.Tensor | None) -> None:
+    def _put_aside(self, weight: torch.Tensor, former: torch.Tensor | None) -> None:
         """Make ``weight`` the merged weight, and keep ``former`` for ``unmerge``."""
-        self.frozen_weight, self.merged = weight, True
+        self.frozen_weight, self.merged = parameter_of(weight, self.frozen_weight), True
         self._keep_merged(former)
 
     def _keep_merged(self, former: torch.Tensor | None = None) -> None:
@@ -302,7 +302,8 @@ class BOFTLayer(HasAdapter, nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
-        self.frozen_weight = self._unmerged_weight()
+        check_own_weight(self, self.frozen_weight)
+        self.frozen_weight = parameter_of(self._unmerged_weight(), self.frozen_weight)
         self.merged, self._merged_with = False, None
         return self
 
@@ -314,8 +315,8 @@ class BOFTLayer(HasAdapter, nn.Module):
         if former is None:
             # the layer may have moved to another device since
             skew, scale = (t if t is None else t.to(merged.device) for t in (skew, scale))
-            blocks, orthogonal = self._blocks(_widened(skew)), self.config.method == "exact"
-            former = unmerge_weight(merged, blocks, scale, orthogonal=orthogonal, **self._placement)
+            unmerge = partial(unmerge_weight, orthogonal=self.config.method == "exact")
+            former = self._merge_with(unmerge, merged, skew, scale)
         elif (former.device, former.dtype) != (merged.device, merged.dtype):
             former = former.to(merged.device, merged.dtype)
         is_parameter = isinstance(former, nn.Parameter)

@@ -80,6 +80,18 @@ def is_quantized(module: nn.Module) -> bool:
     return any(not tensor.is_floating_point() for tensor in own)
 
 
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """True if torch's or transformers' tensor parallelism has cut the weight of a linear module.
+
+    Both wrap the forward of the module, which the parameters of an FSDP group do not need.
+    """
+    weight = module._parameters.get("weight")
+    classes = (cls.__module__ for cls in type(module).__mro__)
+    is_fsdp = any(name.startswith("torch.distributed.fsdp") for name in classes)
+    is_wrapped = bool(module._forward_pre_hooks) or "forward" in vars(module)
+    return weight is not None and is_sharded(weight) and is_wrapped and not is_fsdp
+
+
 def dense_weight(module: nn.Module) -> torch.Tensor:
     """The floating-point weight (out_features, in_features) that a linear module multiplies by.
 

@@ -65,6 +65,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
     """
 
     BASE, _base_arguments = nn.Linear, _linear_arguments
+    tensor_parallel = None  # the ColwiseBOFT or RowwiseBOFT that cut the parameters
 
     def __init__(
         self,
@@ -117,7 +118,13 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         return cls._from_base(linear, _linear_arguments(linear), options)
 
+    def _to_base(self, weight: nn.Parameter) -> nn.Linear:
+        layer = super()._to_base(weight)
+        return layer if self.tensor_parallel is None else self.tensor_parallel.plain(layer)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tensor_parallel is not None:
+            return self.tensor_parallel.call(self, x)
         if self.merged:
             self._check_trainable()
             return super().forward(x)

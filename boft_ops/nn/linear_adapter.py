@@ -9,6 +9,7 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.cayley import cayley
+from ..ops.dropout import drop_blocks
 from .adapter_parameters import HasAdapter
 from .config import RotationConfig
 from .distributed import averaged, replicated
@@ -38,6 +39,7 @@ class LinearAdapter(HasAdapter, nn.Module):
     """
 
     merged, n_identity = False, 0  # attributes of BOFTLayer, which never change here
+    is_cut = False  # True if tensor parallelism has made the parameters DTensors
 
     def __init__(
         self,
@@ -66,9 +68,22 @@ class LinearAdapter(HasAdapter, nn.Module):
 
     reset_parameters = HasAdapter.reset_adapter  # the name by which torch initializes a module
 
+    def own_skew(self) -> torch.Tensor:
+        """The skew as a plain tensor: the blocks of this rank if tensor parallelism has cut it.
+
+        The gradient of one that every rank has is averaged over the ranks.
+        """
+        return self.skew.to_local() if self.is_cut else averaged(self.skew)
+
+    def own_scale(self) -> torch.Tensor | None:
+        """The scale as a plain tensor, or None; see ``own_skew``."""
+        if self.scale is None:
+            return None
+        return self.scale.to_local() if self.is_cut else averaged(self.scale)
+
     def local(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Skew and scale as plain tensors; gradients are averaged over the ranks that hold them."""
-        return averaged(self.skew), None if self.scale is None else averaged(self.scale)
+        """``own_skew`` and ``own_scale``."""
+        return self.own_skew(), self.own_scale()
 
     def replicate(self, mesh: DeviceMesh) -> None:
         """Make skew and scale one parameter of all ranks of a mesh, on which they are equal."""
@@ -81,7 +96,13 @@ class LinearAdapter(HasAdapter, nn.Module):
         If m < n_factors, identity factors are appended, so that the blocks of adapters with
         different m can be stacked.
         """
-        blocks = self.dropout(cayley(averaged(self.skew), method=self.config.method))
+        blocks = cayley(self.own_skew(), method=self.config.method)
+        if self.is_cut:
+            from .tensor_parallel import shared_drop_mask  # imports torch.distributed.tensor
+
+            blocks = drop_blocks(blocks, shared_drop_mask(self))
+        else:
+            blocks = self.dropout(blocks)
         missing = n_factors - len(blocks)
         if missing <= 0:
             return blocks
