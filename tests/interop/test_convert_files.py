@@ -315,7 +315,7 @@ def test_places_of_the_result(tmp_path):
     with pytest.raises(FileNotFoundError, match="base"):
         convert(source, tmp_path / "out", "peft", base=tmp_path / "empty")
     with pytest.raises(ValueError, match="to: expected one of"):
-        convert(source, tmp_path / "out", "lora")
+        convert(source, tmp_path / "out", "gguf")
 
 
 @pytest.mark.parametrize("to", ["boft_ops", "peft"])
