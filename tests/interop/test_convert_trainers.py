@@ -57,7 +57,7 @@ def test_the_layers_of_one_network(prefix, file, tmp_path):
 def test_one_of_several_networks_is_chosen_by_its_prefix(file, tmp_path, capsys):
     assert main([str(file), str(tmp_path / "out"), "--to", "boft_ops"]) == 1
     error = capsys.readouterr().err
-    assert "expected layers of one network, or prefix=" in error
+    assert "expected layers of one known network, or prefix=" in error
     assert "got lora_te_* (1 layers), lora_te1_* (1 layers)" in error
     assert main([str(file), str(tmp_path / "out"), "--to", "boft_ops", "--prefix", "lora_te3"]) == 1
     assert "expected lora_te3_* of the prefix 'lora_te3', got lora_te_*" in capsys.readouterr().err
@@ -83,6 +83,13 @@ def test_what_belongs_to_no_other_network_is_refused(name, tmp_path):
     save_file(blocks(UNET, "lora_unet") | {name: torch.zeros(2)}, tmp_path / "f.safetensors")
     with pytest.raises(ValueError, match=f"alone, got '{name}'"):
         convert(tmp_path / "f.safetensors", tmp_path / "out", "peft", base=UNET, prefix="lora_unet")
+
+
+def test_a_network_without_a_known_prefix(tmp_path):
+    save_file(blocks(UNET, "my_net"), tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=r"one known network, or prefix=.* got 'my_net_to_k'"):
+        convert(tmp_path / "f.safetensors", tmp_path / "out", "boft_ops", base=UNET)
+    convert(tmp_path / "f.safetensors", tmp_path / "out", "boft_ops", base=UNET, prefix="my_net")
 
 
 def test_blocks_of_comfyui_have_another_formula(tmp_path):

@@ -31,7 +31,7 @@ from .mangled import names_of, prefix_of
 
 Tensors = dict[str, torch.Tensor]
 
-# The sets of parameters of one layer, required and optional ones, by trainer.
+# The parameters of layers, by trainer.
 OFT_V2, BOFT, OFT_PARTS = "oft_R.weight", "boft_R", re.compile(r"oft_blocks\.\d+")
 PARTS = {
     "lycoris": ("oft_blocks", "rescale", "alpha"),
@@ -147,7 +147,7 @@ def _layers(
 
 
 def _only_prefix(path: Path, tensors: Tensors) -> str:
-    """The prefix of the one network of a file."""
+    """The prefix of the one network of a file, or ValueError if there are several."""
     prefixes: dict[str, set[str]] = {}
     for name in tensors:
         if match := _PART.fullmatch(name):
@@ -156,9 +156,11 @@ def _only_prefix(path: Path, tensors: Tensors) -> str:
             prefixes.setdefault("lycoris" if own else prefix_of(name) or "", set()).add(match[1])
     if len(prefixes) == 1 and "" not in prefixes:
         return next(iter(prefixes))
+    unknown = prefixes.pop("", None)
+    got = f"{min(unknown)!r}" if unknown else _counted(prefixes)
     raise ValueError(
-        f"{path}: expected layers of one network, or prefix=, the prefix of their names, got "
-        f"{_counted(prefixes)}"
+        f"{path}: expected layers of one known network, or prefix=, the prefix of their names, got "
+        f"{got}"
     )
 
 
