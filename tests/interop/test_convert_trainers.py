@@ -9,6 +9,7 @@ from torch import nn
 
 from boft_ops.convert import main
 from boft_ops.interop.convert import convert
+from boft_ops.interop.formats import trainers
 from boft_ops.interop.formats.mangled import mangle, names_of
 
 
@@ -143,6 +144,18 @@ def test_names_of_stable_diffusion_xl(form):
 def test_names_of_diffusers_for_a_unet_of_diffusers():
     mangled = {mangle(name, "lora_unet"): name for name in SDXL}
     assert names_of(list(mangled), dict.fromkeys(SDXL, (8, 8)), "lora_unet") == mangled
+
+
+@pytest.mark.parametrize("form", ["unet.{}", "lora_unet.{}", "lora_unet_{}"])
+def test_names_of_onetrainer_for_a_unet_of_diffusers(form):
+    """OneTrainer's OMI format has dots and the original names, its other formats diffusers'."""
+    called = {name: name if "lora" in form else original for name, original in SDXL.items()}
+    if form.endswith("_{}"):
+        called = {name: other.replace(".", "_") for name, other in called.items()}
+    aliases = {name: form.format(other) for name, other in called.items()}
+    tensors = {f"{alias}.oft_R.weight": torch.zeros(4, 1) for alias in aliases.values()}
+    shapes = dict.fromkeys(SDXL, (6, 8))
+    assert trainers.read("f", tensors, shapes, None, "onetrainer").aliases == aliases
 
 
 def test_the_text_model_that_older_versions_put_around_it(tmp_path):
