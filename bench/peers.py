@@ -120,7 +120,8 @@ def forgo_extension() -> None:
     if os.environ.get(NO_EXTENSION) == "1":
         from peft.tuners.boft import layer
 
-        layer.get_fbd_cuda = lambda: None
+        if hasattr(layer, "get_fbd_cuda"):  # PEFT after 0.21 has no extension
+            layer.get_fbd_cuda = lambda: None
 
 
 class LycorisBOFT(nn.Module):

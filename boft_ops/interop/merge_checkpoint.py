@@ -27,7 +27,7 @@ from .._runtime.files import (
 )
 from ..ops.cayley import cayley
 from ..ops.merge import merge_weight
-from .convert import PREFIX, read_checkpoint
+from .convert import read_checkpoint
 from .formats.checkpoint import Checkpoint, LayerState, described
 
 INDEX = "model.safetensors.index.json"
@@ -66,7 +66,7 @@ def merge_checkpoint(
     destination: str | os.PathLike,
     adapter: str | os.PathLike,
     *,
-    prefix: str = PREFIX,
+    prefix: str | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[MergedFile]:
     """Write a checkpoint whose weights are merged with an adapter.
@@ -128,7 +128,7 @@ def merge_checkpoint(
 
 
 def plan_merge(
-    base: str | os.PathLike, adapter: str | os.PathLike | Checkpoint, *, prefix: str = PREFIX
+    base: str | os.PathLike, adapter: str | os.PathLike | Checkpoint, *, prefix: str | None = None
 ) -> list[MergedFile]:
     """Find the tensors that an adapter is merged into, by names and shapes alone.
 

@@ -19,7 +19,7 @@ from ..nn.base_modules import check_numbers
 from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
 from ..nn.wrappers import pretrained_names
-from .convert import PREFIX, read_checkpoint
+from .convert import read_checkpoint
 from .formats.checkpoint import Base, LayerState
 
 
@@ -28,7 +28,7 @@ def load_adapters(
     checkpoints: Mapping[str, str | os.PathLike[str]],
     *,
     base: Base | None = None,
-    prefix: str = PREFIX,
+    prefix: str | None = None,
     slots: int | None = None,
 ) -> nn.Module:
     """Put the adapters of several checkpoints on one pretrained model, which they share.

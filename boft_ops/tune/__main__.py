@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .._runtime import backend as backends
-from .._runtime import checks, paths, tuned, tuned_file
+from .._runtime import checks, command, paths, tuned, tuned_file
 from .._runtime.device import name_of
 from .._runtime.namespace import PACKAGE
 from . import explain
@@ -27,13 +27,8 @@ from .workloads import MODELS, problems, shapes_of
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, or exit with one line that says what is wrong, before any work."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {PACKAGE}.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command to a parser."""
     add = parser.add_argument
     add("--ops", nargs="+", choices=sorted(tuned.tunables), metavar="OP",
         help="only these decisions: %(choices)s")  # fmt: skip
@@ -47,7 +42,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="write here, not into the cache")
     add("--explain", nargs=3, type=_positive, metavar=("d", "n", "N"),
         help="measure nothing: bytes and flops of each plan")  # fmt: skip
-    options = parser.parse_args(argv)
+
+
+def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Replace names by what they mean; exit with what is wrong, before any work."""
     gpu = options.device == "cuda"
     options.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
@@ -63,7 +61,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             _check_out(options.out)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
-    return options
 
 
 def _butterflies(text: str) -> list[tuple[int, int]]:
@@ -100,14 +97,26 @@ def _check_out(path: Path) -> None:
         raise ValueError(f"--out: expected a file in a folder to write to, got {str(path)!r}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Measure or explain as the arguments of ``parser`` say; return the exit status."""
+    _complete(options, parser)
     if options.explain:
         d, n, rows = options.explain
         for m, b in options.butterfly:
             explain.show(rows, d, n, m, b, options.dtype, options.device)
         return 0
     return _tune_all(options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PACKAGE}.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return command.run(run, parser.parse_args(argv), parser)
 
 
 def _tune_all(options: argparse.Namespace) -> int:
