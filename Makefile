@@ -20,6 +20,7 @@ PIP    := $(PY) -m pip install -q --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 RUFF   := $(shell sed -n 's/^dev = .*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 DOCS   := $(shell sed -n '/^docs = /{s/^docs = \[\(.*\)\]/\1/; s/", "/" "/g; p;}' pyproject.toml)
+DIST_NEEDS := $(shell sed -n '/^dist = /{s/^dist = \[\(.*\)\]/\1/; s/", "/" "/g; p;}' pyproject.toml)
 NATIVE := setup.py pyproject.toml boft_ops/_runtime/build.py $(shell find csrc -type f 2>/dev/null)
 # Scripts; a file that starts with an underscore is a module of theirs.
 PAPER  := $(filter-out docs/paper/_%,$(sort $(wildcard docs/paper/*.py)))
@@ -37,7 +38,7 @@ install = $(PIP) $(PIP_FLAGS) --no-build-isolation -e '.$(1)' || \
   { echo "failed; for the whole log: $(PIP) -v $(PIP_FLAGS) --no-build-isolation -e '.$(1)'"; exit 1; }
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-exhaustive test-triton-3.6 sanitize sanitize-cuda cuda cuda-memcheck bench paper gpu-decide docs lint format build clean distclean
+.PHONY: help setup demo test test-exhaustive test-triton-3.6 sanitize sanitize-cuda cuda cuda-memcheck bench paper gpu-decide docs lint format build dist hub clean distclean
 
 help:
 	@echo 'make demo             finetune a real model with frozen features, LoRA, OFT and BOFT'
@@ -56,6 +57,8 @@ help:
 	@echo 'make cuda             test the CUDA kernels without a GPU: compile, emulate under sanitizers, mutate'
 	@echo 'make cuda-memcheck    on a machine with a GPU, test the CUDA kernels under compute-sanitizer'
 	@echo 'make build            recompile the changed files of csrc/, in place'
+	@echo 'make dist             make what a release uploads: sdist, pure wheel and manylinux wheel, checked'
+	@echo 'make hub              make a repository that kernels.get_local_kernel loads; options: HUB=FOLDER'
 	@echo 'make clean            remove build products'
 	@echo 'make distclean        remove build products, $(VENV) and data/'
 	@echo 'Variables: PYTHON VENV TORCH PIP_FLAGS ARGS WORKERS MAX_JOBS BOFT_OPS_... (docs/env.md)'
@@ -146,6 +149,27 @@ build: $(STAMPS)/torch
 	$(call say,compiling csrc/)
 	@BOFT_OPS_FORCE_EXT=1 $(PY) setup.py -q build_ext --inplace
 
+# The wheels are made from the sdist, so that a file it lacks is missed here. The manylinux wheel has
+# the CPU kernels; CUDA kernels are compiled where they are used. auditwheel refuses a library that
+# needs more of a system than torch's own wheels do.
+DIST  := dist
+WHEEL := -m pip wheel -q --no-deps --no-index --no-build-isolation
+dist: $(STAMPS)/dist
+	$(call say,making the files of a release in $(DIST))
+	@rm -rf '$(DIST)' build/dist && mkdir -p build/dist
+	@$(PY) -m build --no-isolation --sdist --outdir '$(DIST)' . > build/dist/log 2>&1 || \
+	  { cat build/dist/log; exit 1; }
+	@BOFT_OPS_SKIP_EXT=1 $(PY) $(WHEEL) -w '$(DIST)' '$(DIST)'/*.tar.gz
+	@BOFT_OPS_FORCE_EXT=1 BOFT_OPS_CUDA=0 $(PY) $(WHEEL) -w build/dist '$(DIST)'/*.tar.gz
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*' --exclude 'libc10*' -w '$(DIST)' build/dist/*.whl
+	@$(PY) -m twine check --strict '$(DIST)'/*
+
+HUB := build/hub
+hub: $(STAMPS)/setup
+	@rm -rf '$(HUB)'
+	@$(PY) hub/make_repository.py '$(HUB)'
+
 # Each step below leaves a stamp file. Each target above depends only on the steps that it needs.
 $(STAMPS)/venv:
 	$(call say,creating $(VENV))
@@ -193,6 +217,11 @@ $(STAMPS)/triton-3.6: $(STAMPS)/test
 	echo "import site; site.addsitedir('$$($(PY) -c "$$site")')" > "$$inner/_outer_venv.pth"
 	@$(VENV)/triton-3.6/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) \
 	  --ignore-installed --no-deps triton==3.6.0 'numpy<2.4'
+	@touch $@
+
+$(STAMPS)/dist: $(STAMPS)/torch pyproject.toml
+	$(call say,installing what makes the files of a release)
+	@$(PIP) $(PIP_FLAGS) $(DIST_NEEDS)
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/torch $(NATIVE)

@@ -165,7 +165,7 @@ setup(
     + find_packages(str(ROOT), include=["boft_ops.*"]),
     package_dir=FOLDERS,
     package_data={
-        "boft_ops": ["py.typed", "configs/*.json"],
+        "boft_ops": ["py.typed"],
         "boft_ops.csrc": ["**/*.h", "**/*.cpp", "**/*.cu", "**/*.cuh"],
     },
     include_package_data=False,

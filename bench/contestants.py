@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peers import LycorisBOFT, PlainBOFT, forgo_extension
+from peers import ActivationBOFT, LycorisBOFT, MoRe, PlainBOFT, forgo_extension
 from torch import nn
 
 from boft_ops import BOFTLinear
@@ -48,7 +48,8 @@ OURS = {
 EXTRAS = ("compiled-boft", "lycoris-boft")
 # The others make the host wait for the device, or may do so: no graph can hold their steps.
 CAPTURABLE = (FLOOR, LORA, *OURS)
-NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *EXTRAS, *OURS)
+RIVALS = ("peft-boft-activation", "peft-psoft", "more")
+NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *RIVALS, *EXTRAS, *OURS)
 
 
 class Shape(NamedTuple):
@@ -159,6 +160,9 @@ def _make(name: str, base: nn.Linear) -> Entry:
         "peft-oft": partial(_oft, neumann=True),
         "peft-oft-exact": partial(_oft, neumann=False),
         PEFT_BOFT: _peft_boft,
+        "peft-boft-activation": _activation_boft,
+        "peft-psoft": _psoft,
+        "more": _more,
         "compiled-boft": _compiled_boft,
         "lycoris-boft": _lycoris_boft,
     }[name](base)
@@ -179,7 +183,7 @@ def _oft(base: nn.Linear, neumann: bool) -> Entry:
     )
     name, variant = ("peft-oft", "default") if neumann else ("peft-oft-exact", "exact")
     note = "its default is a truncated series, orthogonal only nearly" if neumann else ""
-    return Entry(name, f"PEFT OFT b={OFT_BLOCK} ({variant})", _inject(base, config), note)
+    return Entry(name, f"PEFT OFTv2 b={OFT_BLOCK} ({variant})", _inject(base, config), note)
 
 
 def _peft_boft(base: nn.Linear) -> Entry:
@@ -193,6 +197,35 @@ def _peft_boft(base: nn.Linear) -> Entry:
     m, _, b, _ = layer.boft_R["default"].shape
     note = "" if m == asked else f"asked for m={asked}; without its CUDA extension PEFT makes it 1"
     return Entry(PEFT_BOFT, f"PEFT BOFT({m},{b})", layer, note)
+
+
+def _activation_boft(base: nn.Linear) -> Entry:
+    """Build BOFT(2, 8) as PEFT's pull request 3540 describes it."""
+    layer = ActivationBOFT(base, n_factors=2, block_size=8)
+    note = "written from the description of PEFT's pull request 3540, not its code"
+    return Entry("peft-boft-activation", "PEFT BOFT(2,8), activation side", layer, note)
+
+
+def _budget(base: nn.Linear) -> int:
+    """Number of parameters of BOFT(2, 8), which rivals with a rank come nearest to."""
+    return 7 * base.in_features + base.out_features
+
+
+def _psoft(base: nn.Linear) -> Entry:
+    """Build PEFT's PSOFT: an r x r rotation between the largest singular vectors of the weight."""
+    import peft
+
+    rank = min(round((2 * _budget(base)) ** 0.5), *base.weight.shape)
+    config = peft.PsoftConfig(r=rank, psoft_alpha=rank, psoft_svd="lowrank", target_modules=["0"])
+    note = "its rank gives about as many parameters as BOFT(2,8) has"
+    return Entry("peft-psoft", f"PEFT PSOFT r={rank}", _inject(base, config), note)
+
+
+def _more(base: nn.Linear) -> Entry:
+    """Build a Monarch layer with a rank that gives about as many parameters as BOFT(2, 8)."""
+    rank = max(round(_budget(base) / (base.in_features + base.out_features)), 1)
+    note = "its rank gives about as many parameters as BOFT(2,8) has; it does not rotate"
+    return Entry("more", f"Monarch (MoRe) rank {rank}", MoRe(base, rank), note)
 
 
 def _compiled_boft(base: nn.Linear) -> Entry:

@@ -48,14 +48,14 @@ def check_gradients(m: int, b: int, device: torch.device, dtype: torch.dtype) ->
     leaves = [t.detach().cpu().double().requires_grad_(True) for t in (x, layer.skew, layer.scale)]
     x64, skew64, scale64 = leaves
     weight, bias = layer.frozen_weight.cpu().double(), layer.bias.cpu().double()
-    y64 = scale64 * (x64 @ _dense_rotation(skew64, b) @ weight.T) + bias
+    y64 = scale64 * (x64 @ dense_rotation(skew64, b) @ weight.T) + bias
     theirs = torch.autograd.grad(y64, leaves, grad.cpu().double())
     compare("output", y, y64, dtype)
     for name, one, other in zip(("x", "skew", "scale"), ours, theirs, strict=True):
         compare(f"gradient of {name}", one, other, dtype)
 
 
-def _dense_rotation(skew: torch.Tensor, b: int) -> torch.Tensor:
+def dense_rotation(skew: torch.Tensor, b: int) -> torch.Tensor:
     """Compute R = C_{m-1} ... C_0 from its definition, element by element (docs/butterfly.md)."""
     m, n_blocks, _ = skew.shape
     d, r = n_blocks * b, max(b // 2, 1)

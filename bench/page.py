@@ -31,6 +31,13 @@ contestants are the frozen `nn.Linear` (the floor), PEFT's adapters around it, a
 BOFT(m, b), with m factors of block size b. BOFT(10, 8) is the butterfly in which every output
 depends on every input; it is measured only at 4096 features.
 
+The rivals are those of a user who may choose any method: PEFT's LoRA, its OFT (version 2, with the
+series that is its default and exact), its BOFT, and its PSOFT, which rotates within the largest
+singular vectors of the weight; BOFT(2, 8) with rotated activations in plain torch, as pull request
+3540 of PEFT describes it; and a Monarch layer (MoRe), which adds a product of two block-diagonal
+matrices. PSOFT and Monarch get the rank with about as many parameters as BOFT(2, 8). A row that
+is described here and missing below has not been measured yet.
+
 All contestants share one weight. The input requires a gradient, as it does inside a network. The
 upstream gradient is random, and the adapters hold small random numbers. PEFT's layers are called
 directly, without a model around them.
@@ -56,7 +63,9 @@ directly, without a model around them.
 - Before a layer is timed, its output and the gradient of its input are compared with those of the
   merged weight. On a layer of 256 features all gradients are compared with float64 matrices built
   from the definition. (BOFT(10, 8) is checked there with six factors, which mix all 256 features.)
-  A layer with wrong results is not timed.
+  Rivals are checked there too: against the weight that PEFT's or LyCORIS' own code merges, or
+  against the definition if they are written here (bench/definitions.py). A layer with wrong results
+  is not timed.
 - pytest-benchmark times one function after the other, so the interleaved durations are replayed
   through its clock. bench/interleave.py explains why that is exact.
 
@@ -65,8 +74,9 @@ layer, LoRA and this package's layers. One is that of the host alone, while the 
 busy; the other is that of the device alone, by a replayed CUDA graph (`host_ms` and `device_ms` in
 the CSV file). No committed result has them yet.
 
-With `--extras` two more contestants take part: a BOFT(2, 8) in plain torch under torch.compile,
-and LyCORIS' BOFT, which rotates the outputs with as many factors as possible.
+With `--extras compiled-boft,lycoris-boft` two more contestants take part: a BOFT(2, 8) in plain
+torch under torch.compile, and LyCORIS' BOFT, which rotates the outputs with as many factors as
+possible.
 
 PEFT's BOFT falls back to one factor if its CUDA extension is not built. That is always so on a
 CPU, and with torch 2.11, because the extension of PEFT 0.21.0 does not compile with its headers.

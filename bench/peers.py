@@ -1,4 +1,4 @@
-"""Layers of other packages, and a BOFT layer in plain torch."""
+"""Layers of other packages, and layers in plain torch after other people's descriptions."""
 
 from __future__ import annotations
 
@@ -45,6 +45,70 @@ class PlainBOFT(nn.Module):
         return F.linear(x, self.base.weight) * self.scale.to(x.dtype) + self.base.bias
 
 
+class ActivationBOFT(nn.Module):
+    """PEFT's BOFT as its pull request 3540 describes it: it rotates activations in plain torch.
+
+    Written from the description. The parameters are those of PEFT, an unconstrained matrix for each
+    block and a scale. Each factor gathers the features of its blocks by an index, multiplies them
+    by the blocks and gathers them back; no CUDA extension and no d x d matrix takes part.
+    """
+
+    def __init__(self, base: nn.Linear, n_factors: int, block_size: int) -> None:
+        super().__init__()
+        self.base = base
+        d, device = base.in_features, base.weight.device
+        shape = n_factors, d // block_size, block_size, block_size
+        self.boft_R = nn.Parameter(torch.zeros(shape, device=device))
+        self.boft_s = nn.Parameter(torch.ones(base.out_features, 1, device=device))
+        # A block of factor i has two chunks of block_size / 2 features, 2^i chunks apart.
+        features = torch.arange(d, device=device)
+        order = [
+            features.view(-1, 2, 1 << i, block_size // 2).transpose(1, 2).flatten()
+            for i in range(n_factors)
+        ]
+        self.register_buffer("boft_P", torch.stack(order))
+        self.register_buffer("boft_P_inv", self.boft_P.argsort(1))
+
+    def blocks(self) -> torch.Tensor:
+        """Compute the rotations (m, d/b, b, b): (I - S)(I + S)^-1 with S = (A - A^T) / 2."""
+        skew = 0.5 * (self.boft_R - self.boft_R.mT)
+        eye = torch.eye(skew.shape[-1], device=skew.device)
+        return torch.linalg.solve(eye + skew, eye - skew, left=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = self.blocks().to(x.dtype)
+        for i in reversed(range(len(blocks))):
+            gathered = x[:, self.boft_P[i]].view(len(x), *blocks.shape[1:3])
+            mixed = torch.einsum("nke,kef->nkf", gathered, blocks[i])
+            x = mixed.flatten(1)[:, self.boft_P_inv[i]]
+        return F.linear(x, self.base.weight) * self.boft_s[:, 0].to(x.dtype) + self.base.bias
+
+
+class MoRe(nn.Module):
+    """A layer with a Monarch matrix beside its weight: y = W x + P L P' R x + bias.
+
+    R and L have four blocks each, of ``rank`` rows and columns; P' sends the outputs of each block
+    of R to all blocks of L, and P interleaves the outputs of the blocks of L.
+    """
+
+    BLOCKS = 4
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base, (n, d) = base, base.weight.shape
+        k, device = self.BLOCKS, base.weight.device
+        self.right = nn.Parameter(torch.zeros(k, rank, d // k, device=device))
+        self.left = nn.Parameter(torch.zeros(k, n // k, rank, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, rank, _ = self.right.shape
+        right, left = self.right.to(x.dtype), self.left.to(x.dtype)
+        inner = torch.einsum("nkd,krd->nkr", x.view(len(x), k, -1), right)
+        mixed = inner.transpose(1, 2).reshape(len(x), k, rank)
+        outer = torch.einsum("nkr,kor->nok", mixed, left)
+        return F.linear(x, self.base.weight, self.base.bias) + outer.flatten(1)
+
+
 NO_EXTENSION = "BOFT_OPS_BENCH_NO_PEFT_EXTENSION"
 
 
@@ -56,7 +120,8 @@ def forgo_extension() -> None:
     if os.environ.get(NO_EXTENSION) == "1":
         from peft.tuners.boft import layer
 
-        layer.get_fbd_cuda = lambda: None
+        if hasattr(layer, "get_fbd_cuda"):  # PEFT after 0.21 has no extension
+            layer.get_fbd_cuda = lambda: None
 
 
 class LycorisBOFT(nn.Module):

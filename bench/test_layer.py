@@ -26,6 +26,7 @@ from contestants import (
     names,
 )
 from correctness import check_gradients, check_merged
+from definitions import check_definition
 from device_time import Apart, apart
 from interleave import Contestant, Durations, ReplayClock, measure, ratios, summary, synchronizer
 from memory import peak_bytes, saved_bytes
@@ -58,9 +59,10 @@ class Contest:
         base, (x, grad) = frozen(shape, device, dtype), batch(shape, device, dtype)
         for name in names(shape, options.getoption("extras")):
             try:
+                # Refuse to time a layer whose results are wrong.
+                check_definition(name, device, dtype)
                 job = Job(build(name, base), x, grad)
                 if name in OURS:
-                    # Refuse to time a layer whose results are wrong.
                     check_gradients(OURS[name].m, OURS[name].b, device, dtype)
                     check_merged(job.entry.layer, x, grad)
                 self.memory[name] = self._memory(job)

@@ -1,15 +1,16 @@
-"""python -m boft_ops [info | build | vendor DEST]: show, build or copy this installation."""
+"""Show, build, copy or tune this installation, convert and merge adapters, analyze butterflies."""
 
 import argparse
 import importlib.metadata
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ._runtime import backend, native, paths, vendor
+from ._runtime import backend, command, native, paths, vendor
 from ._runtime import build as build_tools
 from ._runtime.namespace import NS, PACKAGE
 from ._version import __version__
@@ -80,37 +81,93 @@ def build(verbose: bool) -> str:
     return f"built {path}: {native.status}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}", description=__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser(
-        "info", help="show what is installed and which backend serves which op (default)"
-    )
-    make = commands.add_parser("build", help="compile the native library of this copy into a cache")
-    make.add_argument("-v", "--verbose", action="store_true", help="show the compiler's commands")
-    copy = commands.add_parser("vendor", help="copy this package into another code base")
-    copy.add_argument("dest", metavar="DEST", type=Path, help="the copy, e.g. src/third_party/boft")
-    copy.add_argument("--force", action="store_true", help="replace an earlier copy")
-    copy.add_argument("--with-native", action="store_true", help="copy the compiled library too")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "build":
-            print(build(args.verbose))
-        elif args.command == "vendor":
-            dest = vendor.vendor(args.dest, force=args.force, with_native=args.with_native)
-            print(f"copied to {dest}")
-            if not args.with_native:
-                print("`python -m <its dotted name> build` compiles its native library")
-        else:
-            print(info(), flush=True)
-    except BrokenPipeError:  # `| head` has closed the pipe: no second error at exit, either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, build_tools.BuildError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+def _info(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    print(info(), flush=True)
     return 0
+
+
+def _build(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    print(build(args.verbose))
+    return 0
+
+
+def _vendor(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    dest = vendor.vendor(args.dest, force=args.force, with_native=args.with_native)
+    print(f"copied to {dest}")
+    if not args.with_native:
+        print("`python -m <its dotted name> build` compiles its native library")
+    return 0
+
+
+def _merge(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .interop.merge_checkpoint import merge_checkpoint
+
+    report = partial(print, flush=True)
+    merge_checkpoint(args.base, args.out, args.adapter, prefix=args.prefix, report=report)
+    return 0
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("base", metavar="BASE", type=Path, help="a safetensors file, or a folder")
+    add("out", metavar="OUT", type=Path, help="a new file or folder")
+    add("--adapter", type=Path, required=True, help="a checkpoint that `convert` reads")
+    add("--prefix", help="first part of the names of one network in a trainer's file, as for convert")
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the compiler's commands")
+
+
+def _add_vendor(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dest", metavar="DEST", type=Path, help="the copy, e.g. src/third_party/boft")
+    add("--force", action="store_true", help="replace an earlier copy")
+    add("--with-native", action="store_true", help="copy the compiled library too")
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    """One parser for all commands; ``run`` and ``parser`` of its result belong to the chosen one.
+
+    The commands with a module of their own are `python -m boft_ops.<command>`, too.
+    """
+    from . import convert
+    from .analysis import __main__ as analysis
+    from .tune import __main__ as tune
+
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.set_defaults(run=_info, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, run, add_arguments, text in (
+        (
+            "info",
+            _info,
+            None,
+            "show this copy, and which backend serves which operator (default)",
+        ),
+        ("build", _build, _add_build, "compile the native library of this copy into a cache"),
+        ("vendor", _vendor, _add_vendor, "copy this package into another code base"),
+        ("convert", convert.run, convert.add_arguments, "convert an adapter checkpoint"),
+        ("merge", _merge, _add_merge, "merge an adapter into the files of a model"),
+        ("tune", tune.run, tune.add_arguments, "measure what is fastest on this machine"),
+        ("analysis", analysis.run, analysis.add_arguments, "count and draw what a butterfly mixes"),
+    ):
+        chosen = commands.add_parser(name, help=text, description=text)
+        chosen.set_defaults(run=run, parser=chosen)
+        if add_arguments is not None:
+            add_arguments(chosen)
+    return parser
+
+
+def main(argv: list[str] | None = None, *, prog: str = f"python -m {PACKAGE}") -> int:
+    """Run the command line; return the exit status."""
+    args = _parser(prog).parse_args(argv)
+    return command.run(args.run, args, args.parser)
+
+
+def console() -> int:
+    """Run the command line as `boft-ops`, which installing the package provides."""
+    return main(prog="boft-ops")
 
 
 if __name__ == "__main__":

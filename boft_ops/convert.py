@@ -1,4 +1,4 @@
-"""python -m boft_ops.convert IN OUT --to peft|boft_ops|lycoris: convert adapter checkpoints."""
+"""python -m boft_ops.convert IN OUT --to FORMAT: convert an adapter checkpoint."""
 
 from __future__ import annotations
 
@@ -6,40 +6,74 @@ import argparse
 import sys
 from pathlib import Path
 
+from ._runtime import command
 from ._runtime.namespace import PACKAGE
-from .interop.convert import FORMATS, PREFIX, convert
+from .interop.convert import SOURCES, TARGETS, convert
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command to a parser."""
+    add = parser.add_argument
+    add("source", metavar="IN", type=Path, help="PEFT's folder, or a file")
+    add("destination", metavar="OUT", type=Path, help="a new folder (peft, lora) or file")
+    add(
+        "--from",
+        dest="source_format",
+        choices=SOURCES,
+        default="auto",
+        help="the format of IN (default: %(default)s)",
+    )
+    add(
+        "--to",
+        choices=TARGETS,
+        required=True,
+        help="the format of OUT; diff holds updates of weights, lora a low-rank approximation",
+    )
+    add(
+        "--base",
+        type=Path,
+        help="the pretrained model: a safetensors file, or a folder of them; names and shapes are "
+        "read, for diff and lora the weights, too. Conversions that need it say so",
+    )
+    add(
+        "--prefix",
+        help="the prefix of a network in a trainer's file, e.g. lora_unet or lora_te1; the layers "
+        "of other networks are left out (default: the only one)",
+    )
+    add("--rank", type=int, help="the rank of --to lora")
+    add(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="the largest relative error of a layer of --to lora; nothing is written beyond it",
+    )
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Convert as the arguments of ``parser`` say; return the exit status."""
+    written = convert(
+        args.source,
+        args.destination,
+        args.to,
+        source_format=args.source_format,
+        base=args.base,
+        prefix=args.prefix,
+        rank=args.rank,
+        max_error=args.max_error,
+    )
+    for name, error in written.errors.items():
+        print(f"{name}: relative error {error:.4f}")
+    print(
+        f"{args.destination}: {len(written.layers)} layers, {len(written.others)} further tensors"
+    )
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.convert", description=__doc__)
-    parser.add_argument("source", metavar="IN", type=Path, help="PEFT's folder, or a file")
-    parser.add_argument("destination", metavar="OUT", type=Path, help="a new folder or file")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="the format of OUT")
-    parser.add_argument(
-        "--base",
-        type=Path,
-        help="the pretrained model: a safetensors file, or a folder of them; only names and shapes "
-        "are read. Conversions that need it say so",
-    )
-    parser.add_argument(
-        "--prefix",
-        default=PREFIX,
-        help="the prefix of LyCORIS' names of layers, e.g. lora_unet or lora_te1; layers of other "
-        "trainers' prefixes are left out (default: %(default)s)",
-    )
-    args = parser.parse_args(argv)
-    try:
-        written = convert(
-            args.source, args.destination, args.to, base=args.base, prefix=args.prefix
-        )
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    print(
-        f"{args.destination}: {len(written.layers)} layers, {len(written.others)} further tensors"
-    )
-    return 0
+    add_arguments(parser)
+    return command.run(run, parser.parse_args(argv), parser)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,55 @@ inline ScalarType compute_dtype(const Tensor& t) {
   return half ? ScalarType::Float : t.scalar_type();
 }
 
+// Strides of a contiguous tensor; torch allows up to 64 dimensions, a layer's x rarely has 4.
+inline std::vector<int64_t> contiguous_strides(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  return strides;
+}
+
+// Makes a contiguous tensor without initializing it, on the device of `like` and by default in its
+// dtype. torch::stable::new_empty goes through the dispatcher and takes several times as long.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  const auto strides = contiguous_strides(sizes);
+  int32_t type, index, number;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  if (dtype) {
+    number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &number));
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), number, type, index, &handle));
+  return Tensor(handle);
+}
+
+// Makes a contiguous tensor of the shape and dtype of another one, without initializing it.
+inline Tensor new_like(const Tensor& t) { return new_tensor(t, t.sizes()); }
+
+// The numbers of a tensor under other sizes and strides: a tensor of its own to autograd, without a
+// call of the dispatcher. By default the strides are those of a contiguous tensor. `skipped` numbers
+// come before its first one.
+inline Tensor viewed(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                     const int64_t* strides = nullptr, int64_t skipped = 0) {
+  const auto contiguous = contiguous_strides(sizes);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), int64_t(sizes.size()), sizes.data(),
+                                     strides ? strides : contiguous.data(), skipped, &handle));
+  return Tensor(handle);
+}
+
+// Returns the tensor itself if it is contiguous, else a contiguous copy.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // Address of the data of a contiguous tensor; null if there is no tensor.
 template <class T>
 const T* pointer(const std::optional<Tensor>& t) {

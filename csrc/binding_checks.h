@@ -25,7 +25,7 @@ inline std::optional<Tensor> mask_of(const std::optional<Tensor>& drop,
   bool fits = drop->scalar_type() == ScalarType::Bool && drop->dim() == int64_t(sizes.size());
   for (size_t i = 0; fits && i < sizes.size(); ++i) fits = drop->size(int64_t(i)) == sizes[i];
   STD_TORCH_CHECK(fits, "cayley: drop_mask: expected a boolean for each block");
-  return torch::stable::contiguous(*drop);
+  return dense(*drop);
 }
 
 // Shape of n neighboring butterfly factors and of the stage that they make. Each factor has
@@ -52,7 +52,7 @@ struct Butterfly {
                         t.size(3) == size && t.scalar_type() == factors.scalar_type(),
                     "compose_backward: grad: expected (splits, groups, size, size) in the dtype of "
                     "the stage matrices");
-    return torch::stable::contiguous(t);
+    return dense(t);
   }
 };
 
@@ -90,6 +90,18 @@ inline boft::Stage stage_of(const Tensor& x, const Tensor& stages, const Tensor&
   STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == x.size(0) &&
                       index.scalar_type() == ScalarType::Int,
                   "rotate_indexed: index: expected an int32 for each row of x");
+  return shape;
+}
+
+// Layout of a stage over the features of x, (rows, d), whose rows lie in segments that end at
+// `offsets`.
+inline boft::Stage stage_of_segments(const Tensor& x, const Tensor& grad, const Tensor& offsets,
+                                     int64_t size, int64_t chunk, int64_t stride) {
+  const auto shape = stage_of(x, size, chunk, stride);
+  STD_TORCH_CHECK(alike(x, grad),
+                  "segment_stage_grads: grad: expected the shape and dtype of x");
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.scalar_type() == ScalarType::Int,
+                  "segment_stage_grads: offsets: expected an int32 for each segment");
   return shape;
 }
 

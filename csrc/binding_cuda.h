@@ -12,6 +12,10 @@ namespace boft::binding {
 // Device of a tensor and torch's current stream on that device (binding_device.cpp).
 boft::cuda::Queue queue_of(const Tensor& t);
 
+// Writes a b, plus the bias if there is one, into `out` by torch's product (binding_device.cpp).
+void multiply_cuda(Tensor& out, const Tensor& a, const Tensor& b,
+                   const std::optional<Tensor>& bias);
+
 // Dtype of a tensor for the CUDA kernels; raises if they do not take it.
 inline boft::cuda::DType cuda_dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {

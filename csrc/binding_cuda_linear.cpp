@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> rotated_linear_cuda(const Tensor& x, const Tensor& we
   check_square(stage, 3, "rotated_linear: stage");
   const auto center = bias_in_z ? bias : std::nullopt;
   const Tensor z = linear(rotate_cuda(x, stage, stage.size(2), 1, false), weight, center);
-  const Tensor none = torch::stable::new_empty(x, {0, weight.size(0)});
+  const Tensor none = new_tensor(x, {0, weight.size(0)});
   if (!scale) return {z, none};
   return {scale_cuda(z, *scale, center, bias), save ? z : none};
 }
@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
   STD_TORCH_CHECK(scale || !z, "rotated_linear_backward: z: expected none without a scale");
   STD_TORCH_CHECK(z || !need_bias, "rotated_linear_backward: need_bias: expected false without z");
   Tensor grad = grad_;
-  Tensor scale_grad = torch::stable::new_empty(stage, {0});
-  Tensor bias_grad = torch::stable::new_empty(grad, {0});
+  Tensor scale_grad = new_tensor(stage, {0});
+  Tensor bias_grad = new_tensor(grad, {0});
   if (z) {
     std::tie(grad, scale_grad, bias_grad) = scale_backward_cuda(grad, *z, *scale, center);
   } else if (scale) {

@@ -13,7 +13,7 @@ MaybeTensor wide_vector(const Tensor& x, const MaybeTensor& t, const char* name)
                       (t->scalar_type() == compute_dtype(x) || t->scalar_type() == x.scalar_type()),
                   name, ": expected (n,) in the dtype of x, or float32 for halves");
   const bool wide = t->scalar_type() == compute_dtype(x);
-  return torch::stable::contiguous(wide ? *t : torch::stable::to(*t, compute_dtype(x)));
+  return dense(wide ? *t : torch::stable::to(*t, compute_dtype(x)));
 }
 
 }  // namespace
@@ -24,11 +24,11 @@ Tensor scale_cuda(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cen
   STD_TORCH_CHECK(x_.dim() == 2, "scale: x: expected (rows, n)");
   STD_TORCH_CHECK(bias_ || !center_, "scale: center: expected none without a bias");
   check_device("scale", x_, {&scale_, given(center_), given(bias_)});
-  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor x = dense(x_);
   const auto scale = wide_vector(x, scale_, "scale: scale");
   const auto center = wide_vector(x, center_, "scale: center");
   const auto bias = wide_vector(x, bias_, "scale: bias");
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like(x);
   check_launch("scale", boft::cuda::scale(x.const_data_ptr(), scale->const_data_ptr(),
                                           pointer<void>(center), pointer<void>(bias),
                                           y.mutable_data_ptr(), x.size(0), x.size(1), dtype,
@@ -43,15 +43,15 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad_, cons
   STD_TORCH_CHECK(x_.dim() == 2 && alike(x_, grad_),
                   "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
   check_device("scale_backward", grad_, {&x_, &scale_, given(center_)});
-  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
+  const Tensor grad = dense(grad_), x = dense(x_);
   const auto scale = wide_vector(x, scale_, "scale_backward: scale");
   const auto center = wide_vector(x, center_, "scale_backward: center");
   const int64_t rows = x.size(0), n = x.size(1);
-  Tensor x_grad = torch::stable::empty_like(x);
-  Tensor scale_grad = torch::stable::empty_like(*scale);
-  Tensor bias_grad = torch::stable::empty_like(*scale);
+  Tensor x_grad = new_like(x);
+  Tensor scale_grad = new_like(*scale);
+  Tensor bias_grad = new_like(*scale);
   Tensor partials =
-      torch::stable::new_empty(*scale, {boft::cuda::scale_splits(rows, n), 2, n});
+      new_tensor(*scale, {boft::cuda::scale_splits(rows, n), 2, n});
   check_launch("scale_backward",
                boft::cuda::scale_backward(
                    grad.const_data_ptr(), x.const_data_ptr(), scale->const_data_ptr(),

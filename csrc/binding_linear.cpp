@@ -34,12 +34,12 @@ struct Shape {
     if (!t) return std::nullopt;
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n && t->scalar_type() == ScalarType::Float,
                     "rotated_linear: scale, bias: expected (n,) in float32");
-    return torch::stable::contiguous(*t);
+    return dense(*t);
   }
   // Memory for the packed panels of at_once rows of `columns` columns.
   Tensor packed(const Tensor& like, int64_t columns) const {
     const int64_t most = std::min(rows, at_once);
-    return torch::stable::new_empty(like, {panels_of(most) * boft::cpu::linear_panel() * columns});
+    return new_tensor(like, {panels_of(most) * boft::cpu::linear_panel() * columns});
   }
 };
 
@@ -64,13 +64,12 @@ std::tuple<Tensor, Tensor> rotated_linear_cpu(const Tensor& x_, const Tensor& we
                                               const Tensor& stage_, const MaybeTensor& scale_,
                                               const MaybeTensor& bias_, bool bias_in_z, bool save) {
   const Shape s(x_, weight_, stage_);
-  STD_TORCH_CHECK(!bias_in_z || !bias_, "rotated_linear: bias_in_z: expected false on a CPU");
   save = save && scale_;
   const auto scale = s.vector(scale_), bias = s.vector(bias_);
-  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
-  const Tensor stage = torch::stable::contiguous(stage_);
-  Tensor y = torch::stable::new_empty(x, {s.rows, s.n});
-  Tensor z = torch::stable::new_empty(x, {save ? s.rows : 0, s.n});
+  const Tensor x = dense(x_), weight = dense(weight_);
+  const Tensor stage = dense(stage_);
+  Tensor y = new_tensor(x, {s.rows, s.n});
+  Tensor z = new_tensor(x, {save ? s.rows : 0, s.n});
   Tensor packed = s.packed(x, s.d);
   for (int64_t top = 0; top < s.rows; top += s.at_once) {
     const int64_t rows = std::min(s.rows - top, s.at_once);
@@ -80,8 +79,9 @@ std::tuple<Tensor, Tensor> rotated_linear_cpu(const Tensor& x_, const Tensor& we
       boft::cpu::linear_pack(from, data(stage), data(packed), rows, s.d, s.size, begin, end);
     });
     parallel_for(0, boft::cpu::linear_units(rows, s.n, 1), 1, [&](int64_t begin, int64_t end) {
-      boft::cpu::linear(data(packed), data(weight), pointer<float>(scale), pointer<float>(bias), to,
-                        unscaled, rows, s.d, s.n, begin, end);
+      boft::cpu::linear(data(packed), data(weight), pointer<float>(scale), pointer<float>(bias),
+                        bias_in_z ? pointer<float>(bias) : nullptr, to, unscaled, rows, s.d, s.n,
+                        begin, end);
     });
   }
   return {y, z};
@@ -89,27 +89,26 @@ std::tuple<Tensor, Tensor> rotated_linear_cpu(const Tensor& x_, const Tensor& we
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cpu(
     const Tensor& grad_, const Tensor& x_, const Tensor& weight_, const Tensor& stage_,
-    const MaybeTensor& scale_, const MaybeTensor& center, const MaybeTensor& z_, int64_t splits,
+    const MaybeTensor& scale_, const MaybeTensor& center_, const MaybeTensor& z_, int64_t splits,
     bool need_bias) {
   const Shape s(x_, weight_, stage_);
-  STD_TORCH_CHECK(!center, "rotated_linear_backward: center: expected none on a CPU");
   STD_TORCH_CHECK(splits == 1, "rotated_linear_backward: splits: expected 1 on a CPU");
-  const auto scale = s.vector(scale_);
+  const auto scale = s.vector(scale_), center = s.vector(center_);
   const auto fits = [&](const Tensor& t) {
     return t.dim() == 2 && t.size(0) == s.rows && t.size(1) == s.n &&
            t.scalar_type() == ScalarType::Float;
   };
   STD_TORCH_CHECK(fits(grad_) && (!z_ || fits(*z_)),
                   "rotated_linear_backward: grad, z: expected (rows, n) in float32");
-  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
-  const Tensor weight = torch::stable::contiguous(weight_);
-  const Tensor stage = torch::stable::contiguous(torch::stable::transpose(stage_, 1, 2));
-  const auto z = z_ ? std::optional<Tensor>(torch::stable::contiguous(*z_)) : std::nullopt;
+  const Tensor grad = dense(grad_), x = dense(x_);
+  const Tensor weight = dense(weight_);
+  const Tensor stage = dense(torch::stable::transpose(stage_, 1, 2));
+  const auto z = z_ ? std::optional<Tensor>(dense(*z_)) : std::nullopt;
   const int64_t blocks = (s.rows + boft::cpu::kLinearRows - 1) / boft::cpu::kLinearRows;
   const int64_t panels = panels_of(s.rows), groups = s.d / s.size;
-  Tensor x_grad = torch::stable::empty_like(x), packed = s.packed(x, s.n);
-  Tensor grams = torch::stable::new_empty(x, {blocks, groups, s.size, s.size});
-  Tensor sums = torch::stable::new_empty(x, {2, panels, s.n});
+  Tensor x_grad = new_like(x), packed = s.packed(x, s.n);
+  Tensor grams = new_tensor(x, {blocks, groups, s.size, s.size});
+  Tensor sums = new_tensor(x, {2, panels, s.n});
   for (int64_t top = 0; top < s.rows; top += s.at_once) {
     const int64_t rows = std::min(s.rows - top, s.at_once);
     const int64_t panel = top / boft::cpu::linear_panel(), block = top / boft::cpu::kLinearRows;
@@ -117,8 +116,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cpu(
     const float *output = z ? data(*z) + top * s.n : nullptr;
     float* scale_sums = data(sums) + panel * s.n;
     parallel_for(0, panels_of(rows), 1, [&](int64_t begin, int64_t end) {
-      boft::cpu::linear_backward_pack(upstream, output, pointer<float>(scale), data(packed),
-                                      scale_sums, scale_sums + panels * s.n, rows, s.n, begin, end);
+      boft::cpu::linear_backward_pack(upstream, output, pointer<float>(scale),
+                                      pointer<float>(center), data(packed), scale_sums,
+                                      scale_sums + panels * s.n, rows, s.n, begin, end);
     });
     const float* from = data(x) + top * s.d;
     float *to = data(x_grad) + top * s.d, *gram = data(grams) + block * s.d * s.size;
@@ -128,9 +128,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cpu(
     });
   }
   need_bias = need_bias || z;
-  Tensor stage_grad = torch::stable::new_empty(x, {1, groups, s.size, s.size});
-  Tensor scale_grad = torch::stable::new_empty(x, {z ? s.n : 0});
-  Tensor bias_grad = torch::stable::new_empty(x, {need_bias ? s.n : 0});
+  Tensor stage_grad = new_tensor(x, {1, groups, s.size, s.size});
+  Tensor scale_grad = new_tensor(x, {z ? s.n : 0});
+  Tensor bias_grad = new_tensor(x, {need_bias ? s.n : 0});
   sum_parts(data(grams), data(stage_grad), blocks, s.d * s.size);
   if (z) sum_parts(data(sums), data(scale_grad), panels, s.n);
   if (need_bias) sum_parts(data(sums) + panels * s.n, data(bias_grad), panels, s.n);

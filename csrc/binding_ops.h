@@ -24,6 +24,8 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
                                                bool transpose, int64_t splits);
 Tensor rotate_stage_grad_cpu(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                 int64_t splits);
+Tensor segment_stage_grads_cpu(const Tensor& x, const Tensor& grad, const Tensor& offsets,
+                               int64_t size, int64_t chunk, int64_t stride, int64_t splits);
 Tensor scale_cpu(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                  const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad, const Tensor& x,
@@ -36,6 +38,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cpu(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
     const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,
     bool need_bias);
+std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cpu(
+    const Tensor& x, const Tensor& weight, const Tensor& skew, const MaybeTensor& drop_mask,
+    const MaybeTensor& scale, const MaybeTensor& bias, bool save_z, bool fused);
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cpu(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& skew,
+    const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& scale,
+    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool need_bias,
+    bool fused);
 
 Tensor cayley_cuda(const Tensor& skew, const MaybeTensor& drop);
 Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
@@ -53,6 +63,8 @@ std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor
                                                 bool transpose, int64_t splits);
 Tensor rotate_stage_grad_cuda(const Tensor& x, const Tensor& grad, int64_t size, int64_t chunk, int64_t stride,
                  int64_t splits);
+Tensor segment_stage_grads_cuda(const Tensor& x, const Tensor& grad, const Tensor& offsets,
+                                int64_t size, int64_t chunk, int64_t stride, int64_t splits);
 Tensor scale_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                   const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const Tensor& x,
@@ -65,6 +77,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& stage,
     const MaybeTensor& scale, const MaybeTensor& center, const MaybeTensor& z, int64_t splits,
     bool need_bias);
+std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cuda(
+    const Tensor& x, const Tensor& weight, const Tensor& skew, const MaybeTensor& drop_mask,
+    const MaybeTensor& scale, const MaybeTensor& bias, bool save_z, bool fused);
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cuda(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& skew,
+    const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& scale,
+    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool need_bias,
+    bool fused);
 
 }  // namespace boft::binding
 
@@ -72,11 +92,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
 #define BOFT_CPU_OPS(OP)                                                                       \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)          \
   OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(rotate_stage_grad)      \
-  OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)
+  OP(segment_stage_grads) OP(scale) OP(scale_backward) OP(rotated_linear)                        \
+  OP(rotated_linear_backward) OP(linear_from_skew) OP(linear_from_skew_backward)
 
 // Names of the operators with a CUDA kernel: <name>_cuda is registered for each, if csrc/cuda was
 // compiled.
 #define BOFT_CUDA_OPS(OP)                                                                    \
   OP(cayley) OP(cayley_backward) OP(compose) OP(compose_backward) OP(stage_from_skew)        \
   OP(stage_from_skew_backward) OP(rotate) OP(rotate_indexed) OP(rotate_backward) OP(rotate_stage_grad)    \
-  OP(scale) OP(scale_backward) OP(rotated_linear) OP(rotated_linear_backward)
+  OP(segment_stage_grads) OP(scale) OP(scale_backward) OP(rotated_linear)                        \
+  OP(rotated_linear_backward) OP(linear_from_skew) OP(linear_from_skew_backward)

@@ -1,6 +1,6 @@
 // Operators that read or write activations, on a CPU: rotate, rotate_indexed, scale, and their
-// gradients. The kernels divide work by whole rows, groups or columns.
-#include "binding_checks.h"
+// gradients, also by segments of rows. The kernels divide work by whole rows, groups or columns.
+#include "binding_cpu.h"
 #include "binding_ops.h"
 
 namespace boft::binding {
@@ -9,25 +9,57 @@ namespace {
 // Contiguous matrices of a stage as the kernels apply them: transposed for x R^T.
 Tensor as_applied(const Tensor& stage, bool transpose) {
   const int64_t last = stage.dim() - 1;
-  return torch::stable::contiguous(transpose ? torch::stable::transpose(stage, last - 1, last)
+  return dense(transpose ? torch::stable::transpose(stage, last - 1, last)
                                              : stage);
 }
 
 }  // namespace
 
+void rotate_rows(const void* x, const void* stages, void* y, int64_t rows, int64_t d,
+                 boft::Stage stage, boft::DType dtype) {
+  const int64_t grain = std::max<int64_t>(8, boft::cpu::grain_of(d * stage.size));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::rotate(x, stages, y, d, stage, begin, end, dtype);
+  });
+}
+
+void rotate_rows_backward(const void* grad, const void* x, const void* stages, void* x_grad,
+                          void* stages_grad, int64_t rows, int64_t d, boft::Stage stage,
+                          bool transpose, boft::DType dtype) {
+  const int64_t work = std::max<int64_t>(rows, 1) * stage.size * stage.size;
+  torch::stable::parallel_for(0, d / stage.size, boft::cpu::grain_of(work),
+                              [&](int64_t begin, int64_t end) {
+    boft::cpu::rotate_backward(grad, x, stages, x_grad, stages_grad, rows, d, stage, transpose,
+                               begin, end, dtype);
+  });
+}
+
+void scale_rows(const void* x, const void* scale, const void* shift, void* y, int64_t rows,
+                int64_t n, boft::DType dtype) {
+  const int64_t grain = std::max<int64_t>(1, boft::cpu::grain_of(n));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::scale(x, scale, shift, y, n, begin, end, dtype);
+  });
+}
+
+void scale_rows_backward(const void* grad, const void* x, const void* scale, const void* center,
+                         void* x_grad, void* scale_grad, void* bias_grad, int64_t rows, int64_t n,
+                         boft::DType dtype) {
+  const int64_t grain = std::max<int64_t>(16, boft::cpu::grain_of(rows));
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    boft::cpu::scale_backward(grad, x, scale, center, x_grad, scale_grad, bias_grad, rows, n, begin,
+                              end, dtype);
+  });
+}
+
 Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
                   bool transpose) {
   const auto dtype = dtype_of(x_, "rotate: x");
   const auto shape = stage_of(x_, stage_, chunk, stride);
-  const Tensor x = torch::stable::contiguous(x_), stage = as_applied(stage_, transpose);
-  Tensor y = torch::stable::empty_like(x);
-  const void *in = x.const_data_ptr(), *matrices = stage.const_data_ptr();
-  void* out = y.mutable_data_ptr();
-  const int64_t rows = x.size(0), d = x.size(1);
-  const int64_t grain = std::max<int64_t>(8, boft::cpu::grain_of(d * shape.size));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    boft::cpu::rotate(in, matrices, out, d, shape, begin, end, dtype);
-  });
+  const Tensor x = dense(x_), stage = as_applied(stage_, transpose);
+  Tensor y = new_like(x);
+  rotate_rows(x.const_data_ptr(), stage.const_data_ptr(), y.mutable_data_ptr(), x.size(0),
+              x.size(1), shape, dtype);
   return y;
 }
 
@@ -35,9 +67,9 @@ Tensor rotate_indexed_cpu(const Tensor& x_, const Tensor& stages_, const Tensor&
                           int64_t chunk, int64_t stride, bool transpose) {
   const auto dtype = dtype_of(x_, "rotate_indexed: x");
   const auto shape = stage_of(x_, stages_, index_, chunk, stride);
-  const Tensor x = torch::stable::contiguous(x_), stages = as_applied(stages_, transpose);
-  const Tensor index = torch::stable::contiguous(index_);
-  Tensor y = torch::stable::empty_like(x);
+  const Tensor x = dense(x_), stages = as_applied(stages_, transpose);
+  const Tensor index = dense(index_);
+  Tensor y = new_like(x);
   const void *in = x.const_data_ptr(), *matrices = stages.const_data_ptr();
   const auto* which = static_cast<const int32_t*>(index.const_data_ptr());
   void* out = y.mutable_data_ptr();
@@ -57,18 +89,13 @@ Tensor gram_of(const Tensor& x_, const Tensor& grad_, const boft::Stage& shape, 
                const Tensor* stage, Tensor* x_grad) {
   const auto dtype = dtype_of(x_, "rotate_stage_grad: x");
   STD_TORCH_CHECK(alike(x_, grad_), "rotate_stage_grad: grad: expected the shape and dtype of x");
-  const Tensor x = torch::stable::contiguous(x_), grad = torch::stable::contiguous(grad_);
+  const Tensor x = dense(x_), grad = dense(grad_);
   const int64_t rows = x.size(0), d = x.size(1), groups = d / shape.size;
-  Tensor out = torch::stable::new_empty(x, {1, groups, shape.size, shape.size}, compute_dtype(x));
-  const void *left = x.const_data_ptr(), *right = grad.const_data_ptr();
-  const void* matrices = stage ? stage->const_data_ptr() : nullptr;
-  void *to = out.mutable_data_ptr(), *dx = x_grad ? x_grad->mutable_data_ptr() : nullptr;
-  const int64_t work = std::max<int64_t>(rows, 1) * shape.size * shape.size;
-  torch::stable::parallel_for(0, groups, boft::cpu::grain_of(work),
-                              [&](int64_t begin, int64_t end) {
-    boft::cpu::rotate_backward(right, left, matrices, dx, to, rows, d, shape, transpose, begin, end,
-                               dtype);
-  });
+  Tensor out = new_tensor(x, {1, groups, shape.size, shape.size}, compute_dtype(x));
+  rotate_rows_backward(grad.const_data_ptr(), x.const_data_ptr(),
+                       stage ? stage->const_data_ptr() : nullptr,
+                       x_grad ? x_grad->mutable_data_ptr() : nullptr, out.mutable_data_ptr(), rows,
+                       d, shape, transpose, dtype);
   return out;
 }
 
@@ -90,9 +117,29 @@ std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor&
   check_splits(splits);
   const auto shape = stage_of(x, stage_, chunk, stride);
   const Tensor stage = as_applied(stage_, !transpose);
-  Tensor x_grad = torch::stable::empty_like(torch::stable::contiguous(x));
+  Tensor x_grad = new_like(dense(x));
   const Tensor gram = gram_of(x, grad, shape, transpose, &stage, &x_grad);
   return {x_grad, gram};
+}
+
+Tensor segment_stage_grads_cpu(const Tensor& x_, const Tensor& grad_, const Tensor& offsets_,
+                               int64_t size, int64_t chunk, int64_t stride, int64_t splits) {
+  check_splits(splits);
+  const auto dtype = dtype_of(x_, "segment_stage_grads: x");
+  const auto shape = stage_of_segments(x_, grad_, offsets_, size, chunk, stride);
+  const Tensor x = dense(x_), grad = dense(grad_);
+  const Tensor offsets = dense(offsets_);
+  const int64_t rows = x.size(0), d = x.size(1), groups = d / size, n = offsets.size(0);
+  Tensor out = new_tensor(x, {1, n, groups, size, size}, compute_dtype(x));
+  const void *left = x.const_data_ptr(), *right = grad.const_data_ptr();
+  const auto* ends = static_cast<const int32_t*>(offsets.const_data_ptr());
+  void* to = out.mutable_data_ptr();
+  const int64_t work = std::max<int64_t>(rows, 1) * size * size;
+  torch::stable::parallel_for(0, groups, boft::cpu::grain_of(work),
+                              [&](int64_t begin, int64_t end) {
+    boft::cpu::segment_stage_grads(left, right, ends, to, n, rows, d, shape, begin, end, dtype);
+  });
+  return out;
 }
 
 namespace {
@@ -118,21 +165,17 @@ Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cent
   const auto wide = compute_dtype(x_);
   const auto vector = [&](const Tensor& t) {
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n, "scale: expected vectors (n,)");
-    return torch::stable::contiguous(torch::stable::to(t, wide));
+    return dense(torch::stable::to(t, wide));
   };
-  const Tensor x = torch::stable::contiguous(x_), scale = vector(scale_);
+  const Tensor x = dense(x_), scale = vector(scale_);
   const auto center = center_ ? MaybeTensor(vector(*center_)) : std::nullopt;
-  Tensor shift = torch::stable::new_zeros(scale, {n}), y = torch::stable::empty_like(x);
+  Tensor shift = torch::stable::new_zeros(scale, {n}), y = new_like(x);
   if (bias && wide == ScalarType::Double)
     shift_of<double>(scale, center, vector(*bias), shift);
   else if (bias)
     shift_of<float>(scale, center, vector(*bias), shift);
-  const void *px = x.const_data_ptr(), *ps = scale.const_data_ptr(), *pt = shift.const_data_ptr();
-  void* py = y.mutable_data_ptr();
-  const int64_t grain = std::max<int64_t>(1, boft::cpu::grain_of(n));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    boft::cpu::scale(px, ps, pt, py, n, begin, end, dtype);
-  });
+  scale_rows(x.const_data_ptr(), scale.const_data_ptr(), shift.const_data_ptr(),
+             y.mutable_data_ptr(), rows, n, dtype);
   return y;
 }
 
@@ -141,22 +184,17 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const
                                                       const MaybeTensor& center_) {
   const auto dtype = dtype_of(x_, "scale_backward: x");
   check_scale(grad_, x_, scale_, center_);
-  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_);
-  const Tensor scale = torch::stable::contiguous(scale_);
-  const Tensor center = center_ ? torch::stable::contiguous(*center_)
+  const Tensor grad = dense(grad_), x = dense(x_);
+  const Tensor scale = dense(scale_);
+  const Tensor center = center_ ? dense(*center_)
                                 : torch::stable::new_zeros(scale, {scale.size(0)});
-  Tensor x_grad = torch::stable::empty_like(x);
-  Tensor scale_grad = torch::stable::empty_like(scale);
-  Tensor bias_grad = torch::stable::empty_like(scale);
-  const void *pg = grad.const_data_ptr(), *px = x.const_data_ptr();
-  const void *ps = scale.const_data_ptr(), *pc = center.const_data_ptr();
-  void *dx = x_grad.mutable_data_ptr(), *ds = scale_grad.mutable_data_ptr();
-  void* db = bias_grad.mutable_data_ptr();
-  const int64_t rows = x.size(0), n = x.size(1);
-  const int64_t grain = std::max<int64_t>(16, boft::cpu::grain_of(rows));
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    boft::cpu::scale_backward(pg, px, ps, pc, dx, ds, db, rows, n, begin, end, dtype);
-  });
+  Tensor x_grad = new_like(x);
+  Tensor scale_grad = new_like(scale);
+  Tensor bias_grad = new_like(scale);
+  scale_rows_backward(grad.const_data_ptr(), x.const_data_ptr(), scale.const_data_ptr(),
+                      center.const_data_ptr(), x_grad.mutable_data_ptr(),
+                      scale_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), x.size(0),
+                      x.size(1), dtype);
   return {x_grad, scale_grad, bias_grad};
 }
 

@@ -110,6 +110,17 @@ int rotate_indexed(const void* x, const void* stages, const int32_t* index, void
                    int64_t n_adapters, int64_t rows, int64_t d, Stage stage, bool transpose,
                    DType dtype, Queue queue);
 
+// Computes the gradient of the stage of every segment of the rows: x^T grad of each group, summed
+// over the rows [offsets[e-1], offsets[e]) of segment e, the first of which begins at row 0. Offsets
+// that descend or leave [0, rows] are cut to it.
+//   x, grad:  (rows, d);  stage.size <= kMaxStage
+//   offsets:  (n_segments,), the end of each segment; rows from the last one on are in none
+//   partials: (splits, n_segments, d / size, size, size), output, float32 for halves. Each split has
+//             the sums over its part of the rows of each segment.
+int segment_stage_grads(const void* x, const void* grad, const int32_t* offsets, void* partials,
+                        int64_t n_segments, int64_t rows, int64_t d, Stage stage, int64_t splits,
+                        DType dtype, Queue queue);
+
 // Computes y = scale * (x - center) + bias.
 //   x, y:                (rows, n)
 //   scale, center, bias: (n,), float32 for halves; center and bias are both null or both given

@@ -101,6 +101,18 @@ void rotate_backward(const void* grad, const void* x, const void* stages, void* 
                      void* stages_grad, int64_t rows, int64_t d, Stage stage, bool transpose,
                      int64_t begin, int64_t end, DType dtype);
 
+// Computes the gradient of the stage of every segment of the rows, for groups [begin, end) of each:
+// x^T grad of a group, summed over the rows [offsets[e-1], offsets[e]) of segment e, the first of
+// which begins at row 0. Offsets that descend or leave [0, rows] are cut to it, since they are not
+// checked before the kernel runs.
+//   x, grad:     (rows, d)
+//   offsets:     (n_segments,), the end of each segment; rows from the last one on are in none
+//   stage_grads: (n_segments, d / size, size, size), output, float32 if `dtype` is bfloat16; zeros
+//                for an empty segment
+void segment_stage_grads(const void* x, const void* grad, const int32_t* offsets,
+                         void* stage_grads, int64_t n_segments, int64_t rows, int64_t d,
+                         Stage stage, int64_t begin, int64_t end, DType dtype);
+
 // The next functions compute y = scale * (x R W^T) + bias as one matrix product, in float32, for a
 // stage with stride 1. Rows of x are packed in panels of linear_panel() rows. Panels are multiplied
 // in blocks of kLinearRows rows. One block times a few outputs is a unit of work.
@@ -128,22 +140,27 @@ void linear_pack(const float* x, const float* stages, float* packed, int64_t row
 // Multiplies the packed rows by W: units [begin, end) of linear_units(rows, n, 1).
 //   weight:      (n, d)
 //   scale, bias: (n,); null for 1 and for 0
+//   center:      (n,), what is added to z: null for 0
 //   y:           (rows, n), output
-//   z:           (rows, n), output: x R W^T, which the gradient of the scale needs; null if it is
-//                not wanted
+//   z:           (rows, n), output: x R W^T + center, which the gradient of the scale needs; null if
+//                it is not wanted
 void linear(const float* packed, const float* weight, const float* scale, const float* bias,
-            float* y, float* z, int64_t rows, int64_t d, int64_t n, int64_t begin, int64_t end);
+            const float* center, float* y, float* z, int64_t rows, int64_t d, int64_t n,
+            int64_t begin, int64_t end);
 
 // Packs panels [begin, end) of grad * scale for `linear_backward` and sums their rows.
 //   grad:       (rows, n), the gradient of y
-//   z:          (rows, n) from `linear`; null if there is no gradient of the scale
+//   z:          (rows, n), the output before or after the scale; null if there is no gradient of the
+//               scale
 //   scale:      (n,); null for 1
+//   center:     (n,), what was added to z; null for 0
 //   packed:     (panels, n, linear_panel()), output; the last panel is padded with zeros
-//   scale_sums: (panels, n), output: sums of grad * z over the rows of a panel; 0 if z is null
+//   scale_sums: (panels, n), output: sums of grad * (z - center) over the rows of a panel; 0 if z is
+//               null
 //   bias_sums:  (panels, n), output: sums of grad
-void linear_backward_pack(const float* grad, const float* z, const float* scale, float* packed,
-                          float* scale_sums, float* bias_sums, int64_t rows, int64_t n,
-                          int64_t begin, int64_t end);
+void linear_backward_pack(const float* grad, const float* z, const float* scale,
+                          const float* center, float* packed, float* scale_sums, float* bias_sums,
+                          int64_t rows, int64_t n, int64_t begin, int64_t end);
 // Computes the gradients of x and of the stages: units [begin, end) of linear_units(rows, d, size).
 //   weight: (n, d);  x: (rows, d)
 //   stages: (d / size, size, size), the matrices of R^T

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # a pytest of its own, which a test starts, is no part of the processes that share the tests
 os.environ.pop("PYTEST_XDIST_WORKER", None)
+os.environ["HF_HUB_OFFLINE"] = "1"  # bitsandbytes would ask the hub
 os.environ["BOFT_OPS_AUTOTUNE"] = "0"  # built-in defaults, whatever was measured on this machine
 
 from boft_ops._runtime import backend as backends

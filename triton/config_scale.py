@@ -1,12 +1,14 @@
 """Tiles of the scale and of its gradient. Memory bounds both, so one tile each serves everything.
 
-Imports neither torch nor triton.
+Does not import triton.
 """
 
 from typing import NamedTuple
 
-# Programs that the gradient wants at least: eight for each multiprocessor of an H100.
-PROGRAMS = 8 * 132
+from .limits import Limits
+
+# Programs for each multiprocessor that the gradient wants at least.
+PROGRAMS = 8
 
 
 class ScaleConfig(NamedTuple):
@@ -35,8 +37,8 @@ class ScaleTiles(NamedTuple):
         """The NamedTuple whose fields a measurement may set."""
         return ScaleConfig
 
-    def default(self, structure: dict[str, int], dtype: str) -> ScaleConfig:
-        """Default config, whatever the structure and dtype."""
+    def default(self, structure: dict[str, int], dtype: str, limits: Limits) -> ScaleConfig:
+        """Default config, whatever the structure, dtype and device."""
         return self.config
 
     def is_legal(self, config: ScaleConfig, structure: dict[str, int], dtype: str) -> bool:

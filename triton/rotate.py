@@ -5,45 +5,52 @@ groups.py explains tiles, positions and groups; config_rotate.py the table of ti
 
 import math
 import os
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .config_rotate import Tile, TileTable, constants_of
+from .config_rotate import Entry, Tile, TileTable, constants_of
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv, expect
+from .limits import Limits, limits_of, turns_for
 
 # True in Triton's interpreter, whose half-precision arithmetic needs help. Read on import, as
 # @triton.jit reads it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Programs that keep a large GPU busy. With fewer, each takes fewer rows than it could.
-PROGRAMS = 1024
-
 
 TILES = TileTable(
     half=(
-        (32, Tile(1, 64, 64, 64, num_warps=4, num_stages=3)),
-        (64, Tile(1, 128, 64, 64, num_warps=8, num_stages=3)),
-        (128, Tile(1, 64, 128, 128, num_warps=8, num_stages=3)),
-        (256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1)),
+        Entry(32, Tile(1, 64, 64, 64, num_warps=4, num_stages=3), 32, 80),
+        Entry(64, Tile(1, 128, 64, 64, num_warps=8, num_stages=3), 56, 78),
+        Entry(128, Tile(1, 32, 128, 128, num_warps=8, num_stages=1), rdna=True),
+        Entry(256, Tile(1, 32, 64, 256, num_warps=8, num_stages=1), rdna=True),
+        Entry(128, Tile(1, 64, 128, 128, num_warps=8, num_stages=3), 80, 90),
+        Entry(256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1), 112, 137),
+        Entry(256, Tile(1, 32, 128, 256, num_warps=8, num_stages=1), 88, 72),
     ),
     float32=(
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
+        Entry(16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        Entry(32, Tile(1, 64, 32, 32, num_warps=4, num_stages=2)),
+        Entry(256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
     ),
     float64=(
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
+        Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        Entry(256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
     ),
     strided=(
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+        Entry(16, Tile(16, 32, 16, 16, num_warps=8, num_stages=2), 40, 96, capability=80),
+        Entry(16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        Entry(32, Tile(8, 32, 32, 32, num_warps=8, num_stages=2), 48, 106, capability=80),
+        Entry(32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+        Entry(64, Tile(8, 16, 64, 64, num_warps=8, num_stages=2), 96, 166, capability=80),
+        Entry(64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2), rdna=True),
     ),
     whole=("half",),
+    shares_rows=True,
 )
 
 
@@ -132,7 +139,7 @@ def rotate(
     *,
     tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Launch ``rotate_kernel``. The caller checks the arguments.
+    """Launch ``rotate_kernel``. The caller checks dtypes and devices.
 
     Args:
         x: (N, d).
@@ -144,43 +151,58 @@ def rotate(
 
     Returns:
         Rotated rows, like x.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    size = stage.shape[-1]
+    expect("stage", stage, x.shape[1] // size, size, size)
     x, stage = x.contiguous(), stage.contiguous()
     y = torch.empty_like(x)
-    structure = stage.shape[-1], chunk, stride, transpose
-    _rotate_launch(x.dtype, *x.shape, *structure, tile)(x, stage, y)
+    structure = size, chunk, stride, transpose
+    _rotate_launch(x.get_device(), x.dtype, *x.shape, *structure, tile)(x, stage, y)
     return y
 
 
 @lru_cache(LAUNCHES)
 def _rotate_launch(
-    dtype: torch.dtype, n: int, d: int, size: int, chunk: int, stride: int, transpose: bool,
-    measured: MeasuredTile,
-) -> Launch:  # fmt: skip
-    tile = tile_for(TILES, dtype, size, chunk, stride, measured)
+    device: int, dtype: torch.dtype, n: int, d: int,
+    size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile, shrink: int = 0,
+) -> Launch | None:  # fmt: skip
+    """Launch in the default or measured tile, or in one that is ``shrink`` times smaller."""
+    limits = limits_of(device)
+    tile = tile_for(TILES, limits, dtype, size, chunk, stride, measured, shrink)
+    if tile is None:
+        return None
     n_tiles = count_tiles(tile, d, size, tile.columns)
-    row_tiles = cdiv(n, tile.rows)
-    # A program reads size^2 numbers of the stage and rows * size of x, so 16 * size rows make the
-    # stage cheap.
-    most = max(256, 16 * size) // tile.rows
-    rows = tile.rows * max(1, min(most, n_tiles * row_tiles // _wanted_programs(size)))
+    # A program begins by reading size^2 numbers of the stage, and then rows * size of x at a time.
+    start = 1 + size / tile.rows
+    slots = limits.multiprocessors * tile.programs
+    rows = tile.rows * turns_for(n_tiles, cdiv(n, tile.rows), slots, start)
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
+    smaller = partial(
+        _rotate_launch, device, dtype, n, d, size, chunk, stride, transpose, measured, shrink + 1
+    )
     grid = n_tiles * cdiv(n, rows)
-    return launch_with(tile, rotate_kernel, grid, (n, d, rows), structure)
-
-
-def _wanted_programs(size: int) -> int:
-    """Least number of programs worth having; fewer for a large stage, which each reads first."""
-    return max(1, PROGRAMS if size <= 64 else PROGRAMS // 2 if size <= 128 else PROGRAMS // 8)
+    return launch_with(device, tile, rotate_kernel, grid, (n, d, rows), structure, smaller)
 
 
 def tile_for(
-    tiles: TileTable, dtype: torch.dtype, size: int, chunk: int, stride: int, measured: MeasuredTile
-) -> Tile | None:
-    """Default tile with its measured fields replaced; None if there is no default."""
+    tiles: TileTable, limits: Limits, dtype: torch.dtype, size: int, chunk: int, stride: int,
+    measured: MeasuredTile, shrink: int,
+) -> Tile | None:  # fmt: skip
+    """Default tile with its measured fields replaced, or one that is ``shrink`` times smaller.
+
+    None if there is no such tile. A measured one is never made smaller, as the device has run it.
+    """
     structure = {"size": size, "chunk": chunk, "stride": stride}
-    tile = tiles.default(structure, str(dtype).removeprefix("torch."))
-    return None if tile is None else tile._replace(**dict(measured))
+    name = str(dtype).removeprefix("torch.")
+    tile = tiles.default(structure, name, limits)
+    if tile is not None and measured:
+        return tile._replace(**dict(measured)) if shrink == 0 else None
+    for _ in range(shrink):
+        tile = None if tile is None else tiles.smaller(tile, structure, name)
+    return tile
 
 
 def count_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
@@ -190,8 +212,15 @@ def count_tiles(tile: Tile, d: int, size: int, *widths: int) -> int:
 
 
 def launch_with(
-    tile: Tile, kernel: Any, grid: int, scalars: tuple[int, ...], structure: dict[str, Any]
-) -> Launch:
-    """Launch of a kernel with a tile; structure: its other constexpr arguments."""
+    device: int, tile: Tile, kernel: Any, grid: int, scalars: tuple[int, ...],
+    structure: dict[str, Any], smaller: Callable[[], Launch | None],
+) -> Launch:  # fmt: skip
+    """Launch of a kernel with a tile.
+
+    Args:
+        structure: the other constexpr arguments of the kernel.
+        device, smaller: as for ``Launch``.
+    """
     constants = structure | constants_of(tile) | {"INTERPRETED": INTERPRETED}
-    return Launch(kernel, grid, scalars, constants, tile.num_warps, tile.num_stages)
+    options = tile.num_warps, tile.num_stages
+    return Launch(kernel, grid, scalars, constants, *options, device, smaller)

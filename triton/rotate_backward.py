@@ -1,12 +1,13 @@
 """Triton kernel of the gradients of rows times a stage."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 
-from .config_rotate import Tile, TileTable
+from .config_rotate import Entry, Tile, TileTable
 from .groups import (
     columns_axis,
     entry,
@@ -21,53 +22,65 @@ from .groups import (
     rows_axis,
     same_group,
 )
-from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv, expect
+from .limits import limits_of
 from .rotate import count_tiles, launch_with, rotate, tile_for
 
 # inner must hold a whole group. Larger groups have no tile: the gradients of x and of the stage
 # take a launch each.
 BACKWARD_TILES = TileTable(
     half=(
-        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (128, Tile(1, 64, 64, 128, num_warps=8, num_stages=1)),
+        Entry(64, Tile(1, 32, 64, 64, num_warps=8, num_stages=2), rdna=True),
+        Entry(128, Tile(1, 32, 32, 128, num_warps=8, num_stages=1), rdna=True),
+        Entry(64, Tile(1, 64, 64, 64, num_warps=8, num_stages=3), 65),
+        Entry(128, Tile(1, 64, 128, 128, num_warps=8, num_stages=3), 137, capability=90),
+        Entry(128, Tile(1, 64, 64, 128, num_warps=8, num_stages=1), 48),
     ),
     float32=(
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
-        (64, Tile(1, 32, 32, 64, num_warps=8, num_stages=1)),
+        Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        Entry(32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
+        Entry(64, Tile(1, 32, 32, 64, num_warps=8, num_stages=1)),
     ),
     float64=(
-        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
+        Entry(16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
+        Entry(32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
     strided=(
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
-        (64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2)),
+        Entry(16, Tile(8, 32, 16, 16, num_warps=8, num_stages=3), 45, capability=80),
+        Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        Entry(32, Tile(8, 32, 32, 32, num_warps=8, num_stages=2), 64, capability=80),
+        Entry(32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
+        Entry(64, Tile(1, 32, 64, 64, num_warps=8, num_stages=2), rdna=True),
+        Entry(64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2), 48),
     ),
     whole=("half", "float32", "float64"),
+    shares_rows=False,
 )
 STAGE_GRAD_TILES = TileTable(
     half=(
-        (32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3)),
-        (64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2)),
+        Entry(32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3), 49),
+        Entry(64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2), rdna=True),
+        Entry(64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
+        Entry(256, Tile(1, 64, 128, 128, num_warps=16, num_stages=1), rdna=True),
+        Entry(256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2), 65),
     ),
     float32=(
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 16, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 16, 64, 32, num_warps=4, num_stages=2)),
+        Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        Entry(32, Tile(1, 16, 32, 32, num_warps=4, num_stages=2)),
+        Entry(256, Tile(1, 16, 64, 32, num_warps=4, num_stages=2)),
     ),
     float64=(
-        (16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
+        Entry(16, Tile(4, 16, 16, 16, num_warps=4, num_stages=1)),
+        Entry(256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
     strided=(
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        (32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
+        Entry(16, Tile(8, 32, 16, 16, num_warps=8, num_stages=3), 45, capability=80),
+        Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        Entry(32, Tile(8, 32, 32, 32, num_warps=8, num_stages=2), 49, capability=80),
+        Entry(32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
     ),
     whole=(),
+    shares_rows=False,
 )
 
 
@@ -161,7 +174,7 @@ def rotate_backward(
     *,
     tile: MeasuredTile = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch ``rotate_backward_kernel``. The caller checks the arguments.
+    """Launch ``rotate_backward_kernel``. The caller checks dtypes and devices.
 
     Large groups take two launches, ``rotate`` and ``rotate_stage_grad`` with their default tiles:
     their x^T grad alone fills the registers of a program.
@@ -179,9 +192,16 @@ def rotate_backward(
     Returns:
         Gradient of x, and partial sums (splits, d/size, size, size) of the gradient of the stage,
         in float64 if x is, else float32.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
-    structure = stage.shape[-1], chunk, stride
-    launch = _backward_launch(x.dtype, *x.shape, splits, *structure, transpose, tile)
+    size = stage.shape[-1]
+    expect("grad", grad, *x.shape)
+    expect("stage", stage, x.shape[1] // size, size, size)
+    structure = size, chunk, stride
+    shape = x.get_device(), x.dtype, *x.shape
+    launch = _backward_launch(*shape, splits, *structure, transpose, tile)
     if launch is None:
         pair = (grad, x) if transpose else (x, grad)
         partials = rotate_stage_grad(*pair, *structure, splits)
@@ -214,8 +234,13 @@ def rotate_stage_grad(
 
     Returns:
         Partial sums (splits, d/size, size, size), in float64 if x is, else float32.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
-    launch = _stage_grad_launch(x.dtype, *x.shape, splits, size, chunk, stride, tile)
+    expect("grad", grad, *x.shape)
+    shape = x.get_device(), x.dtype, *x.shape
+    launch = _stage_grad_launch(*shape, splits, size, chunk, stride, tile)
     return _partials(launch, x, grad.contiguous(), None, None, size, splits)
 
 
@@ -240,28 +265,45 @@ def _partials(
 
 @lru_cache(LAUNCHES)
 def _backward_launch(
-    dtype: torch.dtype, n: int, d: int, splits: int,
-    size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile,
+    device: int, dtype: torch.dtype, n: int, d: int, splits: int,
+    size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile, shrink: int = 0,
 ) -> Launch | None:  # fmt: skip
     """Launch for both gradients, or None if such groups take two launches."""
-    tile = tile_for(BACKWARD_TILES, dtype, size, chunk, stride, measured)
+    layout = size, chunk, stride
+    tile = tile_for(BACKWARD_TILES, limits_of(device), dtype, *layout, measured, shrink)
     if tile is None:
         return None
+    smaller = partial(
+        _backward_launch, device, dtype, n, d, splits, *layout, transpose, measured, shrink + 1
+    )
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
-    return _launch_in_splits(tile, n, d, splits, structure | {"X_GRAD": True})
+    structure["X_GRAD"] = True
+    return _launch_in_splits(device, tile, n, d, splits, structure, smaller)
 
 
 @lru_cache(LAUNCHES)
 def _stage_grad_launch(
-    dtype: torch.dtype, n: int, d: int, splits: int, size: int, chunk: int, stride: int,
-    measured: MeasuredTile,
-) -> Launch:  # fmt: skip
-    tile = tile_for(STAGE_GRAD_TILES, dtype, size, chunk, stride, measured)
+    device: int, dtype: torch.dtype, n: int, d: int, splits: int,
+    size: int, chunk: int, stride: int, measured: MeasuredTile, shrink: int = 0,
+) -> Launch | None:  # fmt: skip
+    """Launch for the gradient of the stage, or None if no tile is so many times smaller."""
+    layout = size, chunk, stride
+    tile = tile_for(STAGE_GRAD_TILES, limits_of(device), dtype, *layout, measured, shrink)
+    if tile is None:
+        return None
+    smaller = partial(
+        _stage_grad_launch, device, dtype, n, d, splits, *layout, measured, shrink + 1
+    )
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": False}
-    return _launch_in_splits(tile, n, d, splits, structure | {"X_GRAD": False})
+    structure["X_GRAD"] = False
+    return _launch_in_splits(device, tile, n, d, splits, structure, smaller)
 
 
-def _launch_in_splits(tile: Tile, n: int, d: int, splits: int, structure: dict) -> Launch:
+def _launch_in_splits(
+    device: int, tile: Tile, n: int, d: int, splits: int, structure: dict,
+    smaller: Callable[[], Launch | None],
+) -> Launch:  # fmt: skip
     rows = cdiv(cdiv(n, splits), tile.rows) * tile.rows
     grid = splits * count_tiles(tile, d, structure["SIZE"], tile.columns, tile.inner)
-    return launch_with(tile, rotate_backward_kernel, grid, (n, d, rows), structure)
+    scalars = n, d, rows
+    return launch_with(device, tile, rotate_backward_kernel, grid, scalars, structure, smaller)

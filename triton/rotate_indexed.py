@@ -1,38 +1,41 @@
 """Triton kernel that multiplies each row by the stage of its own adapter."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 
-from .config_rotate import Tile, TileTable
+from .config_rotate import Entry, Tile, TileTable
 from .groups import load_stage, offsets, positions, product, program, round_to, rows_axis
-from .launch import LAUNCHES, Launch, MeasuredTile, cdiv
-from .rotate import PROGRAMS, count_tiles, launch_with, tile_for
+from .launch import LAUNCHES, Launch, MeasuredTile, cdiv, expect
+from .limits import limits_of, turns_for
+from .rotate import count_tiles, launch_with, tile_for
 
 # Half precision, too, sums over a group in parts here, unlike rotate: this kernel keeps more
 # addresses in registers.
 TILES = TileTable(
     half=(
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 32, num_warps=4, num_stages=2)),
+        Entry(16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        Entry(32, Tile(1, 128, 32, 32, num_warps=4, num_stages=2)),
+        Entry(256, Tile(1, 64, 64, 32, num_warps=8, num_stages=1), rdna=True),
+        Entry(256, Tile(1, 64, 64, 32, num_warps=4, num_stages=2)),
     ),
     float32=(
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
-        (32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
-        (256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
+        Entry(16, Tile(4, 64, 16, 16, num_warps=4, num_stages=1)),
+        Entry(32, Tile(1, 32, 32, 32, num_warps=4, num_stages=2)),
+        Entry(256, Tile(1, 64, 64, 16, num_warps=4, num_stages=2)),
     ),
     float64=(
-        (16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
-        (256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
+        Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=1)),
+        Entry(256, Tile(1, 32, 32, 16, num_warps=4, num_stages=2)),
     ),
     strided=(
-        (16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
-        (32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
+        Entry(16, Tile(4, 64, 16, 16, num_warps=4, num_stages=2)),
+        Entry(32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2)),
     ),
     whole=(),
+    shares_rows=True,
 )
 
 
@@ -114,7 +117,7 @@ def rotate_indexed(
     *,
     tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Launch ``rotate_indexed_kernel``. The caller checks the arguments.
+    """Launch ``rotate_indexed_kernel``. The caller checks dtypes and devices.
 
     Args:
         x: (N, d).
@@ -127,24 +130,37 @@ def rotate_indexed(
 
     Returns:
         Rotated rows, like x.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    size = stages.shape[-1]
+    expect("stages", stages, len(stages), x.shape[1] // size, size, size)
+    expect("index", index, len(x))
     x, stages, index = x.contiguous(), stages.contiguous(), index.contiguous()
     y = torch.empty_like(x)
-    structure = stages.shape[-1], chunk, stride, transpose
-    launch = _indexed_launch(x.dtype, *x.shape, len(stages), *structure, tile)
+    structure = size, chunk, stride, transpose
+    launch = _indexed_launch(x.get_device(), x.dtype, *x.shape, len(stages), *structure, tile)
     launch(x, stages, index, y)
     return y
 
 
 @lru_cache(LAUNCHES)
 def _indexed_launch(
-    dtype: torch.dtype, n: int, d: int, n_adapters: int,
-    size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile,
-) -> Launch:  # fmt: skip
-    tile = tile_for(TILES, dtype, size, chunk, stride, measured)
+    device: int, dtype: torch.dtype, n: int, d: int, n_adapters: int,
+    size: int, chunk: int, stride: int, transpose: bool, measured: MeasuredTile, shrink: int = 0,
+) -> Launch | None:  # fmt: skip
+    """Launch in the default or measured tile, or in one that is ``shrink`` times smaller."""
+    limits, layout = limits_of(device), (size, chunk, stride)
+    tile = tile_for(TILES, limits, dtype, *layout, measured, shrink)
+    if tile is None:
+        return None
     n_tiles = count_tiles(tile, d, size, tile.columns)
-    row_tiles = cdiv(n, tile.rows)
-    rows = tile.rows * max(1, min(8, n_tiles * row_tiles // PROGRAMS))
+    slots = limits.multiprocessors * tile.programs
+    rows = tile.rows * turns_for(n_tiles, cdiv(n, tile.rows), slots, start=1)
+    smaller = partial(
+        _indexed_launch, device, dtype, n, d, n_adapters, *layout, transpose, measured, shrink + 1
+    )
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride, "TRANSPOSE": transpose}
     grid, scalars = n_tiles * cdiv(n, rows), (n, n_adapters, d, rows)
-    return launch_with(tile, rotate_indexed_kernel, grid, scalars, structure)
+    return launch_with(device, tile, rotate_indexed_kernel, grid, scalars, structure, smaller)

@@ -9,7 +9,8 @@ import triton.language as tl
 
 from .config_scale import BACKWARD, FORWARD, PROGRAMS, ScaleConfig
 from .groups import round_to
-from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
+from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv, expect
+from .limits import limits_of
 from .rotate import INTERPRETED
 
 
@@ -126,7 +127,7 @@ def scale(
     *,
     tile: MeasuredTile = (),
 ) -> torch.Tensor:
-    """Launch ``scale_kernel``. The caller checks the arguments.
+    """Launch ``scale_kernel``. The caller checks dtypes and devices.
 
     Args:
         x: (N, n).
@@ -137,7 +138,12 @@ def scale(
 
     Returns:
         scale * (x - center) + bias, like x.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    for name, vector in (("scale", scale), ("center", center), ("bias", bias)):
+        expect(name, vector, x.shape[1])
     x, scale = x.contiguous(), scale.contiguous()
     if bias is None:
         center = None
@@ -164,7 +170,7 @@ def scale_backward(
     *,
     tile: MeasuredTile = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch ``scale_backward_kernel``. The caller checks the arguments.
+    """Launch ``scale_backward_kernel``. The caller checks dtypes and devices.
 
     Args:
         grad: (N, n) gradient of y.
@@ -175,13 +181,19 @@ def scale_backward(
 
     Returns:
         Gradients of x, like x, and of scale and bias, like scale.
+
+    Raises:
+        ValueError: a shape is not the one above.
     """
+    expect("grad", grad, *x.shape)
+    expect("scale", scale, x.shape[1])
+    expect("center", center, x.shape[1])
     grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
     center = None if center is None else center.contiguous()
     x_grad = torch.empty_like(x)
     if x.numel() == 0:
         return x_grad, torch.zeros_like(scale), torch.zeros_like(scale)
-    splits, launch = _backward_launch(*x.shape, tile)
+    splits, launch = _backward_launch(x.get_device(), *x.shape, tile)
     sum_dtype = COMPUTE[x.dtype]
     sums = x.new_empty(splits, 2, x.shape[1], dtype=sum_dtype)
     launch(grad, x, scale, center, x_grad, sums)
@@ -192,11 +204,12 @@ def scale_backward(
 
 
 @lru_cache(LAUNCHES)
-def _backward_launch(n_rows: int, n: int, tile: MeasuredTile) -> tuple[int, Launch]:
+def _backward_launch(device: int, n_rows: int, n: int, tile: MeasuredTile) -> tuple[int, Launch]:
     """Number of splits of the rows, each with partial sums, and the launch."""
     config = BACKWARD.config._replace(**dict(tile))
     blocks = cdiv(n, config.COLUMNS)
-    splits = max(1, min(cdiv(PROGRAMS, blocks), cdiv(n_rows, config.ROWS)))
+    programs = PROGRAMS * limits_of(device).multiprocessors
+    splits = max(1, min(cdiv(programs, blocks), cdiv(n_rows, config.ROWS)))
     rows = cdiv(cdiv(n_rows, splits), config.ROWS) * config.ROWS
     return splits, _launch_with(config, scale_backward_kernel, blocks * splits, (n_rows, n, rows))
 

@@ -19,6 +19,9 @@ from .cayley import block_size, cayley_backward_tile, cayley_tile
 from .compose import join, unjoin
 from .config import config_for
 from .launch import COMPUTE, LAUNCHES, Launch, MeasuredTile, cdiv
+from .limits import limits_of
+
+MANY = 32  # groups for each multiprocessor, from which a program takes several
 
 
 @triton.jit
@@ -244,7 +247,7 @@ def stage_from_skew(
     stage = blocks.new_empty(n_blocks * b // size, size, size)
     scratch = blocks.new_empty(_scratch_numel(m, n_blocks, b))
     drop_mask = None if drop_mask is None else drop_mask.contiguous()
-    launch = _launch_for("stage_from_skew", m, n_blocks, b, tile=tile)
+    launch = _launch_for(skew.get_device(), "stage_from_skew", m, n_blocks, b, tile=tile)
     launch(skew.contiguous(), drop_mask, blocks, scratch, stage)
     return blocks, blocks[0].clone() if m == 1 else stage  # an op's outputs may not share memory
 
@@ -274,7 +277,8 @@ def stage_from_skew_backward(
     scratch = blocks.new_empty(n_scratch)
     drop_mask = None if drop_mask is None else drop_mask.contiguous()
     sums = grad.shape[0], n_blocks * b * (b << (m - 1))
-    launch = _launch_for("stage_from_skew_backward", m, n_blocks, b, *sums, tile=tile)
+    device = blocks.get_device()
+    launch = _launch_for(device, "stage_from_skew_backward", m, n_blocks, b, *sums, tile=tile)
     launch(blocks, drop_mask, grad, scratch, skew_grad)
     return skew_grad
 
@@ -286,10 +290,12 @@ def _scratch_numel(m: int, n_blocks: int, b: int) -> int:
 
 @lru_cache(LAUNCHES)
 def _launch_for(
-    op: str, m: int, n_blocks: int, b: int, *scalars: int, tile: MeasuredTile
+    device: int, op: str, m: int, n_blocks: int, b: int, *scalars: int, tile: MeasuredTile
 ) -> Launch:
     kernel = stage_from_skew_kernel if op == "stage_from_skew" else stage_from_skew_backward_kernel
-    config = config_for(op, m=m, b=b)._replace(**dict(tile))
+    many = n_blocks >> (m - 1) >= MANY * limits_of(device).multiprocessors
+    config = config_for(op, m=m, b=b, many=many)._replace(**dict(tile))
     constants = {"m": m, "b": b, "B": config.B, "G": config.G, "C": config.C}
     grid = cdiv(n_blocks, config.G << (m - 1))
-    return Launch(kernel, grid, (n_blocks, *scalars), constants, config.num_warps)
+    scalars = n_blocks, *scalars
+    return Launch(kernel, grid, scalars, constants, config.num_warps, device=device)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from boft_ops._runtime import backend, dtypes, tuned
+from boft_ops._runtime import backend, dtypes, gpu, tuned
 from boft_ops._runtime.tuned import Choice
 from boft_ops._runtime.workload import Workload
 from boft_ops.ops.stages import Stage, plan
@@ -169,10 +169,11 @@ def choices(case: Case, args: tuple, variants: int) -> list[Variant]:
         names = op.tunable.shape_class
         structure = dict(zip(names.structure, map(int, names.of(*args)[0]), strict=True))
         dtype = dtypes.name_of(args[0].dtype)
-        default = op.tiles().default(structure, dtype)
-        for tile in tiles(op, structure, dtype)[:variants]:
-            differs = [f"{k}={v}" for k, v in tile if v != getattr(default, k)]
-            found.append(Variant(f"triton {' '.join(differs)}", Choice("triton", tile)))
+        number = args[0].get_device()
+        default = op.tiles().default(structure, dtype, gpu.limits_of(number))
+        for choice in tiles(op, structure, dtype, number)[:variants]:
+            differs = [f"{k}={v}" for k, v in choice.config if v != getattr(default, k)]
+            found.append(Variant(f"triton {' '.join(differs)}", choice))
     if "triton" in able and variants and op.name in SPLIT:
         splits = args[-1]
         for other in sorted({max(1, round(splits * part)) for part in SPLIT_PARTS} - {splits}):

@@ -11,7 +11,6 @@ measured one, else the default of the device. ``Op.choose`` makes it.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -23,8 +22,10 @@ import torch
 
 from . import autocast, native, tuned
 from . import flops as flop_formulas
+from .autograd import differentiate
 from .device import devices_of
-from .namespace import NS, PACKAGE
+from .gpu import triton_object, triton_takes
+from .namespace import NS
 from .tuned import Choice, ShapeClass, Tunable
 from .workload import Workload
 
@@ -62,7 +63,7 @@ class Op:
 
     Args:
         schema: torch.library schema, such as ``"cayley(Tensor skew) -> Tensor"``.
-        reference: plain torch, differentiable by autograd.
+        reference: plain torch, differentiable by autograd, which is the gradient of the raw op.
         fake: shapes and dtypes alone (FakeTensor rule).
         samples: (Workload) -> the arguments of calls that a layer of that shape makes. Tests and
             the tuner run them.
@@ -128,6 +129,8 @@ class Op:
 
     def supports(self, backend: str, args: tuple) -> bool:
         """False if this backend has a kernel that does not take these arguments."""
+        if backend == "triton" and not triton_takes(args[0]):
+            return False
         supports = self.kernels[backend].supports if backend in self.kernels else None
         return supports is None or supports(*args)
 
@@ -160,6 +163,8 @@ class Op:
                 native.tell_absence()
         kernel = self.kernels.get(choice.backend)
         if kernel is None or choice.backend in self.unavailable:
+            return REFERENCE
+        if choice.backend == "triton" and x.dtype.itemsize == 2 and not triton_takes(x):
             return REFERENCE
         return choice if kernel.supports is None or kernel.supports(*args) else REFERENCE
 
@@ -197,6 +202,10 @@ class Op:
             return self._run(choice, args)  # in its interpreter; the raw op runs the C++ kernel
         if eager and x.is_cuda and bypasses_dispatch(x):
             return self._run(choice, args)  # the dispatcher would only call _on_cuda
+        if eager:
+            # Nothing needs a gradient here; asking for it is a call of Python per operator.
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.raw(*args)
         return self.raw(*args)
 
     def _on_cuda(self, *args):
@@ -249,6 +258,11 @@ class Op:
                 f"BOFT_OPS_BACKEND={backend}: expected tensors on {' or '.join(devices)}, "
                 f"got {device}"
             )
+        if backend == "triton" and not triton_takes(args[0]):
+            raise RuntimeError(
+                f"BOFT_OPS_BACKEND=triton: {self.name}: Triton's kernels take {args[0].dtype} from "
+                "compute capability 8.0 on. Without the variable torch runs it"
+            )
         if not self.supports(backend, args):
             shapes = [f"{a.dtype} {tuple(a.shape)}" for a in args if isinstance(a, torch.Tensor)]
             raise RuntimeError(
@@ -279,7 +293,8 @@ class Op:
         fields = () if tiles is None else tiles.type._fields
         if unknown := config.keys() - set(fields):
             raise ValueError(f"{self.name}: its tiles have no {', '.join(sorted(unknown))}")
-        if any(n < 1 or n & (n - 1) for name, n in config.items() if name != "num_stages"):
+        free = ("num_stages", "programs")
+        if any(n < 1 or n & (n - 1) for name, n in config.items() if name not in free):
             raise ValueError(f"not a tile, of powers of two: {config}")
 
     def tiles(self) -> Any:
@@ -352,12 +367,6 @@ def bypasses_dispatch(tensor: torch.Tensor) -> bool:
     )
 
 
-def triton_object(name: str) -> Any:
-    """The object ``"module:name"`` under triton_kernels."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(f"{PACKAGE}.triton_kernels.{module}"), attribute)
-
-
 @cache
 def _native_kernel(name: str, schema: str) -> Callable:
     _define(name, schema, namespace=native.CUDA_NS)
@@ -385,6 +394,7 @@ def _define(
             # for every device; a kernel registered for a device key wins over it
             library.impl(name, reference, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            differentiate(f"{namespace}::{name}", reference, library)
     return libraries[name]
 
 

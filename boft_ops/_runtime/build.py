@@ -262,7 +262,6 @@ def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
     host += ["-isystem", str(torch.root / "include")]
     host += ["-isystem", str(torch.root / "include" / "torch" / "csrc" / "api" / "include")]
     host += ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    host += ["-DBOFT_OPS_CUDA"] if nvcc else []
     host += words("CXXFLAGS")
     ldflags = words("LDFLAGS")
     device = [*common, "-std=c++17", f"-I{csrc}", "--expt-relaxed-constexpr"]
@@ -274,6 +273,8 @@ def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
     for source in sources(csrc, bool(nvcc)):
         obj = work / source.relative_to(csrc).with_suffix(source.suffix + ".o")
         start = [nvcc, *device] if source.suffix == ".cu" else [*cxx, *host]
+        if nvcc and source.parent == csrc:  # the bindings alone differ, not the CPU kernels
+            start.append("-DBOFT_OPS_CUDA")
         command = [*start, "-MD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
         steps.append((command, [source], obj))
         objects.append(obj)

@@ -222,6 +222,11 @@ def linear_input(x: torch.Tensor, weight: torch.Tensor) -> None:
     ):
         return
     tensor("x", x, min_dim=1)
+    if hasattr(x, "placements"):  # a DTensor, told without importing torch.distributed
+        raise ValueError(
+            "x: expected a plain tensor, got a DTensor, as torch's tensor parallelism makes it: "
+            "use ColwiseBOFT and RowwiseBOFT of boft_ops.distributed for adapted layers"
+        )
     if weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"x: expected a last dimension of {weight.shape[1]}, as weight {tuple(weight.shape)} "

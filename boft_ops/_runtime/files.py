@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,9 @@ _DTYPES = {
     torch.bool: "BOOL",
 }  # fmt: skip
 
+# The content of a file, or a function that yields it from the start: it may be called again.
+Content = bytes | bytearray | Callable[[], Iterable[bytes]]
+
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator:
@@ -34,15 +37,18 @@ def open_safetensors(path: Path) -> Iterator:
     Raises:
         ValueError: the file is truncated, is no safetensors file, or holds a dtype torch lacks.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # SafetensorError, and AttributeError for a dtype that torch lacks
+    except (SafetensorError, AttributeError) as error:  # the latter for a dtype that torch lacks
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+def dtype_of_safetensors(name: str) -> torch.dtype | None:
+    """The dtype of a name in the header of a safetensors file; None for one that torch lacks."""
+    return next((dtype for dtype, stored in _DTYPES.items() if stored == name), None)
 
 
 def encode_safetensors(
@@ -57,6 +63,28 @@ def encode_safetensors(
     Raises:
         ValueError: safetensors has no name for the dtype of a tensor.
     """
+    content = bytearray()
+    for chunk in safetensors_chunks(tensors, metadata, tensors.__getitem__):
+        content += chunk
+    return content
+
+
+def safetensors_chunks(
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    numbers: Callable[[str], torch.Tensor],
+) -> Iterator[bytes | bytearray]:
+    """Yield the content of a safetensors file, one tensor at a time.
+
+    Args:
+        tensors: by name; their shapes and dtypes count, so that they may be on the meta device.
+        metadata: strings by name.
+        numbers: returns the tensor of a name, called once for each, when its turn comes.
+
+    Raises:
+        ValueError: safetensors has no name for the dtype of a tensor, or ``numbers`` returns
+            another shape or dtype.
+    """
     # Large elements first, so that every tensor is aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header, end = {"__metadata__": dict(metadata)}, 0
@@ -68,16 +96,18 @@ def encode_safetensors(
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    content = bytearray(8 + len(text) + end)
-    content[:8] = len(text).to_bytes(8, "little")
-    content[8 : 8 + len(text)] = text
-    for name, tensor in ordered:
+    yield len(text).to_bytes(8, "little") + text
+    for name, described in ordered:
+        tensor = numbers(name).detach()
+        if (tensor.shape, tensor.dtype) != (described.shape, described.dtype):
+            raise ValueError(
+                f"{name}: expected {described.dtype} of shape {tuple(described.shape)}, got "
+                f"{tensor.dtype} of {tuple(tensor.shape)}"
+            )
+        content = bytearray(tensor.numel() * tensor.element_size())
         if tensor.numel():
-            offset = 8 + len(text) + header[name]["data_offsets"][0]
-            place = {"count": tensor.numel(), "offset": offset}
-            stored = torch.frombuffer(content, dtype=tensor.dtype, **place)
-            stored.copy_(tensor.detach().flatten())
-    return content
+            torch.frombuffer(content, dtype=tensor.dtype).copy_(tensor.flatten())
+        yield content
 
 
 def check_replaceable(path: Path) -> None:
@@ -93,10 +123,14 @@ def check_replaceable(path: Path) -> None:
         raise ValueError(f"path: expected a regular file or a new name, got {str(path)!r}")
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: Content) -> None:
     """Write a file in one step: readers find the old file or the new one, also after a crash.
 
     A link stays a link, and an existing file keeps its permissions.
+
+    Args:
+        path: of the file.
+        content: the bytes, or a function that yields them in chunks from the start.
 
     Raises:
         ValueError: ``path`` is a device, a FIFO or a folder.
@@ -110,7 +144,7 @@ def write_whole(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -127,14 +161,14 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         temporary.mkdir()
         for name, content in files.items():
             _write_new(temporary / name, content)
-        _flush_folder(temporary)
+        flush_folder(temporary)
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
-def _write_new(path: Path, content: bytes, mode: int | None = None) -> None:
+def _write_new(path: Path, content: Content, mode: int | None = None) -> None:
     """Write a new file, with these permissions, or with those of any new file.
 
     Until it is whole it has no name, where the file system can do that: a killed process then
@@ -155,15 +189,16 @@ def _write_new(path: Path, content: bytes, mode: int | None = None) -> None:
         _write(file, content, mode)
 
 
-def _write(file: BinaryIO, content: bytes, mode: int | None) -> None:
-    file.write(content)
+def _write(file: BinaryIO, content: Content, mode: int | None) -> None:
+    for chunk in content() if callable(content) else [content]:
+        file.write(chunk)
     file.flush()
     if mode is not None and hasattr(os, "fchmod"):
         os.fchmod(file.fileno(), mode)
     os.fsync(file.fileno())
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     """Make the new name in this folder survive a crash of the machine."""
     if os.name == "nt":  # Windows opens no folders
         return

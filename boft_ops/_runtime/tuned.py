@@ -132,7 +132,7 @@ def device_number(x: torch.Tensor) -> int:
 
 
 def table(number: int) -> _Table:
-    """The choices of a device by its number; reads its files at the first call."""
+    """The choices of a device by its number; reads its file at the first call."""
     found = _tables.get(number)
     if found is None:
         found = _tables[number] = _read(number)
@@ -148,22 +148,18 @@ def _read(number: int) -> _Table:
     if not is_on() or number == OTHER:
         return _NOTHING
     device = torch.device("cpu") if number == CPU else torch.device("cuda", number)
-    rows: dict[tuple, tuned_file.Row] = {}
-    for file in (tuned_file.shipped_file, tuned_file.user_file):  # the user's rows win
-        try:
-            path = file(device)
-        except RuntimeError:  # no home folder to have a cache in
-            continue
-        try:
-            content = tuned_file.read(path, device, check_row)
-        except ValueError as error:
-            if str(path) not in _warned:
-                _warned.add(str(path))
-                message = f"{PACKAGE}: {path} is ignored: {error}"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-            continue
-        rows |= {tuned_file.key_of(row): row for row in content}
-    return _Table([*rows.values()])
+    try:
+        path = tuned_file.file_of(device)
+    except RuntimeError:  # no home folder to have a cache in
+        return _NOTHING
+    try:
+        return _Table(tuned_file.read(path, device, check_row))
+    except ValueError as error:
+        if str(path) not in _warned:
+            _warned.add(str(path))
+            message = f"{PACKAGE}: {path} is ignored: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return _NOTHING
 
 
 def check_row(row: tuned_file.Row, device_type: str) -> None:
@@ -179,7 +175,7 @@ def check_row(row: tuned_file.Row, device_type: str) -> None:
 
 
 def forget() -> None:
-    """Read the files again, at the next call on each device."""
+    """Read the file of each device again, at the next call on it."""
     global generation
     _tables.clear()
     generation += 1
@@ -248,7 +244,4 @@ def _find(
 ) -> Choice | None:
     if _pinned is not None:
         return _pinned.get(name)
-    choices = table(number)
-    if name not in choices.names:
-        return None
-    return choices.lookup(name, dtypes.name_of(dtype), structure, sizes)
+    return table(number).lookup(name, dtypes.name_of(dtype), structure, sizes)

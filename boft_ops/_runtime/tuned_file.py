@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import files, native, paths
+from . import files, native
 from .device import name_of, slug, versions
 
 FORMAT = 2
@@ -19,14 +19,9 @@ Row = dict[str, Any]
 Check = Callable[[Row, str], None]
 
 
-def user_file(device: torch.device) -> Path:
-    """The file of this machine's own measurements."""
+def file_of(device: torch.device) -> Path:
+    """The file of what was measured on a device."""
     return native.cache_folder() / "tuned" / f"{slug(name_of(device))}.json"
-
-
-def shipped_file(device: torch.device) -> Path:
-    """The file of measurements that comes with the package."""
-    return paths.HERE / "configs" / f"{slug(name_of(device))}.json"
 
 
 def read(path: Path, device: torch.device, check: Check) -> list[Row]:
@@ -47,10 +42,10 @@ def read(path: Path, device: torch.device, check: Check) -> list[Row]:
                 raise ValueError(f"{name}: expected {expected!r}, got {content[name]!r}")
         for row in content["choices"]:
             names = row["op"], row["dtype"], row["backend"]
-            numbers = [*row["structure"].values(), *row["sizes"].values()]
-            if not all(type(name) is str for name in names) or not all(map(_is_count, numbers)):
-                raise ValueError(f"not a choice: {row}")
-            if not all(type(n) is int and 0 <= n < 1 << 31 for n in row["config"].values()):
+            parts = row["structure"], row["sizes"], row["config"]
+            numbers = [number for part in parts for number in part.values()]
+            are_counts = (type(n) is int and 0 <= n < 1 << 31 for n in numbers)
+            if not all(type(name) is str for name in names) or not all(are_counts):
                 raise ValueError(f"not a choice: {row}")
             check(row, device.type)
     except FileNotFoundError:
@@ -60,10 +55,6 @@ def read(path: Path, device: torch.device, check: Check) -> list[Row]:
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a table of tuned choices: {error!r}") from None
     return content["choices"]
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 < value < 1 << 63
 
 
 def _head(device: torch.device) -> Row:

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
+from .._runtime import command
 from . import graph, transmission
 from .transmission import Transmission
-
-PROG = f"python -m {__package__}"
 
 
 def describe(result: Transmission) -> str:
@@ -40,9 +39,8 @@ def describe(result: Transmission) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command to a parser."""
     parser.add_argument("d", type=int, help="number of features")
     parser.add_argument("b", type=int, nargs="?", help="block_size")
     parser.add_argument("m", type=int, nargs="?", default=1, help="n_factors (default 1: OFT)")
@@ -61,19 +59,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--svg", type=Path, metavar="FILE", help="file for the drawing of the graph"
     )
-    args = parser.parse_args(argv)
-    try:
-        pattern, name = _pattern(args)
-        print(describe(transmission.analyze(pattern)))
-        if args.svg is None and args.d > graph.MAX_FEATURES:
-            return 0
-        path = args.svg or Path(f"{name}.svg")
-        path.write_text(graph.draw(pattern, name.replace("_", " ")))
-        print(f"drawn to {path}")
-    except (ValueError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 1
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Count and draw as the arguments of ``parser`` say; return the exit status."""
+    pattern, name = _pattern(args)
+    print(describe(transmission.analyze(pattern)))
+    if args.svg is None and args.d > graph.MAX_FEATURES:
+        return 0
+    path = args.svg or Path(f"{name}.svg")
+    path.write_text(graph.draw(pattern, name.replace("_", " ")))
+    print(f"drawn to {path}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status, 0 or 1."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
+    add_arguments(parser)
+    return command.run(run, parser.parse_args(argv), parser)
 
 
 def _pattern(args: argparse.Namespace) -> tuple[torch.Tensor, str]:

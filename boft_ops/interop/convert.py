@@ -7,56 +7,73 @@ needs. Then ``base``, the pretrained model, supplies it.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
-from .formats import lycoris, native, peft_reader, peft_writer
+from .formats import lycoris, native, peft_reader, peft_writer, trainers, updates
 from .formats.checkpoint import Base, Checkpoint, Shapes, check, shapes_of
 from .formats.files import read_tensors
 
-FORMATS = ("peft", "boft_ops", "lycoris")
-PREFIX = "lycoris"  # LyCORIS' own prefix of layer names; trainers use others, such as lora_unet
+SOURCES = ("auto", "boft_ops", "peft", *trainers.TRAINERS)
+TARGETS = ("boft_ops", "peft", "lycoris", "diff", "lora")
 
 
 def convert(
-    source: str | os.PathLike,
-    destination: str | os.PathLike,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
     to: str,
     *,
+    source_format: str = "auto",
     base: Base | None = None,
-    prefix: str = PREFIX,
+    prefix: str | None = None,
+    rank: int | None = None,
+    max_error: float | None = None,
 ) -> Checkpoint:
     """Write an adapter checkpoint in another format.
 
     The converted layers compute the same function up to rounding, or the conversion is refused.
     For example, no rotation of inputs (PEFT) is a rotation of outputs (LyCORIS).
-    The constraints of PEFT's and LyCORIS' training (``coft``, ``alpha``) are applied to the
-    parameters and not kept.
+    "lora" alone approximates, and says by how much.
+    The constraints of training (``coft``, ``alpha``) are applied to the parameters and not kept.
 
     Args:
-        source: a PEFT folder (BOFT or OFT), a file of ``save_adapter``, or a LyCORIS file (BOFT or
-            diag-oft). The weights are in safetensors, or in a pickle that
-            ``torch.load(weights_only=True)`` accepts.
-        destination: a folder for PEFT, else a file. It must not exist; it appears whole or not at
-            all.
-        to: "peft", "boft_ops" or "lycoris".
-        base: the pretrained model, as a module, a safetensors file or a folder of them; only names
-            and shapes are read. LyCORIS as a source needs it, because its names have lost their
-            dots. Other conversions that need it say so in their error.
-        prefix: the prefix of LyCORIS' names of layers. A trainer's file may hold several networks,
-            such as lora_unet, lora_te1 and lora_te2: the one with this prefix is converted, and a
-            warning counts the layers of the others.
+        source: a PEFT folder (BOFT or OFT), a file of ``save_adapter``, or a file of LyCORIS (BOFT
+            or diag-oft), OneTrainer (OFT) or sd-scripts (oft, oft_v2, boft). The weights are in
+            safetensors, or in a pickle that ``torch.load(weights_only=True)`` accepts.
+        destination: a folder for "peft" and "lora", else a file. It must not exist; it appears
+            whole or not at all.
+        to: "boft_ops", "peft", "lycoris", "diff" or "lora". "diff" is the update of each weight in
+            float32, which ComfyUI and the webui of A1111 add to it. "lora" is a PEFT folder with
+            the best approximation of each update by a product of rank ``rank``.
+        source_format: "auto", or the one that the source must have: "boft_ops", "peft", "lycoris",
+            "onetrainer" or "sd-scripts".
+        base: the pretrained model, as a module, a safetensors file or a folder of them. Names and
+            shapes are read, for "diff" and "lora" the adapted weights, too. Trainers' files need
+            it, because their names have lost their dots. Other conversions that need it say so in
+            their error.
+        prefix: the prefix of the names of layers in a trainer's file, as lora_unet or lora_te1. If
+            the source holds several networks, it chooses one, and a warning counts the layers of
+            the others. None reads the only network; it writes the names of the source, or the
+            prefix lycoris ("lycoris") or lora_unet ("diff") if the source has other names.
+        rank: of "lora"; required there.
+        max_error: the largest relative error (Frobenius norm) that a layer of "lora" may have;
+            required there. The update of a rotation has no small rank.
 
     Returns:
-        The ``Checkpoint`` that was written.
+        The ``Checkpoint`` that was written; of "lora" with ``errors``.
 
     Raises:
         FileNotFoundError: there is no source, no base, or no folder for the destination.
         FileExistsError: the destination exists.
-        ValueError: the source is truncated, spoiled or of an unknown format, or the target format
-            has no such adapter; the message names the tensor or option, and the reason.
+        TypeError: ``rank`` is no integer, or ``max_error`` no number.
+        ValueError: the source is truncated, spoiled or of an unknown format, the target format has
+            no such adapter, or an approximation exceeds ``max_error``; the message names the
+            tensor or option, and the reason.
     """
-    if to not in FORMATS:
-        raise ValueError(f"to: expected one of {FORMATS}, got {to!r}")
+    if to not in TARGETS:
+        raise ValueError(f"to: expected one of {TARGETS}, got {to!r}")
+    updates.check_options(to, base, rank, max_error)
     destination = Path(destination)
     if os.path.lexists(destination):
         raise FileExistsError(f"destination: expected a new path, got {str(destination)!r}")
@@ -64,23 +81,33 @@ def convert(
         raise FileNotFoundError(
             f"destination: expected a path in a folder, got {str(destination)!r}"
         )
-    checkpoint = read_checkpoint(source, base=base, prefix=prefix)
+    checkpoint = read_checkpoint(source, source_format=source_format, base=base, prefix=prefix)
     if to == "peft":
         peft_writer.write(checkpoint, destination, base)
     elif to == "lycoris":
         lycoris.write(checkpoint, destination, prefix)
+    elif to == "diff":
+        updates.write_diff(checkpoint, destination, base, prefix)
+    elif to == "lora":
+        tensors, errors = updates.low_rank(checkpoint, base, rank, max_error)
+        peft_writer.write_lora(checkpoint, destination, base, tensors, rank)
+        checkpoint = replace(checkpoint, errors=errors)
     else:
         native.write(checkpoint, destination)
     return checkpoint
 
 
 def read_checkpoint(
-    source: str | os.PathLike, *, base: Base | None = None, prefix: str = PREFIX
+    source: str | os.PathLike[str],
+    *,
+    source_format: str = "auto",
+    base: Base | None = None,
+    prefix: str | None = None,
 ) -> Checkpoint:
     """Read an adapter checkpoint into this package's convention.
 
     Args:
-        source, base, prefix: as for ``convert``.
+        source, source_format, base, prefix: as for ``convert``.
 
     Returns:
         The adapter: ``layers`` with ``skew``, ``scale`` and ``config``, and further tensors.
@@ -88,26 +115,38 @@ def read_checkpoint(
     Raises:
         FileNotFoundError, ValueError: as for ``convert``.
     """
+    if source_format not in SOURCES:
+        raise ValueError(f"source_format: expected one of {SOURCES}, got {source_format!r}")
     path = Path(source)
     shapes = {} if base is None else shapes_of(base)
     try:
-        return check(_read(path, shapes, prefix), path)
+        return check(_read(path, shapes, prefix, source_format), path)
     except ValueError as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read(path: Path, shapes: Shapes, prefix: str) -> Checkpoint:
+def _read(path: Path, shapes: Shapes, prefix: str | None, source_format: str) -> Checkpoint:
     """Read a checkpoint with the reader of its format."""
     if path.is_dir():
+        _check_format(path, source_format, {"peft"})
         return peft_reader.read(path, shapes)
     tensors, metadata = read_tensors(path)
     if native.is_checkpoint(metadata):
+        _check_format(path, source_format, {"boft_ops"})
         return native.read(path, tensors, metadata, shapes)
-    if lycoris.is_checkpoint(tensors):
-        return lycoris.read(path, tensors, shapes, prefix)
-    raise ValueError(
-        f"{path}: expected a file of save_adapter, of LyCORIS' BOFT or diag-oft, or PEFT's folder, "
-        f"got one of tensors {sorted(tensors)[:4]}"
-    )
+    found = trainers.trainers_of(tensors, metadata)
+    if not found:
+        raise ValueError(
+            f"{path}: expected a file of save_adapter, of BOFT or OFT by LyCORIS, OneTrainer or "
+            f"sd-scripts, or PEFT's folder, got one of tensors {sorted(tensors)[:4]}"
+        )
+    _check_format(path, source_format, found)
+    trainer = found[0] if source_format == "auto" else source_format
+    return trainers.read(path, tensors, shapes, prefix, trainer)
+
+
+def _check_format(path: Path, wanted: str, found: Collection[str]) -> None:
+    if wanted not in ("auto", *found):
+        raise ValueError(f"{path}: expected the format {wanted}, got that of {' or '.join(found)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -19,28 +19,32 @@ from ..nn.base_modules import check_numbers
 from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
 from ..nn.wrappers import pretrained_names
-from .convert import PREFIX, read_checkpoint
+from .convert import read_checkpoint
 from .formats.checkpoint import Base, LayerState
 
 
 def load_adapters(
     model: nn.Module,
-    checkpoints: Mapping[str, str | os.PathLike],
+    checkpoints: Mapping[str, str | os.PathLike[str]],
     *,
     base: Base | None = None,
-    prefix: str = PREFIX,
+    prefix: str | None = None,
+    slots: int | None = None,
 ) -> nn.Module:
     """Put the adapters of several checkpoints on one pretrained model, which they share.
 
     Every linear layer that an adapter rotates becomes a ``MultiAdapterLinear`` that holds the
     adapters. A layer that an adapter does not rotate is left to the base for that adapter.
     No adapter is active after loading.
+    An adapter has the same number in all layers, the lowest that is free in all of them. Layers
+    that are prepared stay prepared.
 
     Args:
         model: the pretrained model, or one that already has adapters; changed in place, unchanged
             if an error is raised.
         checkpoints: files of ``save_adapter`` or PEFT folders, by the names of the adapters.
         base, prefix: as for ``convert``.
+        slots: of the new layers, see ``MultiAdapterLinear``.
 
     Returns:
         ``model``; its adapters are trainable, the rest is frozen.
@@ -50,8 +54,8 @@ def load_adapters(
         FileNotFoundError: there is no such checkpoint.
         ValueError: a checkpoint cannot be read, rotates outputs or a layer that is not linear, or
             holds more than rotations and scales (trained heads or biases, which cannot be chosen
-            for each request); the model is offloaded or on the meta device; or the name of an
-            adapter is taken or not possible.
+            for each request); the model is offloaded or on the meta device; the name of an adapter
+            is taken or not possible; or there are not enough slots.
     """
     checks.module("model", model)
     contents = {
@@ -74,8 +78,10 @@ def load_adapters(
                 _check_layer(name, layer_name, module, state)
                 check_parent(f"{name}: {layer_name}", modules[layer_name.rpartition(".")[0]])
                 if module not in layers:
-                    is_wrapped = isinstance(module, MultiAdapterLinear)
-                    layers[module] = module if is_wrapped else MultiAdapterLinear(module)
+                    layers[module] = module
+                    if not isinstance(module, MultiAdapterLinear):
+                        layer = MultiAdapterLinear(module, slots=slots)
+                        layers[module] = layer.train(module.training)
                 adapter = _new_adapter(layers[module], name, layer_name, state)
                 first = added.setdefault((layers[module], name), adapter)
                 if first is not adapter and not _are_equal(first, adapter):
@@ -83,12 +89,28 @@ def load_adapters(
                         f"{name}: {layer_name}: expected one rotation of a layer that has several "
                         "names in the model, got two"
                     )
+        free = _free_numbers(model, layers.values(), len(contents))
+        numbers = dict(zip(contents, free, strict=True))
         put_in(model, layers)
     for parameter in trained:
         parameter.requires_grad_(True)
     for (layer, name), adapter in added.items():
-        layer.put_adapter(name, adapter, active=False)
+        layer.put_adapter(name, adapter, active=False, number=numbers[name])
     return model
+
+
+def _free_numbers(model: nn.Module, layers: Iterable[MultiAdapterLinear], count: int) -> list[int]:
+    """The lowest numbers that are free in all layers of the model, and below their slots."""
+    present = [module for module in model.modules() if isinstance(module, MultiAdapterLinear)]
+    taken = {number for layer in present for number in layer.numbers.values()}
+    free = [number for number in range(len(taken) + count) if number not in taken][:count]
+    for layer in layers:
+        if layer.slots is not None and free and free[-1] >= layer.slots:
+            raise ValueError(
+                f"slots: expected at most {layer.slots} adapters, got {count} beside "
+                f"{len(taken)}: delete some first"
+            )
+    return free
 
 
 def _check_layer(name: str, layer_name: str, module: nn.Module | None, state: LayerState) -> None:
@@ -184,9 +206,7 @@ def adapter_rows(
     if unknown := [name for name in names if name is not None and name not in existing]:
         raise ValueError(f"names: expected some of {sorted(existing)}, got {unknown[0]!r}")
     # Tensors are inputs of a compiled graph, so that one graph serves any names.
-    indices = [
-        layer.index_of([n if n in layer.adapters else None for n in names]) for layer in layers
-    ]
+    indices = _indices(layers, names)
     owner = _current_owner()
     with _turn:
         while others := {_owners.get(layer, owner) for layer in layers} - {owner}:
@@ -211,6 +231,18 @@ def adapter_rows(
                 if not is_nested:
                     del _owners[layer]
             _turn.notify_all()
+
+
+def _indices(layers: list[MultiAdapterLinear], names: tuple[str | None, ...]) -> list[torch.Tensor]:
+    """The numbers of the names in each layer; layers with the same numbers share one tensor."""
+    shared: dict[tuple, torch.Tensor] = {}
+    indices = []
+    for layer in layers:
+        key = (*(layer.numbers.get(name) for name in names), layer.adapter_device)
+        if key not in shared:
+            shared[key] = layer.index_of([n if n in layer.adapters else None for n in names])
+        indices.append(shared[key])
+    return indices
 
 
 def _choose(

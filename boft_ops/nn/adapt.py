@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -12,17 +12,13 @@ from .._runtime import checks
 from .base import BOFTLayer
 from .base_modules import is_quantized
 from .config import Options
-from .layer_kinds import (
-    BOFT_CLASSES,
-    build_layer,
-    check_replaceable,
-    is_called,
-    is_layer,
-)
+from .distributed import check_order, fully_sharded
+from .expert_adapter import EACH, MODES
+from .experts import BOFTExperts, expert_parameters, put_experts
+from .layer_kinds import BOFT_CLASSES, build_layer, check_replaceable
 from .multi_adapter import MultiAdapterLinear
-from .wrappers import COMPILED, pretrained_names, wrapper_of
-
-ALL_LINEAR = "all-linear"
+from .targets import matching, named_children, options_by_name
+from .wrappers import COMPILED, wrapper_of
 
 # These modules read the weight of a child without calling it, which would ignore a rotation.
 _BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -32,9 +28,11 @@ def adapt(
     model: nn.Module,
     target_modules: str | Iterable[str] | Mapping[str, Options],
     *,
+    target_parameters: str | Iterable[str] = (),
+    experts: str = EACH,
     modules_to_save: str | Iterable[str] = (),
     wrap: bool = False,
-    **options,
+    **options: Any,
 ) -> nn.Module:
     """Replace the matching layers by BOFT layers and freeze the rest.
 
@@ -47,6 +45,8 @@ def adapt(
     rotated inputs. These are the Conv1D of transformers (GPT-2) and quantized layers: those of
     torchao and bitsandbytes, fine-grained fp8 of transformers, and modules with packed integers and
     attributes for their sizes, as GPTQ, AWQ and HQQ have them.
+    A linear layer that ``fully_shard`` has sharded is kept likewise, and the gradients of its
+    adapter are averaged over the ranks (docs/distributed.md).
 
     Args:
         model: changed in place; unchanged if an error is raised.
@@ -56,7 +56,12 @@ def adapt(
             except ``model.get_output_embeddings()`` and what lies in ``modules_to_save``. A mapping
             gives options of their own to layers: its keys are such names, or regular expressions
             that match whole dotted names, and its values are keyword arguments that replace those
-            of ``options``, as in ``{"q_proj": {"block_size": 16}, "down_proj": {}}``.
+            of ``options``, as in ``{"q_proj": {"block_size": 16}, "down_proj": {}}``. May be empty
+            if there are target_parameters.
+        target_parameters: 3-D weights of experts, named as in PEFT, such as
+            ``["experts.gate_up_proj", "experts.down_proj"]``; a string is a regular expression.
+            The inputs of the experts are rotated, see ``BOFTExperts``.
+        experts: "each" trains a rotation for every expert, "shared" one for all experts of a layer.
         modules_to_save: other modules that stay trainable, such as a classification head, named as
             in target_modules; ``save_adapter`` stores them.
         wrap: True also keeps and calls linear layers that cannot be replaced: with hooks, with
@@ -72,17 +77,24 @@ def adapt(
         TypeError: a matching module is none of these layers, or has a forward of its own, which a
             BOFT layer would lose.
         ValueError: nothing matches; the features of a layer do not fit the options (the message
-            names the layer); a layer has hooks or parametrizations, which a BOFT layer would lose;
-            its parent may bypass its forward; it is adapted already; it shares its weight with a
+            names the layer); experts compute in a way that a rotation would miss; a layer has hooks
+            or parametrizations, which a BOFT layer would lose; its parent may bypass its forward;
+            it lies in DistributedDataParallel or another wrapper that has to come after ``adapt``;
+            it is adapted already; it shares its weight with a
             module to save (tied embeddings); or two keys of a mapping match it with other options.
     """
     checks.module("model", model)
-    saved = _matching(model, modules_to_save, "modules_to_save") if modules_to_save else {}
-    layer_options = _options_by_name(model, target_modules, options, saved.values())
+    saved = matching(model, modules_to_save, "modules_to_save") if modules_to_save else {}
+    checks.choice("experts", experts, MODES)
+    layer_options = options_by_name(model, target_modules, options, saved.values())
+    modules = {name: module for _, _, name, module in named_children(model)}
+    weights = expert_parameters(modules)
+    if target_parameters:
+        names = matching(model, target_parameters, "target_parameters", weights)
+        layer_options |= dict.fromkeys(names, options | {"experts": experts})
     if not layer_options:
         raise ValueError("target_modules: expected at least one name, got none")
-    modules = {name: module for _, _, name, module in named_children(model)}
-    targets = {name: modules[name] for name in layer_options}
+    targets = {name: (modules | weights)[name] for name in layer_options}
     replaced = set(targets.values())
     for name, module in saved.items():
         if not replaced.isdisjoint(module.modules()):
@@ -123,15 +135,26 @@ def build_layers(
         TypeError, ValueError: as for ``adapt``.
     """
     children = {name: (parent, module) for parent, _, name, module in named_children(model)}
-    layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear] = {}
-    for name, layer_options in options.items():
+    experts = expert_parameters({name: module for name, (_, module) in children.items()})
+    layers: dict[nn.Module, BOFTLayer | MultiAdapterLinear | BOFTExperts] = {}
+    for name in options:
+        if name in experts:
+            continue
         if name not in children:
             raise ValueError(f"model: expected a module {name!r}, got none of that name")
+    targets = {name: experts.get(name) or children[name][1] for name in options}
+    check_order(model, targets)
+    fully_sharded_modules = fully_sharded(model)
+    for name, layer_options in options.items():
+        if name in experts:
+            put_experts(layers, name, experts[name], layer_options)
+            continue
         parent, module = children[name]
         if module not in layers:  # a module may be registered under several names
             check_replaceable(name, module, wrap)
             check_parent(f"target_modules: {name!r}", parent)
-            layers[module] = build_layer(name, module, layer_options, wrap)
+            is_managed = module in fully_sharded_modules
+            layers[module] = build_layer(name, module, layer_options, wrap, is_managed)
     return layers
 
 
@@ -148,6 +171,9 @@ def put_in(model: nn.Module, layers: dict[nn.Module, BOFTLayer | MultiAdapterLin
     for parent, attribute, _, module in list(named_children(model)):
         if module in layers:
             setattr(parent, attribute, layers[module])
+    for layer in layers.values():
+        if isinstance(layer, BOFTExperts):
+            layer.connect()
     _mark_quantized(model, False)
 
 
@@ -196,8 +222,8 @@ def merge(
     """
     checks.module("model", model)
 
-    def merged(layer: BOFTLayer | MultiAdapterLinear) -> nn.Module:
-        if isinstance(layer, BOFTLayer):
+    def merged(layer: BOFTLayer | MultiAdapterLinear | BOFTExperts) -> nn.Module:
+        if not isinstance(layer, MultiAdapterLinear):
             return layer.merged_layer()
         return layer.merged_layer(requantize if is_quantized(layer.base) else None)
 
@@ -224,10 +250,14 @@ def unload(model: nn.Module) -> nn.Module:
     """
     checks.module("model", model)
 
-    def pretrained(layer: BOFTLayer | MultiAdapterLinear) -> nn.Module:
-        return layer.base if isinstance(layer, MultiAdapterLinear) else layer.base_layer()
+    def pretrained(layer: BOFTLayer | MultiAdapterLinear | BOFTExperts) -> nn.Module:
+        return layer.base_layer() if isinstance(layer, BOFTLayer) else layer.base
 
-    return _replace_layers(model, pretrained)
+    experts = [module for module in model.modules() if isinstance(module, BOFTExperts)]
+    model = _replace_layers(model, pretrained)
+    for layer in experts:
+        layer.disconnect()
+    return model
 
 
 def _replace_layers(model: nn.Module, plain: Callable[..., nn.Module]) -> nn.Module:
@@ -242,94 +272,6 @@ def _replace_layers(model: nn.Module, plain: Callable[..., nn.Module]) -> nn.Mod
         setattr(parent, attribute, plain_layers[layer])
     _mark_quantized(model, True)
     return model
-
-
-def _options_by_name(
-    model: nn.Module,
-    target_modules: str | Iterable[str] | Mapping[str, Options],
-    options: Options,
-    saved: Iterable[nn.Module],
-) -> dict[str, Options]:
-    """The options of each layer to replace, by its dotted name; see ``adapt``.
-
-    ``saved`` are the modules to save, which "all-linear" leaves out.
-    """
-    if target_modules == ALL_LINEAR:
-        return dict.fromkeys(_all_linear(model, saved), options)
-    if not isinstance(target_modules, Mapping):
-        return dict.fromkeys(_matching(model, target_modules, "target_modules"), options)
-    found: dict[str, Options] = {}
-    for key, own in target_modules.items():
-        if not isinstance(own, Mapping):
-            raise TypeError(f"target_modules: expected options for {key!r}, got {own!r}")
-        try:
-            names = _matching(model, [key], "target_modules")
-        except ValueError:
-            names = _matching(model, key, "target_modules")
-        for name in names:
-            if found.setdefault(name, options | own) != options | own:
-                raise ValueError(f"target_modules: expected one choice of options for {name!r}")
-    return found
-
-
-def _all_linear(model: nn.Module, saved: Iterable[nn.Module]) -> list[str]:
-    """The names of the linear layers that "all-linear" means."""
-    left_out = {inner for module in saved for inner in module.modules()}
-    for module in model.modules():  # a wrapper does not have its model's methods
-        head = getattr(module, "get_output_embeddings", None)
-        if callable(head) and isinstance(output := head(), nn.Module):
-            left_out |= set(output.modules())
-    return [
-        name
-        for _, _, name, module in named_children(model)
-        if module not in left_out
-        and not isinstance(module, BOFT_CLASSES)
-        and (isinstance(module, nn.Linear) or is_called(module))
-    ]
-
-
-def _matching(model: nn.Module, names: str | Iterable[str], argument: str) -> dict[str, nn.Module]:
-    """The modules that a regular expression or a list of names matches, by dotted name.
-
-    ``argument`` is the name of the public argument, for error messages.
-    """
-    modules = {name: module for _, _, name, module in named_children(model)}
-    if isinstance(names, str):
-        try:
-            matches = {names: [n for n in modules if re.fullmatch(names, n)]}
-        except re.error as error:
-            raise ValueError(
-                f"{argument}: expected a regular expression, got {names!r}: {error}"
-            ) from error
-    elif not isinstance(names, Iterable):
-        raise TypeError(f"{argument}: expected a string or a list of names, got {names!r}")
-    else:
-        names = list(names)
-        if any(not isinstance(n, str) or not n for n in names):
-            raise TypeError(f"{argument}: expected a string or a list of names, got {names!r}")
-        matches = {n: [m for m in modules if m == n or m.endswith(f".{n}")] for n in names}
-    if unmatched := [name for name, matched in matches.items() if not matched]:
-        layers = sorted({n.rpartition(".")[2] for n, m in modules.items() if is_layer(m)})
-        raise ValueError(
-            f"{argument}: expected names of modules of the model, got {unmatched} without a match; "
-            f"the names of its layers that can be adapted end in {layers}"
-        )
-    return {name: modules[name] for matched in matches.values() for name in matched}
-
-
-def named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """Yield (parent, attribute, dotted name, module) for every child under each of its names.
-
-    Names are those in the pretrained model: what a wrapper wraps bears the wrapper's name, and
-    comes after it.
-    """
-    pretrained_name = pretrained_names(model)
-    for prefix, parent in model.named_modules(remove_duplicate=False):
-        is_adapted = isinstance(parent, BOFT_CLASSES)
-        for attribute, child in {} if is_adapted else parent._modules.items():
-            if child is not None:
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                yield parent, attribute, pretrained_name(name), child
 
 
 def check_parent(layer: str, parent: nn.Module) -> None:

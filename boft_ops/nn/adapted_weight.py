@@ -27,7 +27,7 @@ def adapted_weight(base: nn.Module, adapters: Sequence[LinearAdapter]) -> torch.
     if type(base).forward is not nn.Linear.forward or is_quantized(base):
         return no_weight(base)
     draws = [one_draw(adapter.dropout) for adapter in adapters]
-    trained = [tensor for adapter in adapters for tensor in adapter.at_strength()]
+    trained = [tensor for adapter in adapters for tensor in adapter.local()]
     return rotated_weight(partial(_rotate, adapters, draws), base.weight, *trained)
 
 
@@ -39,7 +39,7 @@ def no_weight(base: nn.Module) -> torch.Tensor:
 def weight_with(weight: torch.Tensor, adapters: Sequence[LinearAdapter]) -> torch.Tensor:
     """The weight with the adapters in it, computed in at least float32 and rounded once."""
     draws = [lambda skew: None for _ in adapters]
-    trained = [tensor for adapter in adapters for tensor in adapter.at_strength()]
+    trained = [tensor for adapter in adapters for tensor in adapter.local()]
     return _rotate(adapters, draws, weight, *trained)
 
 

@@ -1,59 +1,33 @@
-"""Adapter files: one safetensors file with the trained tensors and the options of the layers."""
+"""``save_adapter`` and ``load_adapter``: what is trained in a model, into a file and back."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .._runtime import checks, files
-from .adapt import build_layers, named_children, put_in, unfrozen_on_error
+from .._runtime import checks
+from .adapt import build_layers, put_in, unfrozen_on_error
+from .adapter_format import Adapter, read_adapter
 from .base import BOFTLayer
 from .base_modules import check_numbers
-from .config import Options, RotationConfig
+from .config import Options
+from .expert_adapter import ExpertAdapter
+from .experts import BOFTExperts, expert_parameters
 from .layer_kinds import DEFAULT
 from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
-from .rotated_weight import is_sharded
+from .shards import check_present, gather, scatter, whole_shapes, write_once
+from .targets import named_children
 from .wrappers import pretrained_names, wrapped_attribute
-
-FORMAT = "boft_ops"
-FORMAT_VERSION = 1
 
 AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale
 
 
-class Adapter(NamedTuple):
-    """The content of an adapter file.
-
-    Attributes:
-        layers: the options of each rotated layer, by its name in the pretrained model.
-        bases: class name of torch's layer ("Linear", "Conv2d") and number of outputs, by name; a
-            file may leave them out.
-        tensors: by their names in the pretrained model: skew and scale of each layer, and what else
-            was trained.
-    """
-
-    layers: dict[str, Options]
-    bases: dict[str, tuple[str, int]]
-    tensors: dict[str, torch.Tensor]
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the file; an existing one is replaced in one step and keeps its permissions.
-
-        Raises:
-            ValueError: ``path`` is a device, a FIFO or a folder.
-            OSError: the file cannot be written.
-        """
-        write_adapter(Path(path), *self)
-
-
-def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DEFAULT) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAULT) -> None:
     """Write the finetuned parameters of a model to one safetensors file.
 
     The tensors bear their names in the pretrained model, without the parts that wrappers such as
@@ -61,6 +35,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
     every other parameter that requires a gradient (``modules_to_save``, trained biases) with the
     buffers of its module. The metadata holds the format version and the options of each layer.
     The file is replaced in one step, so that after a crash it is the old one or the new one.
+    If several ranks hold the tensors together (``fully_shard``, FullyShardedDataParallel, tensor
+    parallelism), each of them makes the call: all gather, the first one writes the whole file, and
+    the others return once it is written.
 
     Args:
         model: an adapted model; merged layers store the same adapter as unmerged ones.
@@ -72,17 +49,26 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str = DE
         TypeError: ``model`` is not an nn.Module.
         ValueError: the model has no BOFT layer and no such adapter; ``load_adapter`` would refuse
             the file (the weight of a rotated layer is trained, numbers are NaN or infinite, factors
-            are switched off by ``interpolate``); tensors are shards, or placeholders on the meta
-            device; or ``path`` is a device, a FIFO or a folder.
-        OSError: the file cannot be written.
+            are switched off by ``interpolate``); tensors are put away by DeepSpeed's ZeRO-3, or
+            placeholders on the meta device; or ``path`` is a device, a FIFO or a folder.
+        OSError: the file cannot be written; a RuntimeError on the ranks that do not write.
     """
     checks.module("model", model)
-    files.check_replaceable(Path(path))
-    adapter_of(model, adapter).save(path)
+    content, shared = _gathered(model, adapter)
+    write_once(model, shared, lambda: content.save(path))
 
 
 def adapter_of(model: nn.Module, adapter: str = DEFAULT) -> Adapter:
-    """The content of the file that ``save_adapter`` writes; it shares the tensors of the model.
+    """The content of the file that ``save_adapter`` writes; plain tensors are the model's own.
+
+    Raises:
+        ValueError: as for ``save_adapter``.
+    """
+    return _gathered(model, adapter)[0]
+
+
+def _gathered(model: nn.Module, adapter: str) -> tuple[Adapter, dict[str, torch.Tensor]]:
+    """The content of an adapter file, and the model's tensors that are in it, which may be shards.
 
     Raises:
         ValueError: as for ``save_adapter``.
@@ -92,19 +78,24 @@ def adapter_of(model: nn.Module, adapter: str = DEFAULT) -> Adapter:
         raise ValueError("model: expected an adapted model, got one without BOFT layers")
     _check_whole(layers)
     rotations = _rotation_tensors(layers)
-    stored = _trained(model) | rotations
-    targets = _loadable(model, layers) | rotations
+    shared = _trained(model) | rotations
+    check_present(shared)
+    check_numbers(shared)
+    stored = gather(model, shared)
     _check_gathered(layers, stored)
-    _check_tensors("model", stored, targets, required=rotations.keys())
+    targets = _loadable(model, layers) | rotations
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    _check_tensors("model", stored, targets, rotations.keys(), shapes)
     layer_options = {name: layer.options() for name, layer in layers.items()}
     bases = {name: layer.describe_base() for name, layer in layers.items()}
-    return Adapter(layer_options, bases, stored)
+    return Adapter(layer_options, bases, stored), shared
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike | Adapter) -> nn.Module:
+def load_adapter(model: nn.Module, path: str | os.PathLike[str] | Adapter) -> nn.Module:
     """Load a file of ``save_adapter``, or an adapter in memory, into a model.
 
     The file is checked completely before the model is changed.
+    Every rank that holds a part of the model makes the call, reads the file and takes its part.
 
     Args:
         model: the pretrained model, which is then adapted as the file says, or a model that is
@@ -119,7 +110,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike | Adapter) -> nn.Modu
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, not of this package, of a newer format version, or does
             not fit the model (the message names the tensor or option), layers are merged, or
-            tensors of the model are placeholders on the meta device.
+            tensors of the model are placeholders on the meta device or put away by ZeRO-3.
     """
     checks.module("model", model)
     if isinstance(path, Adapter):
@@ -137,7 +128,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike | Adapter) -> nn.Modu
         rotations = _rotation_tensors(layers)
         targets = _loadable(model, layers) | rotations
         required = rotations.keys() | _trained(model).keys()
-        _check_tensors(path, tensors, targets, required)
+        _check_loadable(model, path, tensors, targets, required)
     else:
         with unfrozen_on_error(model):
             _check_levels(path, layer_options, tensors)
@@ -146,47 +137,26 @@ def load_adapter(model: nn.Module, path: str | os.PathLike | Adapter) -> nn.Modu
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: does not fit the model: {error}") from error
             modules = {name: module for _, _, name, module in named_children(model)}
-            layers = {name: _adapted_layer(new_layers[modules[name]]) for name in layer_options}
+            experts = expert_parameters(modules)
+            layers = {
+                name: getattr(new_layers[experts[name]], name.rpartition(".")[2])
+                if name in experts
+                else _adapted_layer(new_layers[modules[name]])
+                for name in layer_options
+            }
             rotations = _rotation_tensors(layers)
             targets = _loadable(model, layers) | rotations
-            _check_tensors(path, tensors, targets, rotations.keys())
+            _check_loadable(model, path, tensors, targets, rotations.keys())
             put_in(model, new_layers)
         targets = _loadable(model, layers) | rotations  # including tensors of the new layers
     for module in model.modules():
         if isinstance(module, MultiAdapterLinear):
             module.forget()
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
-            if isinstance(targets[name], nn.Parameter):
-                targets[name].requires_grad_(True)
+    scatter(model, targets, tensors)
+    for name in tensors:
+        if isinstance(targets[name], nn.Parameter):
+            targets[name].requires_grad_(True)
     return model
-
-
-def write_adapter(
-    path: Path,
-    layer_options: dict[str, Options],
-    bases: dict[str, tuple[str, int]],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Write an adapter file.
-
-    Args:
-        path: file to write.
-        layer_options: the options of each layer, by its name.
-        bases: class name of torch's layer ("Linear", "Conv2d") and number of outputs, by name.
-        tensors: by their names in the pretrained model.
-
-    Raises:
-        ValueError: ``path`` is a device, a FIFO or a folder.
-    """
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "layers": json.dumps(layer_options, sort_keys=True),
-        "bases": json.dumps(bases, sort_keys=True),
-    }
-    files.write_whole(path, files.encode_safetensors(tensors, metadata))
 
 
 def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, AdaptedLayer]:
@@ -199,7 +169,7 @@ def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, Adapt
 def _adapted_layer(module: nn.Module, adapter: str = DEFAULT) -> AdaptedLayer | None:
     if isinstance(module, MultiAdapterLinear):
         return dict(module.adapters).get(adapter)
-    return module if isinstance(module, BOFTLayer) else None
+    return module if isinstance(module, (BOFTLayer, ExpertAdapter)) else None
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -214,10 +184,11 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     parents = {name.rpartition(".")[0] for name in stored}
     bases = {m.base for m in model.modules() if isinstance(m, MultiAdapterLinear)}
     parents -= {name for name, module in model.named_modules() if module in bases}
-    state = model.state_dict().keys()  # holds the persistent buffers only
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[0] in parents and name in state:
-            stored[name] = buffer
+    for name, module in model.named_modules():
+        if name in parents:
+            for own, buffer in module.named_buffers(name, recurse=False):
+                if own.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                    stored[own] = buffer
     pretrained_name = _pretrained_names(model)
     return {pretrained_name(name): tensor for name, tensor in stored.items()}
 
@@ -228,18 +199,20 @@ def _loadable(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     pretrained_name = _pretrained_names(model)
     tensors = {pretrained_name(name): tensor for name, tensor in tensors.items()}
-    frozen = {f"{name}.weight" if name else "weight" for name in layers}
+    frozen = {f"{name}.weight" if name else "weight" for name in layers} | set(layers)
     return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
 
 def _pretrained_names(model: nn.Module) -> Callable[[str], str]:
     """Return a function from names in the model to names in the pretrained model.
 
-    A ``MultiAdapterLinear`` adds ``base`` to the names of its layer, as wrappers add their parts.
+    ``MultiAdapterLinear`` and ``BOFTExperts`` add ``base`` to the names of what they call, as
+    wrappers add their parts.
     """
 
     def attribute_of(module: nn.Module) -> str | None:
-        return "base" if isinstance(module, MultiAdapterLinear) else wrapped_attribute(module)
+        is_around = isinstance(module, (MultiAdapterLinear, BOFTExperts))
+        return "base" if is_around else wrapped_attribute(module)
 
     return pretrained_names(model, attribute_of)
 
@@ -255,55 +228,6 @@ def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor
     return rotations
 
 
-def read_adapter(path: Path) -> Adapter:
-    """Read a file of ``save_adapter``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, not of this package, or of a newer format version.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"path: expected a file, got {str(path)!r}")
-    with files.open_safetensors(path) as file:
-        metadata = file.metadata() or {}
-        layer_options = parse_metadata(path, metadata)
-        try:
-            bases = dict(json.loads(metadata.get("bases", "{}")))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}: expected the layers' bases as JSON: {error}") from error
-        names = file.keys()
-        return Adapter(layer_options, bases, {name: file.get_tensor(name) for name in names})
-
-
-def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Options]:
-    """Read the options of each layer from the metadata of an adapter file.
-
-    The names of the options are checked, not yet their values.
-
-    Raises:
-        ValueError: the file is not of this package, of a newer format version, or spoiled.
-    """
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: expected a {FORMAT} adapter, got a safetensors file of format "
-            f"{metadata.get('format')!r}"
-        )
-    version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
-        raise ValueError(f"{path}: expected format version up to {FORMAT_VERSION}, got {version!r}")
-    try:
-        layer_options = json.loads(metadata.get("layers", ""))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected the layers' options as JSON: {error}") from error
-    is_dict = isinstance(layer_options, dict)
-    if not is_dict or not all(isinstance(v, dict) for v in layer_options.values()):
-        raise ValueError(f"{path}: expected layers with their options, got {layer_options!r}")
-    for name, options in layer_options.items():
-        if mismatch := RotationConfig.mismatch(options):
-            raise ValueError(f"{path}: {name}: unknown or missing options {mismatch}")
-    return layer_options
-
-
 def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
     """Raise ValueError if ``interpolate`` has switched off factors of a layer."""
     if switched := [name for name, layer in layers.items() if layer.n_identity]:
@@ -314,21 +238,25 @@ def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
 
 
 def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError if a tensor is a shard, as FSDP and ZeRO leave it on each process."""
-    shapes = {
-        id(layer.skew): layer.config.skew_shape(layer.rotated_features) for layer in layers.values()
-    }
-    for name, tensor in stored.items():
-        shape = tuple(tensor.shape)
-        if is_sharded(tensor) or shapes.get(id(tensor), shape) != shape:
+    """Raise ValueError for a skew that is a shard of a kind that is not known here."""
+    if parts := [name for name, layer in layers.items() if getattr(layer, "is_part", False)]:
+        raise ValueError(
+            f"model: {parts[0]}: expected all experts, got those of one process of several"
+        )
+    for name, layer in layers.items():
+        skew = f"{name}.skew" if name else "skew"
+        shape = layer.whole_skew_shape
+        if tuple(stored[skew].shape) != shape:
             raise ValueError(
-                f"model: {name}: expected a whole tensor, got a shard of it: gather the parameters "
-                "into a model on one process, which can be saved"
+                f"model: {skew}: expected a whole tensor of shape {shape}, got a shard of shape "
+                f"{tuple(stored[skew].shape)}: gather the parameters first"
             )
 
 
 def _check_levels(
-    path: str | os.PathLike, layer_options: dict[str, Options], tensors: dict[str, torch.Tensor]
+    path: str | os.PathLike[str],
+    layer_options: dict[str, Options],
+    tensors: dict[str, torch.Tensor],
 ) -> None:
     """Raise ValueError unless the levels of kaleidoscopes fit the skews.
 
@@ -343,7 +271,7 @@ def _check_levels(
 
 
 def _compare_options(
-    path: str | os.PathLike, layer_options: dict[str, Options], layers: dict[str, AdaptedLayer]
+    path: str | os.PathLike[str], layer_options: dict[str, Options], layers: dict[str, AdaptedLayer]
 ) -> None:
     """Raise ValueError unless the model is adapted with the options of the file."""
     if differing := sorted(layer_options.keys() ^ layers.keys()):
@@ -356,11 +284,24 @@ def _compare_options(
             raise ValueError(f"{path}: {name}: expected the model's {expected}, got {saved}")
 
 
-def _check_tensors(
+def _check_loadable(
+    model: nn.Module,
     path: str | os.PathLike,
     tensors: dict[str, torch.Tensor],
     targets: dict[str, torch.Tensor],
     required: set[str],
+) -> None:
+    """Raise ValueError unless a file fits the tensors of the model, which may be shards."""
+    check_present({name: targets[name] for name in tensors.keys() & targets.keys()})
+    _check_tensors(path, tensors, targets, required, whole_shapes(model, targets))
+
+
+def _check_tensors(
+    path: str | os.PathLike[str],
+    tensors: dict[str, torch.Tensor],
+    targets: dict[str, torch.Tensor],
+    required: set[str],
+    shapes: dict[str, tuple[int, ...]],
 ) -> None:
     """Raise ValueError unless the tensors of a file fit the tensors of the model.
 
@@ -371,6 +312,7 @@ def _check_tensors(
         tensors: of the file, by their names in the pretrained model.
         targets: the tensors of the model that the file may hold.
         required: names of the tensors that the file must hold.
+        shapes: of the whole targets, by their names.
     """
     if missing := sorted(required - tensors.keys()):
         raise ValueError(f"{path}: expected a tensor {missing[0]!r}, got none")
@@ -389,7 +331,7 @@ def _check_tensors(
         is_trained = isinstance(targets[name], nn.Parameter) and tensor.is_floating_point()
         if is_trained and not tensor.isfinite().all():
             raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
-        shape = tuple(targets[name].shape)
+        shape = shapes[name]
         is_float = targets[name].is_floating_point()
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != is_float:
             expected = "a floating-point" if is_float else "an integer"

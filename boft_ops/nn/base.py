@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,22 +16,19 @@ from ..ops.cayley import cayley
 from ..ops.dropout import drop_blocks
 from ..ops.kaleidoscope import multiply
 from ..ops.merge import merge_weight, unmerge_weight, untracked
+from .adapter_parameters import HasAdapter
 from .base_modules import check_forward, check_initialized, check_numbers, check_unmodified
-from .config import HasRotation, Options, RotationConfig
+from .config import Options, RotationConfig
+from .distributed import frozen_parameter
 from .dropout import MultiplicativeDropout
-from .powers import HasStrength
+from .merging import Merged, check_own_weight, kept, merge_in_place, parameter_of
 from .rotated_weight import Weight, is_dense, is_sharded, one_draw, rotated_weight
 
-
-class Merged(NamedTuple):
-    """The skew and scale in a merged weight, and the weight before, if it is kept."""
-
-    skew: torch.Tensor
-    scale: torch.Tensor | None
-    former: torch.Tensor | None
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class BOFTLayer(HasStrength, HasRotation, nn.Module):
+class BOFTLayer(HasAdapter, nn.Module):
     """Common base of all BOFT layers: the rotation of a frozen weight, seen as (n, d).
 
     Attributes:
@@ -147,31 +145,28 @@ class BOFTLayer(HasStrength, HasRotation, nn.Module):
         # torch's method reads ``weight``, which is not the parameter here
         self.BASE.reset_parameters(SimpleNamespace(weight=self.frozen_weight, bias=self.bias))
         if "skew" in self._parameters:  # torch's constructors call this before there is one
-            nn.init.zeros_(self.skew)
-            if self.scale is not None:
-                nn.init.ones_(self.scale)
+            self.reset_adapter()
 
     def _init_adapter(self, device: torch.device) -> None:
         # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
         dtype = widest(self.frozen_weight.dtype)
-        skew = torch.zeros(
-            self.config.skew_shape(self.rotated_features), device=device, dtype=dtype
-        )
+        skew_shape = self.config.skew_shape(self.rotated_features)
+        skew = torch.zeros(skew_shape, device=device, dtype=dtype)
         scale = torch.ones(self._matrix_shape[0], device=device, dtype=dtype)
         self.skew = nn.Parameter(skew)
         self.register_parameter("scale", nn.Parameter(scale) if self.config.scale else None)
 
     @classmethod
-    def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> BOFTLayer:
+    def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> Self:
         """Build a layer that shares the storage of ``base``; ``arguments`` are torch's."""
         check_forward(base, cls.BASE)
         check_initialized(base)
         check_unmodified(base)
         # built without memory of its own, then given the storage of the base layer
         layer = cls(*arguments, device="meta", dtype=base.weight.dtype, **options)
-        layer.frozen_weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        layer.frozen_weight = frozen_parameter(base.weight)
         if getattr(base, "bias", None) is not None:
-            layer.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
+            layer.bias = frozen_parameter(base.bias)
         layer._init_adapter(base.weight.device)
         return layer.train(base.training)
 
@@ -240,15 +235,18 @@ class BOFTLayer(HasStrength, HasRotation, nn.Module):
         self._check_numbers()
         if self.merged:
             return self.frozen_weight.clone()
-        skew, scale = self.at_strength()
-        blocks = self._blocks(_widened(skew))
-        return merge_weight(self.frozen_weight, blocks, scale, **self._placement)
+        return self._merge_with(merge_weight, self.frozen_weight, *self.at_strength())
+
+    def _merge_with(self, merge: Callable[..., torch.Tensor], weight, skew, scale) -> torch.Tensor:
+        blocks_of = lambda skew: self._blocks(_widened(skew))  # noqa: E731
+        return merge_in_place(merge, weight, blocks_of, skew, scale, **self._placement)
 
     @untracked
-    def merge(self, *, keep: bool = True) -> BOFTLayer:
+    def merge(self, *, keep: bool = True) -> Self:
         """Replace the frozen weight by the merged weight, so that inference computes no rotation.
 
-        The former tensor is not written to, as other modules may share it.
+        The former tensor is not written to, as other modules may share it. Only shards are, as
+        FSDP gathers from the very Parameter that it made; all ranks have to merge together.
 
         Args:
             keep: True puts the former weight aside, for ``unmerge`` to bring it back bit for bit;
@@ -260,27 +258,28 @@ class BOFTLayer(HasStrength, HasRotation, nn.Module):
 
         Raises:
             RuntimeError: the layer is merged already.
-            ValueError: parameters are placeholders on the meta device.
+            ValueError: parameters are placeholders on the meta device, or FSDP has gathered the
+                weight and will put its shard back.
         """
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
-        weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        self._put_aside(weight, self.frozen_weight if keep else None)
+        check_own_weight(self, self.frozen_weight)
+        former = kept(self.frozen_weight) if keep else None
+        self._put_aside(self.merged_weight(), former)
         return self
 
-    def _put_aside(self, weight: nn.Parameter, former: torch.Tensor | None) -> None:
+    def _put_aside(self, weight: torch.Tensor, former: torch.Tensor | None) -> None:
         """Make ``weight`` the merged weight, and keep ``former`` for ``unmerge``."""
-        self.frozen_weight, self.merged = weight, True
+        self.frozen_weight, self.merged = parameter_of(weight, self.frozen_weight), True
         self._keep_merged(former)
 
     def _keep_merged(self, former: torch.Tensor | None = None) -> None:
         # both may be stepped or loaded before unmerge(), which has to undo these
         copies = (t if t is None else t.detach().clone() for t in self.at_strength())
-        merged_with = Merged(*copies, former)
-        self._merged_with = merged_with if self.merged else None
+        self._merged_with = Merged(*copies, former) if self.merged else None
 
     @untracked
-    def unmerge(self) -> BOFTLayer:
+    def unmerge(self) -> Self:
         """Undo ``merge``: bring back the weight that it put aside, bit for bit.
 
         Without that weight, after ``merge(keep=False)`` or a state dict of a merged layer, it is
@@ -297,7 +296,8 @@ class BOFTLayer(HasStrength, HasRotation, nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge: expected a merged layer, got one that is not")
-        self.frozen_weight = self._unmerged_weight()
+        check_own_weight(self, self.frozen_weight)
+        self.frozen_weight = parameter_of(self._unmerged_weight(), self.frozen_weight)
         self.merged, self._merged_with = False, None
         return self
 
@@ -309,14 +309,14 @@ class BOFTLayer(HasStrength, HasRotation, nn.Module):
         if former is None:
             # the layer may have moved to another device since
             skew, scale = (t if t is None else t.to(merged.device) for t in (skew, scale))
-            blocks, orthogonal = self._blocks(_widened(skew)), self.config.method == "exact"
-            former = unmerge_weight(merged, blocks, scale, orthogonal=orthogonal, **self._placement)
+            unmerge = partial(unmerge_weight, orthogonal=self.config.method == "exact")
+            former = self._merge_with(unmerge, merged, skew, scale)
         elif (former.device, former.dtype) != (merged.device, merged.dtype):
             former = former.to(merged.device, merged.dtype)
         is_parameter = isinstance(former, nn.Parameter)
         return former if is_parameter else nn.Parameter(former, requires_grad=False)
 
-    def interpolate(self, n: int) -> BOFTLayer:
+    def interpolate(self, n: int) -> Self:
         """Replace the n factors of the largest strides by the identity (the paper's Fig. 10).
 
         n = 0 is the finetuned layer, n = n_factors the pretrained weight, still scaled.
@@ -349,27 +349,27 @@ class BOFTLayer(HasStrength, HasRotation, nn.Module):
                 "before training, or eval() for inference"
             )
 
-    def get_extra_state(self) -> torch.Tensor:
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # A merged weight that is loaded as an unmerged one would be rotated twice, and unmerging
         # has to undo exactly the factors that were merged.
-        return torch.tensor([self.merged, self.n_identity], dtype=torch.int64)
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        merged, self.n_identity = state.tolist()
-        self.merged = bool(merged)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        # torch copies into the weight in place. If loading changes whether it is merged, other
-        # layers that share its storage must not change with it.
-        state, has_weight = state_dict.get(f"{prefix}_extra_state"), f"{prefix}weight" in state_dict
-        if state is not None and bool(state[0]) != self.merged:
+        state = state_dict.pop(f"{prefix}_extra_state", None)  # only if there is something to say
+        has_weight, merged = f"{prefix}weight" in state_dict, self.merged
+        if state is not None:
+            merged, self.n_identity = bool(state[0]), int(state[1])
+        else:
+            merged = merged and not has_weight
+            self.n_identity = 0 if f"{prefix}skew" in state_dict else self.n_identity
+        if merged != self.merged:
             if not has_weight:
                 raise ValueError(
                     f"{prefix}_extra_state: expected merged={self.merged}, as the layer is, in a "
                     "state without its weight, got the other"
                 )
+            # torch copies into the weight in place. Other layers that share its storage must not
+            # change with it.
             copy = self.frozen_weight.detach().clone()
             self.frozen_weight = nn.Parameter(copy, requires_grad=False)
+            self.merged = merged
         self._is_loading = True  # a state holds the frozen or merged weight, not the rotated one
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -382,6 +382,9 @@ class BOFTLayer(HasStrength, HasRotation, nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged or self.n_identity:  # loaders of plain layers' states trip over such a key
+            state = torch.tensor([self.merged, self.n_identity], dtype=torch.int64)
+            destination[f"{prefix}_extra_state"] = state
         if self._merged_with is not None:  # the merged ones, even if the parameters have changed
             merged = self._merged_with
             for name, tensor in (("skew", merged.skew), ("scale", merged.scale)):

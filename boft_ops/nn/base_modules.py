@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 
 from .._runtime.checks import FLOATING
 from .._runtime.dtypes import HALVES
-from .rotated_weight import RotatedWeight, is_dense
+from .distributed import compute_device, is_fully_sharded
+from .rotated_weight import RotatedWeight, is_dense, is_sharded
 
 
 def check_numbers(
@@ -101,10 +102,24 @@ def is_quantized(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
+        if is_sharded(weight):
+            weight = weight.to_local()
         is_plain = is_dense(weight) or isinstance(weight, RotatedWeight)
         return not is_plain or weight.dtype not in FLOATING
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(not tensor.is_floating_point() for tensor in own)
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """True if torch's or transformers' tensor parallelism has cut the weight of a linear module.
+
+    Both wrap the forward of the module, which the parameters of an FSDP group do not need.
+    """
+    weight = module._parameters.get("weight")
+    classes = (cls.__module__ for cls in type(module).__mro__)
+    is_fsdp = any(name.startswith("torch.distributed.fsdp") for name in classes)
+    is_wrapped = bool(module._forward_pre_hooks) or "forward" in vars(module)
+    return weight is not None and is_sharded(weight) and is_wrapped and not is_fsdp
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
@@ -174,7 +189,7 @@ def adapter_place(base: nn.Module) -> dict[str, torch.device | torch.dtype]:
     """
     place: dict[str, torch.device | torch.dtype] = {}
     for tensor in (*base.parameters(), *base.buffers()):
-        place.setdefault("device", tensor.device)
+        place.setdefault("device", torch.device(compute_device(tensor)))
         if tensor.dtype == torch.float64:
             place["dtype"] = torch.float64
     hook = getattr(base, "_hf_hook", None)
@@ -205,6 +220,10 @@ def call_for_scale(
     """
     bias = getattr(base, "bias", None)
     bias = bias if isinstance(bias, torch.Tensor) else None
+    if bias is not None and is_fully_sharded(base):  # whole inside the call alone
+        y = base(x, *args, **kwargs)
+        bias = (bias.full_tensor() if is_sharded(bias) else bias).to(y.dtype)
+        return y, bias, bias
     if bias is not None and bias.is_meta and not x.is_meta:  # it is there during the call alone
         bias = _offloaded_bias(base, x.device)
         return base(x, *args, **kwargs), bias, bias

@@ -12,8 +12,8 @@ from .._runtime import checks
 
 Options = dict[str, int | float | str | bool]
 
-# Written only if it is not the default: files of plain butterflies do not mention it.
-_OPTIONAL = frozenset({"kaleidoscope"})
+# Not in every file: an option that is written only if it is not the default, and that of experts.
+_OPTIONAL = frozenset({"kaleidoscope", "experts"})
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ class RotationConfig:
 
 
 class HasRotation:
-    """Mixin for modules with a ``config``, a ``scale`` and a ``dropout``.
+    """Mixin for modules with a ``config``, ``rotated_features``, a ``scale`` and a ``dropout``.
 
     Its properties read the config.
     """
 
     config: RotationConfig
+    rotated_features: int
     scale: torch.nn.Parameter | None
     dropout: torch.nn.Module
 
@@ -108,6 +109,11 @@ class HasRotation:
     @property
     def kaleidoscope(self) -> int:
         return self.config.kaleidoscope
+
+    @property
+    def whole_skew_shape(self) -> tuple[int, ...]:
+        """The shape of ``skew`` where it is not a shard."""
+        return self.config.skew_shape(self.rotated_features)
 
     def options(self) -> Options:
         """The keyword arguments that make another module like this one."""

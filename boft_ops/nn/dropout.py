@@ -36,17 +36,19 @@ class MultiplicativeDropout(nn.Module):
         )
 
     def draw(self, skew: torch.Tensor) -> torch.Tensor | None:
-        """Draw the boolean mask (m, K) of the blocks to drop in one forward pass.
+        """Draw the boolean mask of the blocks to drop in one forward pass.
 
         Args:
-            skew: (m, K, b(b-1)/2); its shape and device are used.
+            skew: (..., m, K, b(b-1)/2); its shape and device are used.
 
         Returns:
-            The mask, or None if there is nothing to drop.
+            The mask (..., m, K), of each rotation on its own; None if there is nothing to drop.
         """
         if not self.training or not self.p_component or not self.p_block:
             return None
-        return draw_mask(*skew.shape[:2], self.p_component, self.p_block, skew.device, None)
+        *batch, m, n_blocks, _ = skew.shape
+        shares = self.p_component, self.p_block
+        return draw_mask(m, n_blocks, *shares, skew.device, None, tuple(batch))
 
     def extra_repr(self) -> str:
         return f"p_component={self.p_component}, p_block={self.p_block}"

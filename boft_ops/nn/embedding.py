@@ -134,7 +134,7 @@ class BOFTEmbedding(BOFTLayer, nn.Embedding):
             if self.padding_idx is not None:
                 self.frozen_weight[self.padding_idx] = 0
         if "skew" in self._parameters:  # torch's constructor calls this before there is one
-            nn.init.zeros_(self.skew)
+            self.reset_adapter()
 
     @property
     def rotated_features(self) -> int:

@@ -14,12 +14,16 @@ from .base_modules import (
 )
 from .config import Options
 from .conv import CONVOLUTIONS
+from .distributed import data_mesh
 from .embedding import BOFTEmbedding
+from .expert_modules import is_experts
+from .experts import BOFTExperts
 from .layers import BOFTLinear
 from .multi_adapter import MultiAdapterLinear
+from .rotated_weight import is_sharded
 
 DEFAULT = "default"  # name of the adapter that adapt() adds to a layer that it calls
-BOFT_CLASSES = BOFTLayer, MultiAdapterLinear
+BOFT_CLASSES = BOFTLayer, MultiAdapterLinear, BOFTExperts
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -53,6 +57,8 @@ def check_replaceable(name: str, module: nn.Module, wrap: bool) -> None:
         )
     if not is_layer(module) and not (wrap and _has_to_be_called(module)):
         hint = "; wrap=True calls it on rotated inputs" if linear_features(module) else ""
+        if is_experts(module):
+            hint = f"; target_parameters takes '{name}.down_proj'"
         raise TypeError(
             "target_modules: expected nn.Linear, nn.Conv1d to nn.Conv3d, nn.Embedding or a "
             f"quantized linear layer, {name!r} is {type(module).__name__}{hint}"
@@ -60,14 +66,30 @@ def check_replaceable(name: str, module: nn.Module, wrap: bool) -> None:
 
 
 def build_layer(
-    name: str, module: nn.Module, options: Options, wrap: bool
+    name: str, module: nn.Module, options: Options, wrap: bool, is_managed: bool
 ) -> BOFTLayer | MultiAdapterLinear:
-    """Build the layer that rotates ``module``; ``name`` is for messages, ``wrap`` as for adapt."""
+    """Build the layer that rotates ``module``.
+
+    Args:
+        name: for messages.
+        module: a kind that ``check_replaceable`` accepts.
+        options: keyword arguments of the layer or its adapter.
+        wrap: as for ``adapt``.
+        is_managed: True if ``fully_shard`` manages the weight, which has to stay where it is.
+    """
+    weight, has_to_be_called = getattr(module, "weight", None), _has_to_be_called(module)
+    is_shard = weight is not None and is_sharded(weight)
+    calls = is_called(module) or (isinstance(module, nn.Linear) and is_shard)
     try:
-        if is_called(module) or (wrap and _has_to_be_called(module)):
+        mesh = data_mesh(weight) if is_managed else None
+        if calls or (wrap and has_to_be_called):
             layer = MultiAdapterLinear(module)
-            layer.add_adapter(DEFAULT, **options)
+            adapter = layer.add_adapter(DEFAULT, **options)
+            if mesh is not None:
+                adapter.replicate(mesh)
             return layer.train(module.training)
+        if is_shard:
+            raise ValueError("expected adapt() before the layer is sharded, got a shard")
         if isinstance(module, nn.Linear):
             return BOFTLinear.from_linear(module, **options)
         if isinstance(module, nn.Embedding):
@@ -75,5 +97,6 @@ def build_layer(
         form = next(form for base, form in CONVOLUTIONS.items() if isinstance(module, base))
         return form.from_conv(module, **options)
     except (TypeError, ValueError) as error:
-        hint = " (wrap=True would keep and call it)" if _has_to_be_called(module) else ""
+        may_wrap = has_to_be_called and not (calls or wrap or is_managed)
+        hint = " (wrap=True would keep and call it)" if may_wrap else ""
         raise type(error)(f"{name}: {error}{hint}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
@@ -10,6 +12,9 @@ from ..ops.linear import rotated_linear
 from ..ops.rotation import SkewRotation
 from .base import BOFTLayer
 from .config import RotationConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _linear_arguments(linear: nn.Linear) -> tuple:
@@ -54,6 +59,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
     """
 
     BASE, _base_arguments = nn.Linear, _linear_arguments
+    tensor_parallel = None  # the ColwiseBOFT or RowwiseBOFT that cut the parameters
 
     def __init__(
         self,
@@ -86,7 +92,7 @@ class BOFTLinear(BOFTLayer, nn.Linear):
         self._init_rotation(config)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **options) -> BOFTLinear:
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> Self:
         """Build a BOFT layer that shares the storage of the weight and bias of ``linear``.
 
         Args:
@@ -106,7 +112,13 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         return cls._from_base(linear, _linear_arguments(linear), options)
 
+    def _to_base(self, weight: nn.Parameter) -> nn.Linear:
+        layer = super()._to_base(weight)
+        return layer if self.tensor_parallel is None else self.tensor_parallel.plain(layer)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tensor_parallel is not None:
+            return self.tensor_parallel.call(self, x)
         if self.merged:
             self._check_trainable()
             return super().forward(x)
@@ -154,7 +166,7 @@ class OFTLinear(BOFTLinear):
         dtype: torch.dtype | None = None,
         *,
         block_size: int = 8,
-        **options,
+        **options: Any,
     ) -> None:
         if "n_factors" in options:
             raise TypeError("n_factors: OFTLinear has exactly one; use BOFTLinear for more")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from .._runtime import checks
 from ..ops.cayley import cayley
-from .config import HasRotation, RotationConfig
+from ..ops.dropout import drop_blocks
+from .adapter_parameters import HasAdapter
+from .config import RotationConfig
+from .distributed import averaged, replicated
 from .dropout import MultiplicativeDropout
-from .powers import HasStrength
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
-class LinearAdapter(HasStrength, HasRotation, nn.Module):
+class LinearAdapter(HasAdapter, nn.Module):
     """The rotation of a linear layer's inputs and the scale of its outputs, without the layer.
 
     Args:
@@ -32,6 +39,8 @@ class LinearAdapter(HasStrength, HasRotation, nn.Module):
     """
 
     merged, n_identity = False, 0  # attributes of BOFTLayer, which never change here
+    is_cut = False  # True if tensor parallelism has made the parameters DTensors
+    base_class = "Linear"  # or "Conv1D", of transformers, whose weight is transposed
 
     def __init__(
         self,
@@ -58,13 +67,45 @@ class LinearAdapter(HasStrength, HasRotation, nn.Module):
         self.skew = nn.Parameter(skew)
         self.register_parameter("scale", nn.Parameter(scale) if config.scale else None)
 
+    reset_parameters = HasAdapter.reset_adapter  # the name by which torch initializes a module
+
+    def own_skew(self) -> torch.Tensor:
+        """The skew at its strength, plain: the blocks of this rank if tensor parallelism cut it.
+
+        The gradient of one that every rank has is averaged over the ranks.
+        """
+        return self._own(self.at_strength()[0])
+
+    def own_scale(self) -> torch.Tensor | None:
+        """The scale at its strength as a plain tensor, or None; see ``own_skew``."""
+        scale = self.at_strength()[1]
+        return None if scale is None else self._own(scale)
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if self.is_cut else averaged(tensor)
+
+    def local(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``own_skew`` and ``own_scale``."""
+        return self.own_skew(), self.own_scale()
+
+    def replicate(self, mesh: DeviceMesh) -> None:
+        """Make skew and scale one parameter of all ranks of a mesh, on which they are equal."""
+        self.skew = replicated(self.skew, mesh)
+        self.scale = None if self.scale is None else replicated(self.scale, mesh)
+
     def blocks(self, n_factors: int = 0) -> torch.Tensor:
         """Orthogonal blocks (m, K, b, b), after dropout in training mode.
 
         If m < n_factors, identity factors are appended, so that the blocks of adapters with
         different m can be stacked.
         """
-        blocks = self.dropout(cayley(self.at_strength()[0], method=self.config.method))
+        blocks = cayley(self.own_skew(), method=self.config.method)
+        if self.is_cut:
+            from .tensor_parallel import shared_drop_mask  # imports torch.distributed.tensor
+
+            blocks = drop_blocks(blocks, shared_drop_mask(self))
+        else:
+            blocks = self.dropout(blocks)
         missing = n_factors - len(blocks)
         if missing <= 0:
             return blocks
@@ -72,8 +113,8 @@ class LinearAdapter(HasStrength, HasRotation, nn.Module):
         return torch.cat([blocks, eye.expand(missing, *blocks.shape[1:])])
 
     def describe_base(self) -> tuple[str, int]:
-        """The class name of torch's layer that is rotated, and the number n of its outputs."""
-        return "Linear", self.out_features
+        """The class name of the layer that is rotated, and the number n of its outputs."""
+        return self.base_class, self.out_features
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items() if value)

@@ -11,7 +11,8 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.geodesic import chart_mean, karcher_mean
-from .adapter_file import Adapter, adapter_of, read_adapter
+from .adapter_file import adapter_of
+from .adapter_format import Adapter, read_adapter
 from .config import Options, RotationConfig
 
 MEANS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -129,21 +130,33 @@ def _merge_layer(
         factors = _stacked("scale", scales, 1.0)
         if not (factors > 0).all():
             raise ValueError("scale: expected positive numbers, which have a geometric mean")
-        merged[scale_name] = _as_first(scales, (shares[:, None] * factors.log()).sum(0).exp())
+        mean = torch.tensordot(shares, factors.log(), 1).exp()
+        merged[scale_name] = _as_first(scales, mean)
     return options, merged
 
 
 def _common_options(found: Sequence[Options]) -> Options:
     """The options of the first adapter, if the others say the same of the rotation."""
-    first, *others = (RotationConfig(**options) for options in found)
+    first, *others = map(_checked, found)
     for other in others:
-        for key in ("block_size", "n_factors", "side", "method", "kaleidoscope"):
-            if getattr(first, key) != getattr(other, key):
+        for key in ("block_size", "n_factors", "side", "method", "kaleidoscope", "experts"):
+            if first.get(key) != other.get(key):
                 raise ValueError(
-                    f"{key}: expected one value for all adapters, got {getattr(first, key)!r} and "
-                    f"{getattr(other, key)!r}"
+                    f"{key}: expected one value for all adapters, got {first.get(key)!r} and "
+                    f"{other.get(key)!r}"
                 )
-    return first.options()
+    return first
+
+
+def _checked(options: Options) -> Options:
+    """The options of a layer; those of experts say whose rotations they are, too.
+
+    Raises:
+        TypeError, ValueError: an option is not valid for any layer.
+    """
+    experts = {key: value for key, value in options.items() if key == "experts"}
+    rotation = {key: value for key, value in options.items() if key != "experts"}
+    return RotationConfig(**rotation).options() | experts
 
 
 def _stacked(part: str, tensors: Sequence[torch.Tensor | None], missing: float) -> torch.Tensor:

@@ -7,18 +7,17 @@ So the base may be quantized, and several adapters can share it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import count
 
 import torch
 from torch import nn
 
 from .._runtime import autocast, checks
-from .._runtime.dtypes import COMPUTE
 from ..ops.butterfly import butterfly_matmul
-from ..ops.planner import plan_for
-from ..ops.rotate_indexed import IDENTITY, compose_all, index_of_rows, rotate_indexed
+from ..ops.rotate_indexed import IDENTITY, index_of_rows
 from ..ops.scale import scale_columns
-from ..ops.stages import plan
 from .adapted_weight import adapted_weight, no_weight, weight_with
+from .adapter_tables import composed_tables
 from .base_modules import (
     adapter_place,
     call_for_scale,
@@ -28,15 +27,17 @@ from .base_modules import (
     dense_weight,
     is_conv1d,
     is_quantized,
+    is_tensor_parallel,
     like_base,
     linear_features,
 )
 from .config import RotationConfig
 from .linear_adapter import LinearAdapter
+from .prepared_tables import PreparedTables
 from .rotated_weight import RotatedWeight
 
 
-class MultiAdapterLinear(nn.Module):
+class MultiAdapterLinear(PreparedTables, nn.Module):
     """A frozen linear module and any number of adapters: y = s * (base(x R) - bias) + bias.
 
     Without ``adapter_index``, the active adapters serve all rows: x meets their rotations in the
@@ -49,6 +50,8 @@ class MultiAdapterLinear(nn.Module):
             a quantized layer. It is frozen, and called on rotated inputs. Its bias, which is not
             scaled, must be its attribute ``bias``, or None.
         in_features, out_features: sizes of the base; None reads its attributes of these names.
+        slots: the most adapters at a time, for which ``prepare`` then reserves memory; None for any
+            number, which takes new memory when it grows.
 
     Shape: x (..., in_features) -> (..., out_features).
 
@@ -56,14 +59,21 @@ class MultiAdapterLinear(nn.Module):
         base: the frozen module.
         adapters: ``LinearAdapter`` by name, in the order in which they were added.
         active: names of the active adapters, in the order in which x meets them.
+        numbers: the number of each adapter in ``adapter_index``, by name. An adapter gets the
+            lowest free number and keeps it until it is deleted.
 
     Raises:
-        TypeError: ``base`` is not an nn.Module, or a size is no int.
+        TypeError: ``base`` is not an nn.Module, or a size or ``slots`` is no int.
         ValueError: a size is not positive.
     """
 
     def __init__(
-        self, base: nn.Module, in_features: int | None = None, out_features: int | None = None
+        self,
+        base: nn.Module,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        *,
+        slots: int | None = None,
     ) -> None:
         super().__init__()
         checks.module("base", base)
@@ -74,14 +84,16 @@ class MultiAdapterLinear(nn.Module):
         )
         checks.positive_int("in_features", self.in_features)
         checks.positive_int("out_features", self.out_features)
+        if slots is not None:
+            checks.positive_int("slots", slots)
         self.base = base.requires_grad_(False)
         self.adapters = nn.ModuleDict()
+        self.slots, self.numbers = slots, {}
+        self.shard_adapters()
         self.active: tuple[str, ...] = ()
         # Set by adapter_rows: the adapter of each request, and its rows if there are several.
         self.request_index: torch.Tensor | None = None
         self.request_repeats = 1
-        # The versions of the skews that prepare() used, and its stacks of matrices.
-        self._prepared: tuple[list, list[tuple]] | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -118,10 +130,10 @@ class MultiAdapterLinear(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all adapters, in the order of their numbers in ``adapter_index``."""
+        """Names of all adapters, in the order in which they were added."""
         return tuple(self.adapters)
 
-    def add_adapter(self, name: str, *, active: bool = True, **options) -> LinearAdapter:
+    def add_adapter(self, name: str, *, active: bool = True, **options: object) -> LinearAdapter:
         """Add an adapter that is the identity until it is trained or loaded.
 
         Args:
@@ -139,15 +151,32 @@ class MultiAdapterLinear(nn.Module):
         """
         return self.put_adapter(name, self.new_adapter(name, **options), active)
 
-    def put_adapter(self, name: str, adapter: LinearAdapter, active: bool) -> LinearAdapter:
-        """Add an adapter that ``new_adapter`` made for this name."""
-        self.adapters[name] = adapter
-        self.forget()
+    def put_adapter(
+        self, name: str, adapter: LinearAdapter, active: bool, number: int | None = None
+    ) -> LinearAdapter:
+        """Add an adapter that ``new_adapter`` made for this name.
+
+        Prepared tables stay prepared: the adapter is written into them.
+
+        Args:
+            name, adapter: see ``new_adapter``.
+            active: if True, the adapter is appended to the active list.
+            number: in ``adapter_index``; None for the lowest free one.
+        """
+        if number is None:
+            number = next(n for n in count() if n not in self.numbers.values())
+        if self.slots is not None and number >= self.slots:
+            raise ValueError(
+                f"slots: expected at most {self.slots} adapters, got one more: delete one first"
+            )
+        with self.prepared_update() as update:
+            self.adapters[name], self.numbers[name] = adapter, number
+            update(number)
         if active:
             self.active = (*self.active, name)
         return adapter
 
-    def new_adapter(self, name: str, **options) -> LinearAdapter:
+    def new_adapter(self, name: str, **options: object) -> LinearAdapter:
         """Make the adapter that ``add_adapter`` would add, without changing the layer."""
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"name: expected a string without dots, got {name!r}")
@@ -157,17 +186,36 @@ class MultiAdapterLinear(nn.Module):
         factory_kwargs = adapter_place(self.base) | given
         config = RotationConfig(**options)
         adapter = LinearAdapter(self.in_features, self.out_features, config, **factory_kwargs)
+        if is_conv1d(self.base):
+            adapter.base_class = "Conv1D"
+        if self._is_cut:
+            from .tensor_parallel import cut_adapter  # imports torch.distributed.tensor
+
+            cut_adapter(adapter, self.base.weight)
         return adapter.train(self.training)
 
+    def shard_adapters(self) -> None:
+        """Cut the adapters as tensor parallelism has cut the weight of the base, if it has."""
+        self._is_cut, self._own_in_features = is_tensor_parallel(self.base), self.in_features
+        if self._is_cut:
+            from .tensor_parallel import cut_adapter, own_in_features
+
+            self._own_in_features = own_in_features(self.base)
+            for adapter in self.adapters.values():
+                cut_adapter(adapter, self.base.weight)
+
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter; the numbers of those that were added after it fall by one.
+        """Remove an adapter. The others keep their numbers; its own is free for the next one.
+
+        Rows that still name its number raise, or become NaN where ``forward`` cannot look.
 
         Raises:
             ValueError: the layer has no adapter of that name.
         """
         self._check_names([name])
-        del self.adapters[name]
-        self.forget()
+        with self.prepared_update() as update:
+            del self.adapters[name]
+            update(self.numbers.pop(name))
         self.active = tuple(other for other in self.active if other != name)
 
     def set_active(self, names: str | Iterable[str]) -> None:
@@ -200,9 +248,14 @@ class MultiAdapterLinear(nn.Module):
         """
         names = list(names)
         self._check_names([name for name in names if name is not None])
-        numbers = {name: i for i, name in enumerate(self.names)} | {None: IDENTITY}
-        device = next((a.skew.device for a in self.adapters.values()), None)
-        return torch.tensor([numbers[name] for name in names], dtype=torch.int64, device=device)
+        numbers = self.numbers | {None: IDENTITY}
+        chosen = [numbers[name] for name in names]
+        return torch.tensor(chosen, dtype=torch.int64, device=self.adapter_device)
+
+    @property
+    def adapter_device(self) -> torch.device | None:
+        """The device of the adapters, or None if there are none."""
+        return next((adapter.skew.device for adapter in self.adapters.values()), None)
 
     def _check_names(self, names: Iterable[str]) -> None:
         if unknown := [name for name in names if name not in self.adapters]:
@@ -213,10 +266,10 @@ class MultiAdapterLinear(nn.Module):
 
         Args:
             x: (..., in_features).
-            adapter_index: the number of each row's adapter in ``names``, or -1 for the base alone;
+            adapter_index: the number of each row's adapter in ``numbers``, -1 for the base alone;
                 integers that broadcast to the shape of x without its last dimension. None uses
-                the active adapters, or inside ``adapter_rows`` its choice. For numbers out of
-                range see ``butterfly_matmul_indexed``.
+                the active adapters, or inside ``adapter_rows`` its choice. Numbers without an
+                adapter are as in ``butterfly_matmul_indexed``.
 
         Returns:
             (..., out_features), in the dtype that the base returns.
@@ -224,27 +277,45 @@ class MultiAdapterLinear(nn.Module):
         Raises:
             TypeError: x is no floating-point tensor.
             ValueError: the last dimension of x is not in_features, or ``adapter_index`` does not
-                fit.
+                fit; under tensor parallelism: the base does not get the rows of x as they are.
         """
         checks.tensor("x", x, min_dim=1)
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1] != self._own_in_features:
             raise ValueError(
-                f"x: expected a last dimension of {self.in_features}, got shape {tuple(x.shape)}"
+                f"x: expected a last dimension of {self._own_in_features}, got shape "
+                f"{tuple(x.shape)}"
             )
         if adapter_index is None and self.request_index is not None:
             adapter_index = self._rows_of_requests(x)
         if adapter_index is not None:
-            return self._forward_indexed(x, index_of_rows(adapter_index, x, len(self.adapters)))
+            return self._forward_indexed(x, adapter_index)
         active, scale = [self.adapters[name] for name in self.active], None
         for adapter in active:
             check_numbers({"skew": adapter.skew, "scale": adapter.scale}, x)
-            x, own = butterfly_matmul(x, adapter.blocks()), adapter.at_strength()[1]
+            x = butterfly_matmul(x, adapter.blocks())
+            # the scale of all outputs, as the base may give all of them or those of this rank
+            own = adapter.at_strength()[1] if adapter.is_cut else adapter.own_scale()
             if own is not None:
                 scale = own if scale is None else scale * own
-        if scale is None:
-            return self.base(x)
-        y, center, bias = call_for_scale(self.base, scale, x)
-        return scale_columns(y, scale, center, bias)
+        y, (scale, center, bias) = self._call_base(x, scale)
+        return y if scale is None else scale_columns(y, scale, center, bias)
+
+    def _call_base(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple:
+        """The output of the base, and (scale, center, bias) for the outputs that it has."""
+        y, *vectors = (
+            (self.base(x), None, None) if scale is None else call_for_scale(self.base, scale, x)
+        )
+        if self._is_cut:
+            from .tensor_parallel import own_vectors
+
+            return y, own_vectors(x, y, scale, *vectors)
+        return y, (scale, *vectors)
+
+    def _check_numbers(self, index: torch.Tensor) -> None:
+        """Raise ValueError for a number that no adapter has."""
+        numbers = sorted(self.numbers.values())
+        if unknown := sorted(set(index.unique().tolist()) - {IDENTITY, *numbers}):
+            raise ValueError(f"index: expected -1 or one of {numbers}, got {unknown[0]}")
 
     def _rows_of_requests(self, x: torch.Tensor) -> torch.Tensor:
         """``request_index`` in a shape that broadcasts to the rows of x."""
@@ -259,110 +330,27 @@ class MultiAdapterLinear(nn.Module):
         return index.view(-1, *[1] * (x.dim() - 2))
 
     def _forward_indexed(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        x = autocast.cast(x)
-        compute_dtype = COMPUTE[x.dtype]
-        if self._is_stale():
+        x, is_eager = autocast.cast(x), not torch.compiler.is_compiling()
+        if is_eager and self.is_stale():
             self.forget()
-        prepared = self._prepared  # another thread may forget it
-        stacks = prepared[1] if prepared else self._stacks(compute_dtype, x)
-        for numbers, stages, matrices in stacks:
-            local = self._renumbered(index, numbers)
-            x = rotate_indexed(x, matrices, stages, local, False)
-        scales = [adapter.at_strength()[1] for adapter in self.adapters.values()]
-        if all(scale is None for scale in scales):
-            return self.base(x)
-        # The last row of the table, ones, is for the base alone and for numbers out of range.
-        ones = next(torch.ones_like(scale) for scale in scales if scale is not None)
-        table = torch.stack([ones if scale is None else scale for scale in (*scales, None)])
-        check_numbers({"scale": table}, x)
-        y, center, bias = call_for_scale(self.base, table, x)
-        last = len(scales)
-        chosen = torch.where((index < 0) | (index >= last), last, index)
-        offset = (table[chosen] - 1).reshape(y.shape).to(y.dtype)
+        tables = self.prepared_tables()
+        # Names and numbers come and go, so that a graph for prepared tables must not read them.
+        slots = tables.slots if tables else max([-1, *self.numbers.values()]) + 1
+        index = index_of_rows(index, x, slots)
+        if is_eager and index.is_cpu and len(self.numbers) < slots:
+            self._check_numbers(index)
+        tables = tables or composed_tables(self.by_number(), slots, x)
+        entries = tables.entries(index)
+        for group in tables.groups:
+            x = group.rotate(x, entries)
+        y, (offsets, center, bias) = self._call_base(x, tables.offsets)
+        if offsets is None:
+            return y
+        # The entries of numbers out of range are zeros: their rows are NaN already.
+        offset = offsets.index_select(0, entries).reshape(y.shape).to(y.dtype)
         # y + (y - center)(s - 1): exactly y where s is 1, and no small change of s is rounded away
         scaled = torch.addcmul(y, y if center is None else y - center.to(y.dtype), offset)
         return scaled if bias is center else scaled + bias.to(y.dtype)
-
-    def _stacks(self, dtype: torch.dtype, x: torch.Tensor | None = None) -> list[tuple]:
-        """Compose the adapters: (their numbers, stages, matrices of each stage) per block size.
-
-        The stages are those tuned for x, or the default ones if x is None.
-        """
-        groups: dict[int, list[int]] = {}
-        adapters = list(self.adapters.values())
-        for number, adapter in enumerate(adapters):
-            check_numbers({"skew": adapter.skew}, x)
-            groups.setdefault(adapter.block_size, []).append(number)
-        stacks = []
-        for block_size, numbers in groups.items():
-            m = max(adapters[i].n_factors for i in numbers)
-            blocks = torch.stack([adapters[i].blocks(m) for i in numbers])
-            device = blocks.device.type
-            stages = plan(m, block_size, device) if x is None else plan_for(x, m, block_size)
-            stacks.append((tuple(numbers), stages, compose_all(blocks, stages, dtype)))
-        return stacks
-
-    def _renumbered(self, index: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
-        """Replace numbers of adapters by their positions in ``numbers``, and the others by -1.
-
-        Numbers out of range stay out of range, so that their rows become NaN.
-        """
-        if len(numbers) == len(self.adapters):
-            return index
-        outside = (index < IDENTITY) | (index >= len(self.adapters))
-        local = torch.where(outside, len(numbers), IDENTITY).to(index.dtype)
-        for position, number in enumerate(numbers):
-            local = torch.where(index == number, position, local)
-        return local
-
-    def prepare(self, dtype: torch.dtype = torch.float32) -> MultiAdapterLinear:
-        """Compose the matrices of all adapters now, for calls with ``adapter_index`` to reuse.
-
-        They are dropped by ``train()``, a move to another device or dtype, loading, and adding or
-        deleting an adapter. In eager mode they are also dropped if a skew is written to in place,
-        unless that is done through ``.data``.
-
-        Args:
-            dtype: float32, or float64 for inputs of float64.
-
-        Returns:
-            The layer itself.
-
-        Raises:
-            RuntimeError: the layer is in training mode.
-            ValueError: a skew is a placeholder on the meta device.
-        """
-        if self.training:
-            raise RuntimeError("prepare: expected eval(), got a layer in training mode")
-        with torch.inference_mode(False), torch.no_grad():  # gradients may be wanted later
-            self._prepared = self._versions(), self._stacks(dtype)
-        return self
-
-    def forget(self) -> None:
-        """Drop the matrices that ``prepare`` composed."""
-        self._prepared = None
-
-    def _is_stale(self) -> bool:
-        eager = self._prepared is not None and not torch.compiler.is_compiling()
-        return eager and self._prepared[0] != self._versions()
-
-    def _versions(self) -> list[tuple[int, int, float]]:
-        adapters = [(adapter.skew, adapter.strength) for adapter in self.adapters.values()]
-        # A change in place raises the version; a tensor made in inference mode has none.
-        return [(id(s), 0 if s.is_inference() else s._version, t) for s, t in adapters]
-
-    def train(self, mode: bool = True) -> MultiAdapterLinear:
-        if mode:
-            self.forget()
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs):
-        self.forget()
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.forget()
-        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def merged_layer(self, requantize: Callable[[nn.Linear], nn.Module] | None = None) -> nn.Module:

@@ -8,6 +8,8 @@ import torch
 
 from .._runtime import checks
 from ..ops.geodesic import geodesic
+from .distributed import by_parts, changes_unseen, whole
+from .rotated_weight import is_sharded
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # skew and scale
 
@@ -17,8 +19,9 @@ def power(skew: torch.Tensor, scale: torch.Tensor | None, strength: float) -> Pa
     """Return the parameters of R^t and the scale s^t, in the dtypes of ``skew`` and ``scale``.
 
     Args:
-        skew: (..., b(b-1)/2); every block becomes its t-th power, see ``geodesic``.
-        scale: (n,) or None.
+        skew: (..., b(b-1)/2); every block becomes its t-th power, see ``geodesic``. Each rank
+            computes its part of a DTensor.
+        scale: (..., n) or None.
         strength: t, a finite number.
 
     Raises:
@@ -26,12 +29,21 @@ def power(skew: torch.Tensor, scale: torch.Tensor | None, strength: float) -> Pa
     """
     if strength == 1:
         return skew, scale
-    if scale is not None and strength != 0 and not (scale > 0).all():
+    skew = by_parts(lambda part: geodesic(part, strength), skew)
+    if scale is None:
+        return skew, None
+    _check_positive(scale.to_local() if is_sharded(scale) else scale, strength)
+    return skew, scale.double().pow(strength).to(scale.dtype)
+
+
+def _check_positive(scale: torch.Tensor | None, strength: float) -> None:
+    """Raise ValueError for a scale without a t-th power; a placeholder is passed over."""
+    if scale is None or scale.is_meta or strength in (0, 1):
+        return
+    if not (scale > 0).all():
         raise ValueError(
             f"strength: expected 0 or 1 over a scale that is not positive, got {strength}"
         )
-    powered = scale if scale is None else scale.double().pow(strength).to(scale.dtype)
-    return geodesic(skew, strength), powered
 
 
 class Powers:
@@ -56,18 +68,27 @@ class Powers:
         Args:
             sources: the parameters that tell a change, if skew and scale are made from others.
         """
-        if self._pair is not None and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return power(skew, scale, strength) if self._pair is None else self._pair
+        sources = [tensor for tensor in sources or (skew, scale) if tensor is not None]
+        key = [strength, *map(_stamp, sources)]
+        if self._pair is not None and key == self._key:
             return self._pair
-        key: list = [strength]
-        for tensor in sources or (skew, scale):
-            if tensor is not None:
-                # a change in place raises the version; a tensor made in inference mode has none
-                version = 0 if tensor.is_inference() else tensor._version
-                key += [id(tensor), version, tensor.device, tensor.dtype]
-        if key != self._key:
-            with torch.inference_mode(False):  # gradients of x may be wanted later
-                self._pair, self._key = power(skew, scale, strength), key
-        return self._pair
+        with torch.inference_mode(False):  # gradients of x may be wanted later
+            pair = power(skew, scale, strength)
+        if not any(map(changes_unseen, sources)):
+            self._pair, self._key = pair, key
+        return pair
+
+
+@torch.no_grad()
+def _stamp(tensor: torch.Tensor) -> tuple:
+    """The marks by which a change of a tensor is noticed."""
+    # A shard is written to as a DTensor or as its local part.
+    parts = (tensor, tensor.to_local()) if is_sharded(tensor) else (tensor,)
+    # A change in place raises the version; a tensor made in inference mode has none.
+    versions = [0 if part.is_inference() else part._version for part in parts]
+    return id(tensor), *versions, tensor.device, tensor.dtype
 
 
 class HasStrength:
@@ -85,7 +106,9 @@ class HasStrength:
         checks.finite("strength", strength)
         if self.merged:
             raise RuntimeError("set_strength: expected an unmerged layer, got a merged one")
-        power(self.skew[:0], self.scale, strength)
+        scale = self.scale
+        if scale is not None and not scale.is_meta:  # all ranks find the same
+            _check_positive(whole(scale), strength)
 
     def set_strength(self, strength: float):
         """Weaken the adapter for inference: R^t and s^t in the place of R and s.
@@ -94,6 +117,7 @@ class HasStrength:
         between every block of R follows the shortest way, by t times its angles. Numbers beyond 1
         exaggerate what was trained, and negative ones turn the other way. ``skew`` and ``scale``
         are not changed, and files hold them as they are. A trained bias has no strength.
+        Every rank that holds a part of skew or scale makes the call.
 
         Args:
             strength: t, a finite number.
@@ -107,14 +131,17 @@ class HasStrength:
             RuntimeError: the layer is merged.
         """
         self.check_strength(strength)
-        self.strength, self._powers = float(strength), Powers()
-        if strength != 1 and not self.skew.is_meta:
+        strength, powers = float(strength), Powers()
+        if strength != 1 and not self.skew.is_meta and not changes_unseen(self.skew):
             # now, as a compiled graph would take apart what it traces
-            self._powers.of(self.skew, self.scale, self.strength)
+            powers.of(self.skew, self.scale, strength)
+        self.strength, self._powers = strength, powers
         return self
 
     def at_strength(self) -> Pair:
         """Return skew and scale, or at another strength than 1 what takes their place, detached.
+
+        They are DTensors where the parameters are, with the same placements.
 
         Raises:
             RuntimeError: skew or scale is to be trained at another strength than 1.

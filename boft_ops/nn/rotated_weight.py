@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -41,10 +42,24 @@ def rotated_weight(
     if frozen.is_meta or is_sharded(frozen):
         return frozen
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not is_traced and _is_read_by_pipelining():
+        return frozen
     if is_traced or torch._C._are_functorch_transforms_active():
         return compute(frozen, *trained)
     weight = Weight(compute, frozen, trained)
     return Rotate.apply(weight, frozen, *trained)
+
+
+def _is_read_by_pipelining() -> bool:
+    """True if torch.distributed.pipelining reads the attribute ``weight`` of a layer.
+
+    It looks up every parameter by its name, and finds the parameter's stage by its identity.
+    """
+    try:
+        reader = sys._getframe(3)  # beyond this function, rotated_weight and the property
+    except ValueError:  # no caller so far up
+        return False
+    return reader.f_globals.get("__name__", "").startswith("torch.distributed.pipelining")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -12,20 +12,21 @@ from collections.abc import Callable
 from torch import nn
 
 COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+DDP = "torch.nn.parallel.distributed.DistributedDataParallel"
+FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"
+DEEPSPEED = "deepspeed.runtime.engine.DeepSpeedEngine"
 # The attribute that holds the wrapped module, by the class of the wrapper. Names of classes are
 # compared, because importing them all would take seconds.
 _ATTRIBUTES = {
     COMPILED: "_orig_mod",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    DDP: "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.optim.swa_utils.AveragedModel": "module",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
-        "_fsdp_wrapped_module"
-    ),
+    FSDP1: "_fsdp_wrapped_module",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": (
         "_checkpoint_wrapped_module"
     ),
-    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+    DEEPSPEED: "module",
 }
 
 

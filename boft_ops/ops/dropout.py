@@ -71,14 +71,15 @@ def draw_mask(
     p_block: float,
     device: torch.device,
     generator: torch.Generator | None,
+    batch: tuple[int, ...] = (),
 ) -> torch.Tensor | None:
-    """A random drop mask, boolean (m, n_blocks); None if no block is to be dropped."""
+    """Random drop masks, boolean (*batch, m, n_blocks); None if no block is to be dropped."""
     n_components, n_dropped = count(p_component, m), count(p_block, n_blocks)
     if n_components == 0 or n_dropped == 0:
         return None
-    drop_mask = _draw((m, n_blocks), n_dropped, device, generator)
+    drop_mask = _draw((*batch, m, n_blocks), n_dropped, device, generator)
     if n_components < m:
-        drop_mask = drop_mask & _draw((m,), n_components, device, generator)[:, None]
+        drop_mask = drop_mask & _draw((*batch, m), n_components, device, generator)[..., None]
     return drop_mask
 
 

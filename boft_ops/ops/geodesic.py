@@ -80,17 +80,18 @@ def chart_mean(skews: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     over all blocks of a factor. Averaging alone would shorten rotations in different planes.
 
     Args:
-        skews: (n, m, K, b(b-1)/2), floating-point; each of the m factors has a norm of its own.
+        skews: (n, ..., m, K, b(b-1)/2), floating-point; each factor has a norm of its own.
         weights: (n,), not negative, with a sum of 1.
 
     Returns:
-        (m, K, b(b-1)/2), float64. A factor in which the skews cancel, up to rounding, is zero.
+        (..., m, K, b(b-1)/2), float64. A factor in which the skews cancel, up to rounding, is zero.
     """
-    skews, shape = skews.double(), (len(skews), 1, 1, 1)
-    weights = weights.to(skews).view(shape)
-    mean = (weights * skews).sum(0)
-    norms = (weights * torch.linalg.vector_norm(skews, dim=(2, 3), keepdim=True)).sum(0)
-    norm = torch.linalg.vector_norm(mean, dim=(1, 2), keepdim=True)
+    skews = skews.double()
+    weights = weights.to(skews)
+    mean = torch.tensordot(weights, skews, 1)
+    lengths = torch.linalg.vector_norm(skews, dim=(-2, -1), keepdim=True)
+    norms = torch.tensordot(weights, lengths, 1)
+    norm = torch.linalg.vector_norm(mean, dim=(-2, -1), keepdim=True)
     is_canceled = norm <= _CANCELED * norms
     return torch.where(is_canceled, 0.0, mean * (norms / torch.where(is_canceled, 1.0, norm)))
 

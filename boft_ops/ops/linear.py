@@ -10,16 +10,17 @@ A rotated layer is computed by one of four strategies, for rows x and a frozen w
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .._runtime import autocast, backend, checks, tuned
-from .._runtime.dtypes import HALVES, widest
+from .._runtime.dtypes import COMPUTE, HALVES, widest
 from .composed_linear import composed_linear
 from .dropout import draw_mask
+from .linear_from_skew import LinearFromSkew, NativeCall, linear_from_skew_forward
 from .planner import WEIGHT_SIDE_ROWS, layer_plan
 from .rotate import rotate_backward, rotate_rows
 from .rotated_linear import MIN_ROWS, RotatedLinear, rotated_linear_forward
@@ -31,7 +32,21 @@ Strategy = Literal["fused", "batched", "separate", "rotate_weight"]
 # Types of weights whose numbers lie in one dense memory. Others, such as quantized weights and
 # DTensors, are tensors to F.linear alone: nothing else of a layer touches them.
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-Plan = tuple[tuple[Stage, ...], Strategy]
+
+
+class Plan(NamedTuple):
+    """How the calls of one signature are computed.
+
+    Attributes:
+        stages: of the butterfly.
+        strategy: the way to compute them where ``native`` does not serve.
+        native: the one call that does everything, or None.
+    """
+
+    stages: tuple[Stage, ...]
+    strategy: Strategy
+    native: NativeCall | None = None
+
 
 
 # --- Strategies -----------------------------------------------------------------------------------
@@ -40,8 +55,14 @@ _plans: dict[tuple, Plan] = {}  # call signature -> plan
 _generation = 0  # generation of the measurements that the plans rest on
 
 
-def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
-    """Return the stages of R and the strategy for a call; eager calls remember both.
+def choose_strategy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rotation: Rotation,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> Plan:
+    """Return the plan of a call; eager calls remember it.
 
     Every check that leads to a decision costs host time. The rules ask only if the rows exceed two
     thresholds, so the signature of a call holds the two answers and not the number of rows: batches
@@ -50,6 +71,7 @@ def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -
     global _generation
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # of torch.jit.trace
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) is not torch.Tensor
     ):
@@ -57,9 +79,9 @@ def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -
     if _generation != tuned.generation:
         _plans.clear()
         _generation = tuned.generation
-    inputs, outputs = x.shape[-1], weight.shape[0]
+    outputs, inputs = weight.shape
     rows = x.shape[0] if x.dim() == 2 else x.numel() // inputs
-    parameter, kind = rotation[:2]  # skew and method, or matrix and orthogonal
+    parameter, kind, *_ = rotation  # skew and method, or matrix and orthogonal
     signature = (
         backend.forced(),
         x.device,
@@ -70,10 +92,14 @@ def choose_strategy(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -
         outputs,
         rows >= MIN_ROWS,
         rows >= WEIGHT_SIDE_ROWS * outputs,
+        weight.is_contiguous(),
+        None if scale is None else scale.dtype,
+        None if bias is None else bias.dtype,
     )
     plan = _plans.get(signature) or _plans.get((signature, rows))
     if plan is None:
         plan = _decide(x, weight, rotation)
+        plan = plan._replace(native=_native_call(plan, x, weight, rotation, scale, bias))
         if len(_plans) >= tuned.MEMO:  # bounds the memory that measured sizes take
             _plans.clear()
         measured = bool(tuned.table(tuned.device_number(x)).names)
@@ -86,35 +112,74 @@ def _decide(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
     outputs = weight.shape[0] if rotation.is_orthogonal() else None
     stages, rotates_weight = layer_plan(x, *rotation.factors(), outputs)
     if rotates_weight:
-        return stages, "rotate_weight"
+        return Plan(stages, "rotate_weight")
     if torch.compiler.is_exporting():  # for any number of rows, while other graphs are for few
-        return stages, "separate"
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    # predicates look at the size and the dtype of the first stage: an empty one will do
-    dtype = widest(x.dtype, rotation[0].dtype)
-    stage = x.new_empty((0, stages[0].size, stages[0].size), dtype=dtype)
-    found = rotated_linear_forward.kernel_backend(rows, weight, stage, None, None, False, False)
+        return Plan(stages, "separate")
+    found = _kernel_backend(x, weight, rotation, stages)
     if found == "cpu":
-        return stages, "fused"
+        return Plan(stages, "fused")
     # a graph, or a dispatch mode such as a flop counter, is to see the products
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if found and len(stages) == 1 and not watched and _parts_agree(found, rows, weight, stage):
-        return stages, "batched"
-    return stages, "separate"
+    if found and len(stages) == 1 and not watched and _parts_agree(found, x, weight, stages):
+        return Plan(stages, "batched")
+    return Plan(stages, "separate")
+
+
+def _kernel_backend(
+    x: torch.Tensor, weight: torch.Tensor, rotation: Rotation, stages: tuple[Stage, ...]
+) -> str | None:
+    rows, stage = _operands(x, widest(x.dtype, rotation[0].dtype), stages)
+    return rotated_linear_forward.kernel_backend(rows, weight, stage, None, None, True, False)
+
+
+def _operands(
+    x: torch.Tensor, dtype: torch.dtype, stages: tuple[Stage, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows, and an empty stage of the right size and dtype, which is all that is looked at."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows, x.new_empty((0, stages[0].size, stages[0].size), dtype=dtype)
+
+
+def _native_call(
+    plan: Plan,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rotation: Rotation,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> NativeCall | None:
+    """The native call that serves a signature, or None."""
+    if isinstance(rotation, DenseRotation) or rotation.method != "exact":
+        return None
+    if len(plan.stages) > 1 or not weight.is_contiguous() or weight.dim() != 2:
+        return None
+    wide = COMPUTE[x.dtype]
+    if (scale is not None and scale.dtype != wide) or (bias is not None and bias.dtype != x.dtype):
+        return None
+    operands = x, weight, rotation.skew, rotation.drop_mask, scale, bias, False, False
+    name = linear_from_skew_forward.kernel_backend(*operands)
+    # on a GPU the kernels of the rows decide, which Triton has too
+    if name is None or (name == "cuda" and _kernel_backend(x, weight, rotation, plan.stages) != name):
+        return None
+    if plan.strategy == "rotate_weight" or not _parts_agree(name, x, weight, plan.stages):
+        return None
+    return NativeCall(name, plan.strategy == "fused", plan.stages[0].splits(x))
 
 
 def _parts_agree(
-    backend_name: str, x: torch.Tensor, weight: torch.Tensor, stage: torch.Tensor
+    backend_name: str, x: torch.Tensor, weight: torch.Tensor, stages: tuple[Stage, ...]
 ) -> bool:
     """Return True unless a part of the batched op was measured to be faster on another backend.
 
     A measurement of the whole op counts for more than those of its parts.
     """
-    whole = x, weight, stage
-    if backend.forced() or tuned.measured(rotated_linear_forward.tunable, x, whole):
+    rows, stage = _operands(x, x.dtype, stages)
+    if backend.forced() or tuned.measured(
+        rotated_linear_forward.tunable, x, (rows, weight, stage)
+    ):
         return True
     size = stage.shape[-1]
-    rotation, scale = ((size, size, 1), x.shape), ((), (x.shape[0], weight.shape[0]))
+    rotation, scale = ((size, size, 1), rows.shape), ((), (rows.shape[0], weight.shape[0]))
     classes = {rotate_rows: rotation, rotate_backward: rotation}
     classes |= {scale_forward: scale, scale_backward: scale}
     measured = [tuned.lookup(op.tunable, x.device, x.dtype, *c) for op, c in classes.items()]
@@ -145,6 +210,10 @@ def is_identity(rotation: Rotation, scale: torch.Tensor | None) -> bool:
     if isinstance(rotation, DenseRotation):
         parameter = parameter.detach() - torch.eye(parameter.shape[-1])
     return not is_rotated(parameter) and (scale is None or not is_rotated(scale.detach() - 1))
+
+
+# Function.apply itself looks for transforms of torch.func, which rotated_linear has done.
+_apply = super(torch.autograd.Function, LinearFromSkew).apply
 
 
 # --- Functions ------------------------------------------------------------------------------------
@@ -244,7 +313,13 @@ def rotated_linear(
         return composed_linear(x, weight, rotation, scale, bias, side, kaleidoscope, as_torch)
     if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
         scale = scale.detach()  # a Function cannot see no_grad, and would save z for this gradient
-    stages, strategy = choose_strategy(x, weight, rotation)
+    stages, strategy, native = choose_strategy(x, weight, rotation, scale, bias)
+    if native is not None:
+        skew, _, drop_mask = rotation
+        if torch.is_grad_enabled():
+            return _apply(x, weight, scale, bias, skew, drop_mask, native)
+        call = x, weight, skew, drop_mask, scale, bias, False, native.fused
+        return native.forward(*call)[0]
     if as_torch and scale is not None:
         strategy = "identity"
     if isinstance(rotation, DenseRotation):

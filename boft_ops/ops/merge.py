@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import wraps
+from typing import TypeVar
 
 import torch
 
@@ -15,8 +16,10 @@ from .._runtime import autocast, linalg
 from .._runtime.dtypes import widest
 from .kaleidoscope import multiply
 
+Method = TypeVar("Method", bound=Callable)
 
-def untracked(method: Callable) -> Callable:
+
+def untracked(method: Method) -> Method:
     """Decorator: run a method of a layer without autograd, inference mode and autocast.
 
     Methods that replace or inspect weights need it.

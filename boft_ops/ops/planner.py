@@ -43,6 +43,12 @@ def plan_choice(stages: int, weight_side: bool) -> Choice:
     return Choice("", (("stages", stages), ("weight_side", int(weight_side))))
 
 
+def default_plan(n_factors: int, block_size: int, device: str, rows: int, outputs: int) -> Choice:
+    """The plan of a layer of which nothing was measured."""
+    stages = plan(n_factors, block_size, device)
+    return plan_choice(len(stages), rotates_weight(stages, device, rows, outputs))
+
+
 def _numbers(choice: Choice) -> tuple[int, bool]:
     config = dict(choice.config)
     return config.get("stages", 0), config.get("weight_side") == 1

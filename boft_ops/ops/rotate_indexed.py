@@ -1,7 +1,8 @@
 """Rows times the rotation that each of them names: many adapters in one batch.
 
 ``rotate_indexed`` is ``rotate`` with a set of stage matrices for each adapter and the number of an
-adapter for each row. It is one launch for each stage, whatever the number of adapters.
+adapter for each row. It is one launch for each stage, whatever the number of adapters, and so is
+its gradient, ``segment_stage_grads`` of the rows sorted by adapter.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from .rotate import (
     flops_of_rotate,
     order_of,
     rotate_reference,
-    rotate_stage_grad,
     triton_supports_stage,
 )
+from .segment_stage_grads import segment_stage_grads, splits_of, total
 from .stages import Stage, plan
 
 IDENTITY = -1  # the index of rows that are left as they are
@@ -93,37 +94,49 @@ rotate_indexed_rows = Op(
 
 
 class RotateIndexed(torch.autograd.Function):
-    """y = x R (or x R^T) with the R of each row. Saves x, the index and the stage matrices."""
+    """y = x R (or x R^T) with the R of each row. Saves x, the index and the stage matrices.
+
+    ``offsets`` are the ends of the adapters' segments if the rows are sorted by adapter, else None.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, index, transpose: bool, plan: tuple[Stage, ...], *matrices):
+    def forward(x, index, offsets, transpose: bool, plan: tuple[Stage, ...], *matrices):
         return _through_stages(x, index, transpose, plan, matrices)[-1]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, index, ctx.transpose, ctx.plan, *matrices = inputs
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, index, *matrices)
+        x, index, offsets, ctx.transpose, ctx.plan, *matrices = inputs
+        x = x if any(ctx.needs_input_grad[5:]) else None
+        ctx.save_for_backward(x, index, offsets, *matrices)
 
     @staticmethod
     def backward(ctx, grad):
-        x, index, *matrices = ctx.saved_tensors
+        x, index, offsets, *matrices = ctx.saved_tensors
         plan, transpose, grad = ctx.plan, ctx.transpose, grad.contiguous()
-        order = order_of(plan, transpose)
+        order, sorting = order_of(plan, transpose), None
         grads: list[torch.Tensor | None] = [None] * len(plan)
-        if x is not None:  # the input of each stage, once more
+        if x is not None:
+            if offsets is None:
+                sorting, offsets = _sort(index, len(matrices[0]))
+                x, grad, index = x[sorting], grad[sorting], index[sorting]
+            # the input of each stage, once more
             inputs = _through_stages(x, index, transpose, plan, matrices)
         for position in reversed(range(len(plan))):
             i = order[position]
             if x is not None:
-                grads[i] = _stage_gradient(
-                    inputs[position], grad, index, plan[i], matrices[i], transpose
+                grads[i] = _stage_gradients(
+                    inputs[position], grad, offsets, plan[i], matrices[i], transpose
                 )
             if ctx.needs_input_grad[0] or position:
                 layout = plan[i].chunk, plan[i].stride, not transpose
                 grad = rotate_indexed_rows(grad, matrices[i], index, *layout)
-        return grad if ctx.needs_input_grad[0] else None, None, None, None, *grads
+        if not ctx.needs_input_grad[0]:
+            grad = None
+        elif sorting is not None:
+            grad = grad[sorting.argsort()]
+        return grad, None, None, None, None, *grads
 
 
 def _through_stages(x, index, transpose, plan, matrices) -> list[torch.Tensor]:
@@ -135,19 +148,23 @@ def _through_stages(x, index, transpose, plan, matrices) -> list[torch.Tensor]:
     return states
 
 
-def _stage_gradient(x, grad, index, stage: Stage, matrix, transpose) -> torch.Tensor:
-    """The gradient of each adapter's stage: one pass over all rows for each adapter.
+def _stage_gradients(x, grad, offsets, stage: Stage, matrix, transpose) -> torch.Tensor:
+    """The gradients of all adapters' stages, in one pass over rows that are sorted by adapter."""
+    pair = (grad, x) if transpose else (x, grad)
+    layout = stage.size, stage.chunk, stage.stride, splits_of(stage, x, len(matrix))
+    return total(segment_stage_grads(*pair, offsets, *layout)).to(matrix.dtype)
 
-    Serving needs none of it, and training has few adapters; nothing depends on how many rows an
-    adapter has, so that there is no host sync and compiled graphs are made once.
+
+def _sort(index: torch.Tensor, n_adapters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows in the order of their adapters, those without one last, and the adapters' ends.
+
+    The sizes of the results do not depend on the index: there is no host sync, and compiled graphs
+    are made once.
     """
-    parts, stage_grads = stage.splits(x), []
-    for adapter in range(len(matrix)):
-        mine = torch.where((index == adapter)[:, None], x, 0)
-        pair = (grad, mine) if transpose else (mine, grad)
-        partial = rotate_stage_grad(*pair, stage.size, stage.chunk, stage.stride, parts)
-        stage_grads.append(partial.sum(0))
-    return torch.stack(stage_grads).to(matrix.dtype)
+    outside = (index < 0) | (index >= n_adapters)
+    numbers, order = torch.where(outside, n_adapters, index).sort(stable=True)
+    adapters = torch.arange(n_adapters, device=index.device, dtype=numbers.dtype)
+    return order, torch.searchsorted(numbers, adapters, right=True, out_int32=True)
 
 
 def butterfly_matmul_indexed(
@@ -157,7 +174,8 @@ def butterfly_matmul_indexed(
 
     As ``butterfly_matmul(x[i], blocks[index[i]])`` for each row i, in one launch for each stage of
     the plan. For serving many adapters in one batch; rows of one adapter are best neighbours. The
-    gradient of ``blocks`` takes a pass over x for each adapter.
+    gradient of ``blocks`` sorts the rows by adapter; if they are sorted already, as those of
+    experts are, ``butterfly_matmul_segments`` spares it.
 
     Args:
         x: (..., d), float64, float32, bfloat16 or float16.
@@ -175,6 +193,61 @@ def butterfly_matmul_indexed(
         TypeError: an argument is not a tensor of its kind.
         ValueError: shapes do not fit, or an index is out of range.
     """
+    x, stages, matrices = _prepared(x, blocks)
+    index = index_of_rows(index, x, len(blocks))
+    return rotate_indexed(x, matrices, stages, index, transpose)
+
+
+def butterfly_matmul_segments(
+    x: torch.Tensor, blocks: torch.Tensor, offsets: torch.Tensor, *, transpose: bool = False
+) -> torch.Tensor:
+    """Each segment of rows of x times a butterfly matrix of its own, or its transpose.
+
+    As ``butterfly_matmul(x[offsets[e - 1] : offsets[e]], blocks[e])`` for each segment e, in one
+    launch for each stage of the plan; the gradient, too, takes one pass over x, however many
+    segments there are. For the rows of experts, which are sorted by expert.
+
+    Args:
+        x: (N, d), float64, float32, bfloat16 or float16.
+        blocks: (E, m, K, b, b) with K * b = d: the blocks of E butterflies, as for
+            ``butterfly_matmul``.
+        offsets: integers (E,), the ascending ends of the segments, the first of which begins at
+            row 0, as ``offs`` of ``torch.nn.functional.grouped_mm``. A segment may be empty. Rows
+            from the last end on are left as they are. On a CPU, not in a compiled graph, other
+            numbers raise; elsewhere a look at them would wait for the device.
+        transpose: multiply by the transposes instead.
+
+    Returns:
+        (N, d) in the dtype of x.
+
+    Raises:
+        TypeError: an argument is not a tensor of its kind.
+        ValueError: shapes do not fit, or offsets descend or lie outside of [0, N].
+    """
+    x, stages, matrices = _prepared(x, blocks)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected rows (N, d), got shape {tuple(x.shape)}")
+    _check_integers("offsets", offsets, x)
+    if offsets.shape != blocks.shape[:1]:
+        raise ValueError(
+            f"offsets: expected an end for each of {len(blocks)} segments, got shape "
+            f"{tuple(offsets.shape)}"
+        )
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = [0, *offsets.tolist(), len(x)]
+        if ends != sorted(ends):
+            raise ValueError(f"offsets: expected ascending ends up to {len(x)}, got {ends[1:-1]}")
+    offsets = offsets.to(torch.int32)
+    rows = torch.arange(len(x), device=x.device, dtype=torch.int32)
+    index = torch.searchsorted(offsets, rows, right=True, out_int32=True)
+    index = torch.where(index < len(blocks), index, IDENTITY)
+    return rotate_indexed(x, matrices, stages, index, transpose, offsets)
+
+
+def _prepared(
+    x: torch.Tensor, blocks: torch.Tensor
+) -> tuple[torch.Tensor, tuple[Stage, ...], tuple[torch.Tensor, ...]]:
+    """x as autocast has it, the stages of the plan and their matrices; checks x and blocks."""
     checks.tensor("x", x, min_dim=1)
     checks.tensor("blocks", blocks)
     if blocks.dim() != 5 or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
@@ -192,9 +265,7 @@ def butterfly_matmul_indexed(
     checks.same_device("blocks", blocks, "x", x)
     x = autocast.cast(x)
     stages = plan_for(x, m, b)
-    index = index_of_rows(index, x, len(blocks))
-    matrices = compose_all(blocks, stages, x.dtype)
-    return rotate_indexed(x, matrices, stages, index, transpose)
+    return x, stages, compose_all(blocks, stages, x.dtype)
 
 
 def compose_all(
@@ -212,12 +283,7 @@ def compose_all(
 
 def index_of_rows(index: torch.Tensor, x: torch.Tensor, n_adapters: int) -> torch.Tensor:
     """``index`` as one int32 for each row of x (..., d); what it must be, see above."""
-    if not isinstance(index, torch.Tensor) or index.is_floating_point() or index.is_complex():
-        kind = getattr(index, "dtype", type(index).__name__)
-        raise TypeError(f"index: expected a tensor of integers, got {kind}")
-    if index.dtype == torch.bool:
-        raise TypeError("index: expected a tensor of integers, got torch.bool")
-    checks.same_device("index", index, "x", x)
+    _check_integers("index", index, x)
     try:
         rows = index.expand(x.shape[:-1])
     except RuntimeError as error:
@@ -237,15 +303,30 @@ def index_of_rows(index: torch.Tensor, x: torch.Tensor, n_adapters: int) -> torc
     return rows.reshape(-1).to(torch.int32)
 
 
+def _check_integers(name: str, numbers: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise TypeError unless ``numbers`` are integers, and ValueError if not on the device of x."""
+    is_tensor = isinstance(numbers, torch.Tensor)
+    if not is_tensor or numbers.is_floating_point() or numbers.is_complex():
+        kind = getattr(numbers, "dtype", type(numbers).__name__)
+        raise TypeError(f"{name}: expected a tensor of integers, got {kind}")
+    if numbers.dtype == torch.bool:
+        raise TypeError(f"{name}: expected a tensor of integers, got torch.bool")
+    checks.same_device(name, numbers, "x", x)
+
+
 def rotate_indexed(
     x: torch.Tensor,
     matrices: tuple[torch.Tensor, ...],
     plan: tuple[Stage, ...],
     index: torch.Tensor,
     transpose: bool,
+    offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x (..., d) through the composed stages (A, d/size, size, size) that ``index`` (N,) names."""
+    """x (..., d) through the composed stages (A, d/size, size, size) that ``index`` (N,) names.
+
+    ``offsets`` (A,) are the ends of the adapters' segments if ``index`` is ascending, -1 last.
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     # as in ``rotate``
     function = RotateIndexed.apply if torch.is_grad_enabled() else RotateIndexed.forward
-    return function(rows, index, transpose, plan, *matrices).reshape(x.shape)
+    return function(rows, index, offsets, transpose, plan, *matrices).reshape(x.shape)

@@ -63,11 +63,10 @@ def _fake_backward(grad, x, weight, stage, scale, center, z, splits, need_bias):
     return x_grad, stage_grad, stage.new_empty(0), grad.new_empty(n if need_bias else 0)
 
 
-def _cpu_supports(x, weight, stage, scale=None, bias=None, bias_in_z=False, save=False) -> bool:
+def _cpu_supports(x, weight, stage, scale=None, bias=None, bias_in_z=True, save=False) -> bool:
     """Float32 with enough rows, on a CPU with the vector instructions that its BLAS uses too."""
     return (
         x.dtype == weight.dtype == stage.dtype == torch.float32
-        and (bias is None or not bias_in_z)
         and FUSED_MULTIPLE % stage.shape[-1] == 0
         and x.shape[0] >= MIN_ROWS
         and native.isa in ("avx2", "avx512")
@@ -75,7 +74,7 @@ def _cpu_supports(x, weight, stage, scale=None, bias=None, bias_in_z=False, save
 
 
 def _cpu_supports_backward(grad, x, weight, stage, scale, center, z, splits, need_bias) -> bool:
-    return center is None and splits == 1 and _cpu_supports(x, weight, stage)
+    return splits == 1 and _cpu_supports(x, weight, stage)
 
 
 def _cuda_supports(x, weight, stage, scale=None, bias=None, bias_in_z=True, save=False) -> bool:
@@ -100,7 +99,7 @@ def _samples(w: Workload) -> Iterator[tuple]:
     size = plan(w.n_factors, w.block_size, w.device.type)[0].size
     weight = w.tensor(w.n, w.d, std=w.d**-0.5)
     scale = 1 + w.tensor(w.n, std=0.1, dtype=w.compute_dtype)
-    bias, in_z = w.tensor(w.n, salt=1), w.device.type != "cpu" and w.dtype not in HALVES
+    bias, in_z = w.tensor(w.n, salt=1), w.dtype not in HALVES
     yield w.x(), weight, w.matrices(w.d // size, size), scale, bias, in_z, True
 
 
@@ -197,8 +196,8 @@ def _forward(layer: Layer, strategy: str, save_z: bool) -> tuple[torch.Tensor, t
     """Return y (N, n) and z, the output before the scale; z means something only if it is saved.
 
     The bias is added inside the product, as in torch's linear, so that y is exactly torch's where R
-    is the identity and the scale one. The fused kernel and the scale of half precision add it last,
-    and z is without it. The strategy "identity" is for the latter where y has to be torch's.
+    is the identity and the scale one. In half precision the scale adds it last, and z is without
+    it. The strategy "identity" is for the latter where y has to be torch's.
     """
     rows, weight, scale, bias, matrices, stages = layer
     if strategy == "identity":
@@ -206,7 +205,7 @@ def _forward(layer: Layer, strategy: str, save_z: bool) -> tuple[torch.Tensor, t
         return y, F.linear(rows, weight) if save_z else y
     if strategy == "fused":
         inner = _outer_stages(rows, matrices, stages)
-        return rotated_linear_forward(inner, weight, matrices[0], scale, bias, False, save_z)
+        return rotated_linear_forward(inner, weight, matrices[0], scale, bias, True, save_z)
     center = None if scale is not None and rows.dtype in HALVES else bias
     if strategy == "batched":
         in_z = center is bias
@@ -230,10 +229,10 @@ def _outer_stages(
 def _backward_fused(
     layer: Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: Needs
 ) -> _Gradients:
-    rows, weight, scale, _, matrices, stages = layer
+    rows, weight, scale, center, matrices, stages = layer
     inner = _outer_stages(rows, matrices, stages)
     inner_grad, first, scale_grad, bias_grad = rotated_linear_backward(
-        grad, inner, weight, matrices[0], scale, None, z, 1, needs.bias
+        grad, inner, weight, matrices[0], scale, center, z, 1, needs.bias
     )
     if len(stages) == 1:
         return inner_grad, [first], scale_grad, bias_grad
@@ -323,11 +322,11 @@ class RotatedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias, skew, drop_mask, matrix, decided):
         method, stages, strategy = ctx.decided = decided
         if skew is None:
-            blocks, matrices = None, [_as(matrix.detach(), widest(x.dtype, matrix.dtype))]
+            blocks, matrices = None, [_as(_detached(matrix), widest(x.dtype, matrix.dtype))]
         else:
             blocks, matrices = stages_from_skew(skew, drop_mask, method, stages, x.dtype)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        wide_scale = None if scale is None else scale.detach()
+        wide_scale = None if scale is None else _detached(scale)
         if scale is not None and scale.dtype != COMPUTE[x.dtype]:
             wide_scale = wide_scale.to(COMPUTE[x.dtype])
         layer = Layer(rows, weight, wide_scale, bias, matrices, stages)
@@ -336,7 +335,7 @@ class RotatedLinear(torch.autograd.Function):
         # A gradient of this call needs the numbers of this call. A saved Parameter would show what
         # has been put into its .data since, a detached tensor keeps the memory that it had.
         inputs = x, weight.detach(), scale, bias, skew, drop_mask, matrix
-        in_z = save_z and bias is not None and x.dtype not in HALVES and strategy != "fused"
+        in_z = save_z and bias is not None and x.dtype not in HALVES
         center = bias.detach() if in_z else None
         values = skew.detach() if method == "neumann5" else None
         own = z if save_z else None, wide_scale, center, values, blocks
@@ -383,6 +382,11 @@ class RotatedLinear(torch.autograd.Function):
             matrix_grad,
             None,
         )
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its Parameter; as it is in an exported graph, which is differentiated."""
+    return tensor if torch.compiler.is_exporting() else tensor.detach()
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

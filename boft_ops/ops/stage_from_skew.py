@@ -110,7 +110,13 @@ def _class_of(skew: torch.Tensor, _: object) -> tuple[tuple, tuple]:
     return (skew.shape[0], b), (skew.shape[1],)
 
 
-def _flops(skew: torch.Tensor, _: object) -> int:
+def flops_of_skew_gradient(blocks: torch.Tensor) -> int:
+    """The flops of the gradient of the skew from that of the stage."""
+    return 2 * flops_of_compose(blocks) + flops_of_products(blocks, 2)
+
+
+def flops_of_stage_from_skew(skew: torch.Tensor, *_: object) -> int:
+    """The flops of the blocks and of the stage."""
     return flops_of_cayley(skew) + flops_of_compose(fake_cayley(skew))
 
 
@@ -129,7 +135,7 @@ stage_from_skew_forward = Op(
         ),
     },
     shape_class=_CLASS,
-    flops=_flops,
+    flops=flops_of_stage_from_skew,
 )
 stage_from_skew_backward = Op(
     # grad (splits, d/size, size, size): partial sums of the stage's gradient
@@ -149,7 +155,7 @@ stage_from_skew_backward = Op(
     shape_class=_CLASS._replace(
         of=lambda blocks, *_: ((blocks.shape[0], blocks.shape[-1]), (blocks.shape[1],))
     ),
-    flops=lambda blocks, *_: 2 * flops_of_compose(blocks) + flops_of_products(blocks, 2),
+    flops=lambda blocks, *_: flops_of_skew_gradient(blocks),
 )
 
 

@@ -13,14 +13,45 @@ from typing import NamedTuple
 
 import torch
 
+from .._runtime import gpu
+
 # Cost of reading and writing x once, in multiply-adds per feature. On two CPU cores 8 bytes at
 # 10 GB/s against 2 flops at 100 GFLOP/s: some 40 to 80. On an H100, by its data sheet, 4 bytes at
 # 3.35 TB/s against 2 flops at some 600 TFLOP/s: about 350.
 PASS_COST = {"cpu": 64, "cuda": 350}
 
-# Programs that keep a GPU busy in one pass over x: four for each multiprocessor of an H100.
-GPU_PROGRAMS = 4 * 132
 PARTIAL_BYTES = 16 << 20  # most memory for the partial sums of one stage
+ROWS = 4096  # rows for which the number of partial sums is chosen
+
+
+class Pass(NamedTuple):
+    """A pass over x and its gradient by which a kernel sums the gradient of a stage.
+
+    Attributes:
+        size: largest groups.
+        features: features of a program.
+        registers: registers of a thread. A program has eight warps.
+        shared: KiB of shared memory of a program.
+        capability: least compute capability.
+    """
+
+    size: int
+    features: int
+    registers: int
+    shared: int
+    capability: int = 0
+
+
+# Triton's tiles in half precision (triton/rotate_backward.py), for groups of neighboring features
+# and for others. The first one that is for the groups and the device counts.
+PASSES = (
+    Pass(64, 64, 80, 58, 90),
+    Pass(64, 64, 202, 32),
+    Pass(128, 128, 191, 137, 90),
+    Pass(128, 64, 219, 48),
+    Pass(256, 64, 102, 65),
+)
+STRIDED_PASSES = (Pass(16, 128, 105, 45, 80), Pass(32, 256, 200, 64, 80), *PASSES)
 
 
 class Stage(NamedTuple):
@@ -43,15 +74,34 @@ class Stage(NamedTuple):
         """The number of partial sums over the rows of x (N, d) that the gradient of the stage has.
 
         One on a CPU, whose threads divide the groups. A GPU needs more programs than there are
-        groups. The number depends on the structure alone: a constant of a compiled graph.
+        groups, and is best filled by whole waves of them. The number depends on the structure and
+        the device alone: a constant of a compiled graph.
         """
         if x.device.type == "cpu":
             return 1
-        groups = x.shape[-1] // self.size
-        # small groups share a program by the dozen, large ones are tiles of 64
-        programs = -(-groups * self.size // 64) if self.size <= 16 else groups * -(-self.size // 64)
-        most = PARTIAL_BYTES // (4 * groups * self.size**2)
-        return max(1, min(-(-GPU_PROGRAMS // programs), most))
+        function = _splits if torch.compiler.is_compiling() else _cached_splits
+        return function(x.shape[-1], self.size, self.stride, x.device.index or 0)
+
+
+def _splits(features: int, size: int, stride: int, device: int) -> int:
+    limits = gpu.limits_of(device)
+    passes = PASSES if stride == 1 else STRIDED_PASSES
+    able = (p for p in passes if size <= p.size and p.capability <= limits.capability)
+    found = next(able, PASSES[-1])
+    slots = limits.multiprocessors * limits.programs(8, found.registers, found.shared << 10)
+    # A partial sum of float32 is written and read, rows of half precision are read twice and
+    # written once: 8 size against 6 ROWS bytes a feature.
+    return gpu.triton_object("limits:splits_for")(
+        -(-features // found.features),
+        slots,
+        most=PARTIAL_BYTES // (4 * features * size),
+        partial=8 * size / (6 * ROWS),
+    )
+
+
+# As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
+_splits._dynamo_marked_constant = True
+_cached_splits = lru_cache(maxsize=256)(_splits)
 
 
 def plan(

@@ -1,13 +1,12 @@
 """Measure which backends, tiles and plans are fastest on this machine, and keep them.
 
 --shapes takes names (llama-2-7b, llama-3-8b, deberta-v3-base, dinov2-large, sd-1.5) and DxNxROWS.
---explain prints the model's opinion of a layer.
+--explain prints the bytes and flops of each plan of a layer.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .._runtime import backend as backends
-from .._runtime import checks, paths, tuned, tuned_file
+from .._runtime import checks, command, paths, tuned, tuned_file
 from .._runtime.device import name_of
 from .._runtime.namespace import PACKAGE
 from . import explain
@@ -26,16 +25,10 @@ from .search import tune
 from .workloads import MODELS, problems, shapes_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-INTERRUPTED = 130  # exit code
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, or exit with one line that says what is wrong, before any work."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {PACKAGE}.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command to a parser."""
     add = parser.add_argument
     add("--ops", nargs="+", choices=sorted(tuned.tunables), metavar="OP",
         help="only these decisions: %(choices)s")  # fmt: skip
@@ -45,12 +38,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda")
     add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
     add("--rows", type=_positive, help="for named shapes (512 on a CPU, 8192 on a GPU)")
-    add("--seconds", type=_seconds, help="stop in good time before so many have passed")
-    add("--again", action="store_true", help="measure also what the file has")
+    add("--seconds", type=_positive, help="begin nothing after so many")
     add("--out", type=Path, help="write here, not into the cache")
     add("--explain", nargs=3, type=_positive, metavar=("d", "n", "N"),
-        help="measure nothing: the model")  # fmt: skip
-    options = parser.parse_args(argv)
+        help="measure nothing: bytes and flops of each plan")  # fmt: skip
+
+
+def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Replace names by what they mean; exit with what is wrong, before any work."""
     gpu = options.device == "cuda"
     options.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if gpu else "float32"))
@@ -62,11 +57,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         else:
             options.shapes = shapes_of(options.shapes, options.rows)
             _check_work(options)
-            options.out = options.out or tuned_file.user_file(options.device)
+            options.out = options.out or tuned_file.file_of(options.device)
             _check_out(options.out)
     except (ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
-    return options
 
 
 def _butterflies(text: str) -> list[tuple[int, int]]:
@@ -85,16 +79,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return seconds
-
-
 def _check_work(options: argparse.Namespace) -> None:
     """Raise ValueError where nothing of what was asked for can be measured."""
     if options.device.type == "cuda" and not torch.cuda.is_available():
@@ -108,21 +92,31 @@ def _check_work(options: argparse.Namespace) -> None:
 def _check_out(path: Path) -> None:
     """Raise ValueError unless the file can be written: measuring takes long."""
     folder = paths.nearest(path.parent)
-    if (path.exists() and not path.is_file()) or not folder.is_dir():
-        raise ValueError(f"--out: expected a file in a folder, got {str(path)!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
+    writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if path.is_dir() or not writable:
         raise ValueError(f"--out: expected a file in a folder to write to, got {str(path)!r}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Measure or explain as the arguments of ``parser`` say; return the exit status."""
+    _complete(options, parser)
     if options.explain:
         d, n, rows = options.explain
         for m, b in options.butterfly:
             explain.show(rows, d, n, m, b, options.dtype, options.device)
         return 0
     return _tune_all(options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PACKAGE}.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return command.run(run, parser.parse_args(argv), parser)
 
 
 def _tune_all(options: argparse.Namespace) -> int:
@@ -134,20 +128,19 @@ def _tune_all(options: argparse.Namespace) -> int:
         print(f"{path} is measured anew: {error}")
         rows = []
     known = {tuned_file.key_of(row) for row in rows}
-    todo = [p for p in every if options.again or tuned_file.key_of(p.row(p.default)) not in known]
+    todo = [p for p in every if tuned_file.key_of(p.row(p.default)) not in known]
     print(f"{name_of(device)}: {len(todo)} of {len(every)} to measure, into {path}", flush=True)
-    timer, done, longest = Timer(device), 0, 0.0
+    timer, done = Timer(device), 0
     for problem in todo:
-        began = time.perf_counter()
-        if options.seconds and options.seconds - (began - start) < longest:
+        if options.seconds and time.perf_counter() - start > options.seconds:
             break
         try:
             row = tune(problem, timer)
         except KeyboardInterrupt:
             print(f"interrupted; the same command goes on from {path}", file=sys.stderr)
-            return INTERRUPTED
+            return 130
         tuned_file.update(path, device, [row], tuned.check_row)
-        done, longest = done + 1, max(longest, time.perf_counter() - began)
+        done += 1
         print(f"[{done}/{len(todo)}] {_line(problem, row)}", flush=True)
     tuned.forget()
     left = f", {len(todo) - done} left for the next time" if done < len(todo) else ""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
@@ -19,8 +18,7 @@ from .workloads import Problem
 
 FIRST = 3  # calls of every candidate
 FINALISTS = 4  # beside the default
-ROUNDS, MOST_ROUNDS = 15, 101  # least and most rounds of the final
-SECONDS = 0.5  # the final has more than ROUNDS while they fit in this time
+ROUNDS = 21  # calls of every finalist
 SETS = 4  # most sets of inputs
 MEMORY = 2 << 30  # bytes that the sets of inputs may take
 UNITS = 2  # in the last place, that an error may exceed twice that of plain torch by
@@ -34,7 +32,7 @@ def tune(problem: Problem, timer: Timer, rounds: int = ROUNDS) -> dict[str, Any]
     """
     with torch.no_grad():
         sets = _sets_of(problem)
-        if problem.workload.device.type == "cuda":
+        if problem.workload.device.type == "cuda" and backend.has_triton():
             _compile_ahead(problem, sets[0])
         checker = _Checker(problem, sets[0])
         if (fault := checker.fault(problem.default)) is not None:
@@ -44,29 +42,25 @@ def tune(problem: Problem, timer: Timer, rounds: int = ROUNDS) -> dict[str, Any]
             if (fault := checker.fault(choice)) is None:
                 able.append(choice)
             else:
-                config = dict(choice.config)
-                failed.append({"backend": choice.backend, "config": config, "why": fault})
+                failed.append(choice._asdict() | {"config": dict(choice.config), "why": fault})
         del checker
 
-        def timed(choices: Sequence[Choice], count: int) -> list[list[float]]:
-            return take_turns(timer, [_run_of(problem, c, sets) for c in choices], count)
+        def timed(choices: Sequence[Choice], rounds: int) -> list[list[float]]:
+            runs = [lambda i, c=c: problem.run_with(c, sets[i % len(sets)]) for c in choices]
+            return take_turns(timer, runs, rounds)
 
-        began = time.perf_counter()
         first = [median(times) for times in timed(able, FIRST)]
-        call = (time.perf_counter() - began) / (FIRST * len(able))  # with the overwriting
         ranked = sorted(range(1, len(able)), key=lambda i: first[i])[:FINALISTS]
         finalists = [problem.default, *(able[i] for i in ranked)]
-        count = max(rounds, min(MOST_ROUNDS, int(SECONDS / (call * len(finalists)))))
-        times = timed(finalists, count)
+        times = timed(finalists, rounds)
         faster = [i for i in range(1, len(finalists)) if is_faster(times[i], times[0])]
         best = min(faster, key=lambda i: median(times[i]), default=0)
-        choice = finalists[best]
+        finalists = [problem.default, finalists[best]]
         if best:  # once more, alone with the default: of several the luckiest looks fastest
-            times = timed([problem.default, choice], count)
-            best = 1 if is_faster(times[1], times[0]) else 0
-            choice = choice if best else problem.default
+            times = timed(finalists, rounds)
+            best = int(is_faster(times[1], times[0]))
     return problem.row(
-        choice,
+        finalists[best],
         us=round(1e6 * median(times[best]), 2),
         default_us=round(1e6 * median(times[0]), 2),
         tried=1 + len(problem.others),
@@ -81,18 +75,6 @@ def _sets_of(problem: Problem) -> list[tuple]:
     while len(sets) < SETS and (len(sets) + 1) * n_bytes <= MEMORY:
         sets.append(problem.args(len(sets)))
     return sets
-
-
-def _pinned(problem: Problem, choice: Choice) -> contextlib.AbstractContextManager[None]:
-    return pinned(**{problem.tunable.name: choice})
-
-
-def _run_of(problem: Problem, choice: Choice, sets: Sequence[tuple]) -> Callable[[int], object]:
-    def run(round_: int) -> object:
-        with _pinned(problem, choice):
-            return problem.run(*sets[round_ % len(sets)])
-
-    return run
 
 
 class _Checker:
@@ -112,8 +94,7 @@ class _Checker:
     def fault(self, choice: Choice) -> str | None:
         """The reason why this choice may not be timed, or None."""
         try:
-            with _pinned(self.problem, choice):
-                result = self.problem.comparable(self.problem.run(*self.args))
+            result = self.problem.comparable(self.problem.run_with(choice, self.args))
             errors = [_error(a, b) for a, b in zip(_tensors(result), self.exact, strict=True)]
         except Exception as error:  # a compiler's, a launch's, for want of memory or registers
             return f"{type(error).__name__}: {str(error).strip().splitlines()[-1:] or ['']}"[:300]
@@ -144,11 +125,9 @@ def _compile_ahead(problem: Problem, args: tuple) -> None:
 
     A candidate that fails to compile fails again, with its error, when it is checked.
     """
-    try:
-        from triton import AsyncCompileMode
-        from triton.runtime.jit import JITFunction
-    except ImportError:  # Triton before 3.5: each is compiled as it is launched
-        return
+    from triton import AsyncCompileMode
+    from triton.runtime.jit import JITFunction
+
     launch = JITFunction.run
 
     def warm_up(self, *args, grid, warmup, **kwargs):
@@ -162,7 +141,7 @@ def _compile_ahead(problem: Problem, args: tuple) -> None:
         ):
             for choice in (problem.default, *problem.others):
                 if choice.backend == "triton":
-                    with contextlib.suppress(Exception), _pinned(problem, choice):
-                        problem.run(*args)
+                    with contextlib.suppress(Exception):
+                        problem.run_with(choice, args)
     finally:
         JITFunction.run = launch

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._runtime import backend, checks, dtypes, tuned
+from .._runtime import backend, checks, dtypes, gpu, tuned
 from .._runtime.limits import MAX_STAGE
 from .._runtime.tuned import Choice, Tunable
 from .._runtime.workload import Workload
 from ..ops.linear import boft_linear
-from ..ops.planner import PLAN, plan_choice, rotates_weight
+from ..ops.planner import PLAN, default_plan, plan_choice
 from ..ops.stages import plan
-from .candidates import tiles
 
 # (inputs, outputs) of each kind of adapted linear layer
 MODELS = {
@@ -25,6 +24,7 @@ MODELS = {
     "dinov2-large": ((1024, 1024), (1024, 4096), (4096, 1024)),
     "sd-1.5": ((320, 320), (640, 640), (1280, 1280), (768, 320), (768, 640), (768, 1280)),
 }
+STAGES = (1, 2, 3, 4)  # values of num_stages
 
 
 class Shape(NamedTuple):
@@ -63,6 +63,11 @@ class Problem:
         numbers = [f"{k}={v}" for k, v in (self.key["structure"] | self.key["sizes"]).items()]
         return " ".join([self.key["op"], *numbers, self.key["dtype"]])
 
+    def run_with(self, choice: Choice, args: tuple) -> Any:
+        """Result of a call in which the decision is made so, and every other one by default."""
+        with tuned.pinned(**{self.tunable.name: choice}):
+            return self.run(*args)
+
     def row(self, choice: Choice, **seen: Any) -> dict[str, Any]:
         """The row of a file that keeps a choice."""
         return {**self.key, "backend": choice.backend, "config": dict(choice.config), **seen}
@@ -90,14 +95,34 @@ def problems(
             if not checks.is_valid(shape.d, b, m):
                 continue
             workload = Workload(*shape, m, b, dtype, device)
-            for op in backend.ops().values():
-                if op.name in names and op.is_measured:
-                    for problem in _of_operator(op, workload):
-                        found.setdefault(str(problem), problem)
+            measured = [op for op in backend.ops().values() if op.name in names and op.is_measured]
+            made = [problem for op in measured for problem in _of_operator(op, workload)]
             if PLAN.name in names:
-                problem = _of_plan(workload)
+                made.append(_of_plan(workload))
+            for problem in made:
                 found.setdefault(str(problem), problem)
     return [*found.values()]
+
+
+def tiles(op: backend.Op, structure: dict[str, int], dtype: str, device: int) -> list[Choice]:
+    """Every tile but the default one of a CUDA device, given by its number, nearest first.
+
+    A step halves or doubles one field, or changes num_stages. Two steps reach what was fastest on
+    an H200 from each default; kernels with few fields get four.
+    """
+    table = op.tiles()
+    default = None if table is None else table.default(structure, dtype, gpu.limits_of(device))
+    if default is None:
+        return []
+    found = dict.fromkeys([default])  # in the order in which they are found
+    for _ in range(2 if len(default) > 4 else 4):
+        for tile in [*found]:
+            for field, value in tile._asdict().items():
+                nearby = STAGES if field == "num_stages" else (value // 2, value * 2)
+                found |= {tile._replace(**{field: other}): None for other in nearby if other >= 1}
+    del found[default]
+    legal = [tile for tile in found if table.is_legal(tile, structure, dtype)]
+    return [Choice("triton", tuple(tile._asdict().items())) for tile in legal]
 
 
 def _of_operator(op: backend.Op, workload: Workload) -> Iterable[Problem]:
@@ -106,8 +131,7 @@ def _of_operator(op: backend.Op, workload: Workload) -> Iterable[Problem]:
         able = [Choice(b) for b in order if b not in op.unavailable and op.supports(b, args)]
         key = _key(op.tunable, args[0], args)
         if "triton" in [choice.backend for choice in able]:
-            found = tiles(op, key["structure"], key["dtype"])
-            able += [Choice("triton", tile) for tile in found]
+            able += tiles(op, key["structure"], key["dtype"], args[0].get_device())
         make = lambda seed, i=index: [*op.samples(replace(workload, seed=seed))][i]  # noqa: E731
         default, *others = able
         yield Problem(op.tunable, workload, make, op, op.comparable, default, (*others,), key)
@@ -116,9 +140,7 @@ def _of_operator(op: backend.Op, workload: Workload) -> Iterable[Problem]:
 def _of_plan(workload: Workload) -> Problem:
     """A training step of a layer without the optimizer, with each plan."""
     m, b, device = workload.n_factors, workload.block_size, workload.device.type
-    stages = plan(m, b, device)
-    side = rotates_weight(stages, device, workload.rows, workload.n)
-    default = plan_choice(len(stages), side)
+    default = default_plan(m, b, device, workload.rows, workload.n)
     every = [
         plan_choice(count, weight_side)
         for count in range(1, m + 1)

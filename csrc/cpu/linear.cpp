@@ -125,12 +125,13 @@ BOFT_INLINE void pack_forward(const float* x, const float* stages, float* packed
   }
 }
 
-// Packs panels [begin, end) of grad * scale and, as the rows are read anyway, sums grad * z and
-// grad over the rows of each panel; arguments as in linear_backward_pack.
+// Packs panels [begin, end) of grad * scale and, as the rows are read anyway, sums grad * (z - center)
+// and grad over the rows of each panel; arguments as in linear_backward_pack.
 template <int BYTES>
-BOFT_INLINE void pack_backward(const float* grad, const float* z, const float* scale, float* packed,
-                               float* scale_sums, float* bias_sums, int64_t rows, int64_t n,
-                               int64_t begin, int64_t end, float* buffer) {
+BOFT_INLINE void pack_backward(const float* grad, const float* z, const float* scale,
+                               const float* center, float* packed, float* scale_sums,
+                               float* bias_sums, int64_t rows, int64_t n, int64_t begin,
+                               int64_t end, float* buffer) {
   using S = Shape<BYTES>;
   for (int64_t q = begin; q < end; ++q) {
     const int64_t top = q * S::tokens, count = rows - top < S::tokens ? rows - top : S::tokens;
@@ -142,7 +143,10 @@ BOFT_INLINE void pack_backward(const float* grad, const float* z, const float* s
         for (int64_t c = 0; c < width; ++c) sums[c] += row[c];
         if (z) {
           const float* output = z + (top + t) * n + f;
-          for (int64_t c = 0; c < width; ++c) products[c] += row[c] * output[c];
+          if (center)
+            for (int64_t c = 0; c < width; ++c) products[c] += row[c] * (output[c] - center[f + c]);
+          else
+            for (int64_t c = 0; c < width; ++c) products[c] += row[c] * output[c];
         }
         float* to = buffer + t * width;
         if (scale)
@@ -163,7 +167,7 @@ BOFT_INLINE void pack_backward(const float* grad, const float* z, const float* s
 // of a block of tokens, and finish() for each panel: tile[t * stride + c] is the result for token
 // top + t and output j + c, with t < count and c < width.
 struct Forward {
-  const float *weight, *scale, *bias;
+  const float *weight, *scale, *bias, *center;
   float *y, *z;
   int64_t rows, d, n;
 
@@ -193,7 +197,10 @@ struct Forward {
     for (int64_t t = 0; t < count; ++t) {
       const float* from = tile + t * stride;
       float* to = y + (top + t) * n + j;
-      if (z) std::memcpy(z + (top + t) * n + j, from, size_t(width) * sizeof(float));
+      if (z && center)
+        for (int64_t c = 0; c < width; ++c) z[(top + t) * n + j + c] = from[c] + center[j + c];
+      else if (z)
+        std::memcpy(z + (top + t) * n + j, from, size_t(width) * sizeof(float));
       if (scale && bias)
         for (int64_t c = 0; c < width; ++c) to[c] = from[c] * scale[j + c] + bias[j + c];
       else if (scale)
@@ -312,11 +319,11 @@ float* scratch(int64_t at_once) {
     pack_forward<BYTES>(x, stages, packed, rows, d, size, begin, end, buffer);                     \
   }                                                                                                \
   TARGET void pack_backward_##SUFFIX(const float* grad, const float* z, const float* scale,        \
-                                     float* packed, float* scale_sums, float* bias_sums,           \
-                                     int64_t rows, int64_t n, int64_t begin, int64_t end,          \
-                                     float* buffer) {                                              \
-    pack_backward<BYTES>(grad, z, scale, packed, scale_sums, bias_sums, rows, n, begin, end,       \
-                         buffer);                                                                  \
+                                     const float* center, float* packed, float* scale_sums,        \
+                                     float* bias_sums, int64_t rows, int64_t n, int64_t begin,     \
+                                     int64_t end, float* buffer) {                                 \
+    pack_backward<BYTES>(grad, z, scale, center, packed, scale_sums, bias_sums, rows, n, begin,    \
+                         end, buffer);                                                             \
   }                                                                                                \
   TARGET void forward_##SUFFIX(const Forward& op, const float* packed, int64_t unit,               \
                                int64_t begin, int64_t end, int64_t at_once, float* memory) {       \
@@ -356,18 +363,19 @@ void linear_pack(const float* x, const float* stages, float* packed, int64_t row
 }
 
 void linear(const float* packed, const float* weight, const float* scale, const float* bias,
-            float* y, float* z, int64_t rows, int64_t d, int64_t n, int64_t begin, int64_t end) {
-  const Forward op{weight, scale, bias, y, z, rows, d, n};
+            const float* center, float* y, float* z, int64_t rows, int64_t d, int64_t n,
+            int64_t begin, int64_t end) {
+  const Forward op{weight, scale, bias, center, y, z, rows, d, n};
   constexpr int64_t at_once = kLinearOutputs;
   BOFT_RUN(forward, op, packed, unit_of(1), begin, end, at_once, scratch(at_once));
 }
 
-void linear_backward_pack(const float* grad, const float* z, const float* scale, float* packed,
-                          float* scale_sums, float* bias_sums, int64_t rows, int64_t n,
-                          int64_t begin, int64_t end) {
+void linear_backward_pack(const float* grad, const float* z, const float* scale,
+                          const float* center, float* packed, float* scale_sums, float* bias_sums,
+                          int64_t rows, int64_t n, int64_t begin, int64_t end) {
   std::vector<float> buffer(size_t(linear_panel() * kFeatures));
-  BOFT_RUN(pack_backward, grad, z, scale, packed, scale_sums, bias_sums, rows, n, begin, end,
-           buffer.data());
+  BOFT_RUN(pack_backward, grad, z, scale, center, packed, scale_sums, bias_sums, rows, n, begin,
+           end, buffer.data());
 }
 
 void linear_backward(const float* packed, const float* weight, const float* x, const float* stages,

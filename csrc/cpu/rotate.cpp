@@ -270,4 +270,35 @@ void rotate_backward(const void* grad, const void* x, const void* stages, void* 
   }
 }
 
+namespace {
+
+template <class T>
+void segments_as(const void* x, const void* grad, const int32_t* offsets, void* stage_grads,
+                 int64_t n_segments, int64_t rows, int64_t d, const Stage& s, int64_t begin,
+                 int64_t end) {
+  using C = Compute<T>;
+  const auto inside = [&](int64_t row) { return std::clamp<int64_t>(row, 0, rows); };
+  for (int64_t e = 0; e < n_segments; ++e) {
+    const int64_t first = e == 0 ? 0 : inside(offsets[e - 1]), last = inside(offsets[e]);
+    backward_as<T>(static_cast<const T*>(grad) + first * d, static_cast<const T*>(x) + first * d,
+                   nullptr, nullptr, static_cast<C*>(stage_grads) + e * d * s.size,
+                   std::max<int64_t>(last - first, 0), d, s, false, begin, end);
+  }
+}
+
+}  // namespace
+
+void segment_stage_grads(const void* x, const void* grad, const int32_t* offsets,
+                         void* stage_grads, int64_t n_segments, int64_t rows, int64_t d,
+                         Stage stage, int64_t begin, int64_t end, DType dtype) {
+  const auto run = [&](auto as) {
+    as(x, grad, offsets, stage_grads, n_segments, rows, d, stage, begin, end);
+  };
+  switch (dtype) {
+    case DType::F32: return run(segments_as<float>);
+    case DType::F64: return run(segments_as<double>);
+    case DType::BF16: return run(segments_as<bf16>);
+  }
+}
+
 }  // namespace boft::cpu

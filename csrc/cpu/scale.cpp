@@ -12,11 +12,10 @@ constexpr int64_t kColumns = 512;  // columns at a time: their sums stay in the 
 constexpr int64_t kRows = 64;      // rows summed in C before the sums are added up in double, so
                                    // that rounding errors do not grow with the number of rows
 
-// Rows [begin, end) of y. __restrict lets the compiler use vectors.
+// Rows [begin, end) of y, which may be x. __restrict lets the compiler use vectors.
 template <class T, class C = Compute<T>>
-BOFT_INLINE void forward(const T* __restrict x, const C* __restrict scale,
-                         const C* __restrict shift, T* __restrict y, int64_t n, int64_t begin,
-                         int64_t end) {
+BOFT_INLINE void forward(const T* x, const C* __restrict scale, const C* __restrict shift, T* y,
+                         int64_t n, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
     for (int64_t j = 0; j < n; ++j)
       y[i * n + j] = narrow<T>(widen(x[i * n + j]) * scale[j] + shift[j]);

@@ -9,6 +9,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "once.h"
 #endif
 
 #include <type_traits>
@@ -96,6 +98,8 @@ class OnDevice {
   int before_ = 0;
 };
 
+inline Grants grants;  // of all kernels
+
 template <class... P, class... A>
 int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, Queue queue,
            A... arguments) {
@@ -104,8 +108,10 @@ int launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, Que
   const OnDevice scope(queue.device);
   if (scope.error != cudaSuccess) return scope.error;
   if (shared > 48 * 1024) {  // CUDA grants more to those kernels only that ask for it
-    const auto error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    // The call takes the host time of a launch: once is enough.
+    const int error = grants.once(reinterpret_cast<const void*>(kernel), queue.device, shared, [&] {
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    });
     if (error != cudaSuccess) return error;
   }
   kernel<<<unsigned(blocks), threads, shared, static_cast<cudaStream_t>(queue.stream)>>>(

@@ -11,7 +11,7 @@
 // registers. (The gradient of the stage sums over rows, which therefore go through shared memory.)
 #pragma once
 
-#include "rotate.cuh"
+#include "gram.cuh"
 
 namespace boft::cuda {
 

@@ -69,18 +69,14 @@ int gram_as(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<
                   int(rows), d, int(block), transpose);
   });
   if (done >= 0) return done;
-  constexpr int kTile = kPositions<T>;
-  const int padded = int(divide_up(stage.size, kBand) * kBand);
-  return with_columns<kTile>(padded, [&](auto columns) {
+  Job job = gram_job<T>(stage, rows, d, transpose, pointers);
+  return with_columns<kPositions<T>>(job.layout.padded, [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
-    const int64_t step = kWarps<T> * kRows;
-    Job job{rows, d, 0, {}, int(divide_up(padded, kTile)), is_half<T> ? 2 : 1, transpose};
-    job.layout = layout_of<T>(stage, d, kTile, pointers);
-    job.rows_per_block = divide_up(divide_up(rows, splits), step) * step;
-    size_t shared = size_t(job.buffers) * 2 * step * (kTile + kPad<T>);
-    if (XGrad) shared += size_t(job.layout.bands) * kColumns * (padded + kPad<T>);
-    const int64_t blocks = splits * job.layout.tiles * job.parts * job.parts;
-    return launch(gram_kernel<T, kColumns, XGrad>, blocks, 32 * kWarps<T>, sizeof(T) * shared,
+    job.rows_per_block = divide_up(divide_up(rows, splits), kGramStep<T>) * kGramStep<T>;
+    size_t shared = gram_shared<T>(job);
+    if (XGrad)
+      shared += sizeof(T) * job.layout.bands * kColumns * size_t(job.layout.padded + kPad<T>);
+    return launch(gram_kernel<T, kColumns, XGrad>, splits * gram_tiles(job), 32 * kWarps<T>, shared,
                   queue, x, grad, matrices, x_grad, partials, job);
   });
 }

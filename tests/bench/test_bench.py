@@ -12,6 +12,7 @@ from bench_modules import (
     BENCH,
     contestants,
     correctness,
+    definitions,
     goals,
     interleave,
     layer_operators,
@@ -247,6 +248,40 @@ def test_plain_torch_is_the_same_layer():
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.exhaustive_if(condition=lambda name: name == "compiled-boft")  # compiles for long
+@pytest.mark.parametrize("name", contestants.NAMES)
+def test_every_contestant_computes_what_it_is_named_after(name, monkeypatch):
+    monkeypatch.setenv(peers.NO_EXTENSION, "1")
+    if name == "lycoris-boft":
+        pytest.importorskip("lycoris.modules.boft", reason="LyCORIS is not installed")
+    definitions.check_definition(name, CPU, torch.float32)
+
+
+def spoiled(cls, monkeypatch):
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x: forward(self, x.roll(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("peft-boft-activation", peers.ActivationBOFT), ("more", peers.MoRe)]
+)
+def test_a_wrong_rival_is_not_timed(name, cls, monkeypatch):
+    spoiled(cls, monkeypatch)
+    with pytest.raises(AssertionError, match=f"{name}: output: relative error"):
+        definitions.check_definition(name, CPU, torch.float32)
+
+
+def test_rivals_with_a_rank_have_about_as_many_parameters():
+    for shape in contestants.SHAPES[:2]:
+        base = contestants.frozen(shape, CPU, torch.float32)
+        ours, psoft, more = (
+            sum(p.numel() for p in contestants.build(name, base).trainable())
+            for name in ("boft-2-8", "peft-psoft", "more")
+        )
+        assert psoft == pytest.approx(ours, rel=0.1)
+        assert more == pytest.approx(ours, rel=0.2)
 
 
 def test_lycoris_takes_part_if_it_is_installed():

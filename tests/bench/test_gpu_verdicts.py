@@ -14,6 +14,7 @@ from bench_modules import (
 )
 
 from boft_ops._runtime import backend
+from boft_ops.triton_kernels.limits import H200
 from boft_ops.tune import workloads
 
 Figure, RULES = decide_lines.Figure, decide_verdicts.RULES
@@ -141,9 +142,9 @@ def test_variants_are_tiles_of_the_tuner():
     assert (default.name, default.choice.config) == ("triton", ())
     assert len(others) == 3
     structure = {"size": 16, "chunk": 16, "stride": 1}
-    nearest = workloads.tiles(case.op, structure, "bfloat16")[:3]
-    assert [variant.choice.config for variant in others] == nearest
-    default = case.op.tiles().default(structure, "bfloat16")
+    nearest = workloads.tiles(case.op, structure, "bfloat16", -1)[:3]
+    assert [variant.choice for variant in others] == nearest
+    default = case.op.tiles().default(structure, "bfloat16", H200)
     for variant in others:
         changed = dict(part.split("=") for part in variant.name.split()[1:])
         assert changed

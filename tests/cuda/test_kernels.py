@@ -18,10 +18,12 @@ import torch
 from boft_ops._runtime import backend, native
 from boft_ops.ops.cayley import cayley_backward_reference, cayley_reference
 from boft_ops.ops.compose import compose_backward_reference, compose_reference
+from boft_ops.ops.linear_from_skew import linear_from_skew_backward, linear_from_skew_forward
 from boft_ops.ops.rotate import rotate_backward_reference, rotate_reference
 from boft_ops.ops.rotate_indexed import _rotate_indexed
 from boft_ops.ops.rotated_linear import rotated_linear_backward_reference, rotated_linear_reference
 from boft_ops.ops.scale import scale_backward_reference, scale_reference
+from boft_ops.ops.segment_stage_grads import segment_stage_grads_reference
 
 ORDERS = ("forward", "reverse", "scattered")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -248,6 +250,43 @@ def test_rotate_indexed_of_any_structure(cuda, structure, dtype):
     check_rotate_indexed(cuda, *structure, [0, 1, -1, 1, 5, 0, 1], 2, structure[0] % 2 == 0, dtype)
 
 
+def check_segments(cuda, size, chunk, stride, n_groups, rows, ends, dtype, splits):
+    exact = torch.promote_types(dtype, torch.float32)
+    x, grad = torch.randn(2, rows, size * n_groups, dtype=exact).to(dtype)
+    more = torch.tensor(ends, dtype=torch.int32), size, chunk, stride
+    got = cuda.segment_stage_grads(x, grad, *more, splits)
+    want = segment_stage_grads_reference(x, grad, *more, splits).sum(0)
+    truth = segment_stage_grads_reference(x.double(), grad.double(), *more, 1)[0]
+    assert got.shape == (splits, *want.shape)
+    check(got.sum(0), want, truth)
+    empty = torch.diff(more[0], prepend=torch.zeros(1, dtype=torch.int32)) <= 0
+    assert not got[:, empty].any()
+
+
+ENDS = {
+    "sorted": (200, [70, 70, 71, 199]),  # an empty segment, one of one row, a row in none
+    "no row": (0, [0, 0]),
+    "no segment": (5, []),
+    "cut": (90, [80, 20, 2**31 - 1, -7, 60]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ends", ENDS)
+def test_segment_stage_grads(cuda, ends, dtype):
+    check_segments(cuda, 8, 4, 2, 6, *ENDS[ends], dtype, splits=1 + len(ends) % 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "structure",
+    [(3, 3, 1, 23), (16, 4, 8, 16), (43, 43, 1, 2), (64, 4, 4, 4), (160, 80, 1, 1)],
+    ids=lambda s: "-".join(map(str, s)),
+)
+def test_segment_stage_grads_of_any_structure(cuda, structure, dtype):
+    check_segments(cuda, *structure, 24, [0, 17, 18, 23], dtype, splits=2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["rotate", "rotate_backward"])
 def test_rows_that_begin_anywhere(cuda, name, dtype):
@@ -376,6 +415,41 @@ def test_rotated_linear(cuda, kind, bias_in_z, with_bias, dtype):
         check(*(t.sum(0) if parts else t for t in (ours, reference, real)), scale=1e4 * parts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", ["unscaled", "scaled", "trained"])
+def test_linear_from_skew(cuda, kind, with_bias, dtype):
+    """All launches of a layer from the skew on, for x of any number of dimensions."""
+    x, grad = torch.randn(2, 20, 32).to(dtype), torch.randn(2, 20, 24).to(dtype)
+    weight, skew = (torch.randn(24, 32) / 32**0.5).to(dtype), 0.3 * torch.randn(2, 4, 28)
+    drop = torch.rand(2, 4) < 0.3
+    scale = None if kind == "unscaled" else 1 + 0.1 * torch.randn(24)
+    bias = torch.randn(24).to(dtype) if with_bias else None
+    arguments = x, weight, skew, drop, scale, bias, kind == "trained", False
+    exact = [a.double() if _is_floating(a) else a for a in arguments]
+    y, z, rotation = cuda.linear_from_skew(*arguments)
+    wanted, truth = linear_from_skew_forward.reference, linear_from_skew_forward.reference(*exact)
+    if dtype != torch.float32 and scale is not None and bias is not None:
+        truth = truth[0], truth[1] - (bias.double() if len(z) else 0), truth[2]
+    for ours, reference, real in zip((y, z, rotation), wanted(*arguments), truth, strict=True):
+        check(ours, reference, real)
+    z = z if kind == "trained" else None
+    need_bias = z is not None
+    call = x, weight, skew, rotation, drop, scale, bias, z, False, 2, need_bias, False
+    got = cuda.linear_from_skew_backward(grad, *call)
+    backward = linear_from_skew_backward.reference
+    exact = [a.double() if _is_floating(a) else a for a in (grad, *call)]
+    if dtype != torch.float32 and scale is not None and bias is not None and z is not None:
+        exact[8] = exact[8] + bias.double()  # in float64 the bias is in z
+    wanted, truth = backward(grad, *call), backward(*exact)
+    for ours, reference, real in zip(got, wanted, truth, strict=True):
+        check(ours, reference, real, scale=10)
+
+
+def _is_floating(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torch.int32)
 
 
@@ -409,6 +483,21 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
             (torch.zeros(3, 8), torch.zeros(3, 16), 8, 4, 1, 1),
             "shape and dtype of x",
         ),
+        (
+            "segment_stage_grads",
+            (*[torch.zeros(3, 8)] * 2, torch.zeros(1), 8, 4, 1, 1),
+            "int32 for each segment",
+        ),
+        (
+            "segment_stage_grads",
+            (torch.zeros(3, 8), torch.zeros(2, 8), torch.zeros(1).int(), 8, 4, 1, 1),
+            "shape and dtype of x",
+        ),
+        (
+            "segment_stage_grads",
+            (*[torch.zeros(3, 8)] * 2, torch.zeros(1).int(), 8, 4, 1, 0),
+            "positive number, got 0",
+        ),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), r"expected \(n,\)"),
         ("scale", (torch.zeros(3, 4), torch.zeros(4), torch.zeros(4), None), "none without a bias"),
         ("scale", (torch.zeros(3, 4), torch.zeros(3), None, None), r"expected \(n,\)"),
@@ -416,6 +505,22 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
             "rotated_linear",
             (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 8, 8), None, None, True, False),
             "of one dtype",
+        ),
+        (
+            "linear_from_skew",
+            (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 2, 6), *[None] * 3, False, False),
+            "of one dtype",
+        ),
+        (
+            "linear_from_skew",
+            (torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 3, 6), *[None] * 3, False, False),
+            "blocks for 8 features",
+        ),
+        (
+            "linear_from_skew_backward",
+            (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 2, 6)],
+             *[torch.zeros(63), *[None] * 4], False, 1, False, False),
+            "rotation: expected",
         ),
     ],
 )
@@ -436,7 +541,8 @@ def test_the_same_bits_in_every_order_of_threads(cuda, monkeypatch):
         x_grad, gram = cuda.rotate_backward(grad, x, stage, 4, 1, False, 2)
         sums = cuda.scale_backward(grad, x, torch.ones(64), torch.zeros(64))
         rows = cuda.rotate_indexed(x, stage[None], torch.zeros(150, dtype=torch.int32), 4, 1, False)
-        more = x_grad, rows, *sums
+        ends = torch.tensor([90, 150], dtype=torch.int32)
+        more = x_grad, rows, cuda.segment_stage_grads(x, grad, ends, 16, 4, 1, 2), *sums
         results.append([blocks, cuda.stage_from_skew_backward(blocks, None, gram), *more])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -51,7 +51,7 @@ MUTATIONS = {
         "test_rotate and 16-16-1 and dtype0",
     ),
     "no barrier between loading and multiplying": (
-        "rotate.cuh",
+        "gram.cuh",
         "    __syncthreads();\n    T* left",
         "    T* left",
         "test_rotate and 32-32-1",
@@ -91,6 +91,12 @@ MUTATIONS = {
         "return own[i] == adapter;",
         "return own[i] >= 0;",
         "test_rotate_indexed and mixed",
+    ),
+    "rows of the segment before": (
+        "segments.cuh",
+        "end_of(segment - 1)",
+        "end_of(segment - 2)",
+        "test_segment_stage_grads and dtype0",
     ),
     "wrong chunk of a strided group": (
         "rows.cuh",

@@ -15,7 +15,7 @@ import pytest
 import boft_ops
 
 ROOT = Path(__file__).resolve().parents[2]
-OUTER = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+OUTER = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES = [*OUTER, *sorted((ROOT / "docs").rglob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -9,6 +9,7 @@ try:
     import chart
     import contestants
     import correctness
+    import definitions
     import device_time
     import goals
     import gpu_decide
@@ -45,6 +46,7 @@ __all__ = [
     "decide_kernels",
     "decide_lines",
     "decide_verdicts",
+    "definitions",
     "device_time",
     "goals",
     "gpu_decide",

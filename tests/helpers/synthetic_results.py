@@ -15,6 +15,7 @@ OVERHEADS = {
     "peft-oft": 0.2,
     "peft-oft-exact": 0.2,
     PEFT_BOFT: 30.0,
+    **dict.fromkeys(contestants.RIVALS, 1.5),
     "boft-1-16": 0.05,
     "boft-2-8": 0.04,
     "boft-4-4": 0.09,

@@ -1,6 +1,7 @@
 """Lists every Triton kernel with every config it can be launched with, for offline compilation.
 
-``compile_cases()`` yields one ``Case`` a compilation. ``triton_resources.py`` compiles them.
+``compile_cases(limits)`` yields one ``Case`` a compilation, of what a device with these limits can
+be asked for by default. ``triton_resources.py`` compiles them.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 from boft_ops.triton_kernels import config_scale, rotate, rotate_backward, rotate_indexed
 from boft_ops.triton_kernels.config import MAX_BLOCK_SIZE, Config, config_for
 from boft_ops.triton_kernels.config_rotate import BAND, DTYPE_CLASSES, Tile, constants_of
+from boft_ops.triton_kernels.limits import Limits
 
 MAX_COMPOSED_SIZE = 256  # largest stage that compose makes
 MAX_ROTATION_SIZE = 64  # largest group that stage_from_skew keeps in one program
@@ -17,6 +19,7 @@ TABLES = {
     "rotate_indexed": rotate_indexed.TILES,
     "rotate_backward": rotate_backward.BACKWARD_TILES,
     "rotate_stage_grad": rotate_backward.STAGE_GRAD_TILES,
+    "segment_stage_grads": rotate_backward.STAGE_GRAD_TILES,
 }
 TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
@@ -45,11 +48,23 @@ class Case(NamedTuple):
     everywhere: bool = True
 
 
-def compile_cases() -> Iterator[Case]:
-    """Cases of all kernels."""
+def compile_cases(limits: Limits) -> Iterator[Case]:
+    """Cases of all kernels on a device."""
     yield from stage_cases()
-    yield from rotate_cases()
+    yield from rotate_cases(limits)
     yield from scale_cases()
+
+
+def is_typical(case: Case, limits: Limits) -> bool:
+    """True for what a BOFT(2, 8) layer asks of the small kernels, and for rows of every structure.
+
+    The rows are in half precision, or float32 if the device leaves that to torch.
+    """
+    constants = case.constants
+    if "INTERPRETED" in constants:  # a kernel of rows
+        return case.everywhere and ("bf16" in case.pointers.values()) == limits.multiplies_halves
+    sizes = constants["b"], constants.get("m", 2), constants.get("s", 8)
+    return case.everywhere and sizes == (8, 2, 8)
 
 
 # Kernels that make the stages: op that chooses the config, dtypes of the parameters, and element
@@ -104,7 +119,7 @@ def stage_cases() -> Iterator[Case]:
     for kernel, (op, dtypes, pointers) in STAGE_KERNELS.items():
         for structure, config_ in reachable_configs(op):
             exact = structure["b"] == config_.B
-            constants = structure | config_._asdict()
+            constants = {k: v for k, v in structure.items() if k != "many"} | config_._asdict()
             num_warps = constants.pop("num_warps")
             if exact and "drop_mask_ptr" in pointers:
                 constants["drop_mask_ptr"] = None
@@ -136,6 +151,7 @@ def structures(op: str) -> Iterator[dict[str, int]]:
             m = 2
             while b % 2 == 0 and b << (m - 1) <= MAX_ROTATION_SIZE:
                 yield {"m": m, "b": b}
+                yield {"m": m, "b": b, "many": True}
                 m += 1
 
 
@@ -154,23 +170,23 @@ def reachable_configs(op: str) -> Iterator[tuple[dict[str, int], Config]]:
             yield structure, chosen
 
 
-def rotate_cases() -> Iterator[Case]:
+def rotate_cases(limits: Limits) -> Iterator[Case]:
     """Cases of the rotate kernels, one for each reachable tile and structure."""
     for op in TABLES:
-        for tile, structure in reachable_tiles(op):
+        for tile, structure in reachable_tiles(op, limits):
             if tile is not None:
                 yield rotate_case(op, tile, structure)
 
 
-def reachable_tiles(op: str) -> Iterator[tuple[Tile | None, dict[str, Any]]]:
-    """Every tile that the table of an op can return, with structures it is for."""
+def reachable_tiles(op: str, limits: Limits) -> Iterator[tuple[Tile | None, dict[str, Any]]]:
+    """Every tile that the table of an op can return for a device, with structures it is for."""
     for dtype, dtype_class in DTYPE_CLASSES.items():
-        sizes = {max_size for max_size, _ in getattr(TABLES[op], dtype_class)} | {BAND, 2 * BAND}
+        sizes = {entry.size for entry in getattr(TABLES[op], dtype_class)} | {BAND, 2 * BAND}
         for size in sorted(sizes):
             odd = 3 if size == BAND else size - 1
             for layout in ((size, size, 1), (size, 4, 8), (size, 2, 8), (odd, odd, 1)):
                 structure = dict(zip(("size", "chunk", "stride"), layout, strict=True))
-                tile = TABLES[op].default(structure, dtype)
+                tile = TABLES[op].default(structure, dtype, limits)
                 yield tile, structure | {"dtype": dtype}
 
 
@@ -190,6 +206,10 @@ def rotate_case(op: str, tile: Tile, structure: dict[str, Any]) -> Case:
         pointers = {"x_ptr": row_type, "stage_ptr": sum_type, "y_ptr": row_type}
         if op == "rotate_indexed":
             pointers["index_ptr"] = "i32"
+    elif op == "segment_stage_grads":
+        del constants["TRANSPOSE"]
+        pointers = {"x_ptr": row_type, "grad_ptr": row_type, "partials_ptr": sum_type}
+        pointers["ends_ptr"] = "i32"
     else:
         constants["X_GRAD"] = op == "rotate_backward"
         pointers = {"x_ptr": row_type, "grad_ptr": row_type, "partials_ptr": sum_type}
@@ -200,6 +220,7 @@ def rotate_case(op: str, tile: Tile, structure: dict[str, Any]) -> Case:
     kernel = {
         "rotate": "rotate:rotate_kernel",
         "rotate_indexed": "rotate_indexed:rotate_indexed_kernel",
+        "segment_stage_grads": "segment_stage_grads:segment_stage_grads_kernel",
     }.get(op, "rotate_backward:rotate_backward_kernel")
     usual = structure["size"] & (structure["size"] - 1) == 0 and structure["chunk"] != 2
     everywhere = usual and dtype in ("bfloat16", "float32")

@@ -1,11 +1,13 @@
 """Compiles every Triton kernel for GPUs that this machine lacks, and reports its resources.
 
-``python tests/helpers/triton_resources.py --write`` compiles all cases for all targets and rewrites
-tests/data/triton_resources.csv. tests/triton/test_compile.py compares with that table.
+``python tests/helpers/triton_resources.py --write`` compiles every case that
+tests/data/triton_resources.csv does not prove, and rewrites that table.
+tests/triton/test_compile.py compares with it.
 ``python tests/helpers/triton_resources.py sm_90`` prints, as JSON, the cases that are compiled for
-every target, compiled for this one. With a second argument ``rest`` it prints the cases for this
-target alone. Both leave out most cases that the table proves: the installed Triton is the
-table's, so the same source makes the same kernel. A sample of these is compiled all the same.
+every target, compiled for this one, or for each of several that are given. With ``rest`` before it
+it prints the cases for this target alone. Most cases that the table proves are left out: the
+installed Triton is the table's, so the same source makes the same kernel. A sample of these is
+compiled all the same.
 
 The cases come from ``triton_cases.py``.
 """
@@ -26,22 +28,40 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from triton_cases import compile_cases
+from triton_cases import compile_cases, is_typical
+
+from boft_ops.triton_kernels.limits import H200, Limits
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "triton_resources.csv"
 # mma: 1 if the matrix units are used; wide: 1 if global memory is accessed 16 bytes at a time
 COLUMNS = ("registers", "shared", "stack", "barriers", "mma", "wide")
 SAMPLE = 32  # one in so many proven cases is compiled all the same, to check the table
-MMA = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma"
-WIDE = r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10,|global_(?:load|store)_dwordx4"
-# (backend, architecture, threads per warp), shared memory of a block in bytes
+MMA = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma|v_wmma"
+WIDE = (
+    r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10,"
+    r"|(?:global|buffer)_(?:load|store)_(?:dwordx4|b128)"
+)
+KIB = 1024
+# (backend, architecture, threads per warp), and the limits of one device of that architecture by
+# its data sheet: A100, H200, B200, MI300X, T4, A10, L4, RTX 5090, RX 7900 XTX, RX 9070 XT.
 TARGETS = {
-    "sm_80": (("cuda", 80, 32), 163 * 1024),
-    "sm_90": (("cuda", 90, 32), 227 * 1024),
-    "sm_100": (("cuda", 100, 32), 227 * 1024),
-    "gfx942": (("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": (("cuda", 80, 32), Limits(108, 163 * KIB, 164 * KIB, 65536, 2048, 32, 80)),
+    "sm_90": (("cuda", 90, 32), H200),
+    "sm_100": (("cuda", 100, 32), H200._replace(multiprocessors=148, capability=100)),
+    "gfx942": (("hip", "gfx942", 64), Limits(304, 64 * KIB, 64 * KIB, 131072, 2048, 64, 0)),
+    "sm_75": (("cuda", 75, 32), Limits(40, 64 * KIB, 64 * KIB, 65536, 1024, 32, 75)),
+    "sm_86": (("cuda", 86, 32), Limits(72, 99 * KIB, 100 * KIB, 65536, 1536, 32, 86)),
+    "sm_89": (("cuda", 89, 32), Limits(58, 99 * KIB, 100 * KIB, 65536, 1536, 32, 89)),
+    "sm_120": (("cuda", 120, 32), Limits(170, 99 * KIB, 100 * KIB, 65536, 1536, 32, 120)),
+    "gfx1100": (("hip", "gfx1100", 32), Limits(48, 64 * KIB, 64 * KIB, 131072, 2048, 32, 0)),
+    "gfx1201": (("hip", "gfx1201", 32), Limits(32, 64 * KIB, 64 * KIB, 131072, 2048, 32, 0)),
 }
 FULL = "sm_90"  # target of the cases that are not compiled everywhere
+# Targets of the typical cases alone. They have the instructions of a target that is compiled in
+# full, or fewer, and differ from it in their limits: the tiles are what is to be seen of them.
+TYPICAL = ("sm_75", "sm_86", "sm_89", "sm_120", "gfx1100", "gfx1201")
+# Groups above this size spill 36 bytes in half precision. No other tile that was tried is better.
+SPILLS_ABOVE = {"gfx1100": 128}
 
 
 def cases(target, rest=None):
@@ -51,8 +71,13 @@ def cases(target, rest=None):
         rest: True for the cases of this target alone, False for those of every target, None for
             both.
     """
-    for case in compile_cases():
-        if (case.everywhere or target == FULL) and rest in (None, not case.everywhere):
+    limits = TARGETS[target][1]
+    for case in compile_cases(limits):
+        if target in TYPICAL:
+            wanted = is_typical(case, limits)
+        else:
+            wanted = (case.everywhere or target == FULL) and rest in (None, not case.everywhere)
+        if wanted:
             yield label(case), case
 
 
@@ -185,20 +210,18 @@ def resources(jobs):
         return dict(pool.imap_unordered(_row, jobs, chunksize=4))
 
 
-def unproven(target, rest):
-    """Jobs of the cases that the table does not prove, and of a sample of the others."""
+def sorted_cases(target, rest=None):
+    """Jobs of the cases that the table does not prove, and of those that it does."""
     import triton
 
     version, table = read_table()
-    jobs, n_proven = [], 0
+    unproven, proven = [], []
     for name, case in cases(target, rest):
         row = table.get((target, name))
-        if version == triton.__version__ and row and row["source"] == source_of(target, case, row):
-            n_proven += 1
-            if n_proven % SAMPLE:
-                continue
-        jobs.append((target, name, case))
-    return jobs
+        known = version == triton.__version__ and row is not None
+        is_proven = known and row["source"] == source_of(target, case, row)
+        (proven if is_proven else unproven).append((target, name, case))
+    return unproven, proven
 
 
 def read_table():
@@ -216,16 +239,23 @@ def read_table():
 
 
 def write_table():
-    """Compile all cases for all targets and write the table."""
+    """Compile what the table does not prove, for all targets, and write it anew."""
     import triton
 
+    _, table = read_table()
+    rows = {}
+    for target in TARGETS:
+        unproven, proven = sorted_cases(target)
+        print(f"{target}: {len(unproven)} to compile, {len(proven)} proven", flush=True)
+        found = {name: table[target, name] for _, name, _ in proven} | resources(unproven)
+        rows[target] = dict(sorted(found.items()))
     with TABLE.open("w", newline="") as file:
         file.write(f"# triton {triton.__version__}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["target", "case", *COLUMNS, "source"])
         for target in TARGETS:
             named = dict(cases(target))
-            for name, used in sorted(resources([(target, *row) for row in named.items()]).items()):
+            for name, used in rows[target].items():
                 source = source_of(target, named[name], used)
                 writer.writerow([target, name, *(used[key] for key in COLUMNS), source])
 
@@ -235,4 +265,9 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         write_table()
     else:
-        print(json.dumps(resources(unproven(sys.argv[1], sys.argv[2:] == ["rest"]))))
+        rest = sys.argv[1] == "rest"
+        found = {}
+        for target in sys.argv[1 + rest :]:
+            jobs, proven = sorted_cases(target, rest)
+            found[target] = resources([*jobs, *proven[SAMPLE - 1 :: SAMPLE]])
+        print(json.dumps(found))

@@ -38,7 +38,27 @@ def lycoris_file(folder):
     return path, path
 
 
-MAKERS = {"boft_ops": native, "peft": peft_folder, "lycoris": lycoris_file}
+def onetrainer_file(folder):
+    path = folder / "onetrainer.safetensors"
+    tensors = {"weight": torch.randn(4, 6), "scaled_oft": torch.tensor(True)}
+    save_file({f"lora_unet.0.oft_R.{k}": v for k, v in tensors.items()}, path)
+    return path, path
+
+
+def sd_scripts_file(folder):
+    path = folder / "sd_scripts.safetensors"
+    tensors = {"boft_R": torch.randn(2, 4, 4, 4), "boft_s": torch.ones(8, 1)}
+    save_file({f"lora_unet_0.{k}": v for k, v in tensors.items()}, path)
+    return path, path
+
+
+MAKERS = {
+    "boft_ops": native,
+    "peft": peft_folder,
+    "lycoris": lycoris_file,
+    "onetrainer": onetrainer_file,
+    "sd-scripts": sd_scripts_file,
+}
 BASE = nn.Sequential(nn.Linear(16, 8))
 
 
@@ -315,7 +335,7 @@ def test_places_of_the_result(tmp_path):
     with pytest.raises(FileNotFoundError, match="base"):
         convert(source, tmp_path / "out", "peft", base=tmp_path / "empty")
     with pytest.raises(ValueError, match="to: expected one of"):
-        convert(source, tmp_path / "out", "lora")
+        convert(source, tmp_path / "out", "gguf")
 
 
 @pytest.mark.parametrize("to", ["boft_ops", "peft"])

@@ -139,8 +139,8 @@ def test_names(tmp_path):
     other = {key.replace("lycoris_", "lora_unet_"): t for key, t in state.items()}
     save_file(other, path)
     with pytest.raises(ValueError, match=r"expected lycoris_\*"):
-        convert(path, tmp_path / "ours", "boft_ops", base=tmp_path / "base.safetensors")
-    convert(path, tmp_path / "ours", "boft_ops", base=tmp_path, prefix="lora_unet")
+        convert(path, tmp_path / "ours", "boft_ops", base=tmp_path, prefix="lycoris")
+    convert(path, tmp_path / "ours", "boft_ops", base=tmp_path / "base.safetensors")
     assert set(read_checkpoint(tmp_path / "ours").layers) == {"conv_in", "body.fc_1", "body.out"}
     save_file(other | {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(ValueError, match=r"lora_unet_x\.lora_down\.weight"):

@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from boft_ops.convert import main
 from boft_ops.interop.convert import convert
+from boft_ops.interop.formats import trainers
 from boft_ops.interop.formats.mangled import mangle, names_of
 
 
@@ -54,9 +55,21 @@ def test_the_layers_of_one_network(prefix, file, tmp_path):
         assert f"{other}_* ({count} layers)" in str(said[0].message)
 
 
-def test_the_default_prefix_names_those_there_are(file, tmp_path, capsys):
+def test_one_of_several_networks_is_chosen_by_its_prefix(file, tmp_path, capsys):
     assert main([str(file), str(tmp_path / "out"), "--to", "boft_ops"]) == 1
-    assert "expected lycoris_* of the prefix 'lycoris', got lora_te_*" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "expected layers of one known network, or prefix=" in error
+    assert "got lora_te_* (1 layers), lora_te1_* (1 layers)" in error
+    assert main([str(file), str(tmp_path / "out"), "--to", "boft_ops", "--prefix", "lora_te3"]) == 1
+    assert "expected lora_te3_* of the prefix 'lora_te3', got lora_te_*" in capsys.readouterr().err
+
+
+def test_the_only_network_needs_no_prefix(tmp_path):
+    save_file(blocks(UNET, "lora_unet"), tmp_path / "f.safetensors")
+    adapter = convert(tmp_path / "f.safetensors", tmp_path / "out", "boft_ops", base=UNET)
+    assert adapter.aliases == {"to_q": "lora_unet_to_q", "to_k": "lora_unet_to_k"}
+    convert(tmp_path / "f.safetensors", tmp_path / "same.safetensors", "lycoris", base=UNET)
+    assert load_file(tmp_path / "same.safetensors").keys() == blocks(UNET, "lora_unet").keys()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +77,6 @@ def test_the_default_prefix_names_those_there_are(file, tmp_path, capsys):
     [
         "lora_unet_to_q.dora_scale",
         "bundle_emb.word.string_to_param",
-        "diffusion_model.to_v.oft_blocks",
         "lora_x.oft_blocks",
     ],
 )
@@ -72,6 +84,20 @@ def test_what_belongs_to_no_other_network_is_refused(name, tmp_path):
     save_file(blocks(UNET, "lora_unet") | {name: torch.zeros(2)}, tmp_path / "f.safetensors")
     with pytest.raises(ValueError, match=f"alone, got '{name}'"):
         convert(tmp_path / "f.safetensors", tmp_path / "out", "peft", base=UNET, prefix="lora_unet")
+
+
+def test_a_network_without_a_known_prefix(tmp_path):
+    save_file(blocks(UNET, "my_net"), tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=r"one known network, or prefix=.* got 'my_net_to_k'"):
+        convert(tmp_path / "f.safetensors", tmp_path / "out", "boft_ops", base=UNET)
+    convert(tmp_path / "f.safetensors", tmp_path / "out", "boft_ops", base=UNET, prefix="my_net")
+
+
+def test_blocks_of_comfyui_have_another_formula(tmp_path):
+    path = tmp_path / "f.safetensors"
+    save_file({"diffusion_model.to_q.oft_blocks": torch.zeros(4, 8, 8)}, path)
+    with pytest.raises(ValueError, match=r"alone, got 'diffusion_model\.to_q.oft_blocks'"):
+        convert(path, tmp_path / "out", "boft_ops", base=UNET)
 
 
 # Layers of Stable Diffusion XL's UNet, by diffusers' names and by the original ones.
@@ -118,6 +144,18 @@ def test_names_of_stable_diffusion_xl(form):
 def test_names_of_diffusers_for_a_unet_of_diffusers():
     mangled = {mangle(name, "lora_unet"): name for name in SDXL}
     assert names_of(list(mangled), dict.fromkeys(SDXL, (8, 8)), "lora_unet") == mangled
+
+
+@pytest.mark.parametrize("form", ["unet.{}", "lora_unet.{}", "lora_unet_{}"])
+def test_names_of_onetrainer_for_a_unet_of_diffusers(form):
+    """OneTrainer's OMI format has dots and the original names, its other formats diffusers'."""
+    called = {name: name if "lora" in form else original for name, original in SDXL.items()}
+    if form.endswith("_{}"):
+        called = {name: other.replace(".", "_") for name, other in called.items()}
+    aliases = {name: form.format(other) for name, other in called.items()}
+    tensors = {f"{alias}.oft_R.weight": torch.zeros(4, 1) for alias in aliases.values()}
+    shapes = dict.fromkeys(SDXL, (6, 8))
+    assert trainers.read("f", tensors, shapes, None, "onetrainer").aliases == aliases
 
 
 def test_the_text_model_that_older_versions_put_around_it(tmp_path):

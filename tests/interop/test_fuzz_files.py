@@ -77,6 +77,10 @@ def files(tmp_path_factory):
     save_adapter(model, folder / "ours.safetensors")
     blocks = {"oft_blocks": torch.randn(2, 4, 4), "rescale": torch.ones(8, 1)}
     save_file({f"lycoris_0.{k}": t for k, t in blocks.items()}, folder / "lycoris.safetensors")
+    oft = {"weight": torch.randn(4, 6), "scaled_oft": torch.tensor(True)}
+    save_file({f"unet.0.oft_R.{k}": t for k, t in oft.items()}, folder / "onetrainer.safetensors")
+    boft = {"boft_R": torch.randn(2, 4, 4, 4), "boft_s": torch.ones(8, 1)}
+    save_file({f"lora_unet_0.{k}": t for k, t in boft.items()}, folder / "sd_scripts.safetensors")
     return folder
 
 
@@ -123,7 +127,7 @@ def test_folders_of_peft(name, files, tmp_path_factory, data):
 
 @FUZZ
 @given(data=st.data())
-@pytest.mark.parametrize("name", ["ours", "lycoris"])
+@pytest.mark.parametrize("name", ["ours", "lycoris", "onetrainer", "sd_scripts"])
 def test_files(name, files, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz")
     tensors, metadata = content(files / f"{name}.safetensors")

@@ -21,6 +21,7 @@ from boft_ops import (
     butterfly_matmul,
     cayley,
 )
+from boft_ops.interop.convert import convert
 
 OPTIONS = {"block_size": 4, "n_factors": 2}
 
@@ -148,6 +149,8 @@ def test_gpt2(tmp_path):
     boft_ops.save_adapter(model, tmp_path / "a.safetensors")
     loaded = boft_ops.load_adapter(gpt2(), tmp_path / "a.safetensors").eval()
     assert torch.equal(loaded(ids).logits, logits)
+    with pytest.raises(ValueError, match=r"c_attn: expected the outputs of a Linear or Conv2d"):
+        convert(tmp_path / "a.safetensors", tmp_path / "peft", "peft")  # weights are transposed
     merged = boft_ops.merge(model)
     assert isinstance(merged.transformer.h[0].attn.c_attn, Conv1D)
     torch.testing.assert_close(merged(ids).logits, logits, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from boft_ops import (
     merge_adapters,
     save_adapter,
 )
-from boft_ops.nn.adapter_file import Adapter
+from boft_ops.nn.adapter_format import Adapter
 from boft_ops.ops.cayley import unpack
 from boft_ops.ops.geodesic import geodesic, inverse_cayley, karcher_mean
 

@@ -54,5 +54,3 @@ def test_fsdp_trains_and_leaves_the_frozen_weight(shard, one_process):
             assert torch.equal(sharded.module[0].frozen_weight, model[0].frozen_weight)
     else:
         assert torch.equal(sharded[0].frozen_weight.full_tensor(), model[0].frozen_weight)
-        with pytest.raises(ValueError, match="expected a whole tensor, got a shard"):
-            boft_ops.save_adapter(sharded, "unwritten.safetensors")

@@ -93,14 +93,14 @@ def test_plan_covers_the_factors_once():
 
 @pytest.mark.parametrize(("m", "b", "d"), [(2, 8, 768), (1, 4, 64), (6, 8, 4096), (12, 8, 16384)])
 def test_partial_sums_on_a_gpu_are_enough_and_small(m, b, d):
-    """About four programs for each multiprocessor, as far as 16 MB of partial sums allow."""
+    """Most of an H200's multiprocessors have a program, as far as 16 MB of sums allow."""
     x = torch.empty(1, d, device="meta")
     assert all(stage.splits(torch.empty(1, d)) == 1 for stage in plan(m, b, "cpu"))
     for stage in plan(m, b, "cuda"):
         splits = stage.splits(x)
         assert splits == 1 or splits * d * stage.size * 4 <= 16 << 20
-        tiles = max(1, d // 64) * max(1, stage.size // 64)
-        assert splits * tiles >= 500 or (splits + 1) * d * stage.size * 4 > 16 << 20
+        widest = 256  # features of a program
+        assert splits * d // widest >= 60 or 2 * splits * d * stage.size * 4 > 16 << 20
 
 
 @pytest.mark.parametrize("m", [9, 10, 12, 13])

@@ -37,6 +37,8 @@ def samples():
     x, g = torch.randn(5, 32), torch.randn(32, 5).T
     weight, scale, bias = torch.randn(6, 32), torch.randn(6), torch.randn(6)
     y, rows = torch.randn(5, 6), torch.tensor([1, 1, -1, 0, 1], dtype=torch.int32)
+    numbers = raw.linear_from_skew(x, weight, skew, drop, None, None, False, False)[2]
+    ends = torch.tensor([1, 1, 4], dtype=torch.int32)  # an empty segment, a row in none
     return {
         "cayley": [
             *[(skew, None), (skew.transpose(0, 1), drop.T), (skew.bfloat16(), None)],
@@ -58,6 +60,10 @@ def samples():
             (g, torch.stack([stage1, stage1]).mT, rows, 2, 2, True),
             (x[:0], stage[None], rows[:0], 2, 1, True),
         ],
+        "segment_stage_grads": [
+            *[(x, g, ends, 16, 2, 1, 1), (x, g, ends, 8, 2, 2, 1)],
+            *[(g.double(), x.double(), ends, 16, 2, 1, 1), (x, g, ends[:0], 16, 2, 1, 1)],
+        ],
         "rotate_backward": [
             *[(x, g, stage, 2, 1, False, 1), (g, x, stage1, 2, 2, True, 1)],
             (x.bfloat16(), g.bfloat16(), stage, 2, 1, False, 1),
@@ -70,15 +76,25 @@ def samples():
         ],
         "rotated_linear": [
             (x, weight, stage, scale, bias, False, True),
-            (x, weight, stage, scale, None, True, True),
+            (x, weight, stage, scale, bias, True, True),
             (g, weight, stage, None, bias, False, True),
             (g, weight, stage, scale, bias, False, False),
         ],
         "rotated_linear_backward": [
             (y, x, weight, stage, scale, None, y, 1, True),
-            (y, x, weight, stage, scale, None, y, 1, False),
+            (y, x, weight, stage, scale, bias, y, 1, False),
             (y, g, weight, stage, None, None, None, 1, True),
             (y, g, weight, stage, scale, None, None, 1, False),
+        ],
+        "linear_from_skew": [
+            (x, weight, skew, None, scale, bias, True, False),
+            (g[None], weight, skew.transpose(0, 1).contiguous().transpose(0, 1), drop, None, None, False, False),
+            (x.repeat(20, 1), weight, skew, drop, scale, None, False, True),
+        ],
+        "linear_from_skew_backward": [
+            (y, x, weight, skew, numbers, None, scale, bias, y, False, 1, True, False),
+            (y, g, weight, skew, numbers, drop, scale, None, y, True, 1, False, True),
+            (y[None], x[None], weight, skew, numbers, drop, None, None, None, False, 1, False, False),
         ],
     }  # fmt: skip
 

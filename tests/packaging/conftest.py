@@ -44,7 +44,11 @@ class Runner:
     def __init__(self, home: Path):
         self.home = home
 
-    def __call__(self, *args, path=(), cwd=None, fails=False, **env):
+    def __call__(self, *args, **options):
+        return self.command(sys.executable, *args, **options)
+
+    def command(self, *args, path=(), cwd=None, fails=False, **env):
+        """Run any command; its Python finds the folders of `path` first."""
         keep = {
             name: value
             for name, value in ENVIRONMENT.items()
@@ -54,7 +58,7 @@ class Runner:
         keep |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "PIP_NO_INPUT": "1"}
         keep["CXXFLAGS"] = "-O0"  # compiles quickly; no test here depends on the library's speed
         done = subprocess.run(
-            [sys.executable, *map(str, args)],
+            list(map(str, args)),
             cwd=cwd or self.home,
             env=keep | env,
             capture_output=True,

@@ -61,10 +61,19 @@ def test_metadata(wheel):
         "License-Expression: MIT",
         "Requires-Python: >=3.10",
         "Requires-Dist: torch>=2.10",
-        'Requires-Dist: triton>=3.4; platform_system == "Linux"',
+        'Requires-Dist: triton>=3.6; platform_system == "Linux"',
         "Requires-Dist: safetensors>=0.4",
     ):
         assert line in text.splitlines()
+
+
+def test_console_command(wheel, run, installed):
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read("boft_ops-0.1.0.dist-info/entry_points.txt").decode()
+    assert text.split("\n")[:2] == ["[console_scripts]", "boft-ops = boft_ops.__main__:console"]
+    code = "import sys; from boft_ops.__main__ import console; sys.exit(console())"
+    done = run("-c", code, "analysis", "8", "4", path=[installed])
+    assert done.stdout.startswith("features d ")
 
 
 def test_installed_wheel_loads_its_library(run, installed):

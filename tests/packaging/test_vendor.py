@@ -153,5 +153,5 @@ def test_bad_destinations(run, installed, tmp_path):
     assert usage.startswith("usage: python -m boft_ops ")
     assert "error: argument COMMAND: invalid choice: 'instal'" in wrong_command
     for line, message in zip(lines, cases.values(), strict=True):
-        assert line.startswith("python -m boft_ops: error: DEST: ")
+        assert line.startswith("python -m boft_ops vendor: error: DEST: ")
         assert message in line

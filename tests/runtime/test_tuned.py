@@ -55,16 +55,9 @@ def chosen(rows=64, features=64, size=16):
     return None if choice is None else choice.backend
 
 
-def keep(*rows, path=None):
-    tuned_file.update(path or tuned_file.user_file(CPU), CPU, rows, tuned.check_row)
+def keep(*rows):
+    tuned_file.update(tuned_file.file_of(CPU), CPU, rows, tuned.check_row)
     tuned.forget()
-
-
-@pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    path = tmp_path / "configs" / "this.json"
-    monkeypatch.setattr(tuned_file, "shipped_file", lambda device: path)
-    return path
 
 
 # --- Order ----------------------------------------------------------------------------------------
@@ -74,13 +67,6 @@ def test_nothing_measured_is_the_default(tuned_cache):
     assert chosen() is None
     args = torch.zeros(4, 4), torch.zeros(1, 4, 4), 4, 1, False
     assert rotate_rows.choose(args) == rotate_rows.defaults["cpu"]
-
-
-def test_the_user_comes_before_the_package(tuned_cache, shipped):
-    keep(row("reference"), row("reference", size=8), path=shipped)
-    assert (chosen(), chosen(size=8)) == ("reference", "reference")
-    keep(row("cpu"))
-    assert (chosen(), chosen(size=8)) == ("cpu", "reference")
 
 
 def test_the_nearest_class_counts_and_a_far_one_does_not(tuned_cache):
@@ -195,7 +181,7 @@ BAD = {
 def test_what_is_not_to_be_believed_is_ignored_with_one_warning(tuned_cache, fault, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # a CPU's file may then have Triton's tiles
     keep(row("reference"))
-    path = tuned_file.user_file(CPU)
+    path = tuned_file.file_of(CPU)
     path.write_text(BAD[fault](json.loads(path.read_text())))
     tuned.forget()
     with pytest.warns(RuntimeWarning) as found:
@@ -218,7 +204,7 @@ def test_a_layer_runs_beside_an_impossible_plan(tuned_cache):
     leaves = torch.randn(4, 16), torch.randn(8, 16), torch.randn(2, 2, 28)
     expected = boft_linear(*leaves)
     keep(plan_row(5, 4, 16, 8) | {"structure": {"n_factors": 2, "block_size": 8}})
-    with pytest.warns(RuntimeWarning, match=f"{tuned_file.user_file(CPU)} is ignored"):
+    with pytest.warns(RuntimeWarning, match=f"{tuned_file.file_of(CPU)} is ignored"):
         torch.testing.assert_close(boft_linear(*leaves), expected)
 
 
@@ -233,7 +219,7 @@ def test_what_the_interpreter_was_best_at_says_nothing_without_it(tuned_cache, m
 
 
 def test_importing_reads_nothing_and_the_first_call_does(tuned_cache):
-    path = tuned_file.user_file(CPU)
+    path = tuned_file.file_of(CPU)
     path.parent.mkdir(parents=True)
     path.write_text("corrupted")
     code = (
@@ -252,7 +238,7 @@ def test_importing_reads_nothing_and_the_first_call_does(tuned_cache):
 def test_rows_are_merged_by_class(tuned_cache):
     keep(row("reference"), row("cpu", rows=512))
     keep(row("cpu"))
-    path = tuned_file.user_file(CPU)
+    path = tuned_file.file_of(CPU)
     rows = tuned_file.read(path, CPU, tuned.check_row)
     assert [(r["sizes"]["rows"], r["backend"]) for r in rows] == [
         (64, "cpu"),
@@ -267,7 +253,7 @@ def _write_many(path, first, count):
 
 
 def test_two_processes_lose_nothing_and_a_reader_sees_whole_files(tuned_cache):
-    path, count = tuned_file.user_file(CPU), 40
+    path, count = tuned_file.file_of(CPU), 40
     context = multiprocessing.get_context("spawn")
     writers = [
         context.Process(target=_write_many, args=(str(path), 1 + i * count, count))
@@ -398,11 +384,12 @@ def test_a_tile_reaches_the_launch(tuned_cache, monkeypatch):
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     from boft_ops.triton_kernels import rotate
     from boft_ops.triton_kernels import rotate_indexed as indexed
+    from boft_ops.triton_kernels.limits import H200
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the file is a CPU's
     x, stage = torch.randn(64, 64), cayley(0.1 * torch.randn(4, 120))
     args, index = (x, stage, 16, 1, False), torch.zeros(64, dtype=torch.int32)
-    default = rotate.TILES.default({"size": 16, "chunk": 16, "stride": 1}, "float32")
+    default = rotate.TILES.default({"size": 16, "chunk": 16, "stride": 1}, "float32", H200)
     used = []  # constants and launch options of every launch that is looked up
 
     def note(module, name):

@@ -21,10 +21,12 @@ import triton.language as tl
 from triton_cases import TABLES, reachable_tiles
 
 from boft_ops.ops.rotate_indexed import rotate_indexed_rows
+from boft_ops.ops.segment_stage_grads import segment_stage_grads
 from boft_ops.triton_kernels import config_rotate
 from boft_ops.triton_kernels import rotate as kernels
 from boft_ops.triton_kernels import rotate_backward as backward_kernels
 from boft_ops.triton_kernels.groups import positions
+from boft_ops.triton_kernels.limits import H200
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -131,7 +133,8 @@ def test_every_number_of_rows(structure, rows, splits, transpose):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [4, 32, 128])
 def test_programs_that_take_several_tiles_of_rows(size, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    small = H200._replace(multiprocessors=1, threads=32)  # one program at a time
+    monkeypatch.setattr(kernels, "limits_of", lambda device: small)
     monkeypatch.setattr(kernels, "_rotate_launch", kernels._rotate_launch.__wrapped__)  # no cache
     x, _, stage = inputs(size, 2, 150, dtype)
     truth = rotate.rotate_reference(x.double(), stage.double(), size // 2, 2, False)
@@ -202,14 +205,14 @@ def test_a_small_change_is_not_rounded_away(size, dtype, stage_dtype):
         assert abs(float(ratio) - scale) < 2e-4
 
 
-@pytest.mark.parametrize("op", ["rotate", "rotate_indexed", "rotate_backward", "rotate_stage_grad"])
+@pytest.mark.parametrize("op", TABLES)
 def test_every_structure_has_a_tile_that_fits(op):
     tiles = set()
     for dtype in config_rotate.DTYPE_CLASSES:
         for size in range(1, config_rotate.MAX_SIZE + 1):
             for chunk, stride in {(size, 1), (1, 2)} | {(c, 2) for c in (2, 4, 8) if size % c == 0}:
                 structure = {"size": size, "chunk": chunk, "stride": stride}
-                tile = TABLES[op].default(structure, dtype)
+                tile = TABLES[op].default(structure, dtype, H200)
                 tiles.add(tile)
                 if tile is None:
                     assert op == "rotate_backward"
@@ -221,7 +224,7 @@ def test_every_structure_has_a_tile_that_fits(op):
                 # A residual product and the fused backward hold a whole group.
                 whole = op == "rotate_backward" or (op == "rotate" and "16" in dtype)
                 assert tile.inner >= size or not whole
-    assert tiles - {None} == {tile for tile, _ in reachable_tiles(op)}
+    assert tiles - {None} == {tile for tile, _ in reachable_tiles(op, H200)}
 
 
 def test_the_ops_ask_for_the_sizes_that_have_tiles():
@@ -232,6 +235,33 @@ def test_the_ops_ask_for_the_sizes_that_have_tiles():
             rotate.rotate_stage_grad: (x, x, size, size, 1, 1),
             rotate.rotate_backward: (x, x, stage, size, 1, False, 1),
             rotate_indexed_rows: (x, stage[None], index, size, 1, False),
+            segment_stage_grads: (x, x, index, size, size, 1, 1),
         }
         for op, args in calls.items():
             assert op.supports("triton", args) == (size <= config_rotate.MAX_SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, in the interpreter
+def test_numbers_that_are_not_finite_stay_in_their_row_and_tile(bad, size, dtype):
+    """docs/kernels.md: groups that share a product share what is not finite, and nothing else."""
+    x, grad, stage = inputs(size, 128 // size, 20, dtype)
+    group = 70 // size
+    ill, others = x.clone(), torch.arange(20) != 3
+    ill[3, 70] = bad
+    y, clean = (kernels.rotate(t, stage, size, 1, False) for t in (ill, x))
+    assert torch.equal(y[others], clean[others])
+    expected = rotate.rotate_reference(ill, stage, size, 1, False)[3].isfinite()
+    assert not expected[group * size : (group + 1) * size].any()
+    assert not (y[3].isfinite() & ~expected).any()
+    width = max(size, 16 if dtype == torch.float32 else 64)
+    inside = torch.arange(128) // width == 70 // width
+    assert torch.equal(y[3, ~inside], clean[3, ~inside])
+
+    _, partials = backward_kernels.rotate_backward(grad, ill, stage, size, 1, False, 1)
+    _, clean = backward_kernels.rotate_backward(grad, x, stage, size, 1, False, 1)
+    neighbors = torch.arange(128 // size) != group
+    assert torch.equal(partials[:, neighbors], clean[:, neighbors])
+    assert not partials[:, group].isfinite().all()

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton_resources
 
 from boft_ops._runtime import backend, tuned
 from boft_ops._runtime.tuned import Choice
 from boft_ops._runtime.workload import Workload
 from boft_ops.ops.planner import PLAN, plan_choice
 from boft_ops.ops.stages import plan
+from boft_ops.triton_kernels.limits import H200
 from boft_ops.tune import __main__ as command
-from boft_ops.tune import candidates, explain, measure, search, workloads
-from boft_ops.tune.explain import MACHINES, cost, plans
+from boft_ops.tune import explain, measure, search, workloads
 from boft_ops.tune.workloads import MODELS, Shape, shapes_of
 from boft_ops.tune.workloads import problems as problems_of
 
@@ -33,7 +32,6 @@ ROW_OPS = [
 @pytest.fixture
 def out(tmp_path, tuned_cache, monkeypatch):
     monkeypatch.setattr(measure, "_bytes_to_overwrite", lambda device: 1 << 16)
-    monkeypatch.setattr(search, "SECONDS", 0.01)
     return tmp_path / "out.json"
 
 
@@ -41,40 +39,26 @@ def rows_of(path):
     return json.loads(path.read_text())["choices"]
 
 
-# --- The cost model -------------------------------------------------------------------------------
+# --- Bytes and flops ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("m", "b"), [(2, 8), (4, 4), (6, 8), (10, 8), (12, 2)])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_default_plan_has_the_cheapest_forward_passes(m, b, device):
-    """The rates of ``MACHINES`` and ``stages.PASS_COST`` are the same model."""
-    dtype = {"cpu": "float32", "cuda": "bfloat16"}[device]
-    machine = MACHINES[device]
-    found = plans(1 << 20, 1 << 16, 4096, m, b, dtype, device)
-    # the default's rule adds bytes and flops, as if both were paid in full
-    rule = [
-        sum(
-            4 * s.size / machine.flops[dtype] * 0.5
-            + 2 * {"cpu": 4, "cuda": 2}[device] / machine.bytes
-            for s in one.stages
-        )
-        for one in found[:-1]
-    ]
-    assert len(plan(m, b, device)) == 1 + rule.index(min(rule))
+def test_bytes_and_flops_of_the_input_side():
+    """Two stages: x and its gradient pass both, and the first one's input is made again."""
+    stages = plan(4, 8, "cpu", 2)
+    assert [stage.size for stage in stages] == [16, 16]
+    n_bytes, flops = explain.work(1000, 64, 32, stages, 8, 2, False)
+    x = 1000 * 64
+    compose = 12 * 64 * (16 + 16)  # stages in float32, read and written both ways
+    assert n_bytes == compose + 2 * x * (2 * 2 + 2 + 2 * 3)  # forward, again, backward
+    assert flops == 6 * 8 * 64 * 32 + 2 * x * 16 * 2 + 2 * x * 16 + 4 * x * 16 * 2
 
 
-def test_costs_are_bytes_or_flops():
-    machine = MACHINES["cpu"]._replace(bytes=1e9, flops={"float32": 1e9})
+def test_bytes_and_flops_of_the_weight_side():
     (stage,) = plan(1, 8)
-    one = cost(1000, 64, 32, [stage], 8, "float32", machine)
-    assert one.forward == pytest.approx(2 * 1000 * 64 * 8 / 1e9)  # flops: 8 features a group
-    wide = machine._replace(flops={"float32": 1e15})
-    assert cost(1000, 64, 32, [stage], 8, "float32", wide).forward == pytest.approx(
-        2 * 1000 * 64 * 4 / 1e9
-    )
-    (*_, weight) = plans(1000, 64, 32, 1, 8, "float32", "cpu")
-    assert weight.weight_side
-    assert weight.forward == pytest.approx(MACHINES["cpu"].seconds(2 * 32 * 64 * 4, 0, "float32"))
+    n_bytes, flops = explain.work(1000, 64, 32, [stage], 8, 4, True)
+    weight, x = 32 * 64, 1000 * 64
+    assert n_bytes == 12 * 64 * 8 + 4 * (2 * 2 * weight + 2 * x)
+    assert flops == 6 * 8 * 64 * 8 + 2 * 2 * weight * 8 + 2 * x * 8
 
 
 # --- Tiles ----------------------------------------------------------------------------------------
@@ -85,14 +69,17 @@ def test_costs_are_bytes_or_flops():
 @pytest.mark.parametrize("size", [6, 16, 32, 64, 128])
 def test_tiles_are_legal(name, dtype, size):
     structure = {"size": size, "chunk": size, "stride": 1}
-    found = [dict(tile) for tile in candidates.tiles(backend.ops()[name], structure, dtype)]
+    found = [
+        dict(choice.config) for choice in workloads.tiles(backend.ops()[name], structure, dtype, -1)
+    ]
     if name == "rotate_backward" and not found:
         assert size > 64  # its groups are too large for one kernel
         return
     assert found
-    assert len(found) <= 80
+    assert len(found) <= 100
     for tile in found:
-        assert all(value & (value - 1) == 0 for key, value in tile.items() if key != "num_stages")
+        free = ("num_stages", "programs")
+        assert all(value & (value - 1) == 0 for key, value in tile.items() if key not in free)
         assert tile["bands"] == 1 or tile["bands"] >= tile["num_warps"]
         packs = tile["bands"] == 1 and tile["columns"] >= 2 * size
         if packs or tile["bands"] > 1:
@@ -101,6 +88,27 @@ def test_tiles_are_legal(name, dtype, size):
         assert size > 16 or packs or tile["bands"] > 1
         if name == "rotate_backward" or (dtype == "bfloat16" and name == "rotate"):
             assert tile["inner"] >= size
+
+
+@pytest.mark.parametrize(("name", "size"), [("rotate", 32), ("rotate_backward", 16)])
+def test_bands_of_sixteen_are_tried_for_chunks_that_lie_apart(name, size):
+    structure = {"size": size, "chunk": 4, "stride": 8}
+    found = workloads.tiles(backend.ops()[name], structure, "bfloat16", -1)
+    assert {8, 16} <= {dict(choice.config)["bands"] for choice in found}
+
+
+def test_more_and_fewer_programs_are_tried():
+    structure = {"size": 16, "chunk": 16, "stride": 1}
+    found = workloads.tiles(backend.ops()["rotate"], structure, "bfloat16", -1)
+    assert {3, 6, 12} <= {dict(choice.config)["programs"] for choice in found}
+    found = workloads.tiles(backend.ops()["rotate_backward"], structure, "bfloat16", -1)
+    assert {dict(choice.config)["programs"] for choice in found} == {0}  # the caller gives splits
+
+
+def test_several_groups_in_a_program_are_tried():
+    structure = {"n_factors": 2, "block_size": 8}
+    found = workloads.tiles(backend.ops()["stage_from_skew"], structure, "float32", -1)
+    assert {"B": 8, "G": 4, "C": 8, "num_warps": 1} in [dict(choice.config) for choice in found]
 
 
 # (bands, rows, columns, inner, num_warps, num_stages) of the fastest seen on an H200, 8192 x 4096
@@ -119,21 +127,24 @@ FASTEST = [
 def test_what_was_fastest_is_tried(name, size, tile):
     structure = {"size": size, "chunk": size, "stride": 1}
     op = backend.ops()[name]
-    default = op.tiles().default(structure, "bfloat16")
-    found = candidates.tiles(op, structure, "bfloat16")
-    assert tile in [tuple(default), *(tuple(dict(one).values()) for one in found)]
+    default = op.tiles().default(structure, "bfloat16", H200)
+    found = [
+        tuple(dict(one.config).values()) for one in workloads.tiles(op, structure, "bfloat16", -1)
+    ]
+    assert tile in [one[: len(tile)] for one in (default, *found)]
 
 
 @pytest.mark.parametrize("name", ["cayley", "cayley_backward"])
 def test_many_blocks_in_one_warp_are_tried(name):
-    found = candidates.tiles(backend.ops()[name], {"block_size": 8}, "float32")
-    groups = {dict(tile)["G"] for tile in found if dict(tile)["num_warps"] == 1}
+    found = workloads.tiles(backend.ops()[name], {"block_size": 8}, "float32", -1)
+    configs = [dict(choice.config) for choice in found]
+    groups = {config["G"] for config in configs if config["num_warps"] == 1}
     assert {32, 64} <= groups
 
 
 def test_an_op_without_a_tile_has_no_tiles_to_try():
     op = backend.ops()["compose"]
-    assert candidates.tiles(op, {"n_factors": 2, "block_size": 8}, "float32") == []
+    assert workloads.tiles(op, {"n_factors": 2, "block_size": 8}, "float32", -1) == []
 
 
 COMPILE_AHEAD = """
@@ -152,10 +163,10 @@ from boft_ops.tune import search
 from boft_ops.tune.workloads import Shape, problems
 cpu = torch.device("cpu")
 (problem,) = problems([Shape(64, 64, 32)], [(2, 8)], torch.bfloat16, cpu, ["rotate"])
-from boft_ops.tune.candidates import tiles
+from boft_ops.tune.workloads import tiles
 from boft_ops._runtime.backend import ops
 structure = problem.key["structure"]
-found = [Choice("triton", tile) for tile in tiles(ops()["rotate"], structure, "bfloat16")]
+found = tiles(ops()["rotate"], structure, "bfloat16", -1)
 # no power of two: does not compile
 choices = Choice("triton"), *found[:3], Choice("triton", (("rows", 3),))
 problem = dataclasses.replace(problem, others=choices)
@@ -182,13 +193,13 @@ COMPILE = """
 import json, triton_resources
 from triton_cases import rotate_case
 from boft_ops._runtime.backend import ops
-from boft_ops.tune.candidates import tiles
+from boft_ops.tune.workloads import tiles
 from boft_ops.triton_kernels.config_rotate import Tile
 for name, size, dtype in (("rotate", 16, "bfloat16"), ("rotate", 64, "bfloat16"),
                           ("rotate_backward", 64, "bfloat16"),
                           ("rotate_stage_grad", 32, "float32")):
     structure = {"size": size, "chunk": size, "stride": 1}
-    tile = Tile(**dict(tiles(ops()[name], structure, dtype)[0]))
+    tile = Tile(**dict(tiles(ops()[name], structure, dtype, -1)[0].config))
     case = rotate_case(name, tile, structure | {"dtype": dtype})
     print(json.dumps([name, size, dtype, triton_resources.compiled("sm_90", case)]))
 """
@@ -208,7 +219,7 @@ def test_the_nearest_tiles_compile_for_a_gpu_that_is_not_there(tmp_path):
     assert len(found) == 4
     for *what, used in found:
         assert used["stack"] == 0, (what, used)
-        assert used["shared"] <= triton_resources.TARGETS["sm_90"][1], (what, used)
+        assert used["shared"] <= H200.program_shared, (what, used)
 
 
 # --- The search -----------------------------------------------------------------------------------
@@ -266,9 +277,8 @@ def test_noise_does_not_replace_the_default():
     assert measure.is_faster([0.9, 0.9, 0.9, 1.1], [1.0] * 4)
 
 
-def test_luck_does_not_replace_the_default(monkeypatch):
+def test_luck_does_not_replace_the_default():
     """One of several candidates has a good day; it is gone when the two are timed again."""
-    monkeypatch.setattr(search, "SECONDS", 0.0)
     world, asked = World("fast"), []
 
     def timer(run):
@@ -285,7 +295,7 @@ def test_equals_leave_the_default_alone(out):
     """By the clock: four candidates that do exactly what the default does."""
     world = World("one", "two", "three", "four")
     problem = dataclasses.replace(world.problem, args=lambda seed: (torch.ones(1 << 15),))
-    row = search.tune(problem, measure.Timer(CPU), rounds=search.MOST_ROUNDS)
+    row = search.tune(problem, measure.Timer(CPU), rounds=101)
     assert (row["backend"], row["tried"], row["failed"]) == ("default", 5, [])
     assert row["us"] == row["default_us"]
 
@@ -301,8 +311,7 @@ def one_thread():
 
 def test_a_bad_default_is_replaced(out, one_thread, monkeypatch):
     """By the clock: five passes over x where one would do, some three times as slow."""
-    real = workloads.plan
-    monkeypatch.setattr(workloads, "plan", lambda m, b, device, n=None: real(m, b, device, n or m))
+    monkeypatch.setattr(workloads, "default_plan", lambda m, *_: plan_choice(m, False))
     arguments = ["--shapes=128x16x1000", "--butterfly=5x4", f"--out={out}", "--ops=plan"]
     assert command.main(arguments) == 0
     (row,) = rows_of(out)
@@ -374,7 +383,7 @@ def test_tiles_are_tried_in_the_interpreter(monkeypatch, out):
     """The code that tunes Triton kernels, but for the clock."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the gpu tests do it on the device")
-    monkeypatch.setattr(candidates, "STAGES", (1,))
+    monkeypatch.setattr(workloads, "STAGES", (1,))
     monkeypatch.setitem(backend.PREFERENCE, "cpu", ("cpu", "triton"))
     found = problems_of([Shape(32, 16, 20)], [(2, 8)], torch.float32, CPU)
     tried = {}
@@ -435,9 +444,6 @@ def test_an_interrupted_run_goes_on(out, monkeypatch, capsys):
     assert command.main(arguments) == 0
     assert asked == ["rotate", "rotate_stage_grad", "rotate_stage_grad", "scale_backward"]
     assert f"2 of 3 to measure, into {out}" in capsys.readouterr().out
-    assert command.main([*arguments, "--again"]) == 0
-    assert asked[4:] == ["rotate", "rotate_stage_grad", "scale_backward"]
-    assert command.main([*TINY, f"--out={out}", "--ops", "rotate_stage_grad", "--again"]) == 0
     assert {row["op"] for row in rows_of(out)} == {"rotate", "rotate_stage_grad", "scale_backward"}
 
 
@@ -452,10 +458,12 @@ def test_a_butterfly_takes_part_where_it_fits():
 
 
 def test_a_deadline_leaves_the_rest_for_the_next_time(out, capsys, monkeypatch):
-    monkeypatch.setattr(command, "tune", lambda *_: pytest.fail("measures"))
-    assert command.main([*TINY, f"--out={out}", "--seconds=1e-9"]) == 0
-    assert not out.exists()
-    assert "0 measured" in capsys.readouterr().out
+    real, clock = search.tune, iter(range(1000))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))  # a second a reading
+    monkeypatch.setattr(command, "tune", lambda problem, _: real(problem, lambda run: 1.0))
+    assert command.main([*TINY, f"--out={out}", "--seconds=2", "--ops", *ROW_OPS]) == 0
+    assert len(rows_of(out)) == 2
+    assert "2 measured in 4 s, 2 left for the next time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -497,11 +505,10 @@ WRONG = {  # arguments -> the end of the one line that says what is wrong with t
     "--dtype int8": "argument --dtype: invalid choice: 'int8'",
     "--rows -5": "argument --rows: expected a positive whole number, got '-5'",
     "--rows 0": "argument --rows: expected a positive whole number, got '0'",
-    "--seconds 0": "argument --seconds: expected a positive number, got '0'",
-    "--seconds nan": "argument --seconds: expected a positive number, got 'nan'",
-    "--seconds soon": "argument --seconds: expected a positive number, got 'soon'",
-    "--out .": "--out: expected a file in a folder, got '.'",
-    "--out mine.json/out.json": "--out: expected a file in a folder, got 'mine.json/out.json'",
+    "--seconds 0": "argument --seconds: expected a positive whole number, got '0'",
+    "--seconds soon": "argument --seconds: expected a positive whole number, got 'soon'",
+    "--out .": "--out: expected a file in a folder to write to, got '.'",
+    "--out mine.json/out.json": "--out: expected a file in a folder to write to, got 'mine.json",
     "--shapes llama": "or DxNxROWS, got 'llama'",
 }
 

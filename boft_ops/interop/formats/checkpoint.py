@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from ..._runtime import checks
 from ..._runtime.files import open_safetensors
 from ...nn.config import RotationConfig
+from ...nn.rotated_weight import is_dense
 
 LAYER_TYPES = {2: "Linear", 4: "Conv2d"}  # by the number of dimensions of the weight
 
@@ -74,10 +76,16 @@ class Checkpoint:
         layers: by the dotted names of the layers in the pretrained model.
         others: further trained tensors by their names in that model: heads, biases of the rotated
             layers, running statistics.
+        aliases: the names of layers in a trainer's file, prefix included, if that is the source.
+        errors: for each layer, the relative error of what was written: the Frobenius norm of the
+            difference of the updates of its weight, over the norm of the update. Empty unless
+            ``convert`` has approximated.
     """
 
     layers: dict[str, LayerState] = field(default_factory=dict)
     others: dict[str, torch.Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def check(checkpoint: Checkpoint, source: object) -> Checkpoint:
@@ -115,7 +123,7 @@ def _check_layer(layer: LayerState) -> None:
         )
 
 
-Base = nn.Module | str | os.PathLike
+Base = nn.Module | str | os.PathLike[str]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -149,6 +157,43 @@ def tensors_of(base: Base) -> Shapes:
         except ValueError as error:
             raise ValueError(f"base: {error}") from error
     return shapes
+
+
+def tensor_reader(base: Base) -> Callable[[str], torch.Tensor]:
+    """Return a function that reads one tensor of a pretrained model by its name.
+
+    Args:
+        base: as for ``tensors_of``. Of files, one tensor at a time is read.
+
+    Returns:
+        The function. It raises ValueError if the model has no such tensor, or if that is quantized,
+        sharded, or a placeholder without numbers.
+    """
+    if isinstance(base, nn.Module):
+        state = base.state_dict()
+        files = dict.fromkeys(state)
+    else:
+        files = {}
+        for path in _safetensors_files(Path(base)):
+            with open_safetensors(path) as opened:
+                files |= dict.fromkeys(opened.keys(), path)
+
+    def read(name: str) -> torch.Tensor:
+        if name not in files:
+            raise ValueError(f"base: expected a tensor {name!r}, got none")
+        if files[name] is None:
+            tensor = state[name]
+        else:
+            with open_safetensors(files[name]) as opened:
+                tensor = opened.get_tensor(name)
+        if not is_dense(tensor) or tensor.is_meta or tensor.dtype not in checks.FLOATING:
+            raise ValueError(
+                f"base: {name}: expected a plain tensor of 16 to 64 bits, got a "
+                f"{type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
+            )
+        return tensor.detach().cpu()
+
+    return read
 
 
 def _safetensors_files(path: Path) -> list[Path]:

@@ -9,87 +9,30 @@ Its constraint ("alpha") bounds the norm of all blocks of a layer together.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 
 from ..._runtime.files import encode_safetensors, write_whole
 from ...ops.cayley import pack, unpack
-from .checkpoint import Checkpoint, LayerState, Shapes, described
-from .mangled import mangle, names_of, prefix_of
+from .checkpoint import Checkpoint, LayerState
+from .mangled import alias_of
 
-PARTS = ("oft_blocks", "rescale", "alpha")
-
-
-def is_checkpoint(tensors: dict[str, torch.Tensor]) -> bool:
-    """True if the tensors of a file are those of LyCORIS' BOFT or diag-oft."""
-    return any(name.endswith(".oft_blocks") for name in tensors)
+PREFIX = "lycoris"  # LyCORIS' own prefix of the names of layers; trainers use others
 
 
-def read(path: Path, tensors: dict[str, torch.Tensor], shapes: Shapes, prefix: str) -> Checkpoint:
-    """Build the checkpoint that computes LyCORIS' forward with multiplier 1.
+def read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerState:
+    """Build the state of a layer that computes LyCORIS' forward with multiplier 1.
 
     The constraint is applied to the blocks and not kept.
-    Layers with a trainer's prefix other than ``prefix`` are left out, and one warning counts them.
 
     Args:
-        path: of the file, for messages.
-        tensors: the content of the file.
-        shapes: shapes of the pretrained model's weights, by the names of its modules.
-        prefix: of LyCORIS' names of layers.
+        where: the layer, for messages.
+        parts: ``oft_blocks``, and ``rescale`` and ``alpha`` if there are any.
 
     Raises:
-        ValueError: a tensor is not valid, or the names of layers are not those of one module each.
+        ValueError: a tensor is not valid.
     """
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    others: dict[str, set[str]] = {}
-    for name, tensor in tensors.items():
-        layer, _, part = name.rpartition(".")
-        if not layer.startswith(f"{prefix}_") and (other := prefix_of(name)):
-            others.setdefault(other, set()).add(name.partition(".")[0])
-            continue
-        if part not in PARTS or not layer.startswith(f"{prefix}_"):
-            raise ValueError(
-                f"{path}: expected {prefix}_*.({'|'.join(PARTS)}) of BOFT or diag-oft alone, got "
-                f"{name!r}"
-            )
-        if not tensor.is_floating_point() and part != "alpha":
-            raise ValueError(f"{path}: {name}: expected floating-point numbers, got {tensor.dtype}")
-        layers.setdefault(layer, {})[part] = tensor
-    left = ", ".join(f"{other}_* ({len(names)} layers)" for other, names in sorted(others.items()))
-    if not layers:
-        raise ValueError(f"{path}: expected {prefix}_* of the prefix {prefix!r}, got {left}")
-    names = _names(path, list(layers), shapes, prefix)
-    if left:
-        warnings.warn(
-            f"{path}: left out {left}, which are layers of other models: each is converted with "
-            "its own prefix and base",
-            stacklevel=2,
-        )
-    states = {}
-    for mangled, parts in layers.items():
-        if "oft_blocks" not in parts:
-            raise ValueError(f"{path}: {mangled}: expected oft_blocks, got none")
-        layer = _read_layer(f"{path}: {mangled}", parts)
-        states[names[mangled]] = described(layer, shapes[names[mangled]], names[mangled])
-    return Checkpoint(states)
-
-
-def _names(path: Path, mangled: list[str], shapes: Shapes, prefix: str) -> dict[str, str]:
-    """The name in the pretrained model for each mangled name, whose dots became underscores."""
-    if not shapes:
-        raise ValueError(
-            f"{path}: of LyCORIS' names, such as {mangled[0]!r}, dots cannot be told from "
-            "underscores: expected base=, the pretrained model"
-        )
-    try:
-        return names_of(mangled, shapes, prefix)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerState:
     blocks = parts["oft_blocks"]
     shape = tuple(blocks.shape)
     if len(shape) not in (3, 4) or shape[-1] != shape[-2] or 0 in shape:
@@ -101,7 +44,7 @@ def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerState:
         raise ValueError(f"{where}: oft_blocks: expected an even block size in BOFT, got {shape}")
     blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
     q = blocks - blocks.mT
-    constraint = _alpha(where, parts.get("alpha")) * shape[-3] * shape[-1]
+    constraint = read_alpha(where, parts.get("alpha")) * shape[-3] * shape[-1]
     if constraint > 0:
         norm = torch.linalg.vector_norm(q) + 1e-8
         if norm > constraint:
@@ -119,7 +62,8 @@ def _read_layer(where: str, parts: dict[str, torch.Tensor]) -> LayerState:
     return LayerState.from_tensors(skew, scale, side="out")
 
 
-def _alpha(where: str, alpha: torch.Tensor | None) -> float:
+def read_alpha(where: str, alpha: torch.Tensor | None) -> float:
+    """Return the number in ``alpha``, 0 if there is none, or raise ValueError."""
     if alpha is None:
         return 0.0
     one = alpha.numel() == 1 and not alpha.is_complex()
@@ -135,8 +79,14 @@ def _interleaved(block_size: int) -> torch.Tensor:
     return position % 2 * (block_size // 2) + position // 2
 
 
-def write(checkpoint: Checkpoint, path: Path, prefix: str) -> None:
+def write(checkpoint: Checkpoint, path: Path, prefix: str | None) -> None:
     """Write BOFT for several factors, else diag-oft.
+
+    Args:
+        checkpoint: the adapter.
+        path: the new file.
+        prefix: of the names of layers. None keeps the names of a trainer's file, and is "lycoris"
+            for other sources.
 
     Raises:
         ValueError: LyCORIS could not load the checkpoint; the message says why.
@@ -146,7 +96,7 @@ def write(checkpoint: Checkpoint, path: Path, prefix: str) -> None:
         raise ValueError(f"LyCORIS has no place for further trained tensors, got {other!r}")
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in checkpoint.layers.items():
-        mangled = mangle(name, prefix)
+        mangled = alias_of(checkpoint, name, prefix, PREFIX)
         if f"{mangled}.oft_blocks" in tensors:
             raise ValueError(f"{name}: another layer's name is {mangled!r} in LyCORIS, too")
         tensors[f"{mangled}.oft_blocks"] = _write_layer(name, layer)

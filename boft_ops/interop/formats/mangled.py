@@ -1,4 +1,4 @@
-"""Finds the layers of a model by LyCORIS' names, in which underscores stand for the dots.
+"""Finds the layers of a model by trainers' names, in which underscores stand for the dots.
 
 Trainers name the layers of several networks in one file, each with a prefix: ``lora_unet``,
 ``lora_te``, ``lora_te1``, ``lora_te2``.
@@ -10,19 +10,36 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from .checkpoint import Shapes
+from .checkpoint import Checkpoint, Shapes
 
-# The start of a name under a trainer's prefix, which is followed by an underscore.
-_PREFIX = re.compile(r"(lora|oft|lycoris)_(unet|te\d*|transformer|prior_unet|prior_te)(?=_)")
+# The start of a name under a trainer's prefix. Those of the second line stand before a dot alone.
+_PREFIX = re.compile(
+    r"(lora|oft|lycoris)_(unet|te\d*|transformer|prior_unet|prior_te)(?=[_.])"
+    r"|(unet|transformer|diffusion_model|prior|clip_[lgh]|t5|text_encoder(_\d)?)(?=\.)"
+)
 
 
 def mangle(name: str, prefix: str) -> str:
-    """LyCORIS' name of the layer ``name``."""
+    """The name with underscores of the layer ``name``."""
     return f"{prefix}_{name}".replace(".", "_")
 
 
+def alias_of(checkpoint: Checkpoint, name: str, prefix: str | None, default: str) -> str:
+    """The name of a layer in a trainer's file.
+
+    Args:
+        checkpoint: the adapter. Names of its source are kept if ``prefix`` is None.
+        name: of the layer in the pretrained model.
+        prefix: of the new name.
+        default: the prefix if there is no other.
+    """
+    if prefix is None and name in checkpoint.aliases:
+        return checkpoint.aliases[name]
+    return mangle(name, prefix or default)
+
+
 def prefix_of(name: str) -> str | None:
-    """The trainer's prefix of a mangled name, or None if it has none of the known ones."""
+    """The trainer's prefix of a name, or None if it has none of the known ones."""
     match = _PREFIX.match(name)
     return match and match[0]
 

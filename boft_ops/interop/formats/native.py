@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...nn.adapter_file import FORMAT, parse_metadata, write_adapter
+from ...nn.adapter_format import FORMAT, parse_metadata, write_adapter
 from ...nn.config import RotationConfig
 from .checkpoint import LAYER_TYPES, Checkpoint, LayerState, Shapes, described
 
@@ -31,6 +31,11 @@ def read(
         ValueError: the options or tensors are not valid, or do not fit each other.
     """
     layer_options = parse_metadata(path, metadata)
+    if experts := [name for name, options in layer_options.items() if "experts" in options]:
+        raise ValueError(
+            f"{path}: {experts[0]}: expected a rotated layer, got rotated experts, which no other "
+            "format has"
+        )
     bases = _bases(path, metadata.get("bases", "{}"))
     others = dict(tensors)
     layers = {}
@@ -70,9 +75,12 @@ def _bases(path: Path, text: str) -> dict[str, tuple[str, int]]:
         pairs = {name: (layer_type, n) for name, (layer_type, n) in bases.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: bases: expected type and outputs of each layer") from error
-    for layer_type, n in pairs.values():
+    for name, (layer_type, n) in pairs.items():
         if layer_type not in LAYER_TYPES.values() or type(n) is not int or n < 1:
-            raise ValueError(f"{path}: bases: expected type and outputs, got {layer_type!r}, {n!r}")
+            raise ValueError(
+                f"{path}: {name}: expected the outputs of a Linear or Conv2d, which are the layers "
+                f"that other formats have, got {layer_type!r}, {n!r}"
+            )
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""Writes PEFT's checkpoints of BOFT and OFT."""
+"""Writes PEFT's checkpoints of BOFT, OFT and LoRA."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from ..._runtime.files import encode_safetensors, write_folder
 from ...ops.dropout import count
 from ..peft.parameters import TERMS, boft_blocks, oft_skew
-from .checkpoint import Base, Checkpoint, LayerState, tensors_of
+from .checkpoint import Base, Checkpoint, LayerState, Shapes, shapes_of, tensors_of
 from .peft_reader import CONFIG, PREFIX, WEIGHTS, within
+
+BARE_LAYER = "PEFT expects layers inside a model, got an adapter of a bare layer"
 
 
 def write(checkpoint: Checkpoint, path: Path, base: Base | None) -> None:
@@ -27,7 +29,47 @@ def write(checkpoint: Checkpoint, path: Path, base: Base | None) -> None:
     Raises:
         ValueError: PEFT has no such adapter; the message says why.
     """
-    config, tensors = _convert(checkpoint)
+    config, tensors = _convert(checkpoint, {} if base is None else shapes_of(base))
+    _write_folder(checkpoint, path, base, config, tensors)
+
+
+def write_lora(
+    checkpoint: Checkpoint,
+    path: Path,
+    base: Base,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    rank: int,
+) -> None:
+    """Write a folder of PEFT's LoRA.
+
+    Args:
+        checkpoint: the adapter, whose further tensors are written, too.
+        path: the new folder.
+        base: as for ``write``.
+        factors: by the names of the layers, A (rank, ...) and B (n, rank, ...), whose product is
+            the update of the weight.
+        rank: the number of rows of each A.
+
+    Raises:
+        ValueError: PEFT has no such adapter; the message says why.
+    """
+    tensors = {}
+    for name, (a, b) in factors.items():
+        if not name:
+            raise ValueError(BARE_LAYER)
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
+    _write_folder(checkpoint, path, base, config, tensors)
+
+
+def _write_folder(
+    checkpoint: Checkpoint,
+    path: Path,
+    base: Base | None,
+    config: dict,
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Complete the config and the tensors of the layers with all else, and write them."""
     config |= _common(checkpoint, config["peft_type"], base)
     for name, tensor in checkpoint.others.items():
         module, _, last = name.rpartition(".")
@@ -37,7 +79,7 @@ def write(checkpoint: Checkpoint, path: Path, base: Base | None) -> None:
     write_folder(path, {CONFIG: json.dumps(config, indent=2).encode(), WEIGHTS: content})
 
 
-def _convert(checkpoint: Checkpoint) -> tuple[dict, dict[str, torch.Tensor]]:
+def _convert(checkpoint: Checkpoint, shapes: Shapes) -> tuple[dict, dict[str, torch.Tensor]]:
     """The part of the config that depends on the method, and the tensors of the layers."""
     layers = checkpoint.layers
     for name, layer in layers.items():
@@ -47,11 +89,11 @@ def _convert(checkpoint: Checkpoint) -> tuple[dict, dict[str, torch.Tensor]]:
                 "no butterfly R' makes W R'^T equal to R W"
             )
         if not name:
-            raise ValueError("PEFT expects layers inside a model, got an adapter of a bare layer")
+            raise ValueError(BARE_LAYER)
     method = _same(layers, "method", lambda layer: layer.config.method)
     n_factors = _same(layers, "n_factors", lambda layer: layer.config.n_factors)
     if n_factors == 1 and all(layer.scale is None for layer in layers.values()):
-        return _write_oft(layers, neumann=method == "neumann5")
+        return _write_oft(layers, shapes, neumann=method == "neumann5")
     if method != "exact":
         raise ValueError(
             f"PEFT's BOFT has the exact Cayley transform alone, got method {method!r} with "
@@ -74,10 +116,17 @@ def _same(
 
 
 def _write_oft(
-    layers: dict[str, LayerState], *, neumann: bool
+    layers: dict[str, LayerState], shapes: Shapes, *, neumann: bool
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     tensors = {}
     for name, layer in layers.items():
+        kernel = shapes.get(name, (0, 0, 0))[2:]
+        if layer.layer_type == "Conv2d" and kernel != (1, 1):
+            got = f"a kernel of {kernel}" if name in shapes else "none: expected base="
+            raise ValueError(
+                f"{name}: PEFT's OFT sums rotated patches of the image before it convolves them, "
+                f"which rotates the weight of a kernel of (1, 1) alone, got {got}"
+            )
         key = f"{PREFIX}{name}.oft_R.weight"
         tensors[key] = oft_skew(layer.skew[0], neumann=neumann)[0]  # oft_skew is its own inverse
     return {

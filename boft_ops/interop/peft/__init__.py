@@ -19,7 +19,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Make the BOFT and OFT layers of a PEFT model compute through this package's operators.
 
     All else stays as it is: parameters, keys of the state_dict, saving and loading, merging, and
-    switching, adding and deleting adapters. PEFT's dense permutation matrices are freed.
+    switching, adding and deleting adapters. The dense permutation matrices of PEFT up to 0.21 are
+    freed.
     Layers that PEFT adds later, for an adapter with other target modules, need another call, which
     skips the accelerated ones.
     Layers that cannot be accelerated keep PEFT's code; one warning names them with the reasons.
@@ -75,8 +76,9 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is not an nn.Module.
         ValueError: the model has no accelerated layer, or the scale of an adapter is not 1.
-        RuntimeError: a layer has more than one butterfly factor, which PEFT computes with its CUDA
-            extension only, and the extension cannot be built. The model is then unchanged.
+        RuntimeError: a layer has more than one butterfly factor, which PEFT up to 0.21 computes
+            with its CUDA extension only, and the extension cannot be built. The model is then
+            unchanged.
     """
     from . import swap
 

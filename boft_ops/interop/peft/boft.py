@@ -1,4 +1,10 @@
-"""Accelerated forms of PEFT's BOFT layers. Needs PEFT."""
+"""Accelerated forms of PEFT's BOFT layers. Needs PEFT.
+
+PEFT's code has two shapes. Up to 0.21 it composes dense matrices by a CUDA extension, and keeps
+its permutations as matrices. Its pull request 3540 rotates activations by indices: there is no
+extension, and ``boft_P`` has integers. ``uses_extension`` tells them apart, and only where that is
+true is a name looked up that belongs to the first shape alone.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +33,7 @@ class BoftRotated(Rotated):
 
     def _adapter(self, name):
         with onloaded(self.boft_R):
-            return SkewRotation(boft_skew(self.boft_R[name]))
+            return SkewRotation(boft_skew(self.of_all_ranks(self.boft_R[name])))
 
     def _sources(self, name):
         return self.boft_R[name], self.boft_s[name]
@@ -41,7 +47,7 @@ class BoftRotated(Rotated):
 
     def _scale(self, name):
         with onloaded(self.boft_s):
-            return self.boft_s[name].flatten()
+            return self.of_all_ranks(self.boft_s[name]).flatten()
 
     def get_delta_weight(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense matrix R (d, d) and the scale (n, 1) of an adapter, for inspection.
@@ -56,9 +62,10 @@ class BoftRotated(Rotated):
         Raises:
             ValueError: there is no such butterfly; the message lists the nearest valid ones.
         """
-        with _no_dense_permutation():
+        with _no_dense_permutation(self):
             super().update_layer(*args, **kwargs)
         free_permutation(self)
+        self.note_shards()
         for name in self.boft_R:
             m, n_blocks, b, _ = self.boft_R[name].shape
             checks.butterfly_shape(n_blocks * b, b, m)
@@ -75,13 +82,6 @@ class BoftRotated(Rotated):
                 self.boft_R[name] = one
                 _note_lowered(name, len(parameter), args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def block_butterfly_perm(self, *args, **kwargs) -> None:
-        """Return None: the permutation is part of the indexing here."""
-
-    def perm2mat(self, indices: None) -> torch.Tensor:
-        """Return an empty tensor on the meta device instead of PEFT's dense permutation."""
-        return torch.empty((), device="meta")
 
 
 class BoftLinear(BoftRotated, RotatedInput, peft_boft.Linear):
@@ -129,15 +129,26 @@ def draw_mask(m: int, n_blocks: int, p: float, device: torch.device) -> torch.Te
     return (chosen & (order < int(p * n_blocks))).to(device, non_blocking=True)
 
 
+def uses_extension() -> bool:
+    """True if the installed PEFT multiplies several factors by its CUDA extension alone."""
+    return hasattr(peft_boft, "get_fbd_cuda")
+
+
 def free_permutation(layer: nn.Module) -> None:
-    """Delete PEFT's dense (m, d, d) buffer."""
-    layer._buffers.pop("boft_P", None)
-    layer._non_persistent_buffers_set.discard("boft_P")
+    """Delete PEFT's buffer if it is dense, (m, d, d); indices (m, d) stay."""
+    permutation = layer._buffers.get("boft_P")
+    if permutation is not None and permutation.dim() == 3:
+        del layer._buffers["boft_P"]
+        layer._non_persistent_buffers_set.discard("boft_P")
 
 
 def restore_permutation(layer: nn.Module) -> None:
-    """Make PEFT's dense buffer again, for the last adapter; the layer must be of PEFT's class."""
-    if not layer.boft_R:  # all adapters were deleted: PEFT makes the buffer with the next one
+    """Make PEFT's dense buffer again, for the last adapter; the layer must be of PEFT's class.
+
+    There is nothing to do if PEFT keeps indices, or if all adapters were deleted: PEFT makes the
+    buffer with the next one.
+    """
+    if not uses_extension() or not layer.boft_R:
         return
     boft_R = list(layer.boft_R.values())[-1]
     m, n_blocks, b, _ = boft_R.shape
@@ -167,15 +178,26 @@ _lock = threading.RLock()
 
 
 @contextmanager
-def _no_dense_permutation() -> Iterator[None]:
-    """Context manager: PEFT sets up a layer without its dense permutation.
+def _no_dense_permutation(layer: BoftRotated) -> Iterator[None]:
+    """Context manager: PEFT sets up ``layer`` without a dense permutation.
 
-    PEFT sees its CUDA extension, without which it would set m to 1.
+    PEFT sees its CUDA extension, without which it would set m to 1, and makes its permutation
+    matrices on the meta device. A PEFT without the extension makes none, and is left alone.
     """
+    if not uses_extension():
+        yield
+        return
+    makers = {
+        "block_butterfly_perm": lambda *args: None,
+        "perm2mat": lambda indices: torch.empty((), device="meta"),
+    }
     with _lock:
         before, peft_boft.get_fbd_cuda = peft_boft.get_fbd_cuda, lambda: True
+        vars(layer).update(makers)
         try:
             with _PermutationOnMeta():
                 yield
         finally:
             peft_boft.get_fbd_cuda = before
+            for name in makers:
+                del vars(layer)[name]

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..._runtime import autocast, checks
 from ...nn.base_modules import call_for_scale, check_numbers
+from ...nn.distributed import Shards, averaged
 from ...nn.powers import Powers, power
 from ...ops.butterfly import butterfly_matmul
 from ...ops.geodesic import inverse_cayley
@@ -38,6 +39,17 @@ class Rotated:
     strengths: Mapping[str, float] = MappingProxyType({})
     row_names: tuple[Sequence[str], int] | None = None
     _powers: Mapping[str, Powers] = MappingProxyType({})
+    _shards: Shards | None = None
+
+    def note_shards(self) -> None:
+        """Note that the base is sharded already: nobody then averages gradients of adapters."""
+        self._shards = Shards.of(self.get_base_layer())
+
+    def of_all_ranks(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter of an adapter, whose gradient is averaged if the base was sharded before."""
+        if self._shards is None:
+            return parameter
+        return averaged(parameter, self._shards.ranks_with_data(self.get_base_layer()))
 
     def _names(self) -> Sequence[str]:
         """The names of the adapters of this layer."""

@@ -23,10 +23,11 @@ class OftRotated(Rotated):
         module = self.oft_R[name]
         if not is_unhooked(module, peft_oft.OFTRotationModule):
             return DenseRotation(blocks_by_call(module), orthogonal=not module.use_cayley_neumann)
-        weight = module.weight
         if module.coft:
             with torch.no_grad():
-                weight.copy_(module._project_batch(weight, eps=module.eps))
+                module.weight.copy_(module._project_batch(module.weight, eps=module.eps))
+        weight = self.of_all_ranks(module.weight)
+        if module.coft:
             weight = weight.clone()  # saved for backward; the next call projects in place
         if module.block_share:
             weight = weight.expand(module.in_features // module.block_size, -1).contiguous()
@@ -39,6 +40,10 @@ class OftRotated(Rotated):
 
     def _sources(self, name):
         return (self.oft_R[name].weight,)
+
+    def update_layer(self, *args, **kwargs) -> None:
+        super().update_layer(*args, **kwargs)
+        self.note_shards()
 
     def _nearest_first(self, names):
         # x meets the first active adapter first, although PEFT merges as if x met the last first.

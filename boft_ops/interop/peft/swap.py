@@ -13,7 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .boft import BoftConv2d, BoftLinear, BoftRotated, free_permutation, restore_permutation
+from .boft import (
+    BoftConv2d,
+    BoftLinear,
+    BoftRotated,
+    free_permutation,
+    restore_permutation,
+    uses_extension,
+)
 from .layers import Rotated, RotatedKernel
 from .oft import OftConv2d, OftLinear
 from .rows import MODEL_FORMS, TakesRows
@@ -72,6 +79,7 @@ def computes_otherwise(peft_class: type[nn.Module], base: nn.Module) -> bool:
 def accelerate_layer(layer: nn.Module) -> None:
     """Give a layer of PEFT, which has no ``obstacle_of``, its accelerated class."""
     layer.__class__ = FORMS[type(layer)]
+    layer.note_shards()
     if isinstance(layer, BoftRotated):
         free_permutation(layer)
 
@@ -98,11 +106,12 @@ def restore_tuners(model: nn.Module) -> None:
 
 def needs_extension(layer: Rotated) -> bool:
     """True if PEFT computes this layer with its CUDA extension only."""
-    return isinstance(layer, BoftRotated) and any(len(p) > 1 for p in layer.boft_R.values())
+    several = isinstance(layer, BoftRotated) and any(len(p) > 1 for p in layer.boft_R.values())
+    return several and uses_extension()
 
 
 def has_extension() -> bool:
-    """True if PEFT's CUDA extension is built or can be built."""
+    """True if PEFT's CUDA extension, which the installed PEFT uses, is built or can be built."""
     return bool(boft.layer.get_fbd_cuda())
 
 

@@ -1,0 +1,64 @@
+"""Initial numbers of skew and scale, which make the identity."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .._runtime import checks
+from .config import HasRotation
+from .powers import HasStrength
+
+
+class HasAdapter(HasStrength, HasRotation):
+    """Mixin for modules that hold a ``skew`` and a ``scale``, used at a strength.
+
+    A module that gets memory after it was built on the meta device starts as the identity:
+    ``to_empty`` alone would leave whatever the memory held before, and no pretrained checkpoint
+    brings numbers for an adapter.
+    """
+
+    skew: nn.Parameter
+
+    def reset_adapter(self) -> None:
+        """Make the adapter the identity: skew zero, scale one."""
+        with torch.no_grad():
+            self.skew.zero_()
+            if self.scale is not None:
+                self.scale.fill_(1)
+
+    def _apply(self, fn, recurse=True):
+        was_meta = self._is_meta()
+        super()._apply(fn, recurse)
+        if was_meta and not self._is_meta():
+            self.reset_adapter()
+        return self
+
+    def _is_meta(self) -> bool:
+        skew = self._parameters.get("skew")
+        return skew is not None and skew.is_meta
+
+
+def reset_adapters(model: nn.Module) -> nn.Module:
+    """Make every adapter of a model the identity: skews zero, scales one.
+
+    A model that was built on the meta device and got memory by ``to_empty`` starts so by itself.
+    Other ways to get memory, or to fill it, may leave anything in the adapters.
+
+    Args:
+        model: an adapted model, sharded or not; changed in place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an nn.Module.
+        ValueError: the model has no BOFT layer.
+    """
+    checks.module("model", model)
+    adapters = [module for module in model.modules() if isinstance(module, HasAdapter)]
+    if not adapters:
+        raise ValueError("model: expected at least one BOFT layer, got none")
+    for adapter in adapters:
+        adapter.reset_adapter()
+    return model

@@ -1,0 +1,387 @@
+"""Mixtures of experts whose weights are 3-D parameters: rotations of their rows.
+
+``BOFTExperts`` calls the experts of transformers on rotated rows. It sorts the rows by expert,
+rotates them and passes them on with one expert each; between the two products the experts call
+``_apply_gate``, where the rows are rotated again. The weights are only used by the experts' own
+products, so they may be stored in any form.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .._runtime.dtypes import widest
+from ..ops.cayley import cayley
+from ..ops.merge import merge_weight, untracked
+from .base_modules import check_numbers
+from .config import RotationConfig
+from .expert_adapter import EACH, SHARED, ExpertAdapter
+from .expert_modules import (
+    DOWN,
+    PROJECTIONS,
+    UP,
+    features,
+    has_bias,
+    is_experts,
+    is_plain,
+    is_registered,
+    is_transposed,
+    registry_of,
+)
+from .rotated_weight import is_sharded
+
+# The implementations of transformers that hand all rows to _apply_gate, sorted by expert if they
+# came so. Others pad them or have both products in one kernel. Eager experts, some of which do not
+# call it, are computed as grouped ones, as transformers does by default; torch's grouped product
+# has no float64.
+GROUPED, BATCHED = "grouped_mm", "batched_mm"
+IN_ORDER = (None, "eager", GROUPED, BATCHED)
+NAME = "boft_ops"  # the name of the implementation in a registry of transformers
+
+
+class BOFTExperts(nn.Module):
+    """Frozen experts of a transformers model with rotated inputs of their projections.
+
+    Every expert computes y = s * (x R W^T) + bias in each adapted projection. ``adapt`` puts it in
+    the place of the experts that its ``target_parameters`` name.
+
+    Args:
+        base: experts with 3-D weights, which are frozen. Called with rows (N, d), the numbers of
+            their experts (N, k) and the weights of these (N, k); it returns (N, d).
+
+    Attributes:
+        base: the frozen experts.
+        gate_up_proj, down_proj: the ``ExpertAdapter`` of each projection, or None.
+
+    Raises:
+        TypeError: ``base`` is not such a module.
+        ValueError: its forward was replaced in a way that a rotation would miss.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        if not is_experts(base):
+            raise TypeError(
+                f"base: expected experts of transformers with the 3-D weights {UP!r} and {DOWN!r}, "
+                f"got {type(base).__name__}"
+            )
+        if "forward" in vars(base) and not is_registered(base):
+            raise ValueError(
+                f"expected a {type(base).__name__} with its class's forward(), got one with its "
+                "own, which may send rows to the experts of other processes"
+            )
+        self.base = base.requires_grad_(False)
+        for name in PROJECTIONS:
+            self.register_module(name, None)
+        self._is_connected = False
+        self._rows: _Rows | None = None  # during a call: those that _apply_gate gets
+
+    def add_adapter(self, projection: str, experts: str = EACH, **options: Any) -> ExpertAdapter:
+        """Add a rotation that is the identity until it is trained or loaded.
+
+        Args:
+            projection: "gate_up_proj" or "down_proj".
+            experts: "each" for a rotation of every expert, "shared" for one of all.
+            **options: the keyword arguments of ``BOFTLinear`` from block_size on, with side "in"
+                and kaleidoscope 0.
+
+        Returns:
+            The adapter, with its trainable ``skew`` and ``scale``.
+
+        Raises:
+            TypeError, ValueError: an option is not valid, or the experts do not take it.
+        """
+        base, weight = self.base, getattr(self.base, projection)
+        is_part = isinstance(weight, torch.Tensor) and is_sharded(weight)
+        if is_part and experts == SHARED:
+            raise ValueError(
+                "experts: expected 'each' over experts that several processes share, got 'shared': "
+                "nothing would add up the gradients of one rotation"
+            )
+        factory = {"device": next(base.parameters()).device}
+        if isinstance(weight, torch.Tensor) and weight.dtype == torch.float64:
+            factory["dtype"] = torch.float64
+        config = RotationConfig(**options)
+        shape = features(base, projection)
+        adapter = ExpertAdapter(base.num_experts, *shape, experts, config, **factory)
+        adapter.is_part = is_part
+        if (projection == DOWN or config.scale) and not hasattr(base, "_apply_gate"):
+            raise ValueError(
+                f"{type(base).__name__} computes both products in one kernel: expected "
+                f"{UP!r} alone, with scale=False"
+            )
+        if projection == DOWN and config.scale and getattr(base, "has_post_expert_norm", False):
+            raise ValueError(
+                f"scale: expected False, as {type(base).__name__} normalizes its outputs"
+            )
+        setattr(self, projection, adapter.train(self.training))
+        return adapter
+
+    def connect(self) -> None:
+        """Make the base call this module inside of its forward, until ``disconnect``.
+
+        Around it there may be hooks, or a dispatch of rows to the experts of other processes,
+        which hands local rows and numbers to the implementation in the registry. The first call
+        does it too; before, the base is unchanged.
+        """
+        base = self.base
+        if is_registered(base):
+            registry_of(base).register(NAME, _implementation)
+            if not isinstance(base.config, _Config):
+                base.config = _Config(base.config)
+        base._boft_forward = self._forward
+        if hasattr(base, "_apply_gate"):
+            base._apply_gate = self._between
+        self._is_connected = True
+
+    def _needs_gate(self) -> bool:
+        up = self.gate_up_proj
+        return self.down_proj is not None or (up is not None and up.scale is not None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._is_connected = False  # the registry of another process does not have NAME
+
+    def disconnect(self) -> None:
+        """Make the base compute as before it was put into this module, which it outlives."""
+        _disconnect(self.base)
+        self._is_connected = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the outputs of each row's experts.
+
+        Args:
+            hidden_states: rows (N, d).
+            top_k_index: integers (N, k), the experts of each row. E and above are the experts of
+                other processes, which add nothing.
+            top_k_weights: (N, k).
+
+        Returns:
+            (N, d), in the dtype of hidden_states.
+
+        Raises:
+            ValueError: the experts' implementation hides the rows between its products.
+            RuntimeError: it has no gradient, and one is needed.
+        """
+        if not self._is_connected:
+            self.connect()
+        if is_registered(self.base):  # comes back to _forward
+            return self.base(hidden_states, top_k_index, top_k_weights)
+        return self._forward(hidden_states, top_k_index, top_k_weights)
+
+    def _forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        adapters = [a for a in (self.gate_up_proj, self.down_proj) if a is not None]
+        for adapter in adapters:
+            check_numbers({"skew": adapter.skew, "scale": adapter.scale}, hidden_states)
+        scales = any(adapter.scale is not None for adapter in adapters)
+        if all(a.experts == SHARED for a in adapters) and not (scales and has_bias(self.base)):
+            rows = _Rows(None, None)  # any order will do, before routing
+            y = self._call(rows, hidden_states, top_k_index, top_k_weights)
+            return self._scaled(DOWN, y, rows)
+        (n, k), e = top_k_index.shape, self.base.num_experts
+        expert, order = top_k_index.reshape(-1).sort(stable=True)
+        numbers = torch.arange(e, device=expert.device, dtype=expert.dtype)
+        offsets = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+        rows = _Rows(expert.clamp(max=e - 1), offsets)
+        weights = top_k_weights.reshape(-1, 1)[order]
+        y = self._call(rows, hidden_states[order // k], expert[:, None], weights)
+        y = self._scaled(DOWN, y, rows, weights)
+        return y[order.argsort()].view(n, k, -1).sum(1).to(hidden_states.dtype)
+
+    def _call(self, rows: _Rows, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        """The base on rotated rows, without the scale of its outputs."""
+        if self.gate_up_proj is not None:
+            x = self.gate_up_proj.rotate(x, rows.offsets)
+        self._rows = rows._replace(has_gradient=torch.is_grad_enabled() and x.requires_grad)
+        rows = self._rows
+        try:
+            y = self._plain(x, *routing)
+            self._check_gradient(rows, y)
+            if self._needs_gate() and self._rows is not None:
+                raise RuntimeError(
+                    f"{type(self.base).__name__}: expected a call of its _apply_gate, got none, so "
+                    f"that {DOWN!r} would not be rotated"
+                )
+        finally:
+            self._rows = None
+        return y
+
+    def _plain(self, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        """The base's own computation."""
+        base = self.base
+        if not is_registered(base):
+            return base(x, *routing)
+        name = base.config.config._experts_implementation
+        if self._needs_gate() and name not in IN_ORDER:
+            raise ValueError(
+                f"experts_implementation: expected {GROUPED!r} or {BATCHED!r} where {DOWN!r} or a "
+                f"scale of {UP!r} is trained, got {name!r}: set_experts_implementation() chooses it"
+            )
+        if name in (None, "eager"):
+            name = BATCHED if x.dtype == torch.float64 else GROUPED
+        return registry_of(base)[name](base, x, *routing)
+
+    def _between(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """The base's ``_apply_gate``, with the scale before and the rotation after it."""
+        rows = self._rows
+        if not self._needs_gate():
+            if rows is not None:
+                self._check_gradient(rows, gate_up)
+            return type(self.base)._apply_gate(self.base, gate_up)
+        self._rows = None
+        n = "no" if rows is None else len(gate_up) if rows.expert is None else len(rows.expert)
+        if n != len(gate_up):
+            raise RuntimeError(
+                f"{type(self.base).__name__}: expected one call of its _apply_gate with {n} rows, "
+                f"got {len(gate_up)}"
+            )
+        self._check_gradient(rows, gate_up)
+        x = type(self.base)._apply_gate(self.base, self._scaled(UP, gate_up, rows))
+        return x if self.down_proj is None else self.down_proj.rotate(x, rows.offsets)
+
+    def _check_gradient(self, rows: _Rows, y: torch.Tensor) -> None:
+        """Raise RuntimeError if outputs of the base have lost the gradient of its inputs."""
+        if rows.has_gradient and not y.requires_grad:
+            raise RuntimeError(
+                f"{type(self.base).__name__}: expected outputs with a gradient, got some without: "
+                "its kernels are for inference; expected eval() with torch.no_grad(), or another "
+                "implementation or dequantized weights for training"
+            )
+
+    def _scaled(
+        self, projection: str, y: torch.Tensor, rows: _Rows, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Outputs y (N, n) of a projection times its scale; the bias in them is not scaled.
+
+        ``weights`` (N, 1) are factors that y, bias included, has been multiplied by.
+        """
+        adapter = getattr(self, projection)
+        if adapter is None or adapter.scale is None:
+            return y
+        scale = adapter.at_strength()[1] - 1
+        offset = scale.to(y.dtype) if adapter.experts == SHARED else scale.to(y.dtype)[rows.expert]
+        product = y
+        if has_bias(self.base):
+            bias = getattr(self.base, f"{projection}_bias").to(y.dtype)[rows.expert]
+            product = y - (bias if weights is None else bias * weights.to(y.dtype))
+        # exactly y where the scale is 1, and no small change of it is rounded away
+        return torch.addcmul(y, product, offset)
+
+    @untracked
+    def merged_weight(self, projection: str) -> torch.Tensor:
+        """diag(s) W R^T of every expert, computed in at least float32 and rounded once.
+
+        Returns:
+            The shape and dtype of the experts' weight: (E, n, d), or (E, d, n) if they store it so.
+
+        Raises:
+            ValueError: the weight is quantized, a shard or a placeholder.
+        """
+        weight, adapter = getattr(self.base, projection), getattr(self, projection)
+        if not is_plain(weight):
+            raise ValueError(
+                f"{projection}: expected a dense floating-point weight to merge into, got that of "
+                f"{type(self.base).__name__}: it is quantized, or the experts of several processes"
+            )
+        if adapter is None:
+            return weight.clone()
+        check_numbers({projection: weight, "skew": adapter.skew, "scale": adapter.scale})
+        skew, scale = adapter.at_strength()
+        blocks = cayley(skew.to(widest(skew.dtype)), method=adapter.method)
+        shared, transposed = adapter.experts == SHARED, is_transposed(self.base)
+        merged = torch.empty_like(weight)
+        for e, matrix in enumerate(weight):
+            own = blocks if shared else blocks[e]
+            own_scale = scale if shared or scale is None else scale[e]
+            rotated = merge_weight(matrix.mT if transposed else matrix, own, own_scale)
+            merged[e] = rotated.mT if transposed else rotated
+        return merged
+
+    def merged_layer(self) -> nn.Module:
+        """The experts with merged weights, frozen, without rotations."""
+        layer = copy.copy(self.base)
+        for kind in ("_parameters", "_buffers", "_modules"):
+            vars(layer)[kind] = dict(vars(layer)[kind])
+        _disconnect(layer)
+        for name in PROJECTIONS:
+            if getattr(self, name) is not None:
+                weight = nn.Parameter(self.merged_weight(name), requires_grad=False)
+                layer._parameters[name] = weight
+        return layer.train(self.training)
+
+
+class _Rows(NamedTuple):
+    """The experts of the rows of a call: each row's, and the ends of their segments.
+
+    ``has_gradient`` is True if the rotated rows need a gradient.
+    """
+
+    expert: torch.Tensor | None
+    offsets: torch.Tensor | None
+    has_gradient: bool = False
+
+
+class _Config:
+    """The config of a model for its rotated experts: only their implementation is another one."""
+
+    _experts_implementation = NAME
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config" or name.startswith("__"):  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+def _implementation(self: nn.Module, *arguments: torch.Tensor, **named: torch.Tensor):
+    """The implementation in a registry of transformers: ``self`` are the frozen experts."""
+    return self._boft_forward(*arguments, **named)
+
+
+def expert_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The experts among modules by name, by the dotted names of their weights."""
+    found = {n: m for n, m in modules.items() if isinstance(m, BOFTExperts) or is_experts(m)}
+    return {f"{n}.{projection}": m for n, m in found.items() for projection in PROJECTIONS}
+
+
+def put_experts(
+    layers: dict[nn.Module, nn.Module], name: str, module: nn.Module, options: dict[str, Any]
+) -> None:
+    """Build the adapter of one weight of experts, in a ``BOFTExperts`` of ``layers``.
+
+    Args:
+        layers: the layer for each module to replace; gets that of ``module`` if it has none.
+        name: dotted name of the weight, for messages.
+        module: the experts.
+        options: keyword arguments of ``add_adapter``.
+
+    Raises:
+        TypeError, ValueError: as ``BOFTExperts`` raises, with the name of the weight.
+    """
+    if isinstance(module, BOFTExperts):
+        raise ValueError(f"target_parameters: {name!r} is adapted already: unload(model) first")
+    try:
+        layer = layers[module] if module in layers else BOFTExperts(module)
+        layer.add_adapter(name.rpartition(".")[2], **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    layers[module] = layer.train(module.training)
+
+
+def _disconnect(base: nn.Module) -> None:
+    """Undo ``BOFTExperts.connect``."""
+    for name in ("_boft_forward", "_apply_gate"):
+        vars(base).pop(name, None)
+    if isinstance(getattr(base, "config", None), _Config):
+        base.config = base.config.config

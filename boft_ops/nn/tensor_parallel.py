@@ -1,0 +1,331 @@
+"""Tensor parallelism: BOFT layers whose weight is cut along its rows or its columns.
+
+Each rank computes its part of a layer with ``rotated_linear`` on its own tensors, and DTensor does
+the communication of torch's ColwiseParallel and RowwiseParallel, and no other.
+A rotation is whole on every rank, unless it acts on the features that are cut. Then each rank has
+the blocks of its own features, which is all it needs if no group of the butterfly crosses a cut.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+from .._runtime import checks
+from ..ops.linear import rotated_linear
+from ..ops.rotation import SkewRotation
+from .base import BOFTLayer
+from .layers import BOFTLinear
+from .linear_adapter import LinearAdapter
+from .multi_adapter import MultiAdapterLinear
+
+
+class _BOFTStyle:
+    """The part of both styles that does not depend on where the weight is cut."""
+
+    side: str  # rotations of this side act on the features that are cut
+    placements: dict[str, Placement]  # for weight, bias and scale
+    input_layouts: tuple[Placement, ...]
+    output_layouts: tuple[Placement, ...]
+    use_local_output: bool
+    src_data_rank: int | None
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if device_mesh.ndim != 1:
+            raise ValueError(
+                f"device_mesh: expected one dimension, such as mesh['tp'], got {device_mesh}"
+            )
+        if isinstance(module, MultiAdapterLinear):
+            super()._apply(module.base, device_mesh)
+            module.shard_adapters()
+        elif isinstance(module, BOFTLinear):
+            self._distribute(module, device_mesh)
+        elif isinstance(module, BOFTLayer):
+            raise TypeError(f"module: expected a linear layer, got {type(module).__name__}")
+        else:
+            super()._apply(module, device_mesh)
+        return module
+
+    def _distribute(self, layer: BOFTLinear, mesh: DeviceMesh) -> None:
+        """Make the parameters of a layer DTensors, and this style the way it is computed."""
+        if layer.merged:
+            raise ValueError("module: expected an unmerged layer, got a merged one: unmerge() it")
+        placements = self.placements | {"skew": Replicate()}
+        if layer.side == self.side:
+            check_groups(layer.rotated_features, layer.block_size, layer.n_factors, mesh.size())
+            placements["skew"] = Shard(1)
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            placed = distribute_tensor(
+                parameter.detach(), mesh, [placements[name]], src_data_rank=self.src_data_rank
+            )
+            placed = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+            layer.register_parameter("frozen_weight" if name == "weight" else name, placed)
+        layer.tensor_parallel = self
+
+    def plain(self, layer: nn.Linear) -> nn.Linear:
+        """Let torch's style compute a plain layer whose parameters are DTensors of this style."""
+        mesh = layer.weight.device_mesh
+        return super()._apply(layer, mesh) if mesh.ndim == 1 else layer  # FSDP's shards
+
+    def call(self, layer: BOFTLinear, x: torch.Tensor) -> torch.Tensor:
+        """Compute a layer that this style was applied to.
+
+        Args:
+            layer: its parameters are DTensors on a mesh of one dimension.
+            x: a DTensor, or the part of one that ``input_layouts`` names.
+
+        Returns:
+            The output in ``output_layouts``, as a DTensor or its local part.
+        """
+        mesh = layer.skew.device_mesh
+        y = self._call_local(layer, self._local_input(x, mesh), mesh)
+        y = self._placed_output(y, layer, mesh)
+        if y.placements != self.output_layouts:
+            y = y.redistribute(placements=self.output_layouts)
+        y = self._finish(y, layer)
+        return y.to_local() if self.use_local_output else y
+
+    def _call_local(self, layer: BOFTLinear, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        """The part of the output that this rank computes, from local tensors alone."""
+        weight, bias = local(layer.frozen_weight), self._local_bias(layer)
+        if layer.merged:
+            layer._check_trainable()
+            return F.linear(x, weight, bias)
+        checks.linear_input(x, weight)
+        skew, scale = layer.at_strength()
+        scale = None if scale is None else local(scale)
+        rotation = SkewRotation(
+            layer._active(local(skew)), layer.config.method, shared_drop_mask(layer)
+        )
+        return rotated_linear(
+            x,
+            weight,
+            rotation,
+            scale=scale,
+            bias=bias,
+            side=layer.side,
+            kaleidoscope=layer.kaleidoscope,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(input_layouts={self.input_layouts}, "
+            f"output_layouts={self.output_layouts}, use_local_output={self.use_local_output})"
+        )
+
+
+class ColwiseBOFT(_BOFTStyle, ColwiseParallel):
+    """torch's ``ColwiseParallel`` that also takes BOFT layers: each rank computes some outputs.
+
+    The weight, the bias and the scale are cut with the outputs. The rotation of the inputs is
+    whole on every rank, and its gradient is summed over the ranks when it is used. A rotation of
+    the outputs (side "out") is cut like the skew of ``RowwiseBOFT``.
+
+    Modules that are no BOFT layers get torch's style, so that one plan serves a model of both.
+
+    Args:
+        input_layouts: placement of the inputs, by default ``Replicate()``; ``Shard(1)`` for
+            sequence parallelism.
+        output_layouts: placement of the outputs, by default ``Shard(-1)``.
+        use_local_output: True (the default) returns local tensors, False DTensors.
+
+    Raises:
+        TypeError: the module is a BOFT layer, but not a linear one.
+        ValueError: the mesh has several dimensions, the layer is merged, or the groups of a
+            rotation of the outputs cross the cuts; the message lists the nearest valid
+            (n_factors, block_size).
+    """
+
+    side = "out"
+    placements = {"weight": Shard(0), "bias": Shard(0), "scale": Shard(0)}  # noqa: RUF012
+
+    def _local_input(self, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, self.input_layouts, run_check=False)
+        # The outputs of a rank are some of all, and so are the terms of the gradient of x.
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+    def _local_bias(self, layer: BOFTLinear) -> torch.Tensor | None:
+        return None if layer.bias is None else local(layer.bias)
+
+    def _placed_output(self, y: torch.Tensor, layer: BOFTLinear, mesh: DeviceMesh) -> DTensor:
+        # The shape is given, as the ranks' parts differ where the ranks do not divide the outputs.
+        shape = torch.Size((*y.shape[:-1], layer.out_features))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            y, mesh, [Shard(y.dim() - 1)], run_check=False, shape=shape, stride=stride
+        )
+
+    def _finish(self, y: DTensor, layer: BOFTLinear) -> DTensor:
+        return y
+
+
+class RowwiseBOFT(_BOFTStyle, RowwiseParallel):
+    """torch's ``RowwiseParallel`` that also takes BOFT layers: each rank has some of the inputs.
+
+    The weight is cut along its columns, and the skew along its blocks: the rotation needs no
+    communication, as each rank rotates its own features. The scale is whole on every rank; it
+    multiplies the parts of the output, which are then summed, and the bias comes last.
+
+    Modules that are no BOFT layers get torch's style, so that one plan serves a model of both.
+
+    Args:
+        input_layouts: placement of the inputs, by default ``Shard(-1)``.
+        output_layouts: placement of the outputs, by default ``Replicate()``; ``Shard(1)`` for
+            sequence parallelism.
+        use_local_output: True (the default) returns local tensors, False DTensors.
+
+    Raises:
+        TypeError: the module is a BOFT layer, but not a linear one.
+        ValueError: the mesh has several dimensions, the layer is merged, or a group of
+            block_size * 2**(n_factors-1) features crosses a cut; the message lists the nearest
+            valid (n_factors, block_size).
+    """
+
+    side = "in"
+    placements = {"weight": Shard(1), "bias": Replicate(), "scale": Replicate()}  # noqa: RUF012
+
+    def _local_input(self, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        if not isinstance(x, DTensor):
+            if self.input_layouts == (Shard(-1),):
+                return x
+            x = DTensor.from_local(x, mesh, self.input_layouts, run_check=False)
+        return x.redistribute(placements=[Shard(x.dim() - 1)]).to_local()
+
+    def _local_bias(self, layer: BOFTLinear) -> None:
+        return None
+
+    def _placed_output(self, y: torch.Tensor, layer: BOFTLinear, mesh: DeviceMesh) -> DTensor:
+        return DTensor.from_local(y, mesh, [Partial()], run_check=False)
+
+    def _finish(self, y: DTensor, layer: BOFTLinear) -> DTensor:
+        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a parameter that this rank has; the ranks' gradients of a whole one are summed.
+
+    A parameter that is whole on every rank meets only a part of the outputs or of the inputs
+    there, so that its gradient there is one term of a sum.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    is_whole = parameter.placements == (Replicate(),)
+    return parameter.to_local(grad_placements=[Partial()] if is_whole else None)
+
+
+def cut_adapter(adapter: LinearAdapter, weight: DTensor) -> None:
+    """Cut the parameters of an adapter as the weight of its base is cut, which is only called.
+
+    A base that is cut along its rows gives back the sum of the ranks' gradients of its inputs, and
+    one that is cut along its columns the sum of their outputs. So the gradients of what is whole
+    here are whole, too.
+
+    Raises:
+        ValueError: the mesh has several dimensions, or a group of the butterfly crosses a cut.
+    """
+    mesh, (placement, *others) = weight.device_mesh, weight.placements
+    if others:
+        raise ValueError(
+            "base: expected tensor parallelism alone, got a weight that is also cut otherwise: "
+            "adapt the model before fully_shard()"
+        )
+    placements = {"skew": Replicate(), "scale": Replicate()}
+    if placement == Shard(0):
+        placements["scale"] = Shard(0)
+    elif placement == Shard(1):
+        check_groups(adapter.rotated_features, adapter.block_size, adapter.n_factors, mesh.size())
+        placements["skew"] = Shard(1)
+    for name, parameter in list(adapter.named_parameters(recurse=False)):
+        placed = distribute_tensor(parameter.detach(), mesh, [placements[name]])
+        placed = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+        adapter.register_parameter(name, placed)
+    adapter.is_cut = True
+
+
+def own_in_features(base: nn.Module) -> int:
+    """The inputs of a tensor-parallel base that each rank gives to it."""
+    return base.weight.to_local().shape[-1]
+
+
+def own_vectors(
+    x: torch.Tensor, y: torch.Tensor, *vectors: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Vectors (..., n) for the outputs that a tensor-parallel base has on this rank.
+
+    Args:
+        x, y: the input and the output of the base.
+        vectors: DTensors or own parts, or None.
+
+    Raises:
+        ValueError: the base gathers or scatters rows, so that gradients are not as in
+            ``cut_adapter``; or x or y is a DTensor.
+    """
+    if isinstance(y, DTensor) or isinstance(x, DTensor) or x.shape[:-1] != y.shape[:-1]:
+        raise ValueError(
+            f"base: expected plain outputs for the rows of x {tuple(x.shape)}, got "
+            f"{type(y).__name__} of {tuple(y.shape)}, as sequence parallelism makes it: adapt the "
+            "model first, then parallelize it with boft_ops.distributed"
+        )
+    # One object stays one, as callers tell by it that the center is the bias.
+    own = {id(vector): _own_vector(vector, y.shape[-1]) for vector in vectors}
+    return tuple(own[id(vector)] for vector in vectors)
+
+
+def _own_vector(vector: torch.Tensor | None, width: int) -> torch.Tensor | None:
+    if not isinstance(vector, DTensor):
+        if vector is not None and vector.shape[-1] != width:
+            raise ValueError(
+                f"adapter_index: expected outputs that stay on their ranks, got {width} of all"
+            )
+        return vector
+    if vector.shape[-1] == width:  # the base has gathered its outputs
+        vector = vector.redistribute(placements=[Replicate()])
+    return vector.to_local()
+
+
+def shared_drop_mask(module: nn.Module) -> torch.Tensor | None:
+    """The drop mask of one forward pass, the same for all ranks, cut as the skew is.
+
+    Every rank draws a mask of all blocks, and the first rank's counts: the others add zeros to it.
+    So ranks may have any seeds, and as every rank's generator goes on, recomputation in activation
+    checkpointing draws the same mask.
+
+    Args:
+        module: has ``dropout``, and ``skew``, a DTensor on a mesh of one dimension.
+    """
+    mask, mesh = module.dropout.draw(module.skew), module.skew.device_mesh
+    if mask is None:
+        return None
+    counted = mask.to(torch.uint8) if mesh.get_local_rank() == 0 else torch.zeros_like(mask).byte()
+    placed = DTensor.from_local(counted, mesh, [Partial()], run_check=False)
+    return placed.redistribute(placements=module.skew.placements).to_local().bool()
+
+
+def check_groups(features: int, block_size: int, n_factors: int, parts: int) -> None:
+    """Raise ValueError unless features can be cut into parts of whole groups of a butterfly.
+
+    A group is block_size * 2**(n_factors-1) neighboring features, which a butterfly mixes.
+    """
+    if features % parts:
+        raise ValueError(
+            f"tensor parallel: expected features that {parts} ranks divide, got {features}"
+        )
+    try:
+        checks.butterfly_shape(features // parts, block_size, n_factors)
+    except ValueError as error:
+        raise ValueError(
+            f"tensor parallel: expected whole groups of {block_size} * 2**{n_factors - 1} features "
+            f"on each of {parts} ranks, which have {features // parts} of {features}: {error}"
+        ) from error
