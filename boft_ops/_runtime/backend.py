@@ -90,8 +90,7 @@ class Op:
         comparable: Callable[[Any], Any] = lambda result: result,
         flops: Callable[..., int] | None = None,
     ) -> None:
-        self.name = schema.partition("(")[0]
-        self.schema = schema
+        self.name, self.schema = schema.partition("(")[0], schema
         self.reference = reference
         self.samples = samples
         self.comparable = comparable

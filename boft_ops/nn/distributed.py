@@ -225,7 +225,7 @@ def changes_unseen(parameter: torch.Tensor) -> bool:
     # FSDP version 1 puts plain tensors in the place of parameters
     if not isinstance(parameter, nn.Parameter) or hasattr(parameter, "ds_id"):
         return True
-    # that of FSDP version 2, among others
+    # FSDP version 2 has one for each of its modules
     states = sys.modules.get("torch.distributed._composable_state")
     is_flat = hasattr(parameter, "_fsdp_flattened")
     return is_flat or (states is not None and len(states._module_state_mapping) > 0)

@@ -35,7 +35,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 class Plan(NamedTuple):
-    """How the calls of one signature are computed.
+    """The way in which the calls of one signature are computed.
 
     Attributes:
         stages: of the butterfly.
@@ -46,7 +46,6 @@ class Plan(NamedTuple):
     stages: tuple[Stage, ...]
     strategy: Strategy
     native: NativeCall | None = None
-
 
 
 # --- Strategies -----------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def choose_strategy(
     global _generation
     if (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None  # of torch.jit.trace
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) is not torch.Tensor
     ):
@@ -159,7 +158,9 @@ def _native_call(
     operands = x, weight, rotation.skew, rotation.drop_mask, scale, bias, False, False
     name = linear_from_skew_forward.kernel_backend(*operands)
     # on a GPU the kernels of the rows decide, which Triton has too
-    if name is None or (name == "cuda" and _kernel_backend(x, weight, rotation, plan.stages) != name):
+    if name is None or (
+        name == "cuda" and _kernel_backend(x, weight, rotation, plan.stages) != name
+    ):
         return None
     if plan.strategy == "rotate_weight" or not _parts_agree(name, x, weight, plan.stages):
         return None
@@ -174,9 +175,7 @@ def _parts_agree(
     A measurement of the whole op counts for more than those of its parts.
     """
     rows, stage = _operands(x, x.dtype, stages)
-    if backend.forced() or tuned.measured(
-        rotated_linear_forward.tunable, x, (rows, weight, stage)
-    ):
+    if backend.forced() or tuned.measured(rotated_linear_forward.tunable, x, (rows, weight, stage)):
         return True
     size = stage.shape[-1]
     rotation, scale = ((size, size, 1), rows.shape), ((), (rows.shape[0], weight.shape[0]))

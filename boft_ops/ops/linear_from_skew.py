@@ -19,7 +19,6 @@ from .._runtime.workload import Workload
 from .cayley import fake_cayley
 from .composed_linear import differentiable_gradients
 from .rotated_linear import rotated_linear_backward_reference, rotated_linear_reference
-from .scale import scale_backward
 from .stage_from_skew import (
     flops_of_skew_gradient,
     flops_of_stage_from_skew,
@@ -73,7 +72,7 @@ def _backward_reference(
 
 
 def _shape_of(skew: torch.Tensor) -> tuple[int, int, int, int]:
-    """The numbers m of factors, K of blocks, b of a block's rows, and those of a group's features."""
+    """The numbers m of factors, K of blocks, b of rows of a block, and of features of a group."""
     m, n_blocks, packed = skew.shape
     b = checks.block_size_from_packed("skew", packed)
     return m, n_blocks, b, b << (m - 1)
@@ -192,7 +191,7 @@ linear_from_skew_backward = Op(
 
 
 class NativeCall:
-    """What is decided once for all calls of one signature.
+    """Decisions that are made once for all calls of one signature.
 
     Attributes:
         forward, backward: the native operators.
@@ -201,7 +200,7 @@ class NativeCall:
         keeps_output: False once an output of such a call was found changed in place.
     """
 
-    __slots__ = ("forward", "backward", "fused", "splits", "keeps_output")
+    __slots__ = ("backward", "forward", "fused", "keeps_output", "splits")
 
     def __init__(self, backend: str, fused: bool, splits: int) -> None:
         ops = linear_from_skew_forward, linear_from_skew_backward
