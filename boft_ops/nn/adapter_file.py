@@ -286,7 +286,7 @@ def _compare_options(
 
 def _check_loadable(
     model: nn.Module,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tensors: dict[str, torch.Tensor],
     targets: dict[str, torch.Tensor],
     required: set[str],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
 from ..ops.merge import rotate_weight
 from .base import BOFTLayer
 from .config import RotationConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Size = int | tuple[int, ...]
 
@@ -71,7 +76,7 @@ class _BOFTConv(BOFTLayer):
         self._init_rotation(config)
 
     @classmethod
-    def from_conv(cls, conv: nn.Module, **options) -> _BOFTConv:
+    def from_conv(cls, conv: nn.Module, **options: Any) -> Self:
         """Build a BOFT layer that shares the storage of the weight and bias of ``conv``.
 
         Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +11,9 @@ from torch.nn import functional as F
 from ..ops.kaleidoscope import multiply
 from .base import BOFTLayer
 from .config import Options, RotationConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _embedding_arguments(embedding: nn.Embedding) -> tuple:
@@ -87,7 +92,7 @@ class BOFTEmbedding(BOFTLayer, nn.Embedding):
         self._init_rotation(config)
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, **options) -> BOFTEmbedding:
+    def from_embedding(cls, embedding: nn.Embedding, **options: Any) -> Self:
         """Build a BOFT layer that shares the storage of the table of ``embedding``.
 
         Args:

@@ -23,7 +23,7 @@ MEANS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 @torch.no_grad()
 def merge_adapters(
-    adapters: Iterable[str | os.PathLike | nn.Module | Adapter],
+    adapters: Iterable[str | os.PathLike[str] | nn.Module | Adapter],
     weights: Iterable[float] | None = None,
     *,
     how: str = "orthomerge",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,9 @@ from .._runtime import checks
 from ..ops.geodesic import geodesic
 from .distributed import by_parts, changes_unseen, whole
 from .rotated_weight import is_sharded
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # skew and scale
 
@@ -110,7 +114,7 @@ class HasStrength:
         if scale is not None and not scale.is_meta:  # all ranks find the same
             _check_positive(whole(scale), strength)
 
-    def set_strength(self, strength: float):
+    def set_strength(self, strength: float) -> Self:
         """Weaken the adapter for inference: R^t and s^t in the place of R and s.
 
         At t = 0 the module is the pretrained one and at t = 1 the finetuned one, both exactly. In

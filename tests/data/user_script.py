@@ -9,7 +9,15 @@ import torch
 from typing_extensions import assert_type
 
 import boft_ops
-from boft_ops import BOFTConv2d, BOFTLinear, MultiAdapterLinear, MultiplicativeDropout, OFTLinear
+from boft_ops import (
+    BOFTConv2d,
+    BOFTConv3d,
+    BOFTEmbedding,
+    BOFTLinear,
+    MultiAdapterLinear,
+    MultiplicativeDropout,
+    OFTLinear,
+)
 from boft_ops.interop.convert import convert
 from boft_ops.interop.peft import accelerate, patched, restore
 
@@ -43,6 +51,10 @@ def layers() -> None:
     assert_type(OFTLinear.from_linear(linear, block_size=4), OFTLinear)
     conv = torch.nn.Conv2d(8, 4, 3)
     assert_type(BOFTConv2d.from_conv(conv, block_size=8, n_factors=1), BOFTConv2d)
+    volume = torch.nn.Conv3d(8, 4, 2)
+    assert_type(BOFTConv3d.from_conv(volume, block_size=8, n_factors=1), BOFTConv3d)
+    embedding = BOFTEmbedding.from_embedding(torch.nn.Embedding(8, 16), block_size=4)
+    assert_type(embedding.set_strength(0.5), BOFTEmbedding)
     assert_type(MultiplicativeDropout(0.5, 0.5), MultiplicativeDropout)
 
 
@@ -55,6 +67,11 @@ def models() -> None:
         boft_ops.save_adapter(model, file)
         boft_ops.load_adapter(model, str(file))
         convert(file, Path(folder) / "peft", "peft", base=model)
+        merged = boft_ops.merge_adapters([file, str(file), model], [1, 2, 0.5], how="karcher")
+        merged.save(file)
+        boft_ops.load_adapter(model, merged)
+    assert_type(boft_ops.set_strength(model, 0.5), torch.nn.Module)
+    torch.optim.AdamW(boft_ops.param_groups(model, lr=1e-3, weight_decay=0.01))
     assert_type(boft_ops.unload(model), torch.nn.Module)
     assert_type(boft_ops.merge(boft_ops.adapt(model, "all-linear", **options)), torch.nn.Module)
 
