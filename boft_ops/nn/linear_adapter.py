@@ -74,11 +74,11 @@ class LinearAdapter(HasAdapter, nn.Module):
 
         The gradient of one that every rank has is averaged over the ranks.
         """
-        return self._own(self.at_strength()[0])
+        return self._own(self.skew if self.strength == 1 else self.at_strength()[0])
 
     def own_scale(self) -> torch.Tensor | None:
         """The scale at its strength as a plain tensor, or None; see ``own_skew``."""
-        scale = self.at_strength()[1]
+        scale = self.scale if self.strength == 1 else self.at_strength()[1]
         return None if scale is None else self._own(scale)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:

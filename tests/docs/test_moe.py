@@ -17,8 +17,9 @@ spec.loader.exec_module(moe)
 @pytest.mark.parametrize("experts", ["each", "shared"])
 def test_it_learns_saves_and_merges(experts, tmp_path, capsys):
     out = tmp_path / "adapter.safetensors"
+    # The texts are files of this repository, and how much is learned of them changes with these.
     args = moe.parse(
-        [*["--experts", experts, "--out", str(out)], "--steps=35", "--batch=4", "--length=32"]
+        [*["--experts", experts, "--out", str(out)], "--steps=80", "--batch=4", "--length=32"]
     )
     losses = moe.run(args)
     assert losses["finetuned"] < losses["pretrained"] - 0.05
