@@ -186,6 +186,11 @@ def _triton_supports_backward(grad, x, stage, *_: int) -> bool:
     return triton_supports_stage(x, stage)
 
 
+def _cuda_prefers(x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, *_: bool) -> bool:
+    """Groups of 32 features that lie apart: 79 us on an H200, for which Triton's tiles took 101."""
+    return stride > 1 and stage.shape[-1] == 32 and x.dtype.itemsize == 2
+
+
 def flops_of_rotate(x: torch.Tensor, stage: torch.Tensor, *_: object) -> int:
     """The flops of rows times a stage (..., size, size)."""
     return 2 * x.numel() * stage.shape[-1]
@@ -199,7 +204,7 @@ rotate_rows = Op(
     samples=_samples,
     kernels={
         "cpu": Kernel(cpu_supports_stage),
-        "cuda": Kernel(cuda_supports_stage),
+        "cuda": Kernel(cuda_supports_stage, preferred=_cuda_prefers),
         "triton": Kernel(triton_supports_stage, "rotate:rotate", "rotate:TILES"),
     },
     shape_class=ROWS,
