@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
     Attributes:
         size: largest group.
-        tile: the tile.
+        tile: the tile; its programs, if not 0, are the most that a multiprocessor gets.
         shared: KiB of shared memory that a program takes at most on NVIDIA's GPUs. AMD's hold no
             rows ahead there, and every tile fits their 64 KiB.
         registers: registers of a thread, on an H200 with groups of neighboring features. The
@@ -123,8 +123,8 @@ class TileTable(NamedTuple):
             return None
         tile = entry.tile
         if self.shares_rows:
-            shared = entry.shared << 10
-            tile = tile._replace(programs=limits.programs(tile.num_warps, entry.registers, shared))
+            fit = limits.programs(tile.num_warps, entry.registers, entry.shared << 10)
+            tile = tile._replace(programs=min(fit, tile.programs or fit))
         # Neighboring features whose addresses keep their alignment. If 4 do not divide them, every
         # feature needs an address of its own, and bands that load ahead hold twice as many.
         run = chunk if stride > 1 else BAND if BAND % size == 0 else size

@@ -46,10 +46,8 @@ BACKWARD_TILES = TileTable(
         Entry(32, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
     strided=(
-        Entry(16, Tile(8, 32, 16, 16, num_warps=8, num_stages=3), 45, capability=80),
         Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        Entry(32, Tile(8, 32, 32, 32, num_warps=8, num_stages=2), 64, capability=80),
-        Entry(32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
+        Entry(32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2), 49),
         Entry(64, Tile(1, 32, 64, 64, num_warps=8, num_stages=2), rdna=True),
         Entry(64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2), 48),
     ),
@@ -62,6 +60,8 @@ STAGE_GRAD_TILES = TileTable(
         Entry(64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2), rdna=True),
         Entry(64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
         Entry(256, Tile(1, 64, 128, 128, num_warps=16, num_stages=1), rdna=True),
+        Entry(128, Tile(1, 64, 128, 128, num_warps=8, num_stages=4), 129, capability=90),
+        Entry(256, Tile(1, 64, 128, 128, num_warps=8, num_stages=3), 97, capability=90),
         Entry(256, Tile(1, 64, 128, 128, num_warps=8, num_stages=2), 65),
     ),
     float32=(
@@ -74,9 +74,7 @@ STAGE_GRAD_TILES = TileTable(
         Entry(256, Tile(1, 16, 32, 32, num_warps=4, num_stages=1)),
     ),
     strided=(
-        Entry(16, Tile(8, 32, 16, 16, num_warps=8, num_stages=3), 45, capability=80),
         Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
-        Entry(32, Tile(8, 32, 32, 32, num_warps=8, num_stages=2), 49, capability=80),
         Entry(32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2)),
     ),
     whole=(),

@@ -31,10 +31,10 @@ from .workload import Workload
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 # The order of preference on each type of device; the reference runs if no kernel can. On an H200
-# Triton's kernels of the rows were faster at every size than those in CUDA C++ of that time, which
-# have changed since (docs/cuda.md). BOFT_OPS_BACKEND=cuda chooses the latter.
+# Triton's kernels of contiguous rows took less time at every size than those in CUDA C++; for the
+# calls where it was the other way round see Kernel.preferred (docs/cuda.md).
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-REFERENCE = Choice("reference")
+REFERENCE, CUDA = Choice("reference"), Choice("cuda")
 
 _forced = os.environ.get("BOFT_OPS_BACKEND") or None
 _ops: dict[str, Op] = {}
@@ -51,11 +51,14 @@ class Kernel(NamedTuple):
         tiles: for Triton, ``"module:name"`` of the kernel's tiles: their ``type``, a NamedTuple
             whose fields a measurement may set, ``default(structure, dtype)`` and
             ``is_legal(tile, structure, dtype)``. None: a measurement may set nothing.
+        preferred: the arguments of a call -> True if this kernel is the default for them, before
+            those that come earlier in PREFERENCE: a GPU ran it in less time. None: for no call.
     """
 
     supports: Callable[..., bool] | None = None
     launcher: str | Callable[[], Callable] | None = None
     tiles: str | None = None
+    preferred: Callable[..., bool] | None = None
 
 
 class Op:
@@ -160,12 +163,21 @@ class Op:
             choice = self.defaults.get(tuned.DEVICE_TYPES.get(number, "cuda"), REFERENCE)
             if choice.backend == "reference" and number == tuned.CPU and "cpu" in self.kernels:
                 native.tell_absence()
+            elif choice.backend == "triton" and self._prefers_cuda(*args):
+                choice = CUDA
         kernel = self.kernels.get(choice.backend)
         if kernel is None or choice.backend in self.unavailable:
             return REFERENCE
         if choice.backend == "triton" and x.dtype.itemsize == 2 and not triton_takes(x):
             return REFERENCE
         return choice if kernel.supports is None or kernel.supports(*args) else REFERENCE
+
+    def _prefers_cuda(self, *args) -> bool:
+        """True if the kernel in CUDA C++ is the default for a call, in the place of Triton's."""
+        kernel = self.kernels.get("cuda")
+        if kernel is None or kernel.preferred is None or "cuda" in self.unavailable:
+            return False
+        return args[0].is_cuda and kernel.preferred(*args)
 
     def _measured(self, args: tuple, eager: bool, number: int) -> Choice | None:
         """The measured choice for a call, or None; notes if there is none for any call."""

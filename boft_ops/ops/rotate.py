@@ -186,6 +186,16 @@ def _triton_supports_backward(grad, x, stage, *_: int) -> bool:
     return triton_supports_stage(x, stage)
 
 
+# Groups of 32 features that lie apart, in half precision: on an H200 0.75 of the time of Triton's
+# kernel, and 0.60 of its gradients'.
+def _cuda_prefers(x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, *_: bool) -> bool:
+    return stride > 1 and stage.shape[-1] == 32 and x.dtype.itemsize == 2
+
+
+def _cuda_prefers_backward(grad, x, stage, chunk, stride, *_: int) -> bool:
+    return _cuda_prefers(x, stage, chunk, stride)
+
+
 def flops_of_rotate(x: torch.Tensor, stage: torch.Tensor, *_: object) -> int:
     """The flops of rows times a stage (..., size, size)."""
     return 2 * x.numel() * stage.shape[-1]
@@ -199,7 +209,7 @@ rotate_rows = Op(
     samples=_samples,
     kernels={
         "cpu": Kernel(cpu_supports_stage),
-        "cuda": Kernel(cuda_supports_stage),
+        "cuda": Kernel(cuda_supports_stage, preferred=_cuda_prefers),
         "triton": Kernel(triton_supports_stage, "rotate:rotate", "rotate:TILES"),
     },
     shape_class=ROWS,
@@ -233,7 +243,7 @@ rotate_backward = Op(
     samples=_backward_samples,
     kernels={
         "cpu": Kernel(_cpu_supports_backward),
-        "cuda": Kernel(_cuda_supports_backward),
+        "cuda": Kernel(_cuda_supports_backward, preferred=_cuda_prefers_backward),
         "triton": Kernel(
             _triton_supports_backward,
             "rotate_backward:rotate_backward",

@@ -6,9 +6,9 @@
 namespace boft::cuda {
 namespace {
 
-constexpr int64_t kBlocks = 1024;   // blocks of threads that keep a large GPU busy
-constexpr int64_t kLeastRows = 32;  // least rows of a split of the gradients
-constexpr int64_t kScaleRows = 8;   // rows that a block scales, all of them loaded at once
+constexpr int64_t kBlocks = 384;    // blocks of threads that keep a large GPU busy
+constexpr int64_t kLeastRows = 64;  // least rows of a split of the gradients
+constexpr int64_t kScaleRows = 8;   // rows that a block scales
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 uintptr_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }

@@ -12,6 +12,9 @@
 namespace boft::cuda {
 
 constexpr int kScaleThreads = 128;
+// Rows that a thread loads before it stores the first: the compiler may not do so on its own, since
+// a result could lie where the next row is read.
+constexpr int kScaleAhead = 4;
 
 // Columns of a thread, loaded at once: 16 bytes of them if addresses and n allow it, else one.
 template <class T, int Vector>
@@ -39,14 +42,21 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
     shifts[i] = bias == nullptr ? W(0) : bias[column + i];
     if (center != nullptr) shifts[i] -= scales[i] * center[column + i];
   }
-#pragma unroll 4
-  for (int64_t row = first; row < last; ++row) {
+  for (int64_t row = first; row < last; row += kScaleAhead) {
     const int64_t at = row * n + column;
-    const auto v = *reinterpret_cast<const Columns<T, Vector>*>(x + at);
-    Columns<T, Vector> out;
+    Columns<T, Vector> v[kScaleAhead];
 #pragma unroll
-    for (int i = 0; i < Vector; ++i) out.at[i] = narrow<T>(widen(v.at[i]) * scales[i] + shifts[i]);
-    *reinterpret_cast<Columns<T, Vector>*>(y + at) = out;
+    for (int a = 0; a < kScaleAhead; ++a)
+      if (row + a < last) v[a] = *reinterpret_cast<const Columns<T, Vector>*>(x + at + a * n);
+#pragma unroll
+    for (int a = 0; a < kScaleAhead; ++a) {
+      if (row + a >= last) continue;
+      Columns<T, Vector> out;
+#pragma unroll
+      for (int i = 0; i < Vector; ++i)
+        out.at[i] = narrow<T>(widen(v[a].at[i]) * scales[i] + shifts[i]);
+      *reinterpret_cast<Columns<T, Vector>*>(y + at + a * n) = out;
+    }
   }
 }
 
@@ -69,20 +79,28 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
     scales[i] = scale[column + i];
     centers[i] = center == nullptr ? W(0) : center[column + i];
   }
-#pragma unroll 4
-  for (int64_t row = first; row < last; ++row) {
+  for (int64_t row = first; row < last; row += kScaleAhead) {
     const int64_t at = row * n + column;
-    const auto g = *reinterpret_cast<const Columns<T, Vector>*>(grad + at);
-    const auto v = *reinterpret_cast<const Columns<T, Vector>*>(x + at);
-    Columns<T, Vector> out;
+    Columns<T, Vector> g[kScaleAhead], v[kScaleAhead];
 #pragma unroll
-    for (int i = 0; i < Vector; ++i) {
-      const W upstream = widen(g.at[i]);
-      out.at[i] = narrow<T>(upstream * scales[i]);
-      scale_sums[i] += upstream * (widen(v.at[i]) - centers[i]);
-      bias_sums[i] += upstream;
+    for (int a = 0; a < kScaleAhead; ++a) {
+      if (row + a >= last) continue;
+      g[a] = *reinterpret_cast<const Columns<T, Vector>*>(grad + at + a * n);
+      v[a] = *reinterpret_cast<const Columns<T, Vector>*>(x + at + a * n);
     }
-    *reinterpret_cast<Columns<T, Vector>*>(x_grad + at) = out;
+#pragma unroll
+    for (int a = 0; a < kScaleAhead; ++a) {
+      if (row + a >= last) continue;
+      Columns<T, Vector> out;
+#pragma unroll
+      for (int i = 0; i < Vector; ++i) {
+        const W upstream = widen(g[a].at[i]);
+        out.at[i] = narrow<T>(upstream * scales[i]);
+        scale_sums[i] += upstream * (widen(v[a].at[i]) - centers[i]);
+        bias_sums[i] += upstream;
+      }
+      *reinterpret_cast<Columns<T, Vector>*>(x_grad + at + a * n) = out;
+    }
   }
 #pragma unroll
   for (int i = 0; i < Vector; ++i) {
@@ -98,6 +116,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   const int64_t column = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x;
   if (column >= 2 * n) return;
   W sum = 0;
+#pragma unroll 8
   for (int64_t split = 0; split < splits; ++split) sum += partials[split * 2 * n + column];
   (column < n ? scale_grad[column] : bias_grad[column - n]) = sum;
 }

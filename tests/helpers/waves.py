@@ -61,7 +61,7 @@ def count_programs(op, size, rows, features, dtype, limits):
         if op == "rotate":
             launch = rotate._rotate_launch.__wrapped__(*sizes, size, size, 1, False, ())
         else:
-            splits = stages._splits(features, size, 1, 0)
+            splits = stages._splits(features, size, 0)
             build = rotate_backward._backward_launch.__wrapped__
             launch = build(*sizes, splits, size, size, 1, False, ())
     return launch._grid
