@@ -22,9 +22,9 @@ import torch
 
 from . import autocast, native, tuned
 from . import flops as flop_formulas
-from .autograd import differentiate
 from .device import devices_of
 from .gpu import triton_object, triton_takes
+from .library import define
 from .namespace import NS
 from .tuned import Choice, ShapeClass, Tunable
 from .workload import Workload
@@ -98,7 +98,7 @@ class Op:
         self.samples = samples
         self.comparable = comparable
         self.kernels = kernels or {}
-        self._library = _define(self.name, schema, reference, fake)
+        self._library = define(self.name, schema, reference, fake)
         self.raw = getattr(getattr(torch.ops, NS), self.name).default
         flop_formulas.declare(self.raw, flops)
         if {"triton", "cuda"} & self.kernels.keys() and not self.raw.has_kernel_for_dispatch_key(
@@ -380,33 +380,8 @@ def bypasses_dispatch(tensor: torch.Tensor) -> bool:
 
 @cache
 def _native_kernel(name: str, schema: str) -> Callable:
-    _define(name, schema, namespace=native.CUDA_NS)
+    define(name, schema, namespace=native.CUDA_NS)
     return getattr(getattr(torch.ops, native.CUDA_NS), name).default
-
-
-def _define(
-    name: str,
-    schema: str,
-    reference: Callable | None = None,
-    fake: Callable | None = None,
-    namespace: str = NS,
-) -> torch.library.Library:
-    """Define the operator under this copy's namespace, once per process.
-
-    The library is kept on torch's own object: torch drops the operators of a freed one, and a
-    second import of the same copy must find them, not define them again.
-    """
-    holder = getattr(torch.ops, namespace)
-    libraries = holder.__dict__.setdefault("_boft_libraries", {})
-    if name not in libraries:
-        library = libraries[name] = torch.library.Library(namespace, "FRAGMENT")
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        if reference is not None:
-            # for every device; a kernel registered for a device key wins over it
-            library.impl(name, reference, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-            differentiate(f"{namespace}::{name}", reference, library)
-    return libraries[name]
 
 
 native.load()
