@@ -112,7 +112,10 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     add("base", metavar="BASE", type=Path, help="a safetensors file, or a folder")
     add("out", metavar="OUT", type=Path, help="a new file or folder")
     add("--adapter", type=Path, required=True, help="a checkpoint that `convert` reads")
-    add("--prefix", help="first part of the names of one network in a trainer's file, as for convert")
+    add(
+        "--prefix",
+        help="first part of the names of one network in a trainer's file, as for convert",
+    )
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:

@@ -141,6 +141,4 @@ def _segments_launch(
     structure = {"SIZE": size, "CHUNK": chunk, "STRIDE": stride}
     grid = splits * n_segments * count_tiles(tile, d, size, tile.columns, tile.inner)
     scalars = n, d, n_segments, splits
-    return launch_with(
-        device, tile, segment_stage_grads_kernel, grid, scalars, structure, smaller
-    )
+    return launch_with(device, tile, segment_stage_grads_kernel, grid, scalars, structure, smaller)

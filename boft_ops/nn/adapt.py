@@ -20,7 +20,7 @@ from .layers import BOFTConv2d, BOFTLinear
 from .multi_adapter import MultiAdapterLinear
 from .rotated_weight import is_sharded
 from .targets import BOFT_CLASSES, is_layer, matching, named_children, options_by_name
-from .wrappers import COMPILED, pretrained_names, wrapper_of
+from .wrappers import COMPILED, wrapper_of
 
 DEFAULT = "default"  # name of the adapter that adapt() adds to a quantized layer
 

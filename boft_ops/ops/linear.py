@@ -188,9 +188,7 @@ def _parts_agree(
     A measurement of the whole op counts for more than those of its parts.
     """
     rows, stage = _operands(x, x.dtype, stages)
-    if backend.forced() or tuned.measured(
-        rotated_linear_forward.tunable, x, (rows, weight, stage)
-    ):
+    if backend.forced() or tuned.measured(rotated_linear_forward.tunable, x, (rows, weight, stage)):
         return True
     size = stage.shape[-1]
     rotation, scale = ((size, size, 1), rows.shape), ((), (rows.shape[0], weight.shape[0]))

@@ -51,8 +51,8 @@ PASSES = (
     Pass(128, 64, 219, 48),
     Pass(256, 64, 102, 65),
 )
-# Programs that a multiprocessor gets, although more may fit: on an H200 a pass over 8192 rows of 4096
-# took 53 us in 4 splits, which are two programs for each, and 57 us in 6.
+# Programs that a multiprocessor gets, although more may fit: on an H200 a pass over 8192 rows of
+# 4096 took 53 us in 4 splits, which are two programs for each, and 57 us in 6.
 MOST_PROGRAMS = 2
 
 

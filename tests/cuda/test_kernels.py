@@ -518,8 +518,14 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
         ),
         (
             "linear_from_skew_backward",
-            (*[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 2, 6)],
-             *[torch.zeros(63), *[None] * 4], False, 1, False, False),
+            (
+                *[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 2, 6)],
+                *[torch.zeros(63), *[None] * 4],
+                False,
+                1,
+                False,
+                False,
+            ),
             "rotation: expected",
         ),
     ],

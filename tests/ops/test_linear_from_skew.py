@@ -9,9 +9,7 @@ from boft_ops._runtime import backend, native, tuned
 from boft_ops.ops import linear
 from boft_ops.ops.linear_from_skew import LEAST_SCALE
 
-pytestmark = pytest.mark.skipif(
-    not native.kernels("cpu"), reason="the native library is not built"
-)
+pytestmark = pytest.mark.skipif(not native.kernels("cpu"), reason="the native library is not built")
 
 
 @pytest.fixture(autouse=True)

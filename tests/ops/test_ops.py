@@ -88,13 +88,13 @@ def samples():
         ],
         "linear_from_skew": [
             (x, weight, skew, None, scale, bias, True, False),
-            (g[None], weight, skew.transpose(0, 1).contiguous().transpose(0, 1), drop, None, None, False, False),
+            (g[None], weight, skew.mT.contiguous().mT, drop, None, None, False, False),
             (x.repeat(20, 1), weight, skew, drop, scale, None, False, True),
         ],
         "linear_from_skew_backward": [
             (y, x, weight, skew, numbers, None, scale, bias, y, False, 1, True, False),
             (y, g, weight, skew, numbers, drop, scale, None, y, True, 1, False, True),
-            (y[None], x[None], weight, skew, numbers, drop, None, None, None, False, 1, False, False),
+            (y[None], x[None], weight, skew, numbers, drop, *[None] * 3, False, 1, False, False),
         ],
     }  # fmt: skip
 
