@@ -1,22 +1,27 @@
 """Time of the host for a training step on a GPU, measured without a GPU.
 
-    python bench/host.py [--rounds 101]
+    python bench/host.py [--rounds 101] [--native FOLDER]
 
 If a GPU finishes each kernel before the next launch arrives, a layer takes the time that Python and
 torch need to make its launches. Here tiny layers run on the CPU through the code for CUDA tensors
 with Triton. The compiled kernels are replaced by a stub that does nothing, after about as much
 Python as Triton runs at that point. All contestants use torch's own matrix products and additions.
+
+With --native a row shows the layer as one native call, with the bindings of the CUDA kernels in a
+library for the CPU whose launches are left out: `python tests/helpers/cuda_emulation.py FOLDER`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +30,11 @@ from interleave import Contestant, measure, ratios, summary
 
 from boft_ops._runtime import backend, tuned
 from boft_ops._runtime.tuned import Choice
+from boft_ops.ops import linear_from_skew
 
 SHAPE = Shape(64, 64, 16)
-NAMES = (FLOOR, LORA, "peft-oft", "boft-1-16", "boft-2-8", "boft-4-4")
+OURS = "boft-2-8"
+NAMES = (FLOOR, LORA, "peft-oft", "boft-1-16", OURS, "boft-4-4")
 
 
 class EmptyKernel:
@@ -101,11 +108,37 @@ def launches_left_out() -> Iterator[None]:
         put(before, compiled)
 
 
-def jobs() -> list[Job]:
+@contextmanager
+def native_calls(space: Any, library: Path) -> Iterator[None]:
+    """Let layers on the CPU take the native call of a GPU, and run no kernel.
+
+    Args:
+        space: ``torch.ops.<namespace>`` with the operators of the library.
+        library: the emulated library.
+    """
+    switch = ctypes.CDLL(str(library)).boft_emulated_launches
+    ops = [linear_from_skew.linear_from_skew_forward, linear_from_skew.linear_from_skew_backward]
+    before = [(op.raw, op.defaults["cpu"]) for op in ops], linear_from_skew.KEEP_OUTPUT
+    for op in ops:
+        op.raw, op.defaults["cpu"] = getattr(space, op.name).default, Choice("cpu")
+    linear_from_skew.KEEP_OUTPUT = ()
+    switch(0)
+    tuned.forget()  # with the decisions that were made so far
+    try:
+        yield
+    finally:
+        for op, (raw, default) in zip(ops, before[0], strict=True):
+            op.raw, op.defaults["cpu"] = raw, default
+        linear_from_skew.KEEP_OUTPUT = before[1]
+        switch(1)
+        tuned.forget()
+
+
+def jobs(names: Sequence[str] = NAMES) -> list[Job]:
     """Build the contestants, all with the same batch."""
     base = frozen(SHAPE, torch.device("cpu"), torch.float32)
     x, grad = batch(SHAPE, torch.device("cpu"), torch.float32)
-    return [Job(build(name, base), x, grad) for name in NAMES]
+    return [Job(build(name, base), x, grad) for name in names]
 
 
 def count_calls(function: Callable[[], object]) -> int:
@@ -124,13 +157,13 @@ def count_calls(function: Callable[[], object]) -> int:
     return n_calls
 
 
-def table(rounds: int, seconds: float) -> list[dict[str, Any]]:
+def table(rounds: int, seconds: float, names: Sequence[str] = NAMES) -> list[dict[str, Any]]:
     """Measure a row for each contestant.
 
     A row has the microseconds of forward and of both passes, each also divided by LoRA's, and the
     number of function calls.
     """
-    entrants, rows = jobs(), []
+    entrants, rows = jobs(names), []
     timed = {
         direction: measure(
             [Contestant(j.entry.name, j.runner(direction), j.reset) for j in entrants],
@@ -157,11 +190,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="approximate time for each direction"
     )
+    parser.add_argument("--native", type=Path, help="folder of an emulated library")
     options = parser.parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     with launches_left_out():
         rows = table(options.rounds, options.seconds)
+        if options.native:
+            sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+            from cuda_emulation import LIB, register
+
+            library = options.native / LIB
+            with native_calls(register(library, "boft_emulated"), library):
+                natively = table(options.rounds, options.seconds, (LORA, OURS))[-1]
+            rows.append(natively | {"name": f"{natively['name']}, native call"})
     print(f"{'':24}{'forward':>10}{'with backward':>15}{'of LoRA [quartiles]':>24}{'calls':>7}")
     for row in rows:
         middle, low, high = row["both of LoRA's"]

@@ -58,7 +58,7 @@ STAGE_GRAD_TILES = TileTable(
     half=(
         Entry(32, Tile(1, 64, 64, 64, num_warps=8, num_stages=3), 49),
         Entry(64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2), rdna=True),
-        Entry(64, Tile(1, 64, 64, 64, num_warps=4, num_stages=2)),
+        Entry(64, Tile(1, 64, 64, 64, num_warps=4, num_stages=3), 49),
         Entry(256, Tile(1, 64, 128, 128, num_warps=16, num_stages=1), rdna=True),
         Entry(128, Tile(1, 64, 128, 128, num_warps=8, num_stages=4), 129, capability=90),
         Entry(256, Tile(1, 64, 128, 128, num_warps=8, num_stages=3), 97, capability=90),

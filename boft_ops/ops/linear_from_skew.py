@@ -31,6 +31,9 @@ from .stages import plan
 # (kLeastScale in csrc/binding_layer.h). Below, the rounding of the output beside its bias would be
 # too large a part of the result.
 LEAST_SCALE = 1 / 1024
+# Backends whose backward takes the output in the place of z. On a GPU nobody looks whether a scale
+# is zero, which would cost a sync.
+KEEP_OUTPUT = ("cpu",)
 # The hooks that would see a saved tensor, or None. Where torch cannot tell, there may be some.
 _saved_tensor_hooks = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
@@ -72,7 +75,7 @@ def _backward_reference(
 
 
 def _shape_of(skew: torch.Tensor) -> tuple[int, int, int, int]:
-    """The numbers m of factors, K of blocks, b of rows of a block, and of features of a group."""
+    """m factors, K blocks in each, b rows of a block, and the features of a group."""
     m, n_blocks, packed = skew.shape
     b = checks.block_size_from_packed("skew", packed)
     return m, n_blocks, b, b << (m - 1)
@@ -197,7 +200,8 @@ class NativeCall:
         forward, backward: the native operators.
         fused: see ``linear_from_skew``.
         splits: see ``linear_from_skew_backward``.
-        keeps_output: False once an output of such a call was found changed in place.
+        keeps_output: True to keep the output in the place of z, until an output of such a call is
+            found changed in place.
     """
 
     __slots__ = ("backward", "forward", "fused", "keeps_output", "splits")
@@ -208,7 +212,7 @@ class NativeCall:
         # the builtin behind an overload, whose own __call__ is a Python function around it
         self.forward, self.backward = (getattr(call, "_op", call) for call in calls)
         self.fused, self.splits = fused, splits
-        self.keeps_output = backend == "cpu"
+        self.keeps_output = backend in KEEP_OUTPUT
 
 
 class LinearFromSkew(torch.autograd.Function):
