@@ -35,7 +35,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 class Plan(NamedTuple):
-    """How the calls of one signature are computed.
+    """The way in which the calls of one signature are computed.
 
     Attributes:
         stages: of the butterfly.
@@ -70,7 +70,7 @@ def choose_strategy(
     global _generation
     if (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None  # of torch.jit.trace
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) is not torch.Tensor
     ):

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 
 from .._runtime import autocast, checks
-from .._runtime.backend import Kernel, Op
+from .._runtime.backend import Op
 from .._runtime.dtypes import COMPUTE, HALVES
+from .._runtime.kernel import Kernel
 from .._runtime.limits import MAX_ROTATION
 from .._runtime.workload import Workload
 from .cayley import fake_cayley

@@ -71,7 +71,7 @@ def natively_served():
     ids=["all", "no bias", "no scale", "frozen scale", "trained bias", "bias alone", "frozen skew",
          "frozen x", "dims", "strided", "no rows", "vector", "one factor"],
 )  # fmt: skip
-@pytest.mark.parametrize("rows", [5, 70])  # of which 70 are enough for the fused product
+@pytest.mark.parametrize("rows", [5, 70])  # 70 are enough for the fused product
 def test_results(rows, more):
     tensors = operands(rows=rows) | more
     if "x" in more and rows == 70 and more["x"].dim() == 2 and len(more["x"]) == 70:
