@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .._runtime import checks, limits, linalg
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import COMPUTE
-from .._runtime.kernel import Kernel
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 from .dropout import drop_blocks

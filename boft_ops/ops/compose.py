@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import widest
-from .._runtime.kernel import Kernel
 from .._runtime.limits import MAX_BLOCK, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from .._runtime import autocast, checks
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import COMPUTE, HALVES
-from .._runtime.kernel import Kernel
 from .._runtime.limits import MAX_ROTATION
 from .._runtime.workload import Workload
 from .cayley import fake_cayley
@@ -195,7 +194,7 @@ linear_from_skew_backward = Op(
 
 
 class NativeCall:
-    """What is decided once for all calls of one signature.
+    """The decisions for all calls of one signature.
 
     Attributes:
         forward, backward: the native operators.

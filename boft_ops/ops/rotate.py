@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import COMPUTE
-from .._runtime.kernel import Kernel
 from .._runtime.limits import MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload

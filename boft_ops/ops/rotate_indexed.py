@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from .._runtime import autocast, checks
-from .._runtime.backend import Op
-from .._runtime.kernel import Kernel
+from .._runtime.backend import Kernel, Op
 from .._runtime.workload import Workload
 from .compose import compose
 from .planner import plan_for

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from .._runtime import autocast, native
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import COMPUTE, HALVES, widest
-from .._runtime.kernel import Kernel
 from .._runtime.limits import FUSED_MULTIPLE, MAX_STAGE
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import COMPUTE
-from .._runtime.kernel import Kernel
 from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .._runtime.backend import Op
+from .._runtime.backend import Kernel, Op
 from .._runtime.dtypes import COMPUTE
-from .._runtime.kernel import Kernel
 from .._runtime.limits import MAX_STAGE
 from .._runtime.workload import Workload
 from .rotate import ROWS, class_of_rows, rotate_stage_grad_reference
