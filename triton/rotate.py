@@ -30,6 +30,7 @@ TILES = TileTable(
         Entry(128, Tile(1, 32, 128, 128, num_warps=8, num_stages=1), rdna=True),
         Entry(256, Tile(1, 32, 64, 256, num_warps=8, num_stages=1), rdna=True),
         Entry(128, Tile(1, 64, 128, 128, num_warps=8, num_stages=3), 80, 90),
+        Entry(256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1), 112, 137, capability=100),
         Entry(256, Tile(1, 64, 256, 256, num_warps=8, num_stages=3), 226, 255, capability=90),
         Entry(256, Tile(1, 64, 128, 256, num_warps=8, num_stages=1), 112, 137),
         Entry(256, Tile(1, 32, 128, 256, num_warps=8, num_stages=1), 88, 72),

@@ -47,6 +47,7 @@ BACKWARD_TILES = TileTable(
     ),
     strided=(
         Entry(16, Tile(4, 32, 16, 16, num_warps=4, num_stages=3)),
+        Entry(32, Tile(4, 16, 32, 32, num_warps=4, num_stages=2), rdna=True),
         Entry(32, Tile(4, 32, 32, 32, num_warps=4, num_stages=2), 49),
         Entry(64, Tile(1, 32, 64, 64, num_warps=8, num_stages=2), rdna=True),
         Entry(64, Tile(1, 64, 64, 64, num_warps=8, num_stages=2), 48),

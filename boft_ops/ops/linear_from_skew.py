@@ -194,7 +194,7 @@ linear_from_skew_backward = Op(
 
 
 class NativeCall:
-    """Decisions that are made once for all calls of one signature.
+    """The decisions for all calls of one signature.
 
     Attributes:
         forward, backward: the native operators.

@@ -202,7 +202,7 @@ def check_linear(x, weight, stage, scale, bias, grad, z):
             exact = op(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
             sizes = [a.double().abs() if isinstance(a, torch.Tensor) else a for a in args]
             if args is backward and in_z:
-                sizes[5] = -sizes[5]  # a term that is subtracted adds to the size of the sum
+                sizes[5] = -sizes[5]  # subtracted numbers add to the size of the sum
             sizes = op(*sizes)
             for got, want, truth, size in zip(ours(*args), op(*args), exact, sizes, strict=True):
                 assert got.shape == want.shape

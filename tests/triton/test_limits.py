@@ -132,9 +132,10 @@ def test_the_declared_resources_are_those_of_the_compiler():
 
 
 def test_other_kernels_need_no_more_than_every_device_has():
-    """They have one tile for all devices."""
+    """They have one tile for all devices. The sums of segments take the tiles of a rotation's."""
     _, table = triton_resources.read_table()
-    others = [used for (_, name), used in table.items() if not name.startswith("rotate")]
+    tiled = "rotate", "segment_stage_grads"
+    others = [used for (_, name), used in table.items() if not name.startswith(tiled)]
     assert len(others) > 500
     assert max(used["shared"] for used in others) <= 48 * KIB
 
@@ -272,7 +273,11 @@ def test_half_precision_before_capability_8_is_torchs(monkeypatch, device, dtype
 
 
 def test_the_table_of_waves():
-    """Figures of the launches as they are; each wave of the large ones is nearly full."""
+    """Figures of the launches as they are; where there are several waves, they are nearly full.
+
+    One wave need not be full: on an H200 two or three programs of a multiprocessor took less time
+    than as many as fit.
+    """
     hint = "python tests/helpers/waves.py --write"
     found = [tuple(map(str, row)) for row in waves.launches()]
     lines = waves.TABLE.read_text().splitlines()
@@ -280,9 +285,10 @@ def test_the_table_of_waves():
     for gpu_name, rows, features, kernel, size, _, programs, n_waves, fill in found:
         # A T4 runs float32, whose registers there are fewer than on the H200 of the table of tiles.
         least = 0.4 if gpu_name == "T4" else 0.8
-        assert float(fill) >= least, (gpu_name, rows, features, kernel, size, programs, n_waves)
+        case = gpu_name, rows, features, kernel, size, programs, n_waves
+        assert float(fill) >= (least if float(n_waves) > 1 else 0.3), case
     best = {row[3:5]: row for row in found if row[:3] == ("H200", "8192", "4096")}
-    assert all(float(row[7]) <= 1 and float(row[8]) >= 0.95 for row in best.values())
+    assert all(float(row[7]) <= 1 for row in best.values())
 
 
 def test_a_launch_on_another_device_has_another_grid(monkeypatch):
