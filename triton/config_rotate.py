@@ -126,12 +126,14 @@ class TileTable(NamedTuple):
             fit = limits.programs(tile.num_warps, entry.registers, entry.shared << 10)
             tile = tile._replace(programs=min(fit, tile.programs or fit))
         # Neighboring features whose addresses keep their alignment. If 4 do not divide them, every
-        # feature needs an address of its own, and bands or whole groups of MAX_SIZE that load ahead
-        # hold twice as many.
+        # feature needs an address of its own, and bands that load ahead hold twice as many.
         run = chunk if stride > 1 else BAND if BAND % size == 0 else size
         if run % 4:
             num_stages = 1 if tile.bands > 1 or tile.columns == MAX_SIZE else tile.num_stages
-            tile = tile._replace(rows=max(16, tile.rows // 4), num_stages=num_stages)
+            columns = min(tile.columns, MAX_SIZE // 2)
+            tile = tile._replace(
+                rows=max(16, tile.rows // 4), columns=columns, num_stages=num_stages
+            )
         return tile
 
     def is_legal(self, tile: Tile, structure: dict[str, int], dtype: str) -> bool:

@@ -42,7 +42,8 @@ def launches():
                         continue  # the table has not every size in float32
                     used = resources[target, name]
                     fitting = limits.programs(tile.num_warps, used["registers"], used["shared"])
-                    slots = fitting * limits.multiprocessors
+                    most = tile.programs or stages.MOST_PROGRAMS  # the kernel asks for no more
+                    slots = min(fitting, most) * limits.multiprocessors
                     programs = count_programs(op, size, rows, features, dtype, limits)
                     waves = programs / slots
                     fill = waves / -(-programs // slots)
