@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to a parser."""
     add = parser.add_argument
     add("source", metavar="IN", type=Path, help="PEFT's folder, or a file")
-    add("destination", metavar="OUT", type=Path, help="a new folder (peft, lora) or file")
+    add("destination", metavar="OUT", type=Path, help="a new folder (peft, lora, merged) or file")
     add(
         "--from",
         dest="source_format",
@@ -27,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=TARGETS,
         required=True,
-        help="the format of OUT; diff holds updates of weights, lora a low-rank approximation",
+        help="the format of OUT; diff holds updates of weights, lora a low-rank approximation, "
+        "merged the whole model",
     )
     add(
         "--base",
         type=Path,
         help="the pretrained model: a safetensors file, or a folder of them; names and shapes are "
-        "read, for diff and lora the weights, too. Conversions that need it say so",
+        "read, for diff, lora and merged the weights, too. Conversions that need it say so",
     )
     add(
         "--prefix",

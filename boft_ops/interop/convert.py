@@ -16,7 +16,7 @@ from .formats.checkpoint import Base, Checkpoint, Shapes, check, shapes_of
 from .formats.files import read_tensors
 
 SOURCES = ("auto", "boft_ops", "peft", *trainers.TRAINERS)
-TARGETS = ("boft_ops", "peft", "lycoris", "diff", "lora")
+TARGETS = ("boft_ops", "peft", "lycoris", "diff", "lora", "merged")
 
 
 def convert(
@@ -43,13 +43,15 @@ def convert(
             safetensors, or in a pickle that ``torch.load(weights_only=True)`` accepts.
         destination: a folder for "peft" and "lora", else a file. It must not exist; it appears
             whole or not at all.
-        to: "boft_ops", "peft", "lycoris", "diff" or "lora". "diff" is the update of each weight in
-            float32, which ComfyUI and the webui of A1111 add to it. "lora" is a PEFT folder with
-            the best approximation of each update by a product of rank ``rank``.
+        to: "boft_ops", "peft", "lycoris", "diff", "lora" or "merged". "diff" is the update of each
+            weight in float32, which ComfyUI and the webui of A1111 add to it. "lora" is a PEFT
+            folder with the best approximation of each update by a product of rank ``rank``.
+            "merged" is the pretrained model with the adapter in it, see ``merge_checkpoint``.
         source_format: "auto", or the one that the source must have: "boft_ops", "peft", "lycoris",
             "onetrainer" or "sd-scripts".
         base: the pretrained model, as a module, a safetensors file or a folder of them. Names and
-            shapes are read, for "diff" and "lora" the adapted weights, too. Trainers' files need
+            shapes are read, for "diff" and "lora" the adapted weights, too; "merged" copies the
+            files, so that they have to be files. Trainers' files need
             it, because their names have lost their dots. Other conversions that need it say so in
             their error.
         prefix: the prefix of the names of layers in a trainer's file, as lora_unet or lora_te1. If
@@ -81,8 +83,14 @@ def convert(
         raise FileNotFoundError(
             f"destination: expected a path in a folder, got {str(destination)!r}"
         )
+    if to == "merged" and not isinstance(base, (str, os.PathLike)):
+        raise ValueError(f"base: expected the files of the model for to='merged', got {base!r:.60}")
     checkpoint = read_checkpoint(source, source_format=source_format, base=base, prefix=prefix)
-    if to == "peft":
+    if to == "merged":
+        from .merge_checkpoint import merge_checkpoint  # it reads checkpoints by this module
+
+        merge_checkpoint(base, destination, source, prefix=prefix)
+    elif to == "peft":
         peft_writer.write(checkpoint, destination, base)
     elif to == "lycoris":
         lycoris.write(checkpoint, destination, prefix)

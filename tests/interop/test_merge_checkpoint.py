@@ -12,6 +12,7 @@ from torch import nn
 from boft_ops import adapt, load_adapter, merge, save_adapter
 from boft_ops._runtime import files
 from boft_ops.interop import merge_checkpoint as merging
+from boft_ops.interop.convert import convert
 from boft_ops.interop.merge_checkpoint import merge_checkpoint, plan_merge
 
 OPTIONS = {"up": {}, "down": {"n_factors": 1, "scale": False}, "out": {"side": "out"}}
@@ -100,6 +101,17 @@ def test_one_file_and_the_command(case, tmp_path):
     assert_equal(load_file(tmp_path / "out.safetensors"), want)
     done = subprocess.run([*command, "--adapter", adapter], capture_output=True, text=True)
     assert (done.returncode, "expected a new path" in done.stderr) == (1, True)
+
+
+def test_the_converter_writes_the_same_files(case, tmp_path):
+    base, adapter, want = case
+    out = tmp_path / "merged"
+    written = convert(adapter, out, "merged", base=base)
+    assert written.layers.keys() == {"up", "down", "out", "conv"}
+    assert_equal(read(out), want)
+    with pytest.raises(ValueError, match="base: expected the files of the model for to='merged'"):
+        convert(adapter, tmp_path / "other", "merged", base=Model())
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_killed_merge_goes_on(case, tmp_path, monkeypatch):
