@@ -65,8 +65,8 @@ def check(target, rest, rows):
         size = int(re.search(r" SIZE=(\d+)|$", name)[1] or 0)
         spills = size > SPILLS_ABOVE.get(target, 256)
         if version != triton.__version__:
-            # Triton 3.6 spills some bytes on gfx1100 and sm_120, and in groups of 256 on sm_90, where
-            # that tile was timed: 0.63 of the time of the next one.
+            # Triton 3.6 spills some bytes on gfx1100 and sm_120, and in groups of 256 on sm_90, and
+            # there that tile was timed: 0.63 of the time of the next one.
             spills = target in TYPICAL or (size == 256 and used["stack"] <= 48)
         assert used["stack"] == 0 or spills, (name, used)
         assert used["shared"] <= limits.program_shared, (name, used)
