@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from .._runtime import autocast, backend, checks, tuned
 from .._runtime.dtypes import COMPUTE, HALVES, widest
@@ -92,8 +93,8 @@ def choose_strategy(
         rows >= MIN_ROWS,
         rows >= WEIGHT_SIDE_ROWS * outputs,
         weight.is_contiguous(),
-        None if scale is None else scale.dtype,
-        None if bias is None else bias.dtype,
+        None if scale is None else (scale.dtype, scale.is_contiguous()),
+        None if bias is None else (bias.dtype, bias.is_contiguous()),
     )
     plan = _plans.get(signature) or _plans.get((signature, rows))
     if plan is None:
@@ -152,9 +153,9 @@ def _native_call(
         return None
     if len(plan.stages) > 1 or not weight.is_contiguous() or weight.dim() != 2:
         return None
-    wide = COMPUTE[x.dtype]
-    if (scale is not None and scale.dtype != wide) or (bias is not None and bias.dtype != x.dtype):
-        return None
+    for vector, dtype in ((scale, COMPUTE[x.dtype]), (bias, x.dtype)):
+        if vector is not None and not (vector.dtype == dtype and vector.is_contiguous()):
+            return None
     operands = x, weight, rotation.skew, rotation.drop_mask, scale, bias, False, False
     name = linear_from_skew_forward.kernel_backend(*operands)
     if name is None or (name == "cuda" and not _prefers_native(x, weight, rotation, plan.stages)):
@@ -328,7 +329,8 @@ def rotated_linear(
     stages, strategy, native = choose_strategy(x, weight, rotation, scale, bias)
     if native is not None:
         skew, _, drop_mask = rotation
-        if torch.is_grad_enabled():
+        # a raw operator would lose a tangent, which the Function refuses
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return _apply(x, weight, scale, bias, skew, drop_mask, native)
         call = x, weight, skew, drop_mask, scale, bias, False, native.fused
         return native.forward(*call)[0]

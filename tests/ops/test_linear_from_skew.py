@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from boft_ops import BOFTLinear, boft_linear
@@ -199,6 +200,26 @@ def test_a_new_layer_equals_the_frozen_one(dims, bias, scale):
     with torch.no_grad():
         assert torch.equal(layer(x), base(x))
     assert natively_served()
+
+
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_vectors_that_are_strided(name):
+    """The native call wants them contiguous, so that another strategy serves them."""
+    tensors = operands()
+    wanted = step(tensors)
+    strided = tensors[name].detach().repeat_interleave(2)[::2]
+    ours = step(tensors | {name: strided.requires_grad_(tensors[name].requires_grad)})
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_tangents_are_refused(grad):
+    """Without gradients, too: the operator itself would return none without a word."""
+    tensors = {name: t.detach() for name, t in operands().items()}
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        x = forward_ad.make_dual(tensors["x"], torch.ones_like(tensors["x"]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            boft_linear(**tensors | {"x": x})
 
 
 def test_gradients_of_gradients():
