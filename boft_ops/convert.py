@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from ._runtime import command
-from ._runtime.namespace import PACKAGE
 from .interop.convert import SOURCES, TARGETS, convert
 
 
@@ -72,9 +71,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.convert", description=__doc__)
-    add_arguments(parser)
-    return command.run(run, parser.parse_args(argv), parser)
+    return command.main("convert", __doc__, add_arguments, run, argv)
 
 
 if __name__ == "__main__":

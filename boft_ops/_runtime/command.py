@@ -1,13 +1,14 @@
-"""Runs a command of the command line."""
+"""Runs the commands of the command line."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .build import BuildError
+from .namespace import PACKAGE
 
 Command = Callable[[argparse.Namespace, argparse.ArgumentParser], int]
 
@@ -22,3 +23,20 @@ def run(command: Command, args: argparse.Namespace, parser: argparse.ArgumentPar
     except (ValueError, OSError, BuildError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
+
+
+def main(
+    name: str,
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    command: Command,
+    argv: Sequence[str] | None,
+) -> int:
+    """Run `python -m boft_ops.<name>`; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PACKAGE}.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return run(command, parser.parse_args(argv), parser)

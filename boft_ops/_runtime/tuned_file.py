@@ -42,9 +42,9 @@ def read(path: Path, device: torch.device, check: Check) -> list[Row]:
                 raise ValueError(f"{name}: expected {expected!r}, got {content[name]!r}")
         for row in content["choices"]:
             names = row["op"], row["dtype"], row["backend"]
-            parts = row["structure"], row["sizes"], row["config"]
-            numbers = [number for part in parts for number in part.values()]
-            are_counts = (type(n) is int and 0 <= n < 1 << 31 for n in numbers)
+            parts = (row["structure"], 1), (row["sizes"], 1), (row["config"], 0)
+            numbers = [(number, least) for part, least in parts for number in part.values()]
+            are_counts = (type(n) is int and least <= n < 1 << 31 for n, least in numbers)
             if not all(type(name) is str for name in names) or not all(are_counts):
                 raise ValueError(f"not a choice: {row}")
             check(row, device.type)

@@ -75,9 +75,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status, 0 or 1."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
-    add_arguments(parser)
-    return command.run(run, parser.parse_args(argv), parser)
+    return command.main("analysis", __doc__, add_arguments, run, argv)
 
 
 def _pattern(args: argparse.Namespace) -> tuple[torch.Tensor, str]:

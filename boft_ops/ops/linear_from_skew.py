@@ -27,8 +27,8 @@ from .stage_from_skew import (
 )
 from .stages import plan
 
-# Least magnitude of a scale by which the output is divided to find it as it was before the scale
-# (kLeastScale in csrc/binding_layer.cpp). Below, the rounding of the output beside its bias would be
+# Least magnitude of a scale by which the output is divided to find it as it was before the scale,
+# kLeastScale in csrc/binding_layer.cpp. Below, the rounding of the output beside its bias would be
 # too large a part of the result.
 LEAST_SCALE = 1 / 1024
 # Backends whose backward takes the output in the place of z. On a GPU nobody looks whether a scale

@@ -18,7 +18,6 @@ import torch
 from .._runtime import backend as backends
 from .._runtime import checks, command, paths, tuned, tuned_file
 from .._runtime.device import name_of
-from .._runtime.namespace import PACKAGE
 from . import explain
 from .measure import Timer
 from .search import tune
@@ -110,13 +109,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {PACKAGE}.tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    return command.run(run, parser.parse_args(argv), parser)
+    return command.main("tune", __doc__, add_arguments, run, argv)
 
 
 def _tune_all(options: argparse.Namespace) -> int:

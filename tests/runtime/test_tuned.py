@@ -162,6 +162,7 @@ BAD = {
     ),
     "no_such_op": row_instead(row("cpu") | {"op": "no_such_op"}),
     "not a choice": row_instead(row("cpu", rows=-1)),
+    "not a choice: no rows": row_instead(row("cpu", rows=0)),
     "not a choice: too large": row_instead(row("cpu", rows=1 << 63)),
     "tiles have no blocks": row_instead(row("triton", blocks=3)),
     "powers of two": row_instead(row("triton", num_warps=3)),
