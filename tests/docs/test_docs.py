@@ -135,6 +135,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     # Files outside of docs/ that a page links to are on the site.
     assert (site / "files/bench/results/index.html").is_file()
     assert (site / "files/bench/results/cpu/auto.csv").is_file()
+    citation = (site / "citation.html").read_text()
+    assert "liu2024boft" in citation
+    assert boft_ops.__version__ in citation
     text = (site / "api.html").read_text()
     assert "Raises:" in text
     for public in set(boft_ops.__all__) - {"__version__"}:
