@@ -24,6 +24,8 @@ DIST_NEEDS := $(shell sed -n '/^dist = /{s/^dist = \[\(.*\)\]/\1/; s/", "/" "/g;
 NATIVE := setup.py pyproject.toml boft_ops/_runtime/build.py $(shell find csrc -type f 2>/dev/null)
 # Scripts; a file that starts with an underscore is a module of theirs.
 PAPER  := $(filter-out docs/paper/_%,$(sort $(wildcard docs/paper/*.py)))
+# Pages, whose code ruff formats for narrow screens.
+PAGES  := README.md $(shell find docs -name '*.md')
 say     = @echo "==> $(1)"
 
 # The requirements of [build-system], as pip arguments.
@@ -140,10 +142,12 @@ gpu-decide:
 lint: $(STAMPS)/lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m ruff format --check --line-length 80 $(PAGES)
 
 format: $(STAMPS)/lint
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(PY) -m ruff format --line-length 80 $(PAGES)
 
 build: $(STAMPS)/torch
 	$(call say,compiling csrc/)

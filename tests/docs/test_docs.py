@@ -49,7 +49,7 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_the_tests_find_every_code_block():
     languages = {"python", "bash", "json", ""}
-    assert {"README.md", "docs/tutorial.md"} <= {name(page) for page in PAGES if has_python(page)}
+    assert {"README.md", "docs/quickstart.md"} <= {name(page) for page in PAGES if has_python(page)}
     for page in PAGES:
         # Every fence is paired, and none is written in a form that the tests would miss.
         assert page.read_text().count("```") == 2 * len(list(blocks(page))), page
@@ -159,13 +159,13 @@ def test_unlisted_pages_and_names_are_added_at_the_end():
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
     paper = ["paper/tables.md"]
-    config = types.SimpleNamespace(nav=[{"Start": "index.md"}, {"Paper": paper}, "tutorial.md"])
+    config = types.SimpleNamespace(nav=[{"Start": "index.md"}, {"Paper": paper}, "quickstart.md"])
     nav = hooks.on_config(config).nav
     pages = {name(page).removeprefix("docs/") for page in PAGES if page not in OUTER}
     listed = [path for path in hooks.nav_paths(nav) if path != "index.md"]
     assert sorted(listed) == sorted(pages)  # each page appears once
     assert {page for page in pages if page.startswith("paper/")} == set(paper)
-    assert nav[2] == "tutorial.md"
+    assert nav[2] == "quickstart.md"
     everything = set(hooks.names_without_entry(""))
     names = {path.rpartition(".")[2] for path in everything}
     assert names == set(boft_ops.__all__) - {"__version__"}
