@@ -86,6 +86,7 @@ def choose_strategy(
         backend.forced(),
         x.device,
         x.dtype,
+        type(parameter),
         parameter.dtype,
         parameter.shape,
         kind,
@@ -153,8 +154,12 @@ def _native_call(
         return None
     if len(plan.stages) > 1 or not weight.is_contiguous() or weight.dim() != 2:
         return None
+    if type(rotation.skew) not in PLAIN:
+        return None
     for vector, dtype in ((scale, COMPUTE[x.dtype]), (bias, x.dtype)):
-        if vector is not None and not (vector.dtype == dtype and vector.is_contiguous()):
+        if vector is not None and not (
+            vector.dtype == dtype and vector.is_contiguous() and type(vector) in PLAIN
+        ):
             return None
     operands = x, weight, rotation.skew, rotation.drop_mask, scale, bias, False, False
     name = linear_from_skew_forward.kernel_backend(*operands)
@@ -332,8 +337,7 @@ def rotated_linear(
         # a raw operator would lose a tangent, which the Function refuses
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return _apply(x, weight, scale, bias, skew, drop_mask, native)
-        call = x, weight, skew, drop_mask, scale, bias, False, native.fused
-        return native.forward(*call)[0]
+        return native.forward(x, weight, skew, drop_mask, scale, bias, False, native.fused)[0]
     if as_torch and scale is not None:
         strategy = "identity"
     if isinstance(rotation, DenseRotation):

@@ -7,12 +7,14 @@ stages, half precision on a CPU, graphs) goes by the strategies of linear.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from .._runtime import autocast, checks
 from .._runtime.backend import Kernel, Op
+from .._runtime.device import devices_of
 from .._runtime.dtypes import COMPUTE, HALVES
 from .._runtime.limits import MAX_ROTATION
 from .._runtime.workload import Workload
@@ -193,6 +195,33 @@ linear_from_skew_backward = Op(
 )
 
 
+def _is_dispatched(grad: torch.Tensor) -> bool:
+    """True if torch's dispatcher has to see the gradients of a call.
+
+    Batched gradients come by torch.func.vmap or by the older vmap of autograd, and a dispatch mode,
+    such as a flop counter, may watch backward alone.
+    """
+    return (
+        type(grad) is not torch.Tensor
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(grad)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _kernel(op: Op, backend: str) -> Callable:
+    """Return the native kernel of an operator, to be called without torch's dispatcher.
+
+    The dispatcher would ask for autograd, which has been dealt with, and for modes and transforms,
+    of which the caller knows that there are none. That takes longer than a small layer's
+    arithmetic.
+    """
+    overload = op.native() if backend == "cuda" else op.raw
+    (device,) = devices_of(backend)
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+    return partial(overload._handle.redispatch_boxed, key)
+
+
 class NativeCall:
     """The decisions for all calls of one signature.
 
@@ -207,10 +236,8 @@ class NativeCall:
     __slots__ = ("backward", "forward", "fused", "keeps_output", "splits")
 
     def __init__(self, backend: str, fused: bool, splits: int) -> None:
-        ops = linear_from_skew_forward, linear_from_skew_backward
-        calls = [op.native() if backend == "cuda" else op.raw for op in ops]
-        # the builtin behind an overload, whose own __call__ is a Python function around it
-        self.forward, self.backward = (getattr(call, "_op", call) for call in calls)
+        self.forward = _kernel(linear_from_skew_forward, backend)
+        self.backward = _kernel(linear_from_skew_backward, backend)
         self.fused, self.splits = fused, splits
         self.keeps_output = backend in KEEP_OUTPUT
 
@@ -238,7 +265,7 @@ class LinearFromSkew(torch.autograd.Function):
         scale = None if scale is None else scale.detach()
         bias = None if bias is None else bias.detach()
         y, z, rotation = native.forward(
-            x, weight, skew.detach(), drop_mask, scale, bias, saves, native.fused
+            x, weight, skew, drop_mask, scale, bias, saves, native.fused
         )
         ctx.output = (y.detach(), y._version) if keeps else None
         z = z if saves else None
@@ -261,16 +288,14 @@ class LinearFromSkew(torch.autograd.Function):
             is_scaled = z._version == version
             if not is_scaled:  # changed in place: from now on z is saved in its stead
                 native.keeps_output = False
-                call = x, weight, skew.detach(), drop_mask, scale, bias, True, native.fused
+                call = x, weight, skew, drop_mask, scale, bias, True, native.fused
                 z = native.forward(*call)[1]
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 ctx.output = None
         sums_bias = need_bias and (z is not None or native.fused)
-        # batched gradients (vmap over backward) need the operator's reference
-        transformed = torch._C._are_functorch_transforms_active()
-        run = linear_from_skew_backward if transformed else native.backward
+        run = linear_from_skew_backward if _is_dispatched(grad) else native.backward
         x_grad, skew_grad, scale_grad, bias_grad = run(
-            *(grad, x, weight, skew.detach(), rotation, drop_mask, scale, bias),
+            *(grad, x, weight, skew, rotation, drop_mask, scale, bias),
             *(z, is_scaled, native.splits, sums_bias, native.fused),
         )
         if need_bias:

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(not backend.has_triton(), reason="triton is not 
 # time kept a layer of 4096 x 4096 slower than LoRA, whose step takes 99 calls (bench/host.py).
 # These are Triton's launches, which serve float32 and what the native call leaves.
 MOST_CALLS = 360
-# The same for the native call, and its part of LoRA's time. On two cores that nothing else used it
-# was 0.80 (bench/host.py); the bound leaves room for what else runs beside the tests.
-MOST_NATIVE_CALLS = 100
-MOST_OF_LORA = 1.0
+# The same for the native call, and its part of LoRA's time, which is to be at most 0.75
+# (bench/host.py); the bound leaves room for what else runs beside the tests.
+MOST_NATIVE_CALLS = 97
+MOST_OF_LORA = 0.9
 
 
 @pytest.fixture

@@ -34,6 +34,8 @@ def test_a_training_step_counts_its_products(dtype, rows):
     assert product + rotation <= forward <= product + rotation + blocks
     step = count(lambda: layer(x).sum().backward())
     assert 2 * product + 3 * rotation <= step <= 2 * product + 3 * rotation + 5 * blocks
+    backward = count(layer(x).sum().backward)  # the forward was not watched
+    assert product + 2 * rotation <= backward <= product + 2 * rotation + 5 * blocks
 
 
 @pytest.mark.parametrize("name", sorted(backends.ops().keys() - ELEMENTWISE))
