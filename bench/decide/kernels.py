@@ -127,7 +127,8 @@ def _sample(workload: Workload, name: str) -> Case:
 
     rows = f", {workload.rows} rows" if name in COPIES else ""
     part = f"{name}, (2,8) of {workload.d} features{rows}"
-    facts = {"op": name, "features": workload.d}
+    # A figure without a block size is older than the C++ kernels of stages for small blocks.
+    facts = {"op": name, "features": workload.d, "block_size": workload.block_size}
     if name in COPIES:
         facts["copies"] = COPIES[name]
     return Case(part, op, workload, make, facts)

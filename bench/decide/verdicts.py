@@ -59,10 +59,15 @@ def _op(name: str) -> Callable[[str, dict], bool]:
     return lambda part, facts: facts.get("op") == name and "tiles" not in part
 
 
+def _small_blocks(op: str) -> Callable[[str, dict], bool]:
+    """Choose the calls of an operator whose block size is known to have been 8."""
+    return lambda part, facts: _op(op)(part, facts) and facts.get("block_size") == 8
+
+
 BULK = _part("4096x4096x8192")
 HOST = "enqueued"
 LAYER = "BOFT(2,8), forward and backward"
-KERNELS = ("scale", "scale_backward", "stage_from_skew", "stage_from_skew_backward", "cayley")
+KERNELS = ("scale", "scale_backward", "cayley")
 RULES = (
     Rule(
         "host time of BOFT(2,8) by C++ at most 0.75 of LoRA's, for each number of rows",
@@ -94,6 +99,15 @@ RULES = (
             "kernels", "cuda", 1.02, "triton", _op(op),
         )
         for op in KERNELS
+    ),
+    *(
+        Rule(
+            f"{op} at (2,8), of one layer and of all linear layers of Llama-3.1-8B: C++ at most "
+            "1.02 times Triton",
+            "blocks of 2, 4 and 8 keep the C++ kernel as their default; else Triton's takes its place",
+            "kernels", "cuda", 1.02, "triton", _small_blocks(op),
+        )
+        for op in ("stage_from_skew", "stage_from_skew_backward")
     ),
     *(
         Rule(

@@ -52,7 +52,8 @@ class Kernel(NamedTuple):
             whose fields a measurement may set, ``default(structure, dtype)`` and
             ``is_legal(tile, structure, dtype)``. None: a measurement may set nothing.
         preferred: the arguments of a call -> True if this kernel is the default for them, before
-            those that come earlier in PREFERENCE: a GPU ran it in less time. None: for no call.
+            those that come earlier in PREFERENCE: a GPU ran it in less time, or docs/cuda.md says
+            that none has run it yet. None: for no call.
     """
 
     supports: Callable[..., bool] | None = None

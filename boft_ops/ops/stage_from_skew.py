@@ -28,6 +28,7 @@ from .cayley import (
     flops_of_products,
     neumann5_backward,
     neumann5_forward,
+    packed_size,
 )
 from .compose import (
     compose_backward_reference,
@@ -39,6 +40,8 @@ from .compose import (
 )
 from .dropout import drop_blocks
 from .stages import Stage, plan
+
+SMALL_BLOCKS = (2, 4, 8)  # BOFT_SMALL_BLOCKS in csrc/cuda/cayley_small.cuh
 
 
 def _reference(
@@ -75,6 +78,18 @@ def _cuda_supports(
     return wide and (
         grad[0].shape[-1] <= MAX_ROTATION if grad else _triton_supports(tensor, drop_mask)
     )
+
+
+# A thread of the C++ kernels has a whole block of 2, 4 or 8 in float32. Written for what takes Triton
+# 160 us on an H200, in a predicted 45 to 60 us; not measured on a GPU (docs/cuda.md).
+def _cuda_prefers(skew: torch.Tensor, _: object) -> bool:
+    packed = [packed_size(b) for b in SMALL_BLOCKS]
+    return skew.dtype == torch.float32 and skew.shape[-1] in packed and _triton_supports(skew, _)
+
+
+def _cuda_prefers_backward(blocks: torch.Tensor, drop_mask: object, grad: torch.Tensor) -> bool:
+    is_small = blocks.dtype == torch.float32 and blocks.shape[-1] in SMALL_BLOCKS
+    return is_small and grad.shape[-1] <= MAX_ROTATION
 
 
 def _cpu_supports(
@@ -129,7 +144,7 @@ stage_from_skew_forward = Op(
     samples=_samples,
     kernels={
         "cpu": Kernel(_cpu_supports),
-        "cuda": Kernel(_cuda_supports),
+        "cuda": Kernel(_cuda_supports, preferred=_cuda_prefers),
         "triton": Kernel(
             _triton_supports, "stage_from_skew:stage_from_skew", "config:STAGE_FROM_SKEW"
         ),
@@ -145,7 +160,7 @@ stage_from_skew_backward = Op(
     samples=_backward_samples,
     kernels={
         "cpu": Kernel(_cpu_supports),
-        "cuda": Kernel(_cuda_supports),
+        "cuda": Kernel(_cuda_supports, preferred=_cuda_prefers_backward),
         "triton": Kernel(
             lambda blocks, drop_mask, grad: grad.shape[-1] <= MAX_ROTATION,
             "stage_from_skew:stage_from_skew_backward",

@@ -1,5 +1,5 @@
-// Launches of cayley.cuh: one thread a block for b = 2, 4, 8, a team of threads for any other b.
-#include "cuda/cayley.cuh"
+// Launches of cayley_small.cuh for b = 2, 4, 8, and of cayley.cuh for any other b.
+#include "cuda/cayley_small.cuh"
 
 namespace boft::cuda {
 
@@ -13,17 +13,8 @@ const char* error_string(int error) {
 
 namespace {
 
-// True if all addresses are multiples of 16 bytes.
-bool whole_vectors(const void* a, const void* b, const void* c) {
-  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  return (address(a) | address(b) | address(c)) % 16 == 0;
-}
-
 // Blocks of threads for one thread a block.
 int64_t small_grid(int64_t n_blocks) { return (n_blocks + kSmallThreads - 1) / kSmallThreads; }
-
-// Block sizes for which one thread transforms a block on its own.
-#define BOFT_SMALL_BLOCKS(X) X(2) X(4) X(8)
 
 }  // namespace
 
@@ -36,7 +27,7 @@ int cayley(const void* skew, const bool* drop, void* blocks, int64_t n_blocks, i
     return launch(cayley_small_kernel<T, B>, small_grid(n_blocks), kSmallThreads,                \
                   kSmallThreads / 32 * sizeof(CayleySmallShared<T, B>), queue,                   \
                   static_cast<const T*>(skew), drop, static_cast<T*>(blocks), n_blocks,          \
-                  whole_vectors(skew, blocks, nullptr));
+                  whole_vectors(skew, blocks));
     BOFT_SMALL_BLOCKS(BOFT_LAUNCH)
 #undef BOFT_LAUNCH
 #define BOFT_LAUNCH(B)                                                                            \

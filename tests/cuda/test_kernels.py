@@ -75,6 +75,12 @@ def check(got, reference, truth, scale=0.0):
         assert error <= 2 * allowed + ATOL[got.dtype] * max(scale, truth.abs().max().item())
 
 
+def shifted(tensor):
+    """Copy a tensor to memory that begins one number earlier."""
+    storage = tensor.new_empty(tensor.numel() + 1)
+    return storage[1:].view(tensor.shape).copy_(tensor)
+
+
 def dropout(kind, *shape):
     return None if kind == "none" else torch.rand(shape) < {"some": 0.4, "all": 1.0}[kind]
 
@@ -118,11 +124,6 @@ def test_cayley_of_nothing_and_of_strided_operands(cuda):
 @pytest.mark.parametrize("b", [2, 4, 8])
 def test_cayley_of_operands_that_vectors_do_not_fit(cuda, b, dtype):
     """Views that begin one number after the beginning of their memory."""
-
-    def shifted(tensor):
-        storage = tensor.new_empty(tensor.numel() + 1)
-        return storage[1:].view(tensor.shape).copy_(tensor)
-
     skew, grad = torch.randn(70, b * (b - 1) // 2).to(dtype), torch.randn(70, b, b).to(dtype)
     blocks = cuda.cayley(skew, None)
     assert torch.equal(blocks, cuda.cayley(shifted(skew), None))
@@ -335,21 +336,14 @@ def test_compose_in_several_slabs(cuda, n, b):
     check_compose(cuda, n, b, 0, torch.float32, splits=1)
 
 
-@pytest.mark.parametrize("drop", ["none", "some", "all"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("m", "b"), [(1, 3), (1, 64), (2, 8), (2, 6), (3, 4), (4, 4), (2, 32), (6, 2), (4, 8)]
-)
-def test_rotation(cuda, m, b, dtype, drop):
-    size = b << (m - 1)
-    n_groups = 7 if size <= 16 else 2
-    mask = dropout(drop, m, n_groups * size // b)
-    skew = torch.randn(m, n_groups * size // b, b * (b - 1) // 2, dtype=dtype) / b**0.5
+def check_stage_from_skew(cuda, m, b, n_groups, dtype, drop, splits):
+    n_blocks, size = n_groups << (m - 1), b << (m - 1)
+    mask = dropout(drop, m, n_blocks)
+    skew = torch.randn(m, n_blocks, b * (b - 1) // 2, dtype=dtype) / b**0.5
     blocks, stage = cuda.stage_from_skew(skew, mask)
     assert torch.equal(blocks, cuda.cayley(skew, mask))
     truth = cayley_reference(skew.double(), mask)
     check(stage, compose_reference(cayley_reference(skew, mask), 0), compose_reference(truth, 0))
-    splits = 1 + b % 4 // 2
     grad = torch.randn(splits, n_groups, size, size, dtype=dtype)
 
     def backward(blocks, grad):
@@ -359,6 +353,43 @@ def test_rotation(cuda, m, b, dtype, drop):
     check(got, backward(blocks, grad), backward(blocks.double(), grad.double()), scale=1.0)
     if mask is not None:
         assert not got[mask].any()
+
+
+@pytest.mark.parametrize("drop", ["none", "some", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("m", "b"), [(1, 3), (1, 64), (2, 8), (2, 6), (3, 4), (4, 4), (2, 32), (6, 2), (4, 8)]
+)
+def test_stage_from_skew(cuda, m, b, dtype, drop):
+    n_groups = 7 if b << (m - 1) <= 16 else 2
+    check_stage_from_skew(cuda, m, b, n_groups, dtype, drop, splits=1 + b % 4 // 2)
+
+
+SMALL = [(m, b) for b in (2, 4, 8) for m in range(1, 7) if b << (m - 1) <= 64]
+
+
+@pytest.mark.parametrize(("m", "b"), SMALL)
+def test_stage_of_small_blocks(cuda, m, b):
+    """One group, and several blocks of threads of which the last has the fewest groups."""
+    for n_groups, drop, splits in [(1, "none", 1), (35, "some", 3)]:
+        check_stage_from_skew(cuda, m, b, n_groups, torch.float32, drop, splits)
+
+
+@pytest.mark.parametrize(("m", "b"), [(1, 2), (2, 2), (3, 4), (2, 8)])
+def test_stage_of_operands_that_vectors_do_not_fit(cuda, m, b):
+    """Views that begin one number after the beginning of their memory."""
+    skew = torch.randn(m, 9 << (m - 1), b * (b - 1) // 2)
+    blocks, stage = cuda.stage_from_skew(skew, None)
+    for got, want in zip(cuda.stage_from_skew(shifted(skew), None), (blocks, stage), strict=True):
+        assert torch.equal(got, want)
+    grad = torch.randn(5, *stage.shape)
+    got = cuda.stage_from_skew_backward(shifted(blocks), None, shifted(grad))
+    assert torch.equal(got, cuda.stage_from_skew_backward(blocks, None, grad))
+
+
+def test_stage_of_no_blocks(cuda):
+    with pytest.raises(RuntimeError, match="not a butterfly"):
+        cuda.stage_from_skew(torch.zeros(2, 0, 28), None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

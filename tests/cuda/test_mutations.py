@@ -27,13 +27,13 @@ MUTATIONS = {
         "test_cayley and 16 and dtype0 and none",
     ),
     "no barrier before results replace parameters": (
-        "cayley.cuh",
+        "cayley_small.cuh",
         "  __syncwarp();  // every lane has read its parameters",
         "",
         "test_cayley and 8 and dtype0 and none",
     ),
     "no barrier before gradients replace matrices": (
-        "cayley.cuh",
+        "cayley_small.cuh",
         "  __syncwarp();  // every lane has read its matrices",
         "",
         "test_cayley and 8 and dtype0",
@@ -120,7 +120,7 @@ MUTATIONS = {
         "stage_from_skew.cuh",
         "active && drop != nullptr && drop[block]",
         "false",
-        "test_rotation and some",
+        "test_stage_from_skew and some",
     ),
 }
 
