@@ -32,9 +32,9 @@ def contests():
         for size in (32, 64):
             facts = {"op": op, "size": size, "stride": 8, "copies": copies}
             yield "kernels", f"{op} {size} apart", facts, ("triton", "cuda", "clone")
-    for op in decide_verdicts.KERNELS:
+    for op in decide_verdicts.KERNELS + decide_verdicts.STAGES:
         for features in (4096, 2 << 20):
-            facts = {"op": op, "features": features}
+            facts = {"op": op, "features": features, "block_size": 8}
             yield "kernels", f"{op} {features}", facts, ("triton", "cuda")
     sides = ("linear", "input side", "weight side", "weight side, no scale", "boft-dense")
     for shape in SHAPES:
@@ -82,6 +82,14 @@ def test_rules_are_not_measured_without_figures():
     judged = verdicts([])
     assert set(judged.values()) == {"not measured"}
     assert len(judged) == len(RULES) + 1  # one more for all errors
+
+
+def test_stages_of_the_kernels_before_are_not_judged():
+    """Their figures have no block size."""
+    old = [figure._replace(facts={**figure.facts, "block_size": None}) for figure in figures()]
+    judged = verdicts(old)
+    texts = [text for text in judged if text.startswith(tuple(decide_verdicts.STAGES))]
+    assert [judged[text] for text in texts] == ["not measured"] * len(decide_verdicts.STAGES)
 
 
 def error(part, name, *values):

@@ -1,6 +1,7 @@
 """The CUDA kernels as a backend: chosen by force, and what a GPU alone can tell."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from boft_ops import boft_linear
 from boft_ops._runtime import backend as backends
 from boft_ops._runtime import native, paths
 from boft_ops._runtime.tuned import Choice
+from boft_ops.ops.stage_from_skew import SMALL_BLOCKS
 
 
 def gpu(test):
@@ -43,6 +45,37 @@ def test_what_the_raw_op_runs_on_cuda_tensors(monkeypatch, triton, forced, expec
         op._on_cuda(torch.zeros(2, 28), None)
         op._on_cuda(torch.zeros(2, 65 * 32), None)  # larger than any kernel takes
     assert ran == [expected, "reference"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "dtype", "preferred"),
+    [
+        ("stage_from_skew", [(2, 8, 28)], torch.float32, True),
+        ("stage_from_skew", [(4, 8, 28)], torch.float32, True),
+        ("stage_from_skew", [(6, 32, 1)], torch.float32, True),
+        ("stage_from_skew", [(2, 8, 28)], torch.float64, False),
+        ("stage_from_skew", [(2, 8, 28)], torch.bfloat16, False),
+        ("stage_from_skew", [(2, 8, 15)], torch.float32, False),  # blocks of 6
+        ("stage_from_skew", [(2, 8, 120)], torch.float32, False),  # blocks of 16
+        ("stage_from_skew", [(5, 16, 28)], torch.float32, False),  # a stage of 128
+        ("stage_from_skew_backward", [(2, 8, 8, 8), (3, 4, 16, 16)], torch.float32, True),
+        ("stage_from_skew_backward", [(2, 8, 8, 8), (3, 4, 16, 16)], torch.float64, False),
+        ("stage_from_skew_backward", [(2, 8, 6, 6), (3, 4, 12, 12)], torch.float32, False),
+        ("cayley", [(2, 28)], torch.bfloat16, True),
+        ("cayley", [(2, 120)], torch.float32, False),
+    ],
+)
+def test_calls_for_which_the_cuda_kernel_comes_before_triton(name, shapes, dtype, preferred):
+    first, *rest = (torch.empty(shape, dtype=dtype) for shape in shapes)
+    kernel = backends.ops()[name].kernels["cuda"]
+    assert kernel.preferred(first, None, *rest) is preferred
+    assert kernel.supports(first, None, *rest) or not preferred
+
+
+def test_small_blocks_are_those_of_the_kernels():
+    text = (paths.csrc() / "cuda" / "cayley_small.cuh").read_text()
+    (listed,) = re.findall(r"define BOFT_SMALL_BLOCKS\(X\) (.*)", text)
+    assert tuple(map(int, re.findall(r"\d+", listed))) == SMALL_BLOCKS
 
 
 def test_the_ops_with_a_triton_kernel_are_those_with_a_cuda_kernel():

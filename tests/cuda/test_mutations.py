@@ -120,7 +120,67 @@ MUTATIONS = {
         "stage_from_skew.cuh",
         "active && drop != nullptr && drop[block]",
         "false",
-        "test_stage_from_skew and some",
+        "test_stage_from_skew and some and 6",
+    ),
+    "no barrier before blocks replace parameters": (
+        "stage_small.cuh",
+        "  __syncthreads();  // every thread has read its parameters",
+        "",
+        "test_stage_of_small_blocks",
+    ),
+    "no barrier before blocks are joined": (
+        "stage_small.cuh",
+        "  __syncthreads();\n  const auto place",
+        "  const auto place",
+        "test_stage_of_small_blocks",
+    ),
+    "no barrier between joined factors": (
+        "stage_small.cuh",
+        "                  });\n    __syncthreads();",
+        "                  });",
+        "test_stage_of_small_blocks",
+    ),
+    "no barrier between the gradients of factors": (
+        "stage_small.cuh",
+        "    __syncthreads();\n    outer_grad = inner_grad;",
+        "    outer_grad = inner_grad;",
+        "test_stage_of_small_blocks",
+    ),
+    "no barrier before a stage's gradient is there": (
+        "stage_small.cuh",
+        "  sum_share<B>(s, grad, splits, outer_grad);\n  await_copies<0>();\n  __syncthreads();",
+        "  sum_share<B>(s, grad, splits, outer_grad);\n  await_copies<0>();",
+        "test_stage_of_small_blocks",
+    ),
+    "no barrier before gradients replace small blocks": (
+        "stage_small.cuh",
+        "  __syncthreads();  // every thread has read its matrices",
+        "",
+        "test_stage_of_small_blocks",
+    ),
+    "the other half of a small block": (
+        "stage_small.cuh",
+        "2 * high + half",
+        "2 * high + 1 - half",
+        "test_stage_of_small_blocks",
+    ),
+    "a partial sum of a small stage left out": (
+        "stage_small.cuh",
+        "split < splits; ++split)\n#pragma",
+        "split < 1; ++split)\n#pragma",
+        "test_stage_of_small_blocks",
+    ),
+    "dropout of small blocks without its mask": (
+        "stage_small.cuh",
+        "own.exists && drop != nullptr && drop[own.block]",
+        "false",
+        "test_stage_of_small_blocks",
+    ),
+    "vectors at addresses that they do not fit": (
+        "shares.cuh",
+        "vectors ? count / 4 * 4 : 0",
+        "count / 4 * 4",
+        "test_stage_of_operands_that_vectors_do_not_fit",
     ),
 }
 
