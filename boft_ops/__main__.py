@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ._runtime import backend, command, native, paths, vendor
+from ._runtime import backend, command, gpu, native, paths, vendor
 from ._runtime import build as build_tools
 from ._runtime.namespace import NS, PACKAGE
 from ._version import __version__
@@ -24,7 +24,7 @@ def info() -> str:
         "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {_cuda()}",
         "triton": _triton(),
-        "native": native.status,
+        "native": "; ".join(filter(None, (native.status, _native_fault()))),
         "library": native.library or "none",
     }
     if settings := [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("BOFT_OPS_")]:
@@ -56,6 +56,10 @@ def _cuda() -> str:
     if not torch.cuda.is_available():
         return f"built for {built}, no device"
     return f"built for {built}, {torch.cuda.get_device_name()}"
+
+
+def _native_fault() -> str | None:
+    return gpu.native_fault(torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _triton() -> str:

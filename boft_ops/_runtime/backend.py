@@ -23,7 +23,7 @@ import torch
 from . import autocast, native, tuned
 from . import flops as flop_formulas
 from .device import devices_of
-from .gpu import triton_object, triton_takes
+from .gpu import native_fault, native_takes, triton_object, triton_takes
 from .library import define
 from .namespace import NS
 from .tuned import Choice, ShapeClass, Tunable
@@ -34,7 +34,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # Triton's kernels of contiguous rows took less time at every size than those in CUDA C++; for the
 # calls where it was the other way round see Kernel.preferred (docs/cuda.md).
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-REFERENCE, CUDA = Choice("reference"), Choice("cuda")
+REFERENCE, CUDA, TRITON = Choice("reference"), Choice("cuda"), Choice("triton")
 
 _forced = os.environ.get("BOFT_OPS_BACKEND") or None
 _ops: dict[str, Op] = {}
@@ -132,7 +132,8 @@ class Op:
 
     def supports(self, backend: str, args: tuple) -> bool:
         """False if this backend has a kernel that does not take these arguments."""
-        if backend == "triton" and not triton_takes(args[0]):
+        takes = {"triton": triton_takes, "cuda": native_takes}.get(backend)
+        if takes is not None and not takes(args[0]):
             return False
         supports = self.kernels[backend].supports if backend in self.kernels else None
         return supports is None or supports(*args)
@@ -166,6 +167,8 @@ class Op:
                 native.tell_absence()
             elif choice.backend == "triton" and self._prefers_cuda(*args):
                 choice = CUDA
+        if choice.backend == "cuda" and not native_takes(x):
+            choice = REFERENCE if _forced or "triton" in self.unavailable else TRITON
         kernel = self.kernels.get(choice.backend)
         if kernel is None or choice.backend in self.unavailable:
             return REFERENCE
@@ -275,6 +278,9 @@ class Op:
                 f"BOFT_OPS_BACKEND=triton: {self.name}: Triton's kernels take {args[0].dtype} from "
                 "compute capability 8.0 on. Without the variable torch runs it"
             )
+        if backend == "cuda" and not native_takes(args[0]):
+            fault = native_fault(args[0].get_device())
+            raise RuntimeError(f"BOFT_OPS_BACKEND=cuda: {self.name}: {fault}")
         if not self.supports(backend, args):
             shapes = [f"{a.dtype} {tuple(a.shape)}" for a in args if isinstance(a, torch.Tensor)]
             raise RuntimeError(

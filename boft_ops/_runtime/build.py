@@ -25,6 +25,7 @@ LIB = "libboft_native.so"
 INFO = "_build_info.json"  # beside LIB: how the library was built, or why there is none
 MIN_TORCH = (2, 10)  # the first version whose stable ABI has parallel_for
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
+ARCH = r"(\d+)\.(\d+)([af]?)(\+PTX)?"  # one of them: major, minor, suffix, PTX too
 
 
 class BuildError(RuntimeError):
@@ -224,27 +225,42 @@ def note_absence(folder: Path, why: str) -> None:
     write_info(folder, native=False, why=why)
 
 
+def wanted_archs(nvcc: str) -> str:
+    """Read TORCH_CUDA_ARCH_LIST. "native" becomes the architectures of the GPUs that nvcc finds.
+
+    Raises:
+        SettingError: it is "native", and nvcc finds no GPU.
+    """
+    archs = (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).strip()
+    if archs != "native":
+        return archs
+    command = [nvcc, "-arch=native", "--dryrun", "-x", "cu", "-c", os.devnull]
+    said = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    found = sorted({(int(a), int(b)) for a, b in re.findall(r"ptxas .*?sm_(\d+)(\d)", said.stdout)})
+    if not found or "Cannot find valid GPU" in said.stdout:  # nvcc then takes its oldest one
+        raise SettingError("TORCH_CUDA_ARCH_LIST=native: nvcc finds no GPU on this machine")
+    return ";".join(f"{major}.{minor}" for major, minor in found)
+
+
 def gencode(archs: str) -> list[str]:
-    """Translate TORCH_CUDA_ARCH_LIST, such as "8.0;9.0a;10.0+PTX" or "native", to nvcc options.
+    """Translate architectures such as "8.0;9.0a;10.0+PTX" to options of nvcc.
 
     Raises:
         SettingError: an architecture is not understood.
     """
-    if archs.strip() == "native":
-        return ["-arch=native"]
     options = []
     for arch in re.split(r"[;,\s]+", archs.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
+        match = re.fullmatch(ARCH, arch)
         if not match:
             raise SettingError(f'TORCH_CUDA_ARCH_LIST: expected e.g. "8.0;9.0+PTX", got {archs!r}')
-        cc = match[1] + match[2]
+        cc = match[1] + match[2] + match[3]
         options.append(f"-gencode=arch=compute_{cc},code=sm_{cc}")
-        if match[3]:
+        if match[4]:
             options.append(f"-gencode=arch=compute_{cc},code=compute_{cc}")
     return options
 
 
-def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
+def _steps(csrc: Path, torch: Torch, nvcc: str | None, archs: str | None, work: Path, out: Path):
     """List the commands of a build as (command, inputs, output).
 
     There is one command for each source file; the last one links the library.
@@ -267,7 +283,7 @@ def _steps(csrc: Path, torch: Torch, nvcc: str | None, work: Path, out: Path):
     device = [*common, "-std=c++17", f"-I{csrc}", "--expt-relaxed-constexpr"]
     device += ["--threads", "2", "-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     device += ["-Xcompiler", f"-ffile-prefix-map={csrc}=csrc"]
-    device += gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS) if nvcc else []
+    device += gencode(archs) if archs else []
 
     steps, objects = [], []
     for source in sources(csrc, bool(nvcc)):
@@ -346,7 +362,8 @@ def compile_library(csrc: Path, torch: Torch, work: Path, out: Path, verbose: bo
     # The hash is taken before the compiler reads the sources, so that an edit during the build
     # makes the library stale.
     built_from = source_hash(csrc)
-    steps = _steps(csrc, torch, chosen.nvcc, work, out)
+    archs = wanted_archs(chosen.nvcc) if chosen.nvcc else None
+    steps = _steps(csrc, torch, chosen.nvcc, archs, work, out)
     for _, _, output in steps:
         output.parent.mkdir(parents=True, exist_ok=True)
     (out.parent / INFO).unlink(missing_ok=True)  # it would describe an earlier library
@@ -361,13 +378,12 @@ def compile_library(csrc: Path, torch: Torch, work: Path, out: Path, verbose: bo
         with ThreadPoolExecutor(int(jobs or os.cpu_count() or 1)) as pool:
             list(pool.map(lambda step: _run(step[0], verbose), steps[:-1]))
         _run(steps[-1][0], verbose)
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
     write_info(
         out.parent,
         native=True,
         source_hash=built_from,
         devices=chosen.why,
-        archs=archs if chosen.nvcc else None,
+        archs=archs,
         debug=flag("BOFT_OPS_DEBUG"),
         torch=torch.version,
     )

@@ -1,13 +1,16 @@
-"""Triton's kernels by name, and the limits of GPUs (triton/limits.py)."""
+"""Triton's kernels by name, the limits of GPUs (triton/limits.py), and what runs on a GPU."""
 
 from __future__ import annotations
 
 import importlib
+import re
+import warnings
 from functools import cache
 from typing import Any
 
 import torch
 
+from . import build, native
 from .namespace import PACKAGE
 
 
@@ -40,3 +43,68 @@ def _has_matrix_units(device: int) -> bool:
 # As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
 _has_matrix_units._dynamo_marked_constant = True
 _cached_has_matrix_units = cache(_has_matrix_units)
+
+
+def serves(archs: str, capability: tuple[int, int]) -> bool:
+    """True if code for these architectures runs on a GPU.
+
+    Machine code of X.Y runs on X.Z with Z >= Y, PTX of X.Y on every later GPU too. A suffix "a"
+    restricts both to X.Y itself, and "f" to X.Z.
+
+    Args:
+        archs: a list such as "8.0;9.0a;10.0+PTX".
+        capability: compute capability of the GPU.
+    """
+    for major, minor, suffix, ptx in re.findall(build.ARCH, archs):
+        compiled = int(major), int(minor)
+        if suffix == "a":
+            fits = compiled == capability
+        else:
+            fits = compiled <= capability and compiled[0] == capability[0]
+            fits = fits or (ptx != "" and suffix == "" and compiled <= capability)
+        if fits:
+            return True
+    return False
+
+
+def native_fault(device: int) -> str | None:
+    """The reason why the native library's CUDA kernels cannot run on a GPU, and a remedy; or None.
+
+    Args:
+        device: number of a CUDA device.
+    """
+    archs = native.archs()
+    if archs is None or device < 0 or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if serves(archs, capability):
+        return None
+    own = ".".join(map(str, capability))
+    return (
+        f"the native library was compiled for GPUs of compute capability {archs}, and device "
+        f"{device} ({torch.cuda.get_device_name(device)}) has {own}; install again with "
+        f"TORCH_CUDA_ARCH_LIST={own}"
+    )
+
+
+def native_takes(x: torch.Tensor) -> bool:
+    """False on a GPU that the native library was not compiled for, with one warning for each."""
+    if not x.is_cuda:
+        return True
+    compiling = torch.compiler.is_compiling()
+    return (_has_native_code if compiling else _cached_has_native_code)(x.get_device())
+
+
+def _has_native_code(device: int) -> bool:
+    return _cached_has_native_code(device)
+
+
+@cache
+def _cached_has_native_code(device: int) -> bool:
+    if fault := native_fault(device):
+        message = f"{PACKAGE}: {fault}. Until then Triton or plain PyTorch serve it"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return fault is None
+
+
+_has_native_code._dynamo_marked_constant = True

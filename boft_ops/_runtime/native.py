@@ -37,6 +37,16 @@ def kernels(device: str) -> frozenset[str]:
     return _kernels.get(device, frozenset())
 
 
+def archs() -> str | None:
+    """Architectures of GPUs that the CUDA kernels of the library were compiled for.
+
+    Returns:
+        A list as TORCH_CUDA_ARCH_LIST has it; None without such kernels, or without a record.
+    """
+    known = build_tools.read_info(library.parent).get("archs") if kernels("cuda") else None
+    return known if isinstance(known, str) else None
+
+
 def load() -> bool:
     """Open the library if one was built from the present sources; never compile or print.
 
@@ -74,6 +84,7 @@ def load() -> bool:
             return False
     _lib, library, isa, _kernels = state
     names = ", ".join(f"{len(ops)} on {device}" for device, ops in _kernels.items() if ops)
+    names += f" for {compiled}" if (compiled := archs()) else ""
     debug = ", debug build" if build_tools.read_info(library.parent).get("debug") else ""
     status = f"loaded ({isa}; kernels: {names or 'none'}{debug})"
     return True
