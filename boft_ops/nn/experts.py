@@ -2,8 +2,8 @@
 
 ``BOFTExperts`` calls the experts of transformers on rotated rows. It sorts the rows by expert,
 rotates them and passes them on with one expert each; between the two products the experts call
-``_apply_gate``, where the rows are rotated again. The weights are only used by the experts' own
-products, so they may be stored in any form.
+their gate or activation, where the rows are rotated again. The weights are only used by the
+experts' own products, so they may be stored in any form.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ from .config import RotationConfig
 from .expert_adapter import EACH, SHARED, ExpertAdapter
 from .expert_modules import (
     DOWN,
-    PROJECTIONS,
-    UP,
+    GATE_UP,
+    between,
+    call_between,
     features,
+    has_between,
     has_bias,
     is_experts,
     is_plain,
-    is_registered,
     is_transposed,
-    registry_of,
+    projections,
+    remedy,
 )
+from .expert_registry import connect, disconnect, implementation_of, is_registered, registry_of
 from .rotated_weight import is_sharded
 
-# The implementations of transformers that hand all rows to _apply_gate, sorted by expert if they
-# came so. Others pad them or have both products in one kernel. Eager experts, some of which do not
-# call it, are computed as grouped ones, as transformers does by default; torch's grouped product
-# has no float64.
+# The implementations of transformers that hand all rows to the gate or activation, sorted by expert
+# if they came so. Others pad them or have both products in one kernel. Eager experts, some of which
+# do not call the gate, are computed as grouped ones, as transformers does by default; torch's
+# grouped product has no float64.
 GROUPED, BATCHED = "grouped_mm", "batched_mm"
 IN_ORDER = (None, "eager", GROUPED, BATCHED)
-NAME = "boft_ops"  # the name of the implementation in a registry of transformers
 
 
 class BOFTExperts(nn.Module):
@@ -56,19 +58,24 @@ class BOFTExperts(nn.Module):
 
     Attributes:
         base: the frozen experts.
-        gate_up_proj, down_proj: the ``ExpertAdapter`` of each projection, or None.
+        gate_up_proj, down_proj: the ``ExpertAdapter`` of each projection, or None. Experts without
+            a gate have up_proj in the place of gate_up_proj.
 
     Raises:
         TypeError: ``base`` is not such a module.
         ValueError: its forward was replaced in a way that a rotation would miss.
     """
 
+    # In a model in MXFP4 the parent of the experts reads this: True makes it call them as other
+    # parents do; else it hands what its router prepared to their kernels.
+    _is_hooked = True
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         if not is_experts(base):
             raise TypeError(
-                f"base: expected experts of transformers with the 3-D weights {UP!r} and {DOWN!r}, "
-                f"got {type(base).__name__}"
+                f"base: expected experts of transformers with the 3-D weights {GATE_UP!r} and "
+                f"{DOWN!r}, got {type(base).__name__}"
             )
         if "forward" in vars(base) and not is_registered(base):
             raise ValueError(
@@ -76,16 +83,16 @@ class BOFTExperts(nn.Module):
                 "own, which may send rows to the experts of other processes"
             )
         self.base = base.requires_grad_(False)
-        for name in PROJECTIONS:
+        for name in projections(base):
             self.register_module(name, None)
         self._is_connected = False
-        self._rows: _Rows | None = None  # during a call: those that _apply_gate gets
+        self._rows: _Rows | None = None  # during a call: those that the gate or activation gets
 
     def add_adapter(self, projection: str, experts: str = EACH, **options: Any) -> ExpertAdapter:
         """Add a rotation that is the identity until it is trained or loaded.
 
         Args:
-            projection: "gate_up_proj" or "down_proj".
+            projection: "gate_up_proj" ("up_proj" without a gate) or "down_proj".
             experts: "each" for a rotation of every expert, "shared" for one of all.
             **options: the keyword arguments of ``BOFTLinear`` from block_size on, with side "in"
                 and kaleidoscope 0.
@@ -110,10 +117,10 @@ class BOFTExperts(nn.Module):
         shape = features(base, projection)
         adapter = ExpertAdapter(base.num_experts, *shape, experts, config, **factory)
         adapter.is_part = is_part
-        if (projection == DOWN or config.scale) and not hasattr(base, "_apply_gate"):
+        if (projection == DOWN or config.scale) and not has_between(base):
             raise ValueError(
                 f"{type(base).__name__} computes both products in one kernel: expected "
-                f"{UP!r} alone, with scale=False"
+                f"{projections(base)[0]!r} alone, with scale=False{remedy(base)}"
             )
         if projection == DOWN and config.scale and getattr(base, "has_post_expert_norm", False):
             raise ValueError(
@@ -129,18 +136,16 @@ class BOFTExperts(nn.Module):
         which hands local rows and numbers to the implementation in the registry. The first call
         does it too; before, the base is unchanged.
         """
-        base = self.base
-        if is_registered(base):
-            registry_of(base).register(NAME, _implementation)
-            if not isinstance(base.config, _Config):
-                base.config = _Config(base.config)
-        base._boft_forward = self._forward
-        if hasattr(base, "_apply_gate"):
-            base._apply_gate = self._between
+        connect(self.base, self._forward, self._between)
         self._is_connected = True
 
-    def _needs_gate(self) -> bool:
-        up = self.gate_up_proj
+    @property
+    def _up(self) -> ExpertAdapter | None:
+        """The adapter of the first projection."""
+        return getattr(self, projections(self.base)[0])
+
+    def _needs_between(self) -> bool:
+        up = self._up
         return self.down_proj is not None or (up is not None and up.scale is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -149,7 +154,7 @@ class BOFTExperts(nn.Module):
 
     def disconnect(self) -> None:
         """Make the base compute as before it was put into this module, which it outlives."""
-        _disconnect(self.base)
+        disconnect(self.base)
         self._is_connected = False
 
     def forward(
@@ -179,7 +184,7 @@ class BOFTExperts(nn.Module):
     def _forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        adapters = [a for a in (self.gate_up_proj, self.down_proj) if a is not None]
+        adapters = [a for a in (self._up, self.down_proj) if a is not None]
         for adapter in adapters:
             check_numbers({"skew": adapter.skew, "scale": adapter.scale}, hidden_states)
         scales = any(adapter.scale is not None for adapter in adapters)
@@ -199,17 +204,17 @@ class BOFTExperts(nn.Module):
 
     def _call(self, rows: _Rows, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         """The base on rotated rows, without the scale of its outputs."""
-        if self.gate_up_proj is not None:
-            x = self.gate_up_proj.rotate(x, rows.offsets)
+        if self._up is not None:
+            x = self._up.rotate(x, rows.offsets)
         self._rows = rows._replace(has_gradient=torch.is_grad_enabled() and x.requires_grad)
         rows = self._rows
         try:
             y = self._plain(x, *routing)
             self._check_gradient(rows, y)
-            if self._needs_gate() and self._rows is not None:
+            if self._needs_between() and self._rows is not None:
                 raise RuntimeError(
-                    f"{type(self.base).__name__}: expected a call of its _apply_gate, got none, so "
-                    f"that {DOWN!r} would not be rotated"
+                    f"{type(self.base).__name__}: expected a call of its {between(self.base)}, got "
+                    f"none, so that {DOWN!r} would not be rotated"
                 )
         finally:
             self._rows = None
@@ -220,32 +225,33 @@ class BOFTExperts(nn.Module):
         base = self.base
         if not is_registered(base):
             return base(x, *routing)
-        name = base.config.config._experts_implementation
-        if self._needs_gate() and name not in IN_ORDER:
+        name = implementation_of(base)
+        if self._needs_between() and name not in IN_ORDER:
             raise ValueError(
                 f"experts_implementation: expected {GROUPED!r} or {BATCHED!r} where {DOWN!r} or a "
-                f"scale of {UP!r} is trained, got {name!r}: set_experts_implementation() chooses it"
+                f"scale of {projections(base)[0]!r} is trained, got {name!r}: "
+                "set_experts_implementation() chooses it"
             )
         if name in (None, "eager"):
             name = BATCHED if x.dtype == torch.float64 else GROUPED
         return registry_of(base)[name](base, x, *routing)
 
-    def _between(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """The base's ``_apply_gate``, with the scale before and the rotation after it."""
-        rows = self._rows
-        if not self._needs_gate():
+    def _between(self, y: torch.Tensor) -> torch.Tensor:
+        """The base's gate or activation, with the scale before and the rotation after it."""
+        base, rows = self.base, self._rows
+        if not self._needs_between():
             if rows is not None:
-                self._check_gradient(rows, gate_up)
-            return type(self.base)._apply_gate(self.base, gate_up)
+                self._check_gradient(rows, y)
+            return call_between(base, y)
         self._rows = None
-        n = "no" if rows is None else len(gate_up) if rows.expert is None else len(rows.expert)
-        if n != len(gate_up):
+        n = "no" if rows is None else len(y) if rows.expert is None else len(rows.expert)
+        if n != len(y):
             raise RuntimeError(
-                f"{type(self.base).__name__}: expected one call of its _apply_gate with {n} rows, "
-                f"got {len(gate_up)}"
+                f"{type(base).__name__}: expected one call of its {between(base)} with {n} rows, "
+                f"got {len(y)}"
             )
-        self._check_gradient(rows, gate_up)
-        x = type(self.base)._apply_gate(self.base, self._scaled(UP, gate_up, rows))
+        self._check_gradient(rows, y)
+        x = call_between(base, self._scaled(projections(base)[0], y, rows))
         return x if self.down_proj is None else self.down_proj.rotate(x, rows.offsets)
 
     def _check_gradient(self, rows: _Rows, y: torch.Tensor) -> None:
@@ -311,8 +317,8 @@ class BOFTExperts(nn.Module):
         layer = copy.copy(self.base)
         for kind in ("_parameters", "_buffers", "_modules"):
             vars(layer)[kind] = dict(vars(layer)[kind])
-        _disconnect(layer)
-        for name in PROJECTIONS:
+        disconnect(layer)
+        for name in projections(layer):
             if getattr(self, name) is not None:
                 weight = nn.Parameter(self.merged_weight(name), requires_grad=False)
                 layer._parameters[name] = weight
@@ -330,29 +336,14 @@ class _Rows(NamedTuple):
     has_gradient: bool = False
 
 
-class _Config:
-    """The config of a model for its rotated experts: only their implementation is another one."""
-
-    _experts_implementation = NAME
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "config" or name.startswith("__"):  # while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self.config, name)
-
-
-def _implementation(self: nn.Module, *arguments: torch.Tensor, **named: torch.Tensor):
-    """The implementation in a registry of transformers: ``self`` are the frozen experts."""
-    return self._boft_forward(*arguments, **named)
-
-
 def expert_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The experts among modules by name, by the dotted names of their weights."""
-    found = {n: m for n, m in modules.items() if isinstance(m, BOFTExperts) or is_experts(m)}
-    return {f"{n}.{projection}": m for n, m in found.items() for projection in PROJECTIONS}
+    found = {}
+    for name, module in modules.items():
+        base = module.base if isinstance(module, BOFTExperts) else module
+        if is_experts(base):
+            found |= {f"{name}.{projection}": module for projection in projections(base)}
+    return found
 
 
 def put_experts(
@@ -377,11 +368,3 @@ def put_experts(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     layers[module] = layer.train(module.training)
-
-
-def _disconnect(base: nn.Module) -> None:
-    """Undo ``BOFTExperts.connect``."""
-    for name in ("_boft_forward", "_apply_gate"):
-        vars(base).pop(name, None)
-    if isinstance(getattr(base, "config", None), _Config):
-        base.config = base.config.config

@@ -7,9 +7,11 @@ import io
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers.integrations import finegrained_fp8, moe
-from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 import boft_ops
 from boft_ops import BOFTExperts
@@ -42,7 +44,21 @@ def gpt_oss():
     )
 
 
-MODELS = {"mixtral": mixtral, "qwen": qwen, "gpt_oss": gpt_oss}
+def nemotron():
+    """Experts without a gate: an activation between two projections."""
+    config = COMMON | {"layers_block_type": ["full_attention", "moe"], "head_dim": 8}
+    del config["num_hidden_layers"]
+    return transformers.NemotronHForCausalLM(
+        transformers.NemotronHConfig(
+            **config,
+            n_routed_experts=4,
+            moe_intermediate_size=8,
+            moe_shared_expert_intermediate_size=8,
+        )
+    )
+
+
+MODELS = {"mixtral": mixtral, "qwen": qwen, "gpt_oss": gpt_oss, "nemotron": nemotron}
 every_model = pytest.mark.parametrize("name", MODELS)
 every_mode = pytest.mark.parametrize("experts", ["each", "shared"])
 
@@ -57,7 +73,7 @@ def built(name, dtype=torch.float64, spread=0.3):
 
 
 def adapted(model, experts, train=True, **options):
-    parameters = options.pop("target_parameters", WEIGHTS)
+    parameters = options.pop("target_parameters", r".*experts\.(gate_up|up|down)_proj")
     boft_ops.adapt(model, [], target_parameters=parameters, experts=experts, **(OPTIONS | options))
     if train:
         for key, parameter in model.named_parameters():
@@ -69,6 +85,10 @@ def adapted(model, experts, train=True, **options):
 
 def rotated_experts(model):
     return [module for module in model.modules() if isinstance(module, BOFTExperts)]
+
+
+def weights_of(base):
+    return ("gate_up_proj" if base.has_gate else "up_proj", "down_proj")
 
 
 def logits(model):
@@ -89,10 +109,13 @@ def test_a_new_adapter_changes_nothing(name, experts):
 def test_the_merged_model_is_the_adapted_one(name, experts):
     model = adapted(built(name), experts)
     plain = logits(copy.deepcopy(model).requires_grad_(False))
-    got, shapes = logits(model), [e.base.gate_up_proj.shape for e in rotated_experts(model)]
-    merged = boft_ops.merge(model)
+    shapes = [
+        [getattr(e.base, w).shape for w in weights_of(e.base)] for e in rotated_experts(model)
+    ]
+    got, merged = logits(model), boft_ops.merge(model)
     assert not rotated_experts(merged)
-    assert [m.gate_up_proj.shape for m in merged.modules() if hasattr(m, "gate_up_proj")] == shapes
+    experts = [module for module in merged.modules() if hasattr(module, "has_gate")]
+    assert [[getattr(e, w).shape for w in weights_of(e)] for e in experts] == shapes
     torch.testing.assert_close(logits(merged), got)
     torch.testing.assert_close(plain, got)
 
@@ -101,7 +124,7 @@ def merged_in_graph(experts, trained):
     """The weights of experts, rotated by dense matrices, as a function of the trained tensors."""
     base = experts.base
     weights = {}
-    for projection in ("gate_up_proj", "down_proj"):
+    for projection in weights_of(base):
         adapter, weight = getattr(experts, projection), getattr(base, projection)
         skew, scale = trained[f"{projection}.skew"], trained[f"{projection}.scale"]
         rotated = []
@@ -127,7 +150,7 @@ ROUTES = {
 
 @pytest.mark.parametrize("routes", ROUTES)
 @every_mode
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron"])
 def test_gradients(name, experts, routes):
     """Those of rotated dense weights, in float64, of the trained tensors, inputs and routing."""
     layer = rotated_experts(adapted(built(name), experts))[0]
@@ -152,7 +175,7 @@ def test_every_implementation(name, implementation):
     model = adapted(built(name, torch.float32), "each")
     want = logits(copy.deepcopy(model).double())
     model.set_experts_implementation(implementation)
-    torch.testing.assert_close(logits(model).double(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model).double(), want.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_implementations_that_hide_the_rows_are_refused():
@@ -170,7 +193,7 @@ def test_implementations_that_hide_the_rows_are_refused():
 
 
 @every_mode
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "nemotron"])
 def test_experts_of_other_processes(name, experts):
     """Numbers from E on: their rows add nothing, whatever is in them, and have no gradient."""
     layer = rotated_experts(adapted(built(name), experts))[0]
@@ -237,7 +260,9 @@ def test_unload_gives_the_experts_back(name):
     before, want = [m for m in model.modules() if hasattr(m, "down_proj")], logits(model)
     boft_ops.unload(adapted(model, "each"))
     assert [m for m in model.modules() if hasattr(m, "down_proj")] == before
-    assert all("_apply_gate" not in vars(m) and m.config is model.config for m in before)
+    for module in before:
+        assert not {"_apply_gate", "act_fn"} & vars(module).keys()
+        assert module.config is model.config
     torch.testing.assert_close(logits(model), want, rtol=0, atol=0)
 
 
@@ -331,11 +356,12 @@ def test_quantized_experts_are_called():
     torch.testing.assert_close(model["experts"](x, index, weights), pretrained(x, index, weights))
 
 
-def test_a_class_with_a_fused_kernel_of_transformers(monkeypatch):
-    """MXFP4: packed integers, both products in one kernel, which only a GPU has."""
-    base = Mxfp4GptOssExperts(gpt_oss().config)
-    for bias in (base.gate_up_proj_bias, base.down_proj_bias):
-        bias.data.normal_()
+def mxfp4_experts(monkeypatch):
+    """A layer of MXFP4, and the arguments that its experts get: their kernels need a GPU."""
+    mlp = Mxfp4GptOssMLP(GptOssTopKRouter(gpt_oss().config), Mxfp4GptOssExperts(gpt_oss().config))
+    for parameter in mlp.parameters():
+        if parameter.is_floating_point():
+            parameter.data.normal_()
     seen = []
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
@@ -343,15 +369,21 @@ def test_a_class_with_a_fused_kernel_of_transformers(monkeypatch):
         return hidden_states * top_k_weights * (1 + top_k_index)
 
     monkeypatch.setattr(Mxfp4GptOssExperts, "forward", forward)
-    model = nn.ModuleDict({"experts": base})
+    return nn.ModuleDict({"mlp": mlp}), seen
+
+
+def test_a_class_with_a_fused_kernel_of_transformers(monkeypatch):
+    """MXFP4: packed integers, both products in one kernel."""
+    model, seen = mxfp4_experts(monkeypatch)
     adapted(model, "each", target_parameters=["gate_up_proj"], scale=False)
-    adapter = model["experts"].gate_up_proj
+    experts = model["mlp"].experts
+    adapter = experts.gate_up_proj
     assert (adapter.rotated_features, adapter.out_features) == (16, 48)
     index = torch.tensor([[3, 0], [0, 1]])
     x, weights = torch.randn(2, 16), torch.rand(2, 2)
-    got = model["experts"](x, index, weights)
-    ((rows, experts, _),) = seen
-    assert experts.flatten().tolist() == [0, 0, 1, 3]
+    got = experts(x, index, weights)
+    ((rows, numbers, _),) = seen
+    assert numbers.flatten().tolist() == [0, 0, 1, 3]
     turned = [
         boft_ops.butterfly_matmul(x[i], boft_ops.cayley(adapter.skew[e]))
         for i, e in ((0, 0), (1, 0), (1, 1), (0, 3))
@@ -359,6 +391,59 @@ def test_a_class_with_a_fused_kernel_of_transformers(monkeypatch):
     torch.testing.assert_close(rows, torch.stack(turned))
     want = weights[0, 0] * 4 * turned[3] + weights[0, 1] * turned[0]
     torch.testing.assert_close(got[0], want)
+
+
+def test_the_parent_of_experts_in_mxfp4_calls_the_rotation(monkeypatch):
+    """It hands what its router prepared to the kernels, unless the experts ask for plain rows."""
+    model, seen = mxfp4_experts(monkeypatch)
+    adapted(model, "each", target_parameters=["gate_up_proj"], scale=False)
+    mlp, x = model["mlp"], torch.randn(1, 5, 16)
+    got, _ = mlp(x)
+    assert len(seen) == 1
+    rows = x.flatten(0, 1)
+    _, weights, index = mlp.router(rows)
+    torch.testing.assert_close(got, mlp.experts(rows, index, weights)[None])
+
+
+@pytest.mark.parametrize("options", [{"target_parameters": ["down_proj"]}, {"scale": True}])
+def test_what_mxfp4_does_not_take_names_what_does(options, monkeypatch):
+    model, _ = mxfp4_experts(monkeypatch)
+    options = {"target_parameters": ["gate_up_proj"], "scale": False} | options
+    match = r"Mxfp4GptOssExperts computes both .* alone, with scale=False; Mxfp4Config\(dequantize="
+    with pytest.raises(ValueError, match=match):
+        adapted(model, "each", **options)
+    assert type(model["mlp"].experts) is Mxfp4GptOssExperts
+
+
+def test_a_checkpoint_in_mxfp4_that_is_dequantized(tmp_path):
+    """The remedy: transformers unpacks the checkpoint, and both projections rotate and merge."""
+    torch.manual_seed(0)
+    config = COMMON | {"hidden_size": 64, "num_hidden_layers": 1}
+    config = transformers.GptOssConfig(
+        **config, intermediate_size=32, head_dim=8, num_local_experts=4
+    )
+    model = transformers.GptOssForCausalLM(config)
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    for name in [
+        name for name in tensors if name.endswith("_up_proj") or name.endswith("down_proj")
+    ]:
+        e, d, n = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (e, n, d // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 125, (e, n, d // 32), dtype=torch.uint8)
+    config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    dequantize = transformers.Mxfp4Config(dequantize=True)
+    load = transformers.GptOssForCausalLM.from_pretrained
+    model = load(tmp_path, quantization_config=dequantize, dtype=torch.float32).eval()
+    pretrained = logits(model)
+    adapted(model, "each")
+    got = logits(model)
+    assert (got - pretrained).abs().max() > 1e-3
+    got.sum().backward()
+    (layer,) = rotated_experts(model)
+    assert layer.down_proj.skew.grad.norm() > 0
+    torch.testing.assert_close(logits(boft_ops.merge(model)), got, rtol=1e-4, atol=1e-4)
 
 
 @every_mode
@@ -476,8 +561,9 @@ def test_experts_beside_linear_layers_and_a_head():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_compiled_experts():
-    layer = rotated_experts(adapted(built("mixtral", torch.float32), "each"))[0].eval()
+@pytest.mark.parametrize("name", ["mixtral", "nemotron"])
+def test_compiled_experts(name):
+    layer = rotated_experts(adapted(built(name, torch.float32), "each"))[0].eval()
     x, index, weights = torch.randn(6, 16), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
     want = layer(x, index, weights)
     compiled = torch.compile(layer, backend="aot_eager")
@@ -485,10 +571,10 @@ def test_compiled_experts():
 
 
 def test_the_contract_with_transformers():
-    """Grouped and batched experts call _apply_gate once: BOFTExperts takes that for granted."""
+    """Grouped and batched experts call gate or activation once: BOFTExperts relies on it."""
     for function in (moe.grouped_mm_experts_forward, moe.batched_mm_experts_forward):
         source = inspect.getsource(function)
-        assert source.count("self._apply_gate(") == 1
+        assert source.count("self._apply_gate(") == source.count("self.act_fn(") == 1
 
 
 @every_mode
