@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -26,7 +27,8 @@ def param_groups(
     for a scale. Neither has any; ``weight_decay`` is for the other parameters, such as a head.
 
     Args:
-        model: an adapted model, or a BOFT layer.
+        model: an adapted model, a BOFT layer, or a PEFT model with BOFT or OFT layers, accelerated
+            or not, whose ``boft_R`` and ``oft_R`` are the skews.
         lr: the learning rate of BOFT(2, 8), positive.
         weight_decay: that of parameters which are neither skew nor scale, not negative.
 
@@ -45,14 +47,13 @@ def param_groups(
     scales: list[nn.Parameter] = []
     adapters: set[torch.Tensor] = set()  # tensors compare by identity here
     for module in model.modules():
-        if not isinstance(module, HasRotation):
-            continue
-        if module.skew.requires_grad and module.skew not in adapters:
-            rate = lr * _turn(RotationConfig()) / _turn(module.config)
-            skews.setdefault(rate, []).append(module.skew)
-        if module.scale is not None and module.scale.requires_grad and module.scale not in adapters:
-            scales.append(module.scale)
-        adapters |= {module.skew, module.scale}
+        for skew, scale, config in _rotations(module):
+            if skew.requires_grad and skew not in adapters:
+                rate = lr * _turn(RotationConfig()) / _turn(config)
+                skews.setdefault(rate, []).append(skew)
+            if scale is not None and scale.requires_grad and scale not in adapters:
+                scales.append(scale)
+            adapters |= {skew, scale}
     if not skews:
         raise ValueError("model: expected a BOFT layer whose skew requires a gradient, got none")
     others = [p for p in model.parameters() if p.requires_grad and p not in adapters]
@@ -60,6 +61,32 @@ def param_groups(
     groups.append({"params": scales, "lr": lr, "weight_decay": 0.0})
     groups.append({"params": others, "lr": lr, "weight_decay": weight_decay})
     return [group for group in groups if group["params"]]
+
+
+def _rotations(
+    module: nn.Module,
+) -> Iterator[tuple[nn.Parameter, nn.Parameter | None, RotationConfig]]:
+    """Yield (skew, scale, config) for each rotation that ``module`` itself has.
+
+    The layers of PEFT are known by the names of their parameters. A step changes Q as one of skew
+    does: PEFT's Q is half the difference of two numbers of boft_R, which move in opposite
+    directions, and the numbers of oft_R up to their sign.
+    """
+    if isinstance(module, HasRotation):
+        yield module.skew, module.scale, module.config
+    if isinstance(boft := getattr(module, "boft_R", None), nn.ParameterDict):
+        for name, blocks in boft.items():
+            m, _, b, _ = _shape(blocks)
+            yield blocks, module.boft_s[name], RotationConfig(block_size=b, n_factors=m)
+    if isinstance(oft := getattr(module, "oft_R", None), nn.ModuleDict):
+        for rotation in oft.values():
+            b = checks.block_size_from_packed("oft_R", _shape(rotation.weight)[-1])
+            yield rotation.weight, None, RotationConfig(block_size=b, n_factors=1)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also while it lies in the shards of ZeRO-3."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _turn(config: RotationConfig) -> float:

@@ -17,6 +17,7 @@ from peft import BOFTConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+import boft_ops
 from boft_ops.interop.peft import patched
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -66,15 +67,17 @@ def finetune(
         output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=1,
-        learning_rate=rate,
         lr_scheduler_type="constant",
-        weight_decay=0.0,  # it would pull the scales, which start at 1, to 0
         logging_steps=1,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    # One rate for every block size and number of factors, and no decay of rotations and scales.
+    optimizer = torch.optim.AdamW(boft_ops.param_groups(model, lr=rate), lr=rate)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None)
+    )
     trainer.train()
     model.save_pretrained(out)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

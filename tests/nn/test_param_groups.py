@@ -1,9 +1,11 @@
 """param_groups: a step of AdamW changes R equally, whatever the block size and the factors."""
 
+import copy
 import math
 
 import pytest
 import torch
+from peft import BOFTConfig, OFTConfig, get_peft_model
 from torch import nn
 
 from boft_ops import (
@@ -14,6 +16,7 @@ from boft_ops import (
     cayley,
     param_groups,
 )
+from boft_ops.interop.peft import accelerate, patched
 from boft_ops.interop.peft.parameters import oft_skew
 from boft_ops.ops.kaleidoscope import multiply
 
@@ -157,3 +160,54 @@ def test_the_scaled_form_trains_as_its_skew_does():
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+PEFT_CONFIGS = {
+    "boft": BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=1, target_modules=["0"]),
+    "boft_4": BOFTConfig(boft_block_size=16, boft_n_butterfly_factor=4, target_modules=["0"]),
+    "oft": OFTConfig(oft_block_size=32, use_cayley_neumann=False, target_modules=["0"]),
+    "oft_series": OFTConfig(oft_block_size=16, target_modules=["0"]),
+    "oft_shared": OFTConfig(oft_block_size=8, block_share=True, target_modules=["0"]),
+}
+
+
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_a_step_turns_the_rotations_of_peft_equally(name):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(512, 512, bias=False))
+    nn.init.eye_(base[0].weight)  # the model multiplies by R
+    with patched():
+        model = get_peft_model(base, copy.deepcopy(PEFT_CONFIGS[name]))
+    groups = param_groups(model, LR)
+    trained = {p for p in model.parameters() if p.requires_grad}
+    assert {p for group in groups for p in group["params"]} == trained
+    assert [group["weight_decay"] for group in groups] == [0.0] * len(groups)
+    for group in groups[1:]:  # the scales, which would change lengths
+        assert group["lr"] == LR
+        for parameter in group["params"]:
+            parameter.requires_grad_(False)
+    probes, x, target = torch.randn(8, 512), torch.randn(32, 512), torch.randn(512, 16)
+    before = model(probes).detach()
+    (model(x) @ target * torch.randn(32, 16)).sum().backward()
+    torch.optim.AdamW(groups[:1]).step()
+    found = ((model(probes) - before).norm() / before.norm()).item()
+    assert found / LR == pytest.approx(TURN, rel=0.1)
+
+
+def test_groups_of_a_peft_model():
+    """The rates go by the shapes, and a head is no rotation; stock layers have the same groups."""
+    config = {"target_modules": ["0", "1"], "modules_to_save": ["2"]}
+    config |= {"boft_block_size": 4, "boft_n_butterfly_factor": 1}
+    base = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 2))
+    model = get_peft_model(base, BOFTConfig(**config))
+    layers = [m for m in model.modules() if hasattr(m, "boft_R")]
+    for accelerated in (False, True):
+        if accelerated:
+            accelerate(model)
+        skews, scales, others = param_groups(model, 1e-3, weight_decay=0.1)
+        assert skews["lr"] == pytest.approx(1e-3 * math.sqrt(20 / 3))
+        assert (scales["lr"], others["lr"]) == (1e-3, 1e-3)
+        assert [g["weight_decay"] for g in (skews, scales, others)] == [0, 0, 0.1]
+        assert [id(p) for p in skews["params"]] == [id(m.boft_R["default"]) for m in layers]
+        assert [id(p) for p in scales["params"]] == [id(m.boft_s["default"]) for m in layers]
+        assert {tuple(p.shape) for p in others["params"]} == {(2, 32), (2,)}
