@@ -75,9 +75,7 @@ def finetune(
     )
     # One rate for every block size and number of factors, and no decay of rotations and scales.
     optimizer = torch.optim.AdamW(boft_ops.param_groups(model, lr=rate), lr=rate)
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None)
-    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None))
     trainer.train()
     model.save_pretrained(out)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
