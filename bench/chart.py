@@ -9,7 +9,7 @@ import matplotlib as mpl
 mpl.use("Agg")  # draws to a file, without a window
 
 import matplotlib.pyplot as plt
-from contestants import FLOOR, NAMES, PEFT_BOFT
+from contestants import FLOOR, NAMES, PEFT_BOFT, SMALL_SHAPES, Shape
 from operators import BOTH
 from results import Results, Row
 
@@ -19,12 +19,15 @@ STYLES = {
     "lora-r16": ("#E69F00", "//"),
     "peft-oft": ("#F0E442", "\\\\"),
     "peft-oft-exact": ("#CC79A7", ".."),
+    "peft-oft-32": ("#E8C4DA", ".."),
     "peft-boft": ("#D55E00", "xx"),
     "peft-boft-activation": ("#8C3B00", "xx"),
     "peft-psoft": ("#B8A800", "--"),
     "more": ("#7F5F00", "||"),
     "compiled-boft": ("#999999", "++"),
     "lycoris-boft": ("#BBBBBB", "oo"),
+    "oft-8": ("#A9D8F5", ""),
+    "oft-32": ("#D6ECFA", ""),
     "boft-1-16": ("#56B4E9", ""),
     "boft-2-8": ("#0072B2", ""),
     "boft-4-4": ("#003A5C", ""),
@@ -36,6 +39,7 @@ WIDTH = 0.8  # width of a group of bars; groups are 1 apart
 def draw(path: Path, results: Results) -> None:
     """Draw the overhead of forward + backward over the frozen layer, one group of bars a shape."""
     groups = [g for g, direction in results.groups("layer") if direction == BOTH]
+    groups = [g for g in groups if Shape.parse(g) not in SMALL_SHAPES]  # they have a table
     measured = {row.name for row in results.rows if row.suite == "layer"}
     names = [name for name in NAMES if name in measured - {FLOOR}]
     top = _axis_end(results, groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this file
 
 import environment
+import summary
 from contestants import EXTRAS, Shape
 from memory import settle_heap
 from models import MODELS
+from recording import RECORDS, expected_seconds
+from results import Results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds",
         type=float,
-        default=45.0,
-        help="approximate time limit of each shape and direction (45)",
+        default=12.0,
+        help="approximate time limit of a training step at a large shape (12); others take less",
     )
     group.addoption(
         "--shapes",
@@ -53,6 +57,37 @@ def _extras(text: str) -> tuple[str, ...]:
 def pytest_configure(config: pytest.Config) -> None:
     # Markers are strict, and this one is pytest-timeout's, which the benchmarks do not require.
     config.addinivalue_line("markers", "timeout(seconds): time limit, for pytest-timeout")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or config.option.collectonly or not session.items:
+        return
+    seconds = expected_seconds(session.items, config.getoption("seconds"))
+    if minutes := config.getoption("minutes"):
+        seconds = min(seconds, 60 * minutes)
+    reporter.write_line(
+        f"The benchmarks take about {max(1, round(seconds / 60))} min on an idle machine "
+        f"(--seconds={config.getoption('seconds'):g}, --rounds={config.getoption('rounds')})."
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after the tables of pytest-benchmark
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    records = config.stash.get(RECORDS, [])
+    if not records or getattr(config.option, "benchmark_quiet", False):  # bench/run.py prints
+        return
+    machine: dict = {}
+    pytest_benchmark_update_machine_info(config, machine)
+    results = Results(
+        {"machine_info": machine, "commit_info": {}, "datetime": "", "benchmarks": records}
+    )
+    terminalreporter.section("adapters, " + machine["cpu"])
+    for line in summary.lines(results, shutil.get_terminal_size().columns):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

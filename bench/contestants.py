@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # its import takes seconds, and many measurements do without 
 FLOOR = "linear"
 LORA = "lora-r16"
 PEFT_BOFT = "peft-boft"
-OFT_BLOCK = 8
 
 
 class Butterfly(NamedTuple):
@@ -30,26 +29,32 @@ class Butterfly(NamedTuple):
         m: number of factors.
         b: block size.
         d: the only number of input features at which it is measured; None for any number.
+        scale: True if it trains a scale of the outputs, as BOFT does; OFT has none.
     """
 
     m: int
     b: int
     d: int | None = None
+    scale: bool = True
 
 
-# The first three mix groups of 16, 16 and 32 features; the last one mixes all 4096.
+# The first three BOFTs mix groups of 16, 16 and 32 features; the last one mixes all 4096.
 OURS = {
+    "oft-8": Butterfly(1, 8, scale=False),
+    "oft-32": Butterfly(1, 32, scale=False),
     "boft-1-16": Butterfly(1, 16),
     "boft-2-8": Butterfly(2, 8),
     "boft-4-4": Butterfly(4, 4),
     "boft-dense": Butterfly(10, 8, d=4096),
 }
 # Measured only on request: torch.compile takes long, and LyCORIS is not always installed.
-EXTRAS = ("compiled-boft", "lycoris-boft")
+COMPILED = "compiled-boft"
+EXTRAS = (COMPILED, "lycoris-boft")
 # The others make the host wait for the device, or may do so: no graph can hold their steps.
 CAPTURABLE = (FLOOR, LORA, *OURS)
 RIVALS = ("peft-boft-activation", "peft-psoft", "more")
-NAMES = (FLOOR, LORA, "peft-oft", "peft-oft-exact", PEFT_BOFT, *RIVALS, *EXTRAS, *OURS)
+PEFT_OFTS = ("peft-oft", "peft-oft-exact", "peft-oft-32")
+NAMES = (FLOOR, LORA, *PEFT_OFTS, PEFT_BOFT, *RIVALS, *EXTRAS, *OURS)
 
 
 class Shape(NamedTuple):
@@ -82,6 +87,15 @@ SHAPES = (
     Shape(2048, 2048, 1024),
     Shape(4096, 4096, 512),
 )
+# MiniLM's layers with ten sentences of 128 tokens, and layers so small that the host's work counts.
+SMALL_SHAPES = (
+    Shape(384, 384, 1280),
+    Shape(384, 1536, 1280),
+    Shape(1536, 384, 1280),
+    Shape(384, 384, 256),
+    Shape(768, 768, 64),
+    Shape(64, 64, 16),
+)
 BULK = Shape(4096, 4096, 8192)  # large enough to keep a GPU busy
 
 
@@ -90,7 +104,7 @@ def default_shapes(device: torch.device) -> tuple[Shape, ...]:
 
     On a GPU the largest shape comes first, because the time may not suffice for all shapes.
     """
-    return SHAPES if device.type == "cpu" else (BULK, *SHAPES)
+    return (*SHAPES, *SMALL_SHAPES) if device.type == "cpu" else (BULK, *SHAPES, *SMALL_SHAPES)
 
 
 def names(shape: Shape, extras: Sequence[str] = ()) -> list[str]:
@@ -100,6 +114,8 @@ def names(shape: Shape, extras: Sequence[str] = ()) -> list[str]:
     """
     left_out = set(EXTRAS) - set(extras)
     left_out |= {name for name, ours in OURS.items() if ours.d not in (None, shape.d)}
+    if shape in SMALL_SHAPES:
+        left_out.add(COMPILED)  # compiling takes longer than all else, and shows the same
     return [name for name in NAMES if name not in left_out]
 
 
@@ -152,13 +168,14 @@ def _make(name: str, base: nn.Linear) -> Entry:
     if name == FLOOR:
         return Entry(FLOOR, "frozen nn.Linear", base)
     if name in OURS:
-        m, b, _ = OURS[name]
-        layer = BOFTLinear.from_linear(base, n_factors=m, block_size=b)
-        return Entry(name, f"BOFT({m},{b})", layer)
+        m, b, _, scale = OURS[name]
+        layer = BOFTLinear.from_linear(base, n_factors=m, block_size=b, scale=scale)
+        return Entry(name, f"BOFT({m},{b})" if scale else f"OFT b={b}", layer)
     return {
         LORA: _lora,
-        "peft-oft": partial(_oft, neumann=True),
-        "peft-oft-exact": partial(_oft, neumann=False),
+        "peft-oft": partial(_oft, name, 8, neumann=True),
+        "peft-oft-exact": partial(_oft, name, 8, neumann=False),
+        "peft-oft-32": partial(_oft, name, 32, neumann=True),
         PEFT_BOFT: _peft_boft,
         "peft-boft-activation": _activation_boft,
         "peft-psoft": _psoft,
@@ -175,15 +192,13 @@ def _lora(base: nn.Linear) -> Entry:
     return Entry(LORA, "PEFT LoRA r=16", _inject(base, config))
 
 
-def _oft(base: nn.Linear, neumann: bool) -> Entry:
+def _oft(name: str, b: int, base: nn.Linear, neumann: bool) -> Entry:
     import peft
 
-    config = peft.OFTConfig(
-        r=0, oft_block_size=OFT_BLOCK, use_cayley_neumann=neumann, target_modules=["0"]
-    )
-    name, variant = ("peft-oft", "default") if neumann else ("peft-oft-exact", "exact")
+    config = peft.OFTConfig(r=0, oft_block_size=b, use_cayley_neumann=neumann, target_modules=["0"])
     note = "its default is a truncated series, orthogonal only nearly" if neumann else ""
-    return Entry(name, f"PEFT OFTv2 b={OFT_BLOCK} ({variant})", _inject(base, config), note)
+    label = f"PEFT OFTv2 b={b} ({'default' if neumann else 'exact'})"
+    return Entry(name, label, _inject(base, config), note)
 
 
 def _peft_boft(base: nn.Linear) -> Entry:
@@ -230,7 +245,8 @@ def _more(base: nn.Linear) -> Entry:
 
 def _compiled_boft(base: nn.Linear) -> Entry:
     """Build BOFT(2, 8) in plain torch under torch.compile."""
-    layer = torch.compile(PlainBOFT(base, n_factors=2, block_size=8))
+    # Compiled for each shape; after the second one torch would take a slower, dynamic form.
+    layer = torch.compile(PlainBOFT(base, n_factors=2, block_size=8), dynamic=False)
     return Entry("compiled-boft", "torch.compile of plain BOFT(2,8)", layer)
 
 

@@ -25,7 +25,9 @@ def check_merged(layer: BOFTLinear, x: torch.Tensor, grad: torch.Tensor) -> None
     compare("gradient of x", dx, grad @ weight, x.dtype)
 
 
-def check_gradients(m: int, b: int, device: torch.device, dtype: torch.dtype) -> None:
+def check_gradients(
+    m: int, b: int, device: torch.device, dtype: torch.dtype, scale: bool = True
+) -> None:
     """Compare all gradients of a small layer with autograd through dense float64 matrices.
 
     The layer has 256 features, and at most as many factors as it takes to mix all of them.
@@ -36,22 +38,25 @@ def check_gradients(m: int, b: int, device: torch.device, dtype: torch.dtype) ->
     d, n, tokens = 256, 48, 97  # enough rows for the kernels that compute a whole layer
     m = min(m, (d // b).bit_length())
     torch.manual_seed(3)
-    layer = BOFTLinear(d, n, n_factors=m, block_size=b, device=device, dtype=dtype)
+    layer = BOFTLinear(d, n, n_factors=m, block_size=b, scale=scale, device=device, dtype=dtype)
+    names = ("skew", "scale") if scale else ("skew",)
     with torch.no_grad():
         layer.skew.normal_(0, 0.3)
-        layer.scale.normal_(1, 0.3)
+        if scale:
+            layer.scale.normal_(1, 0.3)
     x = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(tokens, n, device=device, dtype=dtype)
     y = layer(x)
-    ours = torch.autograd.grad(y, (x, layer.skew, layer.scale), grad)
+    trained = [getattr(layer, name) for name in names]
+    ours = torch.autograd.grad(y, (x, *trained), grad)
 
-    leaves = [t.detach().cpu().double().requires_grad_(True) for t in (x, layer.skew, layer.scale)]
-    x64, skew64, scale64 = leaves
+    leaves = [t.detach().cpu().double().requires_grad_(True) for t in (x, *trained)]
+    x64, skew64, scale64 = leaves if scale else (*leaves, 1.0)
     weight, bias = layer.frozen_weight.cpu().double(), layer.bias.cpu().double()
     y64 = scale64 * (x64 @ dense_rotation(skew64, b) @ weight.T) + bias
     theirs = torch.autograd.grad(y64, leaves, grad.cpu().double())
     compare("output", y, y64, dtype)
-    for name, one, other in zip(("x", "skew", "scale"), ours, theirs, strict=True):
+    for name, one, other in zip(("x", *names), ours, theirs, strict=True):
         compare(f"gradient of {name}", one, other, dtype)
 
 

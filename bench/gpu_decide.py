@@ -280,16 +280,16 @@ def _table(path: Path) -> str:
 
 def publish(folder: Path) -> None:
     """Copy the lines of a run to the committed results, and render the page of benchmarks."""
-    import run as bench
+    import page
     from decide.page import FILE, environment_of
-    from environment import slug
+    from machines import folder_name
 
     path = folder / files.NAME
-    target = bench.FOLDER / slug(environment_of(files.read(path))["device"]) / FILE
+    target = page.FOLDER / folder_name(environment_of(files.read(path))) / FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, target)
-    bench.publish(bench.FOLDER, ROOT / "docs")
-    print(f"wrote {target.relative_to(ROOT)} and docs/benchmarks.md")
+    page.publish(page.FOLDER, ROOT)
+    print(f"wrote {target.relative_to(ROOT)} and the tables of README.md and docs/")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

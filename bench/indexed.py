@@ -3,7 +3,7 @@
 They are compared with a loop over the adapters and with one adapter for all rows. The contestants
 run interleaved in one process, and a ratio is the median over the rounds.
 
-python bench/indexed.py            prints, and writes bench/results/<device>/indexed.csv
+python bench/indexed.py            prints, and writes bench/results/<machine>/indexed.csv
 python bench/indexed.py --dry-run  prints only
 """
 
@@ -13,8 +13,9 @@ import argparse
 import csv
 
 import torch
-from environment import ROOT, commit, describe, device_name, slug
+from environment import ROOT, commit, describe
 from interleave import Contestant, measure, ratios, summary, synchronizer
+from machines import folder_name
 
 from boft_ops import cayley
 from boft_ops.ops.rotate import rotate_rows, rotate_stage_grad
@@ -129,10 +130,10 @@ def main() -> None:
                 print(*table[-1], sep="\t")
     if options.dry_run:
         return
-    folder = ROOT / "bench" / "results" / slug(device_name(device))
+    facts, state = describe(device), commit()
+    folder = ROOT / "bench" / "results" / folder_name(facts)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "indexed.csv").open("w", newline="") as file:
-        facts, state = describe(device), commit()
         keys = ("cpu", "device", "threads", "torch", "triton")
         dirty = " and changes" if state["dirty"] else ""
         file.write(f"# {', '.join(f'{k}: {facts[k]}' for k in keys)}, {state['id']}{dirty}\n")

@@ -1,6 +1,6 @@
 """Training step of a whole PEFT model: accelerated BOFT against stock BOFT and LoRA r=16.
 
-python bench/peft_model.py            writes bench/results/<device>/models/peft.json
+python bench/peft_model.py            writes bench/results/<machine>/models/peft.json
 python bench/peft_model.py --smoke    runs a tiny model, prints, writes nothing
 
 The model is a BERT encoder with random weights: 6 layers of 768 features, with adapters on all 36
@@ -30,6 +30,7 @@ import environment
 import peft
 import torch
 from interleave import Contestant, measure, ratios, summary
+from machines import folder_name
 from memory import settle_heap
 from transformers import BertConfig, BertModel
 
@@ -176,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     settle_heap()
     result = run(Sizes())
     show(result)
-    device = environment.slug(result["machine_info"]["device"])
-    path = Path(__file__).parent / "results" / device / "models" / "peft.json"
+    folder = Path(__file__).parent / "results" / folder_name(result["machine_info"])
+    path = folder / "models" / "peft.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path.relative_to(environment.ROOT)}")

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from operators import FORWARD
 from sizes import sizes_on
@@ -177,6 +177,17 @@ class Results:
             if floor is not None:
                 ms["floor_ms"] = round(1e3 * floor.seconds, 6)
             yield common | info | ms | keys
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """Write what ``Results`` reads of pytest-benchmark's output, one line for each contestant."""
+    kept = {key: content[key] for key in ("machine_info", "commit_info", "datetime")}
+    lines = []
+    for benchmark in content["benchmarks"]:
+        stats = {key: benchmark["stats"][key] for key in ("median", "q1", "q3", "data")}
+        lines.append(json.dumps({"extra_info": benchmark["extra_info"], "stats": stats}))
+    head = json.dumps(kept, indent=1).removesuffix("\n}")
+    return head + ',\n "benchmarks": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 def _row(benchmark: dict) -> Row:

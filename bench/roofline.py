@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Roofline plot of the operators from committed results: flops per byte against flop/s.
 
-python bench/roofline.py    # draws docs/images/roofline_cpu.png from bench/results/cpu/auto.json
+python bench/roofline.py    # draws docs/images/roofline_cpu.png
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from operators import BACKWARD, BOTH
 from results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "cpu" / "auto.json"
+RESULTS = ROOT / "bench" / "results" / "amd-epyc-zen-4" / "auto.json"
 IMAGE = ROOT / "docs" / "images" / "roofline_cpu.png"
 # Contestant -> color (of Okabe and Ito's palette), marker and label.
 LOOKS = {

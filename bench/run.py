@@ -1,7 +1,9 @@
-"""Run the benchmarks, print tables, and write results, charts and docs/benchmarks.md: `make bench`.
+"""Run the benchmarks, print tables, write results, charts and the tables of pages: `make bench`.
 
-python bench/run.py                        runs all suites, writes to bench/results/<device>
-python bench/run.py --backend reference    the same in plain torch, without kernels
+python bench/run.py                        runs all suites, writes to bench/results/<machine>
+python bench/run.py --everything           the same with all contestants, then peft_model.py and
+                                           indexed.py: all that the pages show of a machine
+python bench/run.py --backend reference    the suites in plain torch, without kernels
 python bench/run.py --shapes 768x768x512   a quick look: prints, writes nothing
 python bench/run.py --suites ops,model     runs some of the suites ops, layer and model
 """
@@ -17,21 +19,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import chart
 import page
-from decide import lines as files
-from decide.page import FILE as DECIDED
-from environment import ROOT, slug
+import sections
+from contestants import EXTRAS
+from environment import ROOT
 from goals import goals
 from judging import MET, NOT_MET
-from results import Results
+from machines import folder_name
+from results import Results, text_of
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-FOLDER = ROOT / "bench" / "results"
+# Scripts that --everything runs beside the suites; each writes a file of its own.
+MORE = ("peft_model.py", "indexed.py")
 SUITES = {"layer": "test_layer.py", "ops": "test_operators.py", "model": "test_model.py"}
-MACHINE = "environment.json"  # description of a machine, beside its results
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 
@@ -48,12 +50,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", help="model of the training step: tiny, small, quarter or 1b")
     add("--minutes", type=float, help="start no measurement of a suite after this many minutes")
     add("--suites", default=",".join(SUITES), help="the suites to run, separated by commas")
+    add("--everything", action="store_true", help="all contestants and all of the pages' figures")
     add("--keep-going", action="store_true", help="leave failed suites out and go on")
     add("--out", type=Path, help="folder for JSON and CSV; nothing else is written")
     options = parser.parse_args(argv)
     options.suites = options.suites.split(",")
     if not set(options.suites) <= SUITES.keys():
         parser.error(f"--suites: expected some of {', '.join(SUITES)}, got {options.suites}")
+    if options.everything and (options.shapes or options.out or options.device != "cpu"):
+        parser.error("--everything: expected no --shapes, --out or --device")
+    if options.everything:
+        options.extras = ",".join(EXTRAS)
     return options
 
 
@@ -85,7 +92,7 @@ def run(options: argparse.Namespace) -> str:
             merged["benchmarks"] += content["benchmarks"]
     if merged is None:
         sys.exit("no benchmark was run: no result is written")
-    return json.dumps(merged, indent=1)
+    return text_of(merged)
 
 
 def _run_suite(options: argparse.Namespace, suite: str, json_file: Path) -> int:
@@ -116,9 +123,9 @@ def show(results: Results, console: Console) -> None:
         for group, direction in results.groups(suite):
             console.print(_table(results, suite, group, direction))
     for group, direction in results.groups("model"):
-        table = _new_table(f"{group}: {direction}", page.MODEL_COLUMNS)
+        table = _new_table(f"{group}: {direction}", sections.MODEL_COLUMNS)
         for row in results.table(group, direction):
-            table.add_row(row.info["label"], *page.model_cells(row), style=_style(row.name))
+            table.add_row(row.info["label"], *sections.model_cells(row), style=_style(row.name))
         console.print(table)
     for group, labels in results.left_out().items():
         console.print(f"{group}: out of memory, left out: {', '.join(labels)}", highlight=False)
@@ -141,7 +148,7 @@ def _table(results: Results, suite: str, group: str, direction: str) -> Table:
             cells += [f"{info[k] / 2**20:.2f}" for k in ("saved_bytes", "peak_bytes")]
             cells.append(f"{info['trainable']:,}")
         else:
-            cells += page.op_cells(results, row)
+            cells += sections.op_cells(results, row)
         table.add_row(info["label"], *cells, str(len(row.by_round)), style=_style(row.name))
     return table
 
@@ -170,17 +177,6 @@ def write(results: Results, raw: str, folder: Path) -> Path:
     return path
 
 
-def publish(folder: Path, docs: Path) -> None:
-    """Redraw the charts and rewrite docs/benchmarks.md from all results under ``folder``."""
-    paths = [path for path in sorted(folder.glob("*/*.json")) if path.name != MACHINE]
-    every = [Results.load(path) for path in paths]
-    for results in every:
-        if results.is_main and results.groups("layer"):
-            chart.draw(docs / page.image(results), results)
-    decided = [files.read(path) for path in sorted(folder.glob(f"*/{DECIDED}"))]
-    page.write(docs / "benchmarks.md", every, decided)
-
-
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     console = Console()
@@ -191,12 +187,15 @@ def main(argv: list[str] | None = None) -> None:
     show(results, console)
     if options.shapes is not None and options.out is None:
         return
-    default = FOLDER / slug(results.machine["device"])
+    default = page.FOLDER / folder_name(results.machine)
     path = write(results, raw, options.out or default)
     console.print(f"wrote {os.path.relpath(path)} and .csv", highlight=False)
+    if options.everything:
+        for script in MORE:
+            subprocess.run([sys.executable, ROOT / "bench" / script], cwd=ROOT, check=True)
     if options.out is None:
-        publish(FOLDER, ROOT / "docs")
-        console.print("wrote docs/benchmarks.md and its chart", highlight=False)
+        page.publish(page.FOLDER, ROOT)
+        console.print("wrote the tables of README.md and docs/, and the charts", highlight=False)
 
 
 if __name__ == "__main__":

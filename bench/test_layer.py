@@ -28,10 +28,10 @@ from contestants import (
 from correctness import check_gradients, check_merged
 from definitions import check_definition
 from device_time import Apart, apart
-from interleave import Contestant, Durations, ReplayClock, measure, ratios, summary, synchronizer
+from interleave import Contestant, Durations, measure, ratios, summary, synchronizer
 from memory import peak_bytes, saved_bytes
+from recording import CLOCK, layer_seconds, record
 
-CLOCK = ReplayClock()
 BOTH = "forward+backward"
 DIRECTIONS = ("forward", BOTH)
 
@@ -59,11 +59,9 @@ class Contest:
         base, (x, grad) = frozen(shape, device, dtype), batch(shape, device, dtype)
         for name in names(shape, options.getoption("extras")):
             try:
-                # Refuse to time a layer whose results are wrong.
-                check_definition(name, device, dtype)
+                _check(name, device, dtype)
                 job = Job(build(name, base), x, grad)
                 if name in OURS:
-                    check_gradients(OURS[name].m, OURS[name].b, device, dtype)
                     check_merged(job.entry.layer, x, grad)
                 self.memory[name] = self._memory(job)
             except torch.OutOfMemoryError:
@@ -84,7 +82,7 @@ class Contest:
             self._durations[direction] = measure(
                 [Contestant(n, job.runner(direction), job.reset) for n, job in self.jobs.items()],
                 rounds=self.options.getoption("rounds"),
-                seconds=self.options.getoption("seconds"),
+                seconds=layer_seconds(self.shape, direction, self.options.getoption("seconds")),
                 synchronize=synchronizer(self.device),
             )
         return self._durations[direction]
@@ -142,6 +140,16 @@ class Contest:
         }
 
 
+@cache
+def _check(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse to time a layer whose results are wrong; raises AssertionError."""
+    if name in OURS:
+        m, b, _, scale = OURS[name]
+        check_gradients(m, b, device, dtype, scale)
+    else:
+        check_definition(name, device, dtype)
+
+
 def _say(config: pytest.Config, line: str) -> None:
     """Print a line past pytest's capture, because measuring a shape takes a minute in silence."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
@@ -171,10 +179,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.timeout(0)  # the first test of a shape measures for all of them
 @pytest.mark.benchmark(timer=CLOCK.read)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_layer(benchmark, contest, shape: str, direction: str, name: str) -> None:
+def test_layer(benchmark, contest, pytestconfig, shape: str, direction: str, name: str) -> None:
     contestants = contest(shape)
     if name in contestants.left_out:
         pytest.skip("out of memory")
-    benchmark.group = f"{shape} {direction}"
-    benchmark.extra_info.update(contestants.facts(name, direction))
-    CLOCK.replay(benchmark, list(contestants.durations(direction)[name].values()))
+    times = list(contestants.durations(direction)[name].values())
+    facts = contestants.facts(name, direction)
+    record(pytestconfig, benchmark, f"{shape} {direction}", times, **facts)

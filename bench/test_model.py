@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from interleave import Contestant, Durations, ReplayClock, measure, ratios, summary, synchronizer
+from interleave import Contestant, Durations, measure, ratios, summary, synchronizer
 from memory import peak_bytes
 from models import (
     LABELS,
@@ -22,8 +22,8 @@ from models import (
     text,
     training_step,
 )
+from recording import CLOCK, record
 
-CLOCK = ReplayClock()
 FIRST = next(iter(LABELS))
 
 
@@ -77,7 +77,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.timeout(0)
 @pytest.mark.benchmark(timer=CLOCK.read)
-def test_model(benchmark, training, model: str, contestant: str) -> None:
+def test_model(benchmark, training, pytestconfig, model: str, contestant: str) -> None:
     pytest.importorskip("transformers")
     run = training(model)
     if contestant in run.left_out:
@@ -85,8 +85,11 @@ def test_model(benchmark, training, model: str, contestant: str) -> None:
     times = run.durations[contestant]
     ratio, low, high = summary(ratios(run.durations, contestant, FIRST))
     tokens = MODELS[model].tokens
-    benchmark.group = group(model)
-    benchmark.extra_info.update(
+    record(
+        pytestconfig,
+        benchmark,
+        group(model),
+        list(times.values()),
         suite="model",
         group=group(model),
         direction="training step",
@@ -104,4 +107,3 @@ def test_model(benchmark, training, model: str, contestant: str) -> None:
         rounds=sorted(times),
         **({"left_out": run.left_out} if run.left_out else {}),
     )
-    CLOCK.replay(benchmark, list(times.values()))

@@ -13,11 +13,10 @@ from functools import cache
 import pytest
 import torch
 from environment import DTYPES
-from interleave import Durations, ReplayClock, measure, ratios, summary, synchronizer
+from interleave import Durations, measure, ratios, summary, synchronizer
 from operators import contest, label, members, work
+from recording import CLOCK, record
 from sizes import sizes_on
-
-CLOCK = ReplayClock()
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +46,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.timeout(0)
 @pytest.mark.benchmark(timer=CLOCK.read)
 def test_op(
-    benchmark, op_durations, device, dtype, group: str, direction: str, name: str, first: str
+    benchmark,
+    op_durations,
+    device,
+    dtype,
+    pytestconfig,
+    group: str,
+    direction: str,
+    name: str,
+    first: str,
 ) -> None:
     durations = op_durations(group, direction)
     ratio, low, high = summary(ratios(durations, name, first))
@@ -66,6 +73,5 @@ def test_op(
         "rounds": sorted(durations[name]),
         **work(group, direction, name, device, dtype)._asdict(),
     }
-    benchmark.group = f"{group}, {direction}"
-    benchmark.extra_info.update(info)
-    CLOCK.replay(benchmark, list(durations[name].values()))
+    times = list(durations[name].values())
+    record(pytestconfig, benchmark, f"{group}, {direction}", times, **info)

@@ -27,14 +27,23 @@ def environment_of(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     raise ValueError("lines: expected the facts of a device, got none")
 
 
+def commit_of(lines: Sequence[dict[str, Any]], section: str) -> str:
+    """Name the commit that measured a section, which may have been run later than others."""
+    for line in lines:
+        if (line["kind"], line["section"]) == ("section", section) and "commit" in line:
+            return line["commit"][:9]
+    return (environment_of(lines)["commit"]["id"] or "unknown")[:9]
+
+
 def section(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of Markdown for one run."""
     facts, found = environment_of(lines), figures(lines)
-    yield f"## {facts['device'].upper()}: what gpu_decide.py measured"
+    yield f"### {facts['device'].upper()}: what gpu_decide.py measured"
     yield ""
-    commit = (facts["commit"]["id"] or "unknown")[:12]
+    sections = list(dict.fromkeys(figure.section for figure in found))
+    commits = ", ".join(f"{name} {commit_of(lines, name)}" for name in sections)
     versions = ", ".join(f"{k} {facts[k]}" for k in ("torch", "triton", "peft", "python"))
-    yield f"{facts['device']}; host {facts['cpu']}. {versions}, commit {commit}."
+    yield f"{facts['device']}; host {facts['cpu']}. {versions}. Commits: {commits}."
     yield ""
     for goal, then in judge(found):
         verdict = goal.verdict if goal.verdict == MET else f"**{goal.verdict}**"

@@ -13,12 +13,11 @@ from bench_modules import (
     interleave,
     layer_operators,
     operators,
-    page,
     results,
     sizes,
     test_layer,
 )
-from synthetic_results import benchmark, synthetic, without
+from synthetic_results import benchmark, measurements, synthetic, without
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BULK = str(contestants.BULK)
@@ -129,30 +128,24 @@ def test_a_cpu_has_no_gpu_goals():
 # --- Page -----------------------------------------------------------------------------------------
 
 
-def test_page_lists_gpu_goals_as_not_measured_without_a_gpu_result(tmp_path):
-    path = tmp_path / "page.md"
-    page.write(path, [results.Results(synthetic())])
-    text = path.read_text()
-    assert "## GPU\n" in text
+def test_page_lists_gpu_goals_as_not_measured_without_a_gpu_result():
+    text = measurements(synthetic())
+    assert "### GPU\n" in text
     assert 'make bench ARGS="--device cuda' in text
     assert all(f"- not measured: {goal}." in text for goal in goals.gpu_goals())
-    page.write(path, [results.Results(synthetic()), on_gpu()])
-    text = path.read_text()
+    text = measurements(synthetic(), on_gpu())
     assert "not measured" not in text
     assert all(f"- met: {goal}." in text for goal in goals.gpu_goals())
 
 
-def test_page_names_contestants_that_were_left_out(tmp_path):
+def test_page_names_contestants_that_were_left_out():
     some = {key: dict(times) for key, times in MEASURED.items()}
     del some[BULK, operators.BOTH]["peft-boft"]
     result = on_gpu(measured=some)
     for row in result.rows:
         if row.group == BULK:
             row.info["left_out"] = ["peft-boft"]
-    page.write(tmp_path / "page.md", [result])
-    assert (
-        f"Left out at {BULK}, for want of memory: peft-boft." in (tmp_path / "page.md").read_text()
-    )
+    assert f"Left out at {BULK}, for want of memory: peft-boft." in measurements(result)
     assert len(goals.goals(result)) == 11
 
 
@@ -162,8 +155,9 @@ def test_page_names_contestants_that_were_left_out(tmp_path):
 def test_sizes_are_chosen_by_device():
     assert sizes.sizes_on("cpu") == sizes.CPU
     assert sizes.sizes_on("cuda") == sizes.sizes_on("Some GPU") == sizes.GPU
-    assert contestants.default_shapes(CPU) == contestants.SHAPES
-    assert contestants.default_shapes(CUDA) == ((4096, 4096, 8192), *contestants.SHAPES)
+    on_cpu = contestants.default_shapes(CPU)
+    assert on_cpu == (*contestants.SHAPES, *contestants.SMALL_SHAPES)
+    assert contestants.default_shapes(CUDA) == ((4096, 4096, 8192), *on_cpu)
     assert ROTATION == "rotation, 8192 rows of 4096"
     assert CAYLEY == "cayley, of Llama-3.1-8B, 311296 blocks 8x8"
     assert len(sizes.GPU.linears) == 224
@@ -334,7 +328,8 @@ def test_results_of_a_gpu_tell_host_and_device_apart(monkeypatch, tmp_path):
     monkeypatch.setattr(test_layer, "apart", apart)
     contest.device = CUDA
     facts = {name: contest.facts(name, operators.BOTH) for name in contest.jobs}
-    assert measured == [["linear", "lora-r16", "boft-1-16", "boft-2-8", "boft-4-4"]]  # once
+    ours = [name for name in contestants.OURS if name != "boft-dense"]
+    assert measured == [["linear", "lora-r16", *ours]]  # once
     assert (facts["lora-r16"]["host_s"], facts["lora-r16"]["device_s"]) == (2e-3, 4e-3)
     assert "host_s" not in facts["peft-boft"]
     assert "host_s" not in contest.facts("linear", "forward")
@@ -364,4 +359,4 @@ def test_nothing_is_compared_without_the_frozen_layer(monkeypatch):
 def test_the_test_of_a_contestant_left_out_is_skipped():
     contest = SimpleNamespace(left_out=["peft-boft"])
     with pytest.raises(pytest.skip.Exception):
-        test_layer.test_layer(None, lambda shape: contest, "64x8x4", "forward", "peft-boft")
+        test_layer.test_layer(None, lambda shape: contest, None, "64x8x4", "forward", "peft-boft")

@@ -4,8 +4,8 @@ import csv
 import json
 
 import pytest
-from bench_modules import chart, contestants, goals, page, results, run, sizes
-from synthetic_results import BOTH, FLOOR, PEFT_BOFT, SHAPES, synthetic, without
+from bench_modules import chart, contestants, goals, page, results, run, sections, sizes
+from synthetic_results import BOTH, FLOOR, PEFT_BOFT, SHAPES, measurements, synthetic, without
 
 
 def judged(content):
@@ -124,17 +124,16 @@ def test_floor_is_the_larger_of_bytes_and_flops():
     # The rotation moves as many bytes as the copy, and its flops take less time than they do.
     rotation = result.find(sizes.CPU.rotation, "forward", "rotate-2-8")
     assert result.floor(rotation) == (0.010, "bytes")
-    assert page.op_cells(result, rotation)[1] == f"{0.010 / (0.012 * 1.4):.0%} (bytes)"
+    assert sections.op_cells(result, rotation)[1] == f"{0.010 / (0.012 * 1.4):.0%} (bytes)"
     assert result.floor(result.find(str(SHAPES[0]), BOTH, FLOOR)) is None
 
 
-def test_no_floor_without_rates(tmp_path):
+def test_no_floor_without_rates():
     content = without(synthetic(), lambda info: info["contestant"] == "mm")
     result = results.Results(content)
     assert result.rates() is None
     assert all(result.floor(row) is None for row in result.rows)
-    page.write(tmp_path / "page.md", [result])
-    assert "forward: <clone> | 12.000 | 1.00 | 1.4 |  |" in (tmp_path / "page.md").read_text()
+    assert "forward: <clone> | 12.000 | 1.00 | 1.4 |  |" in measurements(result)
 
 
 # --- Tables, CSV, chart ---------------------------------------------------------------------------
@@ -155,14 +154,17 @@ def test_report_of_a_synthetic_result(tmp_path):
     assert next(r for r in rows if r["contestant"] == "mm")["floor_ms"] == "100.0"
     assert [r["shape"] for r in rows if r["contestant"] == "boft-dense"] == ["4096x4096x512"] * 2
 
-    run.publish(tmp_path / "results", tmp_path)
-    text = (tmp_path / "benchmarks.md").read_text()
+    written = tmp_path / "docs" / "benchmarks.md"
+    written.parent.mkdir()
+    written.write_text("<!-- table: results -->\n<!-- end of table -->\n")
+    page.publish(tmp_path / "results", tmp_path)
+    text = written.read_text()
     assert "| <boft-2-8> | +5.0 % [+5.0, +5.0] |" in text
     assert "| <boft-dense> |  |  |  | +9.0 % [+9.0, +9.0] |" in text
     assert "Not measured on a GPU" in text
     assert "- met: BOFT(4,4)" in text
     assert "forward: <mm> | 120.000 | 10.00 | 0.4 | 83% (flops) |" in text
-    picture = tmp_path / "images" / "bench_layer_cpu.png"
+    picture = tmp_path / "docs" / "images" / "bench_layer_some_cpu.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
 
@@ -170,15 +172,13 @@ def test_report_of_a_synthetic_result(tmp_path):
 def test_tables_of_shapes_without_a_restricted_contestant(tmp_path):
     large = str(contestants.Shape(4096, 4096, 512))
     result = results.Results(without(synthetic(), lambda info: info["group"] == large))
-    page.write(tmp_path / "page.md", [result])
-    assert "boft-dense" not in (tmp_path / "page.md").read_text()
+    assert "boft-dense" not in measurements(result)
     chart.draw(tmp_path / "chart.png", result)
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
-def test_page_of_a_gpu_result_does_not_ask_for_a_gpu(tmp_path):
+def test_page_of_a_gpu_result_does_not_ask_for_a_gpu():
     content = synthetic()
     content["machine_info"]["device"] = "Some GPU"
-    page.write(tmp_path / "page.md", [results.Results(content)])
-    assert "Not measured on a GPU" not in (tmp_path / "page.md").read_text()
+    assert "Not measured on a GPU" not in measurements(content)
     assert set(chart.STYLES) == set(contestants.NAMES) - {FLOOR}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_modules import BENCH, decide_contest, decide_errors, decide_lines, gpu_decide
+from bench_modules import BENCH, decide_contest, decide_errors, decide_lines, gpu_decide, page
 
 ROOT = BENCH.parent
 SCRIPT = str(BENCH / "gpu_decide.py")
@@ -140,21 +140,20 @@ def test_a_machine_without_a_gpu_is_told_so(tmp_path):
 
 
 def test_lines_go_to_the_page(dry_run, tmp_path, monkeypatch):
-    from bench_modules import run
-
-    folder = tmp_path / "bench" / "results"
-    (tmp_path / "docs").mkdir()
-    monkeypatch.setattr(run, "FOLDER", folder)
+    folder, path = tmp_path / "bench" / "results", tmp_path / "docs" / "benchmarks.md"
+    path.parent.mkdir()
+    path.write_text("<!-- table: results -->\n<!-- end of table -->\n")
+    monkeypatch.setattr(page, "FOLDER", folder)
+    monkeypatch.setattr(page, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_decide, "ROOT", tmp_path)
     gpu_decide.main([f"--publish={dry_run[0]}"])
-    assert (folder / "cpu" / "decide.jsonl").read_bytes() == (
-        dry_run[0] / decide_lines.NAME
-    ).read_bytes()
-    page = (tmp_path / "docs" / "benchmarks.md").read_text()
-    assert "## CPU: what gpu_decide.py measured" in page
-    assert "| host, enqueued, 256x256x16: PEFT LoRA r=16 |" in page
-    assert "- met: the error of each kernel against float64" in page
-    assert "No GPU has run" not in page
+    (copy,) = folder.glob("*/decide.jsonl")
+    assert copy.read_bytes() == (dry_run[0] / decide_lines.NAME).read_bytes()
+    text = path.read_text()
+    assert "### CPU: what gpu_decide.py measured" in text
+    assert "| host, enqueued, 256x256x16: PEFT LoRA r=16 |" in text
+    assert "- met: the error of each kernel against float64" in text
+    assert "No GPU has run" not in text
 
 
 @pytest.mark.exhaustive

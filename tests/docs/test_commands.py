@@ -1,7 +1,6 @@
 """Commands, quoted errors and quoted figures of the documentation."""
 
 import ast
-import csv
 import os
 import re
 import subprocess
@@ -25,8 +24,8 @@ COMMAND = re.compile(
 HERE = "tests/docs/test_commands.py::test_quick_commands_run"
 DRY = "tests/docs/test_docs.py::test_every_make_target_that_is_named_exists"
 INSTALL = "tests/packaging/test_install.py::"
-# A command of the pages matches the pattern of a row as a whole. Beside it stands the test that runs
-# the command, or "not run:" and the reason.
+# A command of the pages matches the pattern of a row as a whole. Beside it stands the test that
+# runs the command, or "not run:" and the reason.
 COMMANDS = [
     # a name in a sentence, without its arguments
     (r"python -m build|python -P|pip (install|wheel)|pytest bench/", "not run: only named"),
@@ -69,6 +68,8 @@ COMMANDS = [
     (r"python bench/run.py( --.*)?", "tests/bench/test_bench.py::test_bench_of_a_tiny_shape"),
     (r"python bench/host.py", "tests/bench/test_bench_host.py::test_every_row_is_timed"),
     (r"python bench/indexed.py", "not run: takes minutes"),
+    (r"python bench/page.py( --check)?",
+     "tests/bench/test_bench_pages.py::test_check_names_the_pages_that_differ"),
     (r"python bench/roofline.py", HERE),
     (r"python bench/peft_model.py", "tests/bench/test_bench_peft.py::test_smoke"),
     (r"python bench/gpu_decide.py .*",
@@ -135,7 +136,7 @@ def test_quick_commands_run(tmp_path):
     torch.nn.init.normal_(base[0].skew, std=0.1)
     boft_ops.save_adapter(base, tmp_path / "IN")
     (tmp_path / "FILE").write_text("1 1 2\n1 2 1\n")
-    results = ROOT / "bench" / "results" / "cpu" / "auto.json"
+    results = ROOT / "bench" / "results" / "amd-epyc-zen-4" / "auto.json"
     run = [
         "-m boft_ops",
         "-m boft_ops merge BASE OUT --adapter IN",
@@ -218,18 +219,3 @@ def test_quoted_errors_are_those_of_the_code():
         parts = [[p.strip() for p in form.split("...") if p.strip(" :;")] for form in forms]
         patterns = [re.compile(".*".join(map(re.escape, form)), re.DOTALL) for form in parts]
         assert any(p.search(text) for text in known for p in patterns), quote
-
-
-def test_the_cost_of_a_pure_install_is_that_of_the_results():
-    page = (ROOT / "docs" / "install.md").read_text()
-    ratios = {}
-    for name in ("auto", "reference"):
-        with (ROOT / "bench" / "results" / "cpu" / f"{name}.csv").open() as file:
-            for row in csv.DictReader(file):
-                if (row["contestant"], row["direction"]) == ("boft-2-8", "forward+backward"):
-                    ratios[name, row["shape"]] = f"{float(row['ratio']):.2f}"
-    rows = re.findall(r"^\| (\d+) \S (\d+), (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
-    assert len(rows) == 4
-    for d, n, tokens, *figures in rows:
-        shape = f"{d}x{n}x{tokens}"
-        assert figures == [ratios["auto", shape], ratios["reference", shape]], shape

@@ -135,7 +135,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert source.replace(".md", ".html") in {p.lower() for p in pages}, page
     # Files outside of docs/ that a page links to are on the site.
     assert (site / "files/bench/results/index.html").is_file()
-    assert (site / "files/bench/results/cpu/auto.csv").is_file()
+    assert (site / "files/bench/results/amd-epyc-zen-4/auto.csv").is_file()
     citation = (site / "citation.html").read_text()
     assert "liu2024boft" in citation
     assert boft_ops.__version__ in citation

@@ -18,15 +18,21 @@ try:
     import indexed
     import interleave
     import layer_operators
+    import machines
     import memory
     import models
     import operators
     import page
     import peers
     import peft_model
+    import prices
+    import recording
     import results
     import run
+    import sections
     import sizes
+    import store
+    import summary
     import test_layer
     from decide import contest as decide_contest
     from decide import errors as decide_errors
@@ -55,14 +61,20 @@ __all__ = [
     "indexed",
     "interleave",
     "layer_operators",
+    "machines",
     "memory",
     "models",
     "operators",
     "page",
     "peers",
     "peft_model",
+    "prices",
+    "recording",
     "results",
     "run",
+    "sections",
     "sizes",
+    "store",
+    "summary",
     "test_layer",
 ]

@@ -1,7 +1,9 @@
 """Synthetic results of the benchmarks, in the form that pytest-benchmark writes."""
 
+from pathlib import Path
+
 import torch
-from bench_modules import contestants, operators, sizes
+from bench_modules import contestants, operators, page, results, sizes, store
 
 FLOOR, LORA, PEFT_BOFT = contestants.FLOOR, contestants.LORA, contestants.PEFT_BOFT
 SHAPES, BOTH = contestants.SHAPES, operators.BOTH
@@ -14,8 +16,11 @@ OVERHEADS = {
     LORA: 0.1,
     "peft-oft": 0.2,
     "peft-oft-exact": 0.2,
+    "peft-oft-32": 0.2,
     PEFT_BOFT: 30.0,
     **dict.fromkeys(contestants.RIVALS, 1.5),
+    "oft-8": 0.05,
+    "oft-32": 0.05,
     "boft-1-16": 0.05,
     "boft-2-8": 0.04,
     "boft-4-4": 0.09,
@@ -78,3 +83,16 @@ def without(content, leave_out):
     """Copy a result without the benchmarks for which ``leave_out(info)`` is true."""
     kept = [b for b in content["benchmarks"] if not leave_out(b["extra_info"])]
     return content | {"benchmarks": kept}
+
+
+def machine(*runs, decided=()):
+    """Make the machine of some results or contents of results; the first one names it."""
+    runs = [results.Results(run) if isinstance(run, dict) else run for run in runs]
+    facts = runs[0].machine
+    name = facts["device"] if facts["device"] != "cpu" else facts["cpu"]
+    return store.Machine(name, facts["device"], Path(), runs, list(decided))
+
+
+def measurements(*runs):
+    """Write the section of all measurements of a page, each run on a machine of its own."""
+    return "\n".join(page.results([machine(run) for run in runs]))
