@@ -6,7 +6,7 @@ Functions: ``cayley``, ``butterfly_matmul``, ``butterfly_matmul_indexed``,
 Layers: ``BOFTLinear``, ``OFTLinear``, ``BOFTConv1d``, ``BOFTConv2d``, ``BOFTConv3d``,
 ``BOFTEmbedding``, ``BOFTExperts``, ``MultiAdapterLinear``, ``MultiplicativeDropout``.
 Models: ``adapt``, ``param_groups``, ``set_strength``, ``merge``, ``unload``, ``reset_adapters``,
-``save_adapter``, ``load_adapter``, ``merge_adapters``.
+``save_adapter``, ``load_adapter``, ``merge_adapters``, ``cache_merged``.
 """
 
 from ._runtime import paths
@@ -24,6 +24,7 @@ from .nn.embedding import BOFTEmbedding  # noqa: E402
 from .nn.experts import BOFTExperts  # noqa: E402
 from .nn.layers import BOFTLinear, OFTLinear  # noqa: E402
 from .nn.merge_adapters import merge_adapters  # noqa: E402
+from .nn.merged_cache import MergedCache, cache_merged  # noqa: E402
 from .nn.multi_adapter import MultiAdapterLinear  # noqa: E402
 from .nn.param_groups import param_groups  # noqa: E402
 from .nn.strength import set_strength  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "BOFTEmbedding",
     "BOFTExperts",
     "BOFTLinear",
+    "MergedCache",
     "MultiAdapterLinear",
     "MultiplicativeDropout",
     "OFTLinear",
@@ -55,6 +57,7 @@ __all__ = [
     "butterfly_matmul",
     "butterfly_matmul_indexed",
     "butterfly_matmul_segments",
+    "cache_merged",
     "cayley",
     "kaleidoscope_matmul",
     "load_adapter",

@@ -12,6 +12,7 @@ from ..ops.linear import rotated_linear
 from ..ops.rotation import SkewRotation
 from .base import BOFTLayer
 from .config import RotationConfig
+from .merged_cache import CachesMerged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,7 +22,7 @@ def _linear_arguments(linear: nn.Linear) -> tuple:
     return linear.in_features, linear.out_features, linear.bias is not None
 
 
-class BOFTLinear(BOFTLayer, nn.Linear):
+class BOFTLinear(CachesMerged, BOFTLayer, nn.Linear):
     """A frozen ``nn.Linear`` multiplied by a trainable orthogonal butterfly matrix R.
 
     It computes y = s * (x R W^T) + bias (side "in") or y = s * ((x W^T) R^T) + bias (side "out"),
@@ -124,6 +125,10 @@ class BOFTLinear(BOFTLayer, nn.Linear):
             return super().forward(x)
         weight = self.frozen_weight
         checks.linear_input(x, weight)
+        if not torch.compiler.is_compiling() and self.kept_weight is not None:
+            y = self.kept_weight.call(self, x)
+            if y is not None:
+                return y
         skew, scale, config = self.skew, self.scale, self.config
         if self.strength != 1:
             skew, scale = self.at_strength()

@@ -70,6 +70,10 @@ def models() -> None:
         merged = boft_ops.merge_adapters([file, str(file), model], [1, 2, 0.5], how="karcher")
         merged.save(file)
         boft_ops.load_adapter(model, merged)
+    with boft_ops.cache_merged(model) as cache:
+        assert_type(cache, boft_ops.MergedCache)
+        assert_type(cache.nbytes + cache.held_bytes, int)
+        cache.drop()
     assert_type(boft_ops.set_strength(model, 0.5), torch.nn.Module)
     torch.optim.AdamW(boft_ops.param_groups(model, lr=1e-3, weight_decay=0.01))
     assert_type(boft_ops.unload(model), torch.nn.Module)
