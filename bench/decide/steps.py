@@ -15,6 +15,7 @@ from boft_ops.ops.planner import PLAN, plan_choice
 
 from .contest import Part, Rival, Setting, on_device
 from .lines import Writer
+from .merged import MergedLayer
 from .rivals import LABELS, OURS
 
 
@@ -26,6 +27,7 @@ class Step(NamedTuple):
         layer: one of contestants.NAMES.
         label: name for a reader.
         scaled: False to leave the trained scale out.
+        merged: multiply by the merged weight, "made" in each step or "kept"; "" for the layer.
         within: returns a context that makes the layer be computed so.
     """
 
@@ -33,6 +35,7 @@ class Step(NamedTuple):
     layer: str
     label: str
     scaled: bool = True
+    merged: str = ""
     within: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -45,9 +48,17 @@ STEPS = (
     Step(LORA, LORA, LABELS[LORA]),
     Step("input side", OURS, "BOFT(2,8), x rotated", within=_side(False)),
     Step("weight side", OURS, "BOFT(2,8), W rotated", within=_side(True)),
-    Step("input side, no scale", OURS, "BOFT(2,8) without scale, x rotated", False, _side(False)),
-    Step("weight side, no scale", OURS, "BOFT(2,8) without scale, W rotated", False, _side(True)),
+    Step(
+        "input side, no scale", OURS, "BOFT(2,8) without scale, x rotated", False, "", _side(False)
+    ),
+    Step(
+        "weight side, no scale", OURS, "BOFT(2,8) without scale, W rotated", False, "", _side(True)
+    ),
+    Step("merged", OURS, "BOFT(2,8), W' made", merged="made"),
+    Step("merged, kept", OURS, "BOFT(2,8), W' kept", merged="kept"),
+    Step("merged, no scale", OURS, "BOFT(2,8) without scale, W' made", False, "made"),
     Step("boft-dense", "boft-dense", "BOFT(10,8)"),
+    Step("merged dense", "boft-dense", "BOFT(10,8), W' made", merged="made"),
 )
 
 
@@ -67,6 +78,8 @@ def _measure(shape: Shape, setting: Setting, writer: Writer, seconds: float) -> 
         entry = build(step.layer, base)
         if not step.scaled:
             entry.layer.scale = None
+        if step.merged:
+            entry.layer = MergedLayer(entry.layer, step.merged == "kept")
         return training_steps(entry, sets)
 
     rivals = [

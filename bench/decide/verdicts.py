@@ -168,6 +168,33 @@ RULES = (
     ),
     *(
         Rule(
+            f"{layer}, forward and backward at 4096x4096x8192, device alone: the product with W' = "
+            f"diag(s) W R^T, {way}, at most {most} of {peer}",
+            then,
+            "steps", name, most, peer, BULK,
+        )
+        for layer, way, name, most, peer, then in (
+            (
+                "BOFT(2,8)", "made in the step", "merged", FASTER, "input side",
+                "layers make W' themselves where it moves less, and rotate gets a factor per row",
+            ),
+            (
+                "BOFT(2,8)", "made in the step, no scale", "merged, no scale", FASTER,
+                "input side, no scale",
+                "layers without scale make W' themselves where it moves less",
+            ),
+            (
+                "BOFT(2,8)", "kept", "merged, kept", 0.90, "input side",
+                "the page of layers may say that cache_merged saves time",
+            ),
+            (
+                "BOFT(10,8)", "made in the step", "merged dense", 0.90, "boft-dense",
+                "layers of several stages make W' themselves from two rows an output on",
+            ),
+        )
+    ),
+    *(
+        Rule(
             f"{LAYER}: faster than {peer}, at each shape",
             "the page of benchmarks may say so",
             "layers", "boft-2-8", 1.0, name,

@@ -82,15 +82,14 @@ def merged_with_rotation(
         stages: of the butterfly, see ``plan``.
         is_scale_trained: True replaces zeros of the scale, for the gradient of the scale.
     """
-    dtype = weight.dtype
-    blocks, matrices = stages_from_skew(skew.detach(), None, "exact", stages, dtype)
-    wide = weight.detach().to(COMPUTE[dtype])
-    rotated = apply_stages(wide.contiguous(), matrices, stages, True)
+    weight, wide = weight.detach().contiguous(), COMPUTE[weight.dtype]
+    blocks, matrices = stages_from_skew(skew.detach(), None, "exact", stages, weight.dtype)
+    rotated = apply_stages(weight, matrices, stages, True)
     if scale is not None:
-        scale = scale.detach().to(COMPUTE[dtype])
+        scale = scale.detach().to(wide)
         scale = divisible(scale) if is_scale_trained else scale
-        rotated = rotated * scale[:, None]
-    return MergedWeight(rotated.to(dtype), scale, blocks, matrices, stages)
+        rotated.mul_(scale[:, None])  # in the wide dtype, and rounded once more
+    return MergedWeight(rotated, scale, blocks, matrices, stages)
 
 
 def merged_linear(
