@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -117,18 +116,8 @@ def test_links_exist(page):
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("latex2mathml", reason="latex2mathml of the extra docs is not installed")
-    run = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    site = tmp_path / "site"
+@pytest.mark.xdist_group("site")
+def test_the_site_builds_without_a_warning(site):
     pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
     for page in PAGES:  # every page is on the site, including those from outside of docs/
         source = name(page).removeprefix("docs/").replace("README.md", "index.md").lower()
