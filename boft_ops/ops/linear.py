@@ -23,6 +23,7 @@ from .composed_linear import composed_linear
 from .dropout import draw_mask
 from .linear_from_skew import LinearFromSkew, NativeCall, linear_from_skew_forward
 from .planner import WEIGHT_SIDE_ROWS, layer_plan
+from .product_choice import Fused, faster_products
 from .rotate import rotate_backward, rotate_rows
 from .rotated_linear import MIN_ROWS, RotatedLinear, rotated_linear_forward
 from .rotation import DenseRotation, Rotation, SkewRotation
@@ -167,7 +168,8 @@ def _native_call(
         return None
     if plan.strategy == "rotate_weight" or not _parts_agree(name, x, weight, plan.stages):
         return None
-    return NativeCall(name, plan.strategy == "fused", plan.stages[0].splits(x))
+    fused = faster_products() if plan.strategy == "fused" else Fused(False, False)
+    return NativeCall(name, fused, plan.stages[0].splits(x))
 
 
 def _prefers_native(

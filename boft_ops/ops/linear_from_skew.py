@@ -227,18 +227,19 @@ class NativeCall:
 
     Attributes:
         forward, backward: the native operators.
-        fused: see ``linear_from_skew``.
+        fused, fused_backward: see ``linear_from_skew``.
         splits: see ``linear_from_skew_backward``.
         keeps_output: True to keep the output in the place of z, until an output of such a call is
             found changed in place.
     """
 
-    __slots__ = ("backward", "forward", "fused", "keeps_output", "splits")
+    __slots__ = ("backward", "forward", "fused", "fused_backward", "keeps_output", "splits")
 
-    def __init__(self, backend: str, fused: bool, splits: int) -> None:
+    def __init__(self, backend: str, fused: tuple[bool, bool], splits: int) -> None:
         self.forward = _kernel(linear_from_skew_forward, backend)
         self.backward = _kernel(linear_from_skew_backward, backend)
-        self.fused, self.splits = fused, splits
+        self.fused, self.fused_backward = fused
+        self.splits = splits
         self.keeps_output = backend in KEEP_OUTPUT
 
 
@@ -292,11 +293,11 @@ class LinearFromSkew(torch.autograd.Function):
                 z = native.forward(*call)[1]
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 ctx.output = None
-        sums_bias = need_bias and (z is not None or native.fused)
+        sums_bias = need_bias and (z is not None or native.fused_backward)
         run = linear_from_skew_backward if _is_dispatched(grad) else native.backward
         x_grad, skew_grad, scale_grad, bias_grad = run(
             *(grad, x, weight, skew, rotation, drop_mask, scale, bias),
-            *(z, is_scaled, native.splits, sums_bias, native.fused),
+            *(z, is_scaled, native.splits, sums_bias, native.fused_backward),
         )
         if need_bias:
             bias_grad = bias_grad if sums_bias else grad.flatten(0, -2).sum(0)

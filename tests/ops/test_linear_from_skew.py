@@ -1,5 +1,7 @@
 """The layer as one native call: results, what it keeps, and what may happen to its output."""
 
+import time
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -7,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from boft_ops import BOFTLinear, boft_linear
 from boft_ops._runtime import backend, native, tuned
-from boft_ops.ops import linear
+from boft_ops.ops import linear, product_choice
 from boft_ops.ops.linear_from_skew import LEAST_SCALE
+from boft_ops.ops.product_choice import Fused
 
 pytestmark = pytest.mark.skipif(not native.kernels("cpu"), reason="the native library is not built")
 
@@ -78,6 +81,36 @@ def test_results(rows, more):
     if "x" in more and rows == 70 and more["x"].dim() == 2 and len(more["x"]) == 70:
         tensors["x"] = more["x"]
     check(tensors)
+
+
+@pytest.mark.parametrize("chosen", [Fused(True, False), Fused(False, True), Fused(False, False)])
+@pytest.mark.parametrize("scale", [True, False])
+def test_results_by_the_product_that_the_machine_is_faster_with(monkeypatch, chosen, scale):
+    monkeypatch.setattr(linear, "faster_products", lambda: chosen)
+    tensors = operands(bias=torch.randn(24, requires_grad=True))
+    check(tensors if scale else tensors | {"scale": None})
+    (plan,) = (plan for plan in linear._plans.values() if plan.native)
+    assert (plan.native.fused, plan.native.fused_backward) == chosen
+
+
+def test_the_product_is_chosen_by_the_clock_unless_torch_is_to_be_deterministic(monkeypatch):
+    measured = []
+    monkeypatch.setattr(product_choice, "is_fused_faster", lambda call: measured.append(call))
+    product_choice._measured.cache_clear()
+    assert product_choice.faster_products() == Fused(True, True)  # tests are deterministic
+    assert not measured
+    torch.use_deterministic_algorithms(False)
+    state = torch.get_rng_state()
+    assert product_choice.faster_products() == Fused(None, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    for call in measured:  # both ways compute the same
+        torch.testing.assert_close(call(True), call(False), rtol=1e-3, atol=1e-2)
+    product_choice._measured.cache_clear()
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_faster_way_is_found(slow):
+    assert product_choice.is_fused_faster(lambda fused: time.sleep(0.01 * (fused == slow))) != slow
 
 
 def test_dropout_is_the_same_forward_and_backward():
