@@ -154,9 +154,10 @@ build: $(STAMPS)/torch
 	@BOFT_OPS_FORCE_EXT=1 $(PY) setup.py -q build_ext --inplace
 
 # The wheels are made from the sdist, so that a file it lacks is missed here. The manylinux wheel has
-# the CPU kernels; CUDA kernels are compiled where they are used. auditwheel refuses a library that
-# needs more of a system than torch's own wheels do.
+# the kernels for CPUs and for NVIDIA's GPUs; DIST_CUDA=0 leaves out the latter, which need nvcc and
+# some minutes. auditwheel refuses a library that needs more of a system than torch's own wheels do.
 DIST  := dist
+DIST_CUDA := 1
 WHEEL := -m pip wheel -q --no-deps --no-index --no-build-isolation
 dist: $(STAMPS)/dist
 	$(call say,making the files of a release in $(DIST))
@@ -164,7 +165,7 @@ dist: $(STAMPS)/dist
 	@$(PY) -m build --no-isolation --sdist --outdir '$(DIST)' . > build/dist/log 2>&1 || \
 	  { cat build/dist/log; exit 1; }
 	@BOFT_OPS_SKIP_EXT=1 $(PY) $(WHEEL) -w '$(DIST)' '$(DIST)'/*.tar.gz
-	@BOFT_OPS_FORCE_EXT=1 BOFT_OPS_CUDA=0 $(PY) $(WHEEL) -w build/dist '$(DIST)'/*.tar.gz
+	@BOFT_OPS_FORCE_EXT=1 BOFT_OPS_CUDA=$(DIST_CUDA) $(PY) $(WHEEL) -w build/dist '$(DIST)'/*.tar.gz
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
 	  --exclude 'libtorch*' --exclude 'libc10*' -w '$(DIST)' build/dist/*.whl
 	@$(PY) -m twine check --strict '$(DIST)'/*

@@ -242,6 +242,13 @@ def wanted_archs(nvcc: str) -> str:
     return ";".join(f"{major}.{minor}" for major, minor in found)
 
 
+def cuda_of(nvcc: str) -> str | None:
+    """Return the version of CUDA that an nvcc belongs to, such as "13.0"; None if it says none."""
+    said = subprocess.run([nvcc, "--version"], text=True, capture_output=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    return found and found[1]
+
+
 def gencode(archs: str) -> list[str]:
     """Translate architectures such as "8.0;9.0a;10.0+PTX" to options of nvcc.
 
@@ -384,6 +391,7 @@ def compile_library(csrc: Path, torch: Torch, work: Path, out: Path, verbose: bo
         source_hash=built_from,
         devices=chosen.why,
         archs=archs,
+        cuda=cuda_of(chosen.nvcc) if chosen.nvcc else None,
         debug=flag("BOFT_OPS_DEBUG"),
         torch=torch.version,
     )

@@ -73,9 +73,16 @@ def native_fault(device: int) -> str | None:
     Args:
         device: number of a CUDA device.
     """
-    archs = native.archs()
+    archs, cuda = native.archs(), native.cuda_version()
     if archs is None or device < 0 or not torch.cuda.is_available():
         return None
+    driver = torch._C._cuda_getDriverVersion()  # 12040 for CUDA 12.4
+    if cuda is not None and driver // 1000 < int(cuda.partition(".")[0]):
+        return (
+            f"the native library brings the runtime of CUDA {cuda}, and the driver is one for CUDA "
+            f"{driver // 1000}.{driver % 1000 // 10}; update the driver, or install from source "
+            "with the nvcc of an older CUDA"
+        )
     capability = torch.cuda.get_device_capability(device)
     if serves(archs, capability):
         return None

@@ -43,7 +43,16 @@ def archs() -> str | None:
     Returns:
         A list as TORCH_CUDA_ARCH_LIST has it; None without such kernels, or without a record.
     """
-    known = build_tools.read_info(library.parent).get("archs") if kernels("cuda") else None
+    return _recorded("archs")
+
+
+def cuda_version() -> str | None:
+    """Version of CUDA, such as "13.0", whose runtime is in the library, or None as for archs."""
+    return _recorded("cuda")
+
+
+def _recorded(fact: str) -> str | None:
+    known = build_tools.read_info(library.parent).get(fact) if kernels("cuda") else None
     return known if isinstance(known, str) else None
 
 
@@ -275,12 +284,12 @@ def _open(
             f"got {wanted_isa!r}"
         )
     names = {}
-    for device in ("cpu", "cuda"):
+    for device in ("cpu",) if torch.version.hip else ("cpu", "cuda"):  # torch calls AMD's GPUs cuda
         listed = (lib.boft_ops_kernels(device.encode()) or b"").decode()
         names[device] = frozenset(filter(None, listed.split(",")))
     message = ctypes.create_string_buffer(2048)
     for device, namespace in (("cpu", NS), ("cuda", CUDA_NS)):
         call = namespace.encode(), device.encode(), message, len(message)
-        if names[device] and lib.boft_ops_register(*call) != 0:
+        if names.get(device) and lib.boft_ops_register(*call) != 0:
             raise RuntimeError(message.value.decode(errors="replace"))
     return lib, path, loaded_isa, names

@@ -47,8 +47,10 @@ def test_the_default_serves_what_the_kernels_are_written_for():
 def library_for(monkeypatch):
     """A function that pretends to have a card of 8.6, and a library for these architectures."""
 
-    def pretend(archs):
+    def pretend(archs, driver=13000):
         monkeypatch.setattr(native, "archs", lambda: archs)
+        monkeypatch.setattr(native, "cuda_version", lambda: "13.0")
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
@@ -96,6 +98,36 @@ def test_a_library_for_another_gpu_is_not(monkeypatch, library_for):
     assert not op.supports("cuda", (on_cuda(8, 28), None))
 
 
+def test_a_library_that_is_newer_than_the_driver_is_not_used(monkeypatch, library_for):
+    call = "cayley", (8, 28), None
+    library_for("8.0", driver=12040)
+    with pytest.warns(RuntimeWarning, match=r"CUDA 13.0, and the driver is one for CUDA 12.4; upd"):
+        assert choose(monkeypatch, *call) == "triton"
+    library_for("8.0", driver=13020)  # a minor version does not matter
+    assert choose(monkeypatch, *call) == "cuda"
+
+
+def test_amd_gpus_get_no_cuda_kernels(monkeypatch):
+    if native.library is None:
+        pytest.skip("the native library is not built")
+
+    class Library:  # as of a wheel with CUDA kernels
+        boft_ops_isa, boft_ops_register = (lambda: b"avx2"), (lambda *_: 0)
+
+        def boft_ops_kernels(device):
+            return b"cayley"
+
+    def names():
+        return native._open(native.library, None)[3]
+
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda _: Library)
+    Library.boft_ops_register = lambda *call: registered.append(call[1]) or 0
+    for hip, devices in ((None, [b"cpu", b"cuda"]), ("6.4", [b"cpu"])):
+        registered = []
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert [device.encode() for device, ops in names().items() if ops] == devices == registered
+
+
 def test_the_native_call_of_a_layer_needs_code_for_the_gpu(monkeypatch, library_for):
     op = backends.ops()["linear_from_skew"]
     x, weight, skew = on_cuda(4, 16), on_cuda(8, 16), on_cuda(2, 2, 28)
@@ -132,8 +164,8 @@ def test_the_record_of_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "library", tmp_path / build.LIB)
     monkeypatch.setattr(native, "_kernels", {"cuda": frozenset({"cayley"})})
     assert native.archs() is None
-    build.write_info(tmp_path, archs="8.0;9.0")
-    assert native.archs() == "8.0;9.0"
+    build.write_info(tmp_path, archs="8.0;9.0", cuda="13.0")
+    assert (native.archs(), native.cuda_version()) == ("8.0;9.0", "13.0")
     monkeypatch.setattr(native, "_kernels", {"cuda": frozenset()})
     assert native.archs() is None
 
