@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import boft_ops
 
@@ -39,6 +40,8 @@ def has_python(page):
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """The blocks run in their order, and a block may use names that an earlier one defined."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.compiler.reset()  # other tests may have compiled the same functions up to the limit
     namespace = {"__name__": "snippet"}
     for line, language, code in blocks(page):
         if language == "python":
