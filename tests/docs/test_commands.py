@@ -33,7 +33,7 @@ COMMANDS = [
     (r"make (demo|test|test-exhaustive|bench|lint|docs|setup|build)( [A-Z]+=.*)?", DRY),
     (r"make (paper|cuda|test-triton-3.6|distclean)", DRY),
     (r"make (gpu-decide|cuda-memcheck)", DRY),
-    (r"make dist", "tests/packaging/test_release.py::test_make_dist"),
+    (r"make dist( DIST_CUDA=0)?", "tests/packaging/test_release.py::test_make_dist"),
     (r"make hub", "tests/packaging/test_hub.py::test_the_repository_is_complete"),
     (r"pip install \.", INSTALL + "test_builds_with_and_without_ninja"),
     (r"pip install --no-build-isolation \.", INSTALL + "test_builds_with_and_without_ninja"),
@@ -97,7 +97,7 @@ COMMANDS = [
 def commands():
     """Yield (page, command) of fenced blocks, indented blocks and code spans."""
     for page in PAGES:
-        text = page.read_text()
+        text = re.sub(r" *\\\n *", " ", page.read_text())  # joins lines that end in a backslash
         candidates = []
         for language, body in FENCE.findall(text):
             if language in ("", "bash"):
