@@ -118,8 +118,9 @@ def _decide(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
     if torch.compiler.is_exporting():  # for any number of rows, while other graphs are for few
         return Plan(stages, "separate")
     found = _kernel_backend(x, weight, rotation, stages)
-    if found == "cpu":
-        return Plan(stages, "fused")
+    if found == "cpu":  # backward takes longer than forward, and there is one strategy for both
+        fused = _fused_products(x, weight, rotation, stages).backward
+        return Plan(stages, "fused" if fused else "separate")
     # a graph, or a dispatch mode such as a flop counter, is to see the products
     watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if found and len(stages) == 1 and not watched and _parts_agree(found, x, weight, stages):
@@ -132,6 +133,19 @@ def _kernel_backend(
 ) -> str | None:
     rows, stage = _operands(x, widest(x.dtype, rotation[0].dtype), stages)
     return rotated_linear_forward.kernel_backend(rows, weight, stage, None, None, True, False)
+
+
+def _fused_products(
+    x: torch.Tensor, weight: torch.Tensor, rotation: Rotation, stages: tuple[Stage, ...]
+) -> Fused:
+    """The directions in which the fused product of a CPU serves a layer."""
+    if _kernel_backend(x, weight, rotation, stages) != "cpu":
+        return Fused(False, False)
+    rows, stage = _operands(x, widest(x.dtype, rotation[0].dtype), stages)
+    chosen = backend.forced() or torch.compiler.is_compiling()
+    if chosen or tuned.measured(rotated_linear_forward.tunable, x, (rows, weight, stage)):
+        return Fused(True, True)
+    return faster_products()
 
 
 def _operands(
@@ -168,7 +182,7 @@ def _native_call(
         return None
     if plan.strategy == "rotate_weight" or not _parts_agree(name, x, weight, plan.stages):
         return None
-    fused = faster_products() if plan.strategy == "fused" else Fused(False, False)
+    fused = _fused_products(x, weight, rotation, plan.stages)
     return NativeCall(name, fused, plan.stages[0].splits(x))
 
 

@@ -33,7 +33,7 @@ from .scale import Scale, scale_backward, scale_forward
 from .stage_from_skew import stages_from_skew, stages_from_skew_backward
 from .stages import Stage, plan
 
-MIN_ROWS = 64  # with fewer rows a BLAS reads the weight faster than the fused C++ kernel
+MIN_ROWS = 32  # with fewer rows a BLAS reads the weight faster than the fused C++ kernel
 MAX_CUDA_SIZE = 64  # features of a group; Triton's rotate is faster for larger ones
 
 

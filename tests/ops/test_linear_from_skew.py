@@ -91,6 +91,15 @@ def test_results_by_the_product_that_the_machine_is_faster_with(monkeypatch, cho
     check(tensors if scale else tensors | {"scale": None})
     (plan,) = (plan for plan in linear._plans.values() if plan.native)
     assert (plan.native.fused, plan.native.fused_backward) == chosen
+    more = operands(d=128, m=5)  # several stages, which have one way for both directions
+    with backend.force("reference"):
+        wanted = step(more)
+    torch.testing.assert_close(step(more), wanted, rtol=1e-5, atol=1e-4)
+    assert any(
+        plan.strategy == ("fused" if chosen.backward else "separate")
+        for plan in linear._plans.values()
+        if len(plan.stages) > 1
+    )
 
 
 def test_the_product_is_chosen_by_the_clock_unless_torch_is_to_be_deterministic(monkeypatch):
@@ -124,10 +133,10 @@ def test_dropout_is_the_same_forward_and_backward():
 
 
 def test_a_decision_does_not_depend_on_the_number_of_rows():
-    for rows in (1, 2, 17, 63):
+    for rows in (1, 2, 17, linear.MIN_ROWS - 1):
         step(operands(rows=rows))
     assert len(linear._plans) == 1
-    for rows in (64, 100, 191):
+    for rows in (linear.MIN_ROWS, 100, 191):
         step(operands(rows=rows))
     assert len(linear._plans) == 2
 
