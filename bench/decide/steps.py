@@ -39,8 +39,8 @@ class Step(NamedTuple):
     within: Callable[[], AbstractContextManager] = nullcontext
 
 
-def _side(weight: bool) -> Callable[[], AbstractContextManager]:
-    return lambda: tuned.pinned(**{PLAN.name: plan_choice(1, weight)})
+def _side(weight: bool, stages: int = 1) -> Callable[[], AbstractContextManager]:
+    return lambda: tuned.pinned(**{PLAN.name: plan_choice(stages, weight)})
 
 
 STEPS = (
@@ -58,6 +58,7 @@ STEPS = (
     Step("merged, kept", OURS, "BOFT(2,8), W' kept", merged="kept"),
     Step("merged, no scale", OURS, "BOFT(2,8) without scale, W' made", False, "made"),
     Step("boft-dense", "boft-dense", "BOFT(10,8)"),
+    Step("weight side dense", "boft-dense", "BOFT(10,8), W rotated", within=_side(True, 2)),
     Step("merged dense", "boft-dense", "BOFT(10,8), W' made", merged="made"),
 )
 

@@ -166,6 +166,12 @@ RULES = (
         "wide butterflies need no kernel of their own",
         "steps", "boft-dense", 1.5, "linear", BULK,
     ),
+    Rule(
+        "BOFT(10,8), forward and backward at 4096x4096x8192, device alone: rotating W in two "
+        f"stages at most {FASTER} of rotating x",
+        "layers of several stages rotate W on a GPU from so many rows on",
+        "steps", "weight side dense", FASTER, "boft-dense", BULK,
+    ),
     *(
         Rule(
             f"{layer}, forward and backward at 4096x4096x8192, device alone: the product with W' = "

@@ -5,7 +5,7 @@ A rotated layer is computed by one of four strategies, for rows x and a frozen w
 - ``fused``: one C++ kernel rotates x, multiplies by W^T, scales and adds the bias.
 - ``batched``: one call makes the launches of rotate, linear and scale.
 - ``separate``: rotate, linear and scale are called one by one.
-- ``rotate_weight``: W goes through the stage instead of x.
+- ``rotate_weight``: W goes through the stages instead of x.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .._runtime import autocast
 from .._runtime.dtypes import COMPUTE
 from .composed_linear import differentiable_gradients
-from .rotate import apply_stages, order_of, rotate_backward, rotate_rows, rotate_stage_grad
+from .rotate import apply_stages, gradients_of_orthogonal_stages
 from .scale import scale_backward
 from .stage_from_skew import stages_from_skew, stages_from_skew_backward
 from .stages import Stage
@@ -168,7 +168,8 @@ class _MergedLinear(torch.autograd.Function):
             if need_x or need_skew:
                 x_grad = grad @ numbers
             if need_skew:
-                partials = rotation_gradients(rows, x_grad, matrices, ctx.stages)
+                operands = rows, x_grad, matrices, ctx.stages
+                partials = gradients_of_orthogonal_stages(*operands)
                 grads = skew.detach(), None, "exact", ctx.stages, blocks, partials
                 skew_grad = stages_from_skew_backward(*grads)
         return (
@@ -179,34 +180,3 @@ class _MergedLinear(torch.autograd.Function):
             skew_grad,
             None,
         )
-
-
-def rotation_gradients(
-    rows: torch.Tensor,
-    rows_grad: torch.Tensor,
-    matrices: list[torch.Tensor],
-    stages: tuple[Stage, ...],
-) -> list[torch.Tensor]:
-    """The gradient (1, d/size, size, size) of each stage, from x (N, d) and its gradient.
-
-    For a stage M and y = x M, orthogonal: dL/dM = x^T (dL/dy) = (x^T dL/dx) M, and the next stage
-    has the rows x M with the gradient (dL/dx) M.
-    """
-    gradients: list[torch.Tensor] = [rows] * len(stages)
-    *others, last = order_of(stages, False)
-    for i in others:
-        matrix, stage = matrices[i], stages[i]
-        layout = stage.chunk, stage.stride
-        # as if rows_grad had met M^T: both passes over it in one
-        turned, gram = rotate_backward(rows_grad, rows, matrix, *layout, True, stage.splits(rows))
-        gradients[i] = _times(gram.sum(0).mT, matrix)
-        rows, rows_grad = rotate_rows(rows, matrix, *layout, False), turned
-    stage = stages[last]
-    layout = stage.size, stage.chunk, stage.stride, stage.splits(rows)
-    gram = rotate_stage_grad(rows, rows_grad, *layout).sum(0)
-    gradients[last] = _times(gram, matrices[last])
-    return gradients
-
-
-def _times(gram: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return (gram.to(matrix.dtype) @ matrix)[None]

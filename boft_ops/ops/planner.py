@@ -25,7 +25,7 @@ def _accept(device: str, structure: dict[str, int], choice: Choice) -> None:
     stages, weight_side = _numbers(choice)
     if choice.backend or choice != plan_choice(stages, weight_side):
         raise ValueError(f"not a plan: {choice}")
-    if not 1 <= stages <= structure["n_factors"] or (weight_side and stages > 1):
+    if not 1 <= stages <= structure["n_factors"]:
         raise ValueError(f"not a plan of {structure['n_factors']} factors: {choice}")
 
 
@@ -77,8 +77,7 @@ def layer_plan(
     if choice is not None:
         n_stages, weight_side = _numbers(choice)
         if not weight_side or (outputs is not None and eager):
-            stages = plan(n_factors, block_size, device, n_stages)
-            return stages, weight_side and len(stages) == 1
+            return plan(n_factors, block_size, device, n_stages), weight_side
     stages = plan(n_factors, block_size, device)
     if outputs is None or not eager:
         return stages, False

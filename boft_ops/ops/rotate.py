@@ -298,6 +298,35 @@ def apply_stages_backward(
     return grad if need_x else None, partials
 
 
+def gradients_of_orthogonal_stages(
+    x: torch.Tensor,
+    x_grad: torch.Tensor,
+    matrices: Sequence[torch.Tensor],
+    plan: tuple[Stage, ...],
+) -> list[torch.Tensor]:
+    """The gradient (1, d/size, size, size) of each stage, from x (N, d) and its own gradient.
+
+    With a stage M, y = x M and M orthogonal: dL/dM = x^T (dL/dy) = (x^T dL/dx) M. The next stage
+    has the rows x M, whose gradient is (dL/dx) M.
+    """
+    gradients = [x] * len(plan)
+    *others, last = order_of(plan, False)
+    for i in others:
+        layout = plan[i].chunk, plan[i].stride
+        # as if x_grad had met M^T before: its pass and the Gram matrix are one kernel's
+        turned, gram = rotate_backward(x_grad, x, matrices[i], *layout, True, plan[i].splits(x))
+        gradients[i] = _gram_times(gram.sum(0).mT, matrices[i])
+        x, x_grad = rotate_rows(x, matrices[i], *layout, False), turned
+    layout = plan[last].size, plan[last].chunk, plan[last].stride, plan[last].splits(x)
+    gram = rotate_stage_grad(x, x_grad, *layout).sum(0)
+    gradients[last] = _gram_times(gram, matrices[last])
+    return gradients
+
+
+def _gram_times(gram: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return (gram.to(matrix.dtype) @ matrix)[None]
+
+
 class Rotate(torch.autograd.Function):
     """Computes y = x R, or x R^T, through the stages. Saves x and the stage matrices alone."""
 

@@ -24,9 +24,9 @@ from .rotate import (
     apply_stages,
     apply_stages_backward,
     flops_of_rotate,
+    gradients_of_orthogonal_stages,
     rotate_backward,
     rotate_rows,
-    rotate_stage_grad,
 )
 from .rotated_linear_parts import batch
 from .scale import Scale, scale_backward, scale_forward
@@ -275,23 +275,21 @@ def _backward_separate(
 def _backward_rotate_weight(
     layer: Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: Needs
 ) -> _Gradients:
-    """The gradients of y = x (W R^T)^T, with one stage.
+    """The gradients of y = x (W R^T)^T.
 
-    W R^T is computed again: saved, it would take as much memory as W. R is orthogonal, so
-    dL/dR = x^T (dL/dx) R in each group.
+    W R^T is computed again: saved, it would take as much memory as W. R is orthogonal, so that its
+    gradient comes from x and dL/dx, see ``gradients_of_orthogonal_stages``.
     """
     rows, weight, _, _, matrices, stages = layer
     grad, scale_grad, bias_grad = _backward_scale(layer, grad, z, needs)
     if not (needs.x or needs.rotation):
         return None, [], scale_grad, bias_grad
-    (matrix,), (stage,), partials = matrices, stages, []
+    partials = []
     rotated = apply_stages(weight, matrices, stages, True)
     with autocast.disabled(grad.device.type):
         x_grad = grad @ rotated
         if needs.rotation:
-            layout = stage.size, stage.chunk, stage.stride, stage.splits(rows)
-            matrix_grad = rotate_stage_grad(rows, x_grad, *layout).sum(0).to(matrix.dtype)
-            partials = [(matrix_grad @ matrix)[None]]
+            partials = gradients_of_orthogonal_stages(rows, x_grad, matrices, stages)
     return x_grad, partials, scale_grad, bias_grad
 
 

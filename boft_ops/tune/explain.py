@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 
@@ -23,15 +24,16 @@ def work(
         stages: the plan.
         b: block size.
         width: bytes of an element of x and of W.
-        weight_side: True if W goes through the one stage, False if x goes through all stages.
+        weight_side: True if W goes through the stages, False if x does.
     """
     size = sum(stage.size for stage in stages)
-    if weight_side:  # W twice, forward and backward; then the Gram matrix of x and its gradient
-        passes, products = 4 * n + 2 * rows, (4 * n + 2 * rows) * size
+    count, others = len(stages), size - stages[0].size  # x meets stage 0 last
+    if weight_side:  # W twice, forward and backward; then x and its gradient, and Gram matrices
+        passes = 4 * n * count + rows * (5 * count - 3)
+        products = 4 * n * size + rows * (2 * size + 4 * others)
     else:  # forward; the inputs of all stages but the first; backward with the Gram matrix
-        again = len(stages) - 1
-        passes = rows * (5 * len(stages) + 2 * again)
-        products = rows * (6 * size + 2 * (size - stages[0].size))
+        passes = rows * (5 * count + 2 * (count - 1))
+        products = rows * (6 * size + 2 * others)
     return d * (12 * size + passes * width), d * (6 * b * size + products)
 
 
@@ -44,7 +46,7 @@ def show(
     if device.type == "cpu" or torch.cuda.is_available():
         best = tuned.lookup(PLAN, device, dtype, (m, b), (rows, d, n))
     lines = [HEADER]
-    for count, weight_side in (*((count, False) for count in range(1, m + 1)), (1, True)):
+    for weight_side, count in product((False, True), range(1, m + 1)):
         stages, this = plan(m, b, device.type, count), plan_choice(count, weight_side)
         marks = ["default"] * (this == default) + ["measured best"] * (this == best)
         marks += ["chosen"] * (this == (best or default))

@@ -144,7 +144,7 @@ def _of_plan(workload: Workload) -> Problem:
     every = [
         plan_choice(count, weight_side)
         for count in range(1, m + 1)
-        for weight_side in ((False, True) if count == 1 else (False,))
+        for weight_side in (False, True)
         if max(stage.size for stage in plan(m, b, device, count)) <= MAX_STAGE
     ]
     others = tuple(choice for choice in every if choice != default)

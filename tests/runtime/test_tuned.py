@@ -169,7 +169,7 @@ BAD = {
     "no backend of cpu: 'bogus'": row_instead(row("bogus")),
     "no backend of cpu: 'cuda'": row_instead(row("cuda")),
     "not a plan of 2 factors": plan_of(stages=5, weight_side=0),
-    "not a plan of 2 factors: W": plan_of(stages=2, weight_side=1),
+    "not a plan of 2 factors: W": plan_of(stages=3, weight_side=1),
     "not a plan: side": plan_of(stages=1, weight_side=2),
     "not a plan: levels": plan_of(stages=1, weight_side=0, levels=1),
     "not a plan: no stages": plan_of(weight_side=1),
