@@ -139,7 +139,8 @@ class KeptWeight:
         if not fits or (needs_gradients and not can_train):
             return None
         trains = can_train and is_trained and (layer.training or needs_gradients)
-        key = x.dtype, layer.config, layer.n_identity, layer.strength, trains, is_scale_trained
+        options = layer.config, layer.n_identity, layer.strength
+        key = x.dtype, *options, trains, is_scale_trained, _stream(x)
         entry = self._entry
         if entry is None or not _is_now(entry, key, layer):
             entry = self._entry = _make(layer, key)
@@ -162,7 +163,7 @@ def _is_now(entry: _Entry, key: tuple, layer: Any) -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _make(layer: Any, key: tuple) -> _Entry:
-    dtype, _, _, _, trains, is_scale_trained = key
+    dtype, _, _, _, trains, is_scale_trained, _ = key
     weight, skew, scale = layer.frozen_weight, layer.skew, layer.scale
     tensors = [tensor for tensor in (weight, skew, scale) if tensor is not None]
     sources = tuple(_Source.of(tensor, tensor is not weight) for tensor in tensors)
@@ -188,6 +189,11 @@ def _is_usual(x: torch.Tensor) -> bool:
         # a graph would go on reading memory that is freed with the next change
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )
+
+
+def _stream(x: torch.Tensor) -> int:
+    """The stream of a call, which is the one that the memory of a weight belongs to."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
 def _is_kept(layer: Any) -> bool:

@@ -547,3 +547,27 @@ def test_a_frozen_adapter_has_gradients_of_the_rows(made):
     torch.testing.assert_close(got, want)
     expected = F.linear(x, layer.merged_weight(), layer.bias)
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(made):
+    layer = make(torch.bfloat16).cuda()
+    x = torch.randn(64, 32, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    expected = step(layer, x)
+    stream = torch.cuda.Stream()
+    with cache_merged(layer):
+        for one, other in zip(step(layer, x), expected, strict=True):
+            assert (one - other).norm() <= 0.02 * other.norm()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # memory belongs to a stream
+            step(layer, x)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert len(made) == 2
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):  # a graph would outlive the weight
+            y = layer(x)
+        assert len(made) == 2
+        graph.replay()
+        with torch.no_grad():
+            torch.testing.assert_close(y, layer.eval()(x), rtol=0.05, atol=0.05)
