@@ -113,12 +113,17 @@ def _merge(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("base", metavar="BASE", type=Path, help="a safetensors file, or a folder")
-    add("out", metavar="OUT", type=Path, help="a new file or folder")
+    add(
+        "base",
+        metavar="BASE",
+        type=Path,
+        help="the pretrained model: a safetensors file, or a folder of them",
+    )
+    add("out", metavar="OUT", type=Path, help="the new file or folder")
     add("--adapter", type=Path, required=True, help="a checkpoint that `convert` reads")
     add(
         "--prefix",
-        help="first part of the names of one network in a trainer's file, as for convert",
+        help="the network of a trainer's file, by its prefix, as for convert",
     )
 
 
@@ -128,7 +133,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _add_vendor(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("dest", metavar="DEST", type=Path, help="the copy, e.g. src/third_party/boft")
+    add("dest", metavar="DEST", type=Path, help="the new folder, e.g. src/third_party/boft")
     add("--force", action="store_true", help="replace an earlier copy")
     add("--with-native", action="store_true", help="copy the compiled library too")
 
@@ -150,7 +155,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             "info",
             _info,
             None,
-            "show this copy, and which backend serves which operator (default)",
+            "show this copy, and the backend that runs each operator (default)",
         ),
         ("build", _build, _add_build, "compile the native library of this copy into a cache"),
         ("vendor", _vendor, _add_vendor, "copy this package into another code base"),

@@ -13,7 +13,7 @@ from .interop.convert import SOURCES, TARGETS, convert
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to a parser."""
     add = parser.add_argument
-    add("source", metavar="IN", type=Path, help="PEFT's folder, or a file")
+    add("source", metavar="IN", type=Path, help="a PEFT folder, or a file")
     add("destination", metavar="OUT", type=Path, help="a new folder (peft, lora, merged) or file")
     add(
         "--from",
@@ -26,26 +26,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=TARGETS,
         required=True,
-        help="the format of OUT; diff holds updates of weights, lora a low-rank approximation, "
-        "merged the whole model",
+        help="the format of OUT. diff is the change of each weight, lora a low-rank approximation, "
+        "merged the whole model with the adapter in it",
     )
     add(
         "--base",
         type=Path,
-        help="the pretrained model: a safetensors file, or a folder of them; names and shapes are "
-        "read, for diff, lora and merged the weights, too. Conversions that need it say so",
+        help="the pretrained model: a safetensors file, or a folder of them. Its names and shapes "
+        "are read; diff, lora and merged read the weights too. An error says if it is missing",
     )
     add(
         "--prefix",
-        help="the prefix of a network in a trainer's file, e.g. lora_unet or lora_te1; the layers "
-        "of other networks are left out (default: the only one)",
+        help="the network to convert from a trainer's file, by its prefix, e.g. lora_unet or "
+        "lora_te1 (default: the only network of the file)",
     )
-    add("--rank", type=int, help="the rank of --to lora")
+    add("--rank", type=int, help="the rank for --to lora")
     add(
         "--max-error",
         type=float,
         metavar="E",
-        help="the largest relative error of a layer of --to lora; nothing is written beyond it",
+        help="--to lora writes nothing if the relative error of a layer is larger than this",
     )
 
 

@@ -30,17 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to a parser."""
     add = parser.add_argument
     add("--ops", nargs="+", choices=sorted(tuned.tunables), metavar="OP",
-        help="only these decisions: %(choices)s")  # fmt: skip
-    add("--shapes", default="deberta-v3-base", help=f"comma-separated: {', '.join(MODELS)}, ...")
+        help="tune only these: %(choices)s (default: all)")  # fmt: skip
+    add("--shapes", default="deberta-v3-base",
+        help=f"models ({', '.join(MODELS)}) or shapes such as 4096x11008x2048 (inputs x outputs x "
+        "rows), comma-separated (default: %(default)s)")  # fmt: skip
     add("--butterfly", type=_butterflies, default="2x8,4x8",
-        help="n_factors x block_size, comma-separated (2x8,4x8)")  # fmt: skip
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu (default) or cuda")
-    add("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
-    add("--rows", type=_positive, help="for named shapes (512 on a CPU, 8192 on a GPU)")
-    add("--seconds", type=_positive, help="begin nothing after so many")
-    add("--out", type=Path, help="write here, not into the cache")
+        help="n_factors x block_size, comma-separated (default: 2x8,4x8)")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to tune (default: cpu)")
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    add("--rows", type=_positive,
+        help="rows for the shapes of models (default: 512 on a CPU, 8192 on a GPU)")  # fmt: skip
+    add("--seconds", type=_positive, help="time budget: start no measurement after so many seconds")
+    add("--out", type=Path, help="write the table to this file instead of the cache")
     add("--explain", nargs=3, type=_positive, metavar=("d", "n", "N"),
-        help="measure nothing: bytes and flops of each plan")  # fmt: skip
+        help="measure nothing: print bytes and flops of each plan for d inputs, n outputs and "
+        "N rows")  # fmt: skip
 
 
 def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ COMMANDS = [
      "tests/runtime/test_command_line.py::test_subcommands_are_the_modules"),
     (r"python -m boft_ops merge BASE OUT --adapter (FILE|IN)", HERE),
     (r"python -m boft_ops.convert IN OUT --to \S+", HERE),
-    (r"python -m boft_ops vendor (DEST|src\S+ \\)", HERE),
+    (r"python -m boft_ops vendor (DEST|src\S+ \[--with-native\] \[--force\])", HERE),
     (r"python -m mytrainer.third_party.boft_ops build",
      "tests/packaging/test_vendor.py::test_without_native_it_is_built_on_demand"),
     (r"python -m boft_ops.analysis D .*", HERE),
