@@ -88,7 +88,7 @@ def _of_rows(workload: Workload, m: int, b: int, n_stages: int, *names: str) -> 
     if workload.d % (stage.size * stage.stride):
         return
     workload = replace(workload, n_factors=m, block_size=b)
-    facts = {"size": stage.size, "chunk": stage.chunk, "stride": stage.stride}
+    facts = {"size": stage.size, "chunk": stage.chunk, "stride": stage.stride, "block_size": b}
     where = f"stride {stage.stride}, " if stage.stride > 1 else ""
     where = f"groups of {stage.size}, {where}{workload.rows} rows of {workload.d}"
     for name in names:
@@ -127,7 +127,6 @@ def _sample(workload: Workload, name: str) -> Case:
 
     rows = f", {workload.rows} rows" if name in COPIES else ""
     part = f"{name}, (2,8) of {workload.d} features{rows}"
-    # A figure without a block size is older than the C++ kernels of stages for small blocks.
     facts = {"op": name, "features": workload.d, "block_size": workload.block_size}
     if name in COPIES:
         facts["copies"] = COPIES[name]

@@ -59,9 +59,9 @@ def _op(name: str) -> Callable[[str, dict], bool]:
     return lambda part, facts: facts.get("op") == name and "tiles" not in part
 
 
-def _small_blocks(op: str) -> Callable[[str, dict], bool]:
-    """Choose the calls of an operator whose block size is known to have been 8."""
-    return lambda part, facts: _op(op)(part, facts) and facts.get("block_size") == 8
+def _newer(only: Callable[[str, dict], bool]) -> Callable[[str, dict], bool]:
+    """Leave out figures without a block size: those of earlier C++ kernels have none."""
+    return lambda part, facts: only(part, facts) and facts.get("block_size") is not None
 
 
 BULK = _part("4096x4096x8192")
@@ -106,7 +106,7 @@ RULES = (
             f"{op} at (2,8), of one layer and of all linear layers of Llama-3.1-8B: C++ at most "
             "1.02 times Triton",
             "the C++ kernel stays the default; else Triton's takes its place",
-            "kernels", "cuda", 1.02, "triton", _small_blocks(op),
+            "kernels", "cuda", 1.02, "triton", _newer(_op(op)),
         )
         for op in STAGES
     ),
@@ -123,6 +123,11 @@ RULES = (
             ("rotate_backward", (16, 64), 1.5, 0.88),
             ("rotate_backward", (128,), 1.5, 0.80),
         )
+    ),
+    Rule(
+        "rotate in groups of 64 that lie apart: C++ at most 1.02 times Triton",
+        "C++ becomes the default kernel for them",
+        "kernels", "cuda", 1.02, "triton", _newer(_pass("rotate", (64,), strided=True)),
     ),
     Rule(
         "rotate in groups of 32 and 64 that lie apart: at most 2.5 clones",

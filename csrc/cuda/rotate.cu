@@ -1,5 +1,6 @@
-// Launches of rotate.cuh and halves.cuh, and the choice between the two.
+// Launches of rotate.cuh, halves.cuh and strided.cuh, and the choice among them.
 #include "cuda/halves.cuh"
+#include "cuda/strided.cuh"
 
 namespace boft::cuda {
 namespace {
@@ -36,6 +37,14 @@ template <class T>
 int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d, Stage stage,
               bool transpose, Queue queue) {
   const uintptr_t pointers = address(x) | address(y);
+  if constexpr (is_half<T>) {
+    if (takes_strided<T>(stage, rows, d, pointers)) {
+      const int64_t block = strided_rows(rows, d);
+      return launch(rotate_strided_kernel<T>, d / kStripRow * divide_up(rows, block), kApartThreads,
+                    kStridedShared, queue, x, matrices, y, int(rows), d, int(stage.stride),
+                    int(block), transpose);
+    }
+  }
   const int done = with_pieces<T>(stage, rows, d, pointers, [&](auto pieces, auto width) {
     constexpr int kWidth = decltype(width)::value;
     const int64_t tiles = blocks_across<kWidth>(pieces);

@@ -116,6 +116,30 @@ MUTATIONS = {
         "split < 1; ++split)\n        sum += grad",
         "test_compose",
     ),
+    "strided rows are rotated before they are there": (
+        "strided.cuh",
+        "await_copies<kStrips - 2>();",
+        "await_copies<kStrips - 1>();",
+        "test_rotate_of_eight_neighboring_groups",
+    ),
+    "strided rows are loaded over those that are stored": (
+        "strided.cuh",
+        "    __syncthreads();  // the rows are there, and every thread has stored those before",
+        "",
+        "test_rotate_of_eight_neighboring_groups",
+    ),
+    "strided rows are stored before all are rotated": (
+        "strided.cuh",
+        "    __syncthreads();  // every warp has rotated its group",
+        "",
+        "test_rotate_of_eight_neighboring_groups",
+    ),
+    "another column of a strided group": (
+        "strided.cuh",
+        "q % 2 * 2 + g % 2",
+        "q % 2 * 2 + 1 - g % 2",
+        "test_rotate_of_eight_neighboring_groups",
+    ),
     "dropout without its mask": (
         "stage_from_skew.cuh",
         "active && drop != nullptr && drop[block]",
