@@ -13,6 +13,8 @@ import torch
 from . import build, native
 from .namespace import PACKAGE
 
+LEAST_CAPABILITY = 8, 0  # the least that has all instructions of the CUDA C++ kernels
+
 
 def triton_object(name: str) -> Any:
     """The object ``"module:name"`` under triton_kernels."""
@@ -76,6 +78,11 @@ def native_fault(device: int) -> str | None:
     archs, cuda = native.archs(), native.cuda_version()
     if archs is None or device < 0 or not torch.cuda.is_available():
         return None
+    capability = torch.cuda.get_device_capability(device)
+    own = ".".join(map(str, capability))
+    has = f"device {device} ({torch.cuda.get_device_name(device)}) has {own}"
+    if capability < LEAST_CAPABILITY:
+        return f"the CUDA C++ kernels need compute capability 8.0, and {has}"
     driver = torch._C._cuda_getDriverVersion()  # 12040 for CUDA 12.4
     if cuda is not None and driver // 1000 < int(cuda.partition(".")[0]):
         return (
@@ -83,19 +90,19 @@ def native_fault(device: int) -> str | None:
             f"{driver // 1000}.{driver % 1000 // 10}; update the driver, or install from source "
             "with the nvcc of an older CUDA"
         )
-    capability = torch.cuda.get_device_capability(device)
     if serves(archs, capability):
         return None
-    own = ".".join(map(str, capability))
     return (
-        f"the native library was compiled for GPUs of compute capability {archs}, and device "
-        f"{device} ({torch.cuda.get_device_name(device)}) has {own}; install again with "
-        f"TORCH_CUDA_ARCH_LIST={own}"
+        f"the native library was compiled for GPUs of compute capability {archs}, and {has}; "
+        f"install again with TORCH_CUDA_ARCH_LIST={own}"
     )
 
 
 def native_takes(x: torch.Tensor) -> bool:
-    """False on a GPU that the native library was not compiled for, with one warning for each."""
+    """False on a GPU where the native library's kernels cannot run.
+
+    One warning for each says so, unless it is too old for these kernels: nothing is amiss then.
+    """
     if not x.is_cuda:
         return True
     compiling = torch.compiler.is_compiling()
@@ -108,7 +115,8 @@ def _has_native_code(device: int) -> bool:
 
 @cache
 def _cached_has_native_code(device: int) -> bool:
-    if fault := native_fault(device):
+    fault = native_fault(device)
+    if fault and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY:
         message = f"{PACKAGE}: {fault}. Until then Triton or plain PyTorch serve it"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return fault is None

@@ -45,15 +45,15 @@ def test_the_default_serves_what_the_kernels_are_written_for():
 
 @pytest.fixture
 def library_for(monkeypatch):
-    """A function that pretends to have a card of 8.6, and a library for these architectures."""
+    """A function that pretends to have a card, and a library for these architectures."""
 
-    def pretend(archs, driver=13000):
+    def pretend(archs, capability=(8, 6), driver=13000):
         monkeypatch.setattr(native, "archs", lambda: archs)
         monkeypatch.setattr(native, "cuda_version", lambda: "13.0")
         monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A card")
         gpu._cached_has_native_code.cache_clear()
 
@@ -126,6 +126,16 @@ def test_amd_gpus_get_no_cuda_kernels(monkeypatch):
         registered = []
         monkeypatch.setattr(torch.version, "hip", hip)
         assert [device.encode() for device, ops in names().items() if ops] == devices == registered
+
+
+def test_a_gpu_that_is_too_old_for_the_kernels_is_left_to_triton(monkeypatch, library_for):
+    library_for(build.DEFAULT_ARCHS, (7, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(monkeypatch, "cayley", (8, 28), None) == "triton"
+    assert gpu.native_fault(0) == (
+        "the CUDA C++ kernels need compute capability 8.0, and device 0 (A card) has 7.5"
+    )
 
 
 def test_the_native_call_of_a_layer_needs_code_for_the_gpu(monkeypatch, library_for):
