@@ -192,7 +192,9 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	if [ -z "$(TORCH)" ] && found=$$($(PYTHON) -I -c '$(find_torch)' 2>/dev/null); then \
 	  echo "==> using the torch of $(PYTHON)"; printf '%s\n' "$$found" > "$$pth"; \
 	else \
-	  echo "==> installing $(or $(TORCH),$(TORCH_PIN))"; $(PIP) $(PIP_FLAGS) '$(or $(TORCH),$(TORCH_PIN))'; \
+	  echo "==> downloading and installing $(or $(TORCH),$(TORCH_PIN)): minutes; gigabytes if it has CUDA"; \
+	  echo "    (make PYTHON=... takes the torch of another Python: docs/env.md)"; \
+	  $(PIP) $(PIP_FLAGS) '$(or $(TORCH),$(TORCH_PIN))'; \
 	fi
 	@# --no-build-isolation takes the requirements of the build from this environment.
 	@$(PIP) $(PIP_FLAGS) $(BUILD_NEEDS)

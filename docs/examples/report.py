@@ -5,7 +5,8 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -42,8 +43,64 @@ class Run:
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, validation accuracy)
 
 
-def progress(console: Console) -> Progress:
-    """Make the progress bars."""
+class Lines:
+    """Progress for a log instead of a terminal: a line for each stage, and one in each minute.
+
+    It has those methods of rich's Progress that the demo calls.
+    """
+
+    PAUSE = 60.0  # seconds between two lines of one stage
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self._clock = console, clock
+        self._started = clock()
+        self._tasks: list[dict] = []
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def add_task(self, description: str, total: int | None = None, note: str = "") -> int:
+        """Begin a stage, and print its name."""
+        task = {"name": description, "total": total, "note": note, "done": 0}
+        self._tasks.append(task | {"printed": self._clock()})
+        self._print(f"{description} ...")
+        return len(self._tasks) - 1
+
+    def advance(self, task: int, n: int) -> None:
+        """Add to what a stage has done."""
+        self.update(task, completed=self._tasks[task]["done"] + n)
+
+    def update(
+        self,
+        task: int,
+        completed: int | None = None,
+        total: int | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Set what a stage has done; prints it at the end, or if a minute has passed."""
+        state = self._tasks[task]
+        state["done"] = state["done"] if completed is None else completed
+        state["total"] = state["total"] if total is None else total
+        state["note"] = state["note"] if note is None else note
+        if state["done"] == state["total"] or self._clock() - state["printed"] >= self.PAUSE:
+            state["printed"] = self._clock()
+            note = f", {state['note']}" if state["note"] else ""
+            self._print(f"{state['name']}: {state['done']} of {state['total']}{note}")
+
+    def _print(self, line: str) -> None:
+        seconds = self._clock() - self._started
+        text = f"{seconds:4.0f} s  {line}"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.file.flush()  # a pipe would keep the lines until its buffer is full
+
+
+def progress(console: Console) -> Progress | Lines:
+    """Make progress bars, or lines if the output is not a terminal."""
+    if not console.is_terminal:
+        return Lines(console)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),

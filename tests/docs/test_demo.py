@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 sys.path.insert(0, str(EXAMPLES))  # for the modules of the scripts
@@ -172,6 +173,41 @@ def test_the_two_parts_compute_the_whole_encoder(tiny, data):
         expected = whole(input_ids=ids).last_hidden_state
     assert mask.sum(1).tolist() == [5, 6]
     torch.testing.assert_close(parts[1:], expected, atol=1e-5, rtol=1e-5)
+
+
+class Minutes:
+    """A clock that a test moves."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_log_has_a_line_for_each_stage_and_each_minute():
+    clock, console = Minutes(), Console(file=io.StringIO(), width=80)
+    with report.Lines(console, clock) as lines:
+        first = lines.add_task("lower layers, training", total=300, note="")
+        for _ in range(3):
+            clock.now += 25
+            lines.advance(first, 100)
+        second = lines.add_task("LoRA r=8, seed 0", note="")
+        for step in range(1, 120):
+            clock.now += 1
+            lines.update(second, completed=step, total=126, note=f"loss {step / 100:.2f}")
+        lines.update(second, note="validation 80 %")
+    assert console.file.getvalue().splitlines() == [
+        "   0 s  lower layers, training ...",
+        "  75 s  lower layers, training: 300 of 300",
+        "  75 s  LoRA r=8, seed 0 ...",
+        " 135 s  LoRA r=8, seed 0: 60 of 126, loss 0.60",
+    ]
+
+
+def test_progress_fits_the_output():
+    assert isinstance(report.progress(Console(file=io.StringIO())), report.Lines)
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    assert isinstance(report.progress(terminal), report.Progress)
 
 
 def test_every_method_from_training_to_report(tiny, data, tmp_path):
