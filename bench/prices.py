@@ -215,7 +215,7 @@ def peft_model(machines: Sequence[Machine]) -> Iterator[str]:
             middle, low, high = (f"{value:.2f}" for value in summary(seconds))
             time = f"{middle} s [{low}, {high}], {len(seconds)} steps"
             rows.append([label, time, f"{result['trainable'][name]:,}"])
-        yield f"**{machine.name}**, commit {result['commit_info']['id'][:9]}:"
+        yield f"**{machine.name}**, commit {(result['commit_info']['id'] or 'unknown')[:9]}:"
         yield ""
         yield from table(["", "time of a step", "trained"], rows)
         parts = {name: _bracketed_3(quartiles) for name, quartiles in result["parts_of"].items()}
