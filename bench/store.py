@@ -114,7 +114,8 @@ class Machine:
         """Name the commit that measured the memory, if it is not that of ``steps``; else ""."""
         if self.main is None or not self._decided_layers():
             return ""
-        return f"Measured at an earlier commit than the times, {(self.main.commit['id'] or 'unknown')[:9]}."
+        commit = (self.main.commit["id"] or "unknown")[:9]
+        return f"Measured at an earlier commit than the times, {commit}."
 
     def memory(self, shape: Shape, name: str) -> tuple[int, int] | None:
         """Bytes saved for backward, and peak of a step; None if they were not measured."""
