@@ -233,6 +233,25 @@ def test_results_are_stored_without_loss():
     assert all(one == {k: other[k] for k in ("extra_info", "stats")} for one, other in pairs)
 
 
+def test_everything_of_a_machine_is_one_command(tmp_path, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(run, "run", lambda options: results_.text_of(synthetic()))
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(page, "FOLDER", tmp_path / "bench" / "results")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table: price -->\n<!-- end of table -->\n")
+    run.main(["--everything"])
+    assert [command[-1].name for command in commands] == ["peft_model.py", "indexed.py"]
+    (written,) = page.FOLDER.glob("*/auto.json")
+    assert written.parent.name == "some-cpu"
+    assert "Some CPU, float32" in readme.read_text()
+    assert run.arguments(["--everything"]).extras == "compiled-boft,lycoris-boft"
+    with pytest.raises(SystemExit):
+        run.arguments(["--everything", "--shapes=768x768x512"])
+    assert "--everything: expected no --shapes, --out or --device" in capsys.readouterr().err
+
+
 # --- The end of `pytest bench/` -------------------------------------------------------------------
 
 
