@@ -11,7 +11,7 @@ from boft_ops import boft_linear, butterfly_matmul, cayley
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-LIBRARIES = "/usr/aarch64-linux-gnu"  # where Debian puts them
+LIBRARIES = "/usr/aarch64-linux-gnu"  # folder of the cross compiler
 
 
 @pytest.fixture(scope="module")
