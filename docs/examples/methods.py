@@ -68,9 +68,9 @@ METHODS = {
 }
 
 
-def build(name: str, top: nn.Module, seed: int) -> nn.Module:
+def build(name: str, top: nn.Module, seed: int, n_classes: int = 2) -> nn.Module:
     """Build a model of one method, with the same pretrained layers and head for all methods."""
     torch.manual_seed(seed)
-    model = Classifier(top)
+    model = Classifier(top, n_classes)
     model.encoder.requires_grad_(False)
     return METHODS[name].prepare(model)

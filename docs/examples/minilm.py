@@ -70,10 +70,10 @@ def cut_in_two(bert: BertModel, n_top: int = N_TOP) -> tuple[BertModel, BertMode
 class Classifier(nn.Module):
     """The top layers, the mean over the tokens, and a linear head: positive or negative."""
 
-    def __init__(self, top: BertModel) -> None:
+    def __init__(self, top: BertModel, n_classes: int = 2) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(top)  # every method starts from the same pretrained weights
-        self.head = nn.Linear(top.config.hidden_size, 2)
+        self.head = nn.Linear(top.config.hidden_size, n_classes)
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         out = self.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state

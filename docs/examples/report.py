@@ -250,16 +250,23 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
 
 
-def write_markdown(path: Path, runs: list[Run], command: str, seconds: float) -> None:
-    """Write the results as a Markdown page."""
-    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+def provenance(command: str) -> list[str]:
+    """List the command, the machine and the versions that made the results."""
     names = ("torch", "transformers", "peft")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     versions += f", boft_ops {boft_ops.__version__}"
+    return [
+        f"- Command: `{command}`",
+        f"- Machine: {machine()}",
+        f"- Versions: Python {platform.python_version()}, {versions}",
+    ]
+
+
+def write_markdown(path: Path, runs: list[Run], command: str, seconds: float) -> None:
+    """Write the results as a Markdown page."""
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
     rows = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *table_rows(runs)]
-    text = ["# Results of docs/examples/finetune_minilm.py", "", f"- Command: `{command}`"]
-    text += [f"- Machine: {machine()}"]
-    text += [f"- Versions: Python {platform.python_version()}, {versions}"]
+    text = ["# Results of docs/examples/finetune_minilm.py", "", *provenance(command)]
     text += [f"- Seeds: {seeds}; the whole run took {seconds / 60:.1f} minutes", ""]
     text += ["| " + " | ".join(row) + " |" for row in rows]
     text += ["", *(f"- {line}" for line in sentences(runs)), ""]

