@@ -83,7 +83,7 @@ def test_a_step_is_that_of_the_layer(made, options, bias):
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_a_butterfly_of_several_stages(stages):
+def test_a_butterfly_of_several_stages(backend, stages):
     layer, x = make(n_factors=3, block_size=4), rows()
     expected = step(layer, x)
     with pinned(plan=plan_choice(stages, False)), cache_merged(layer):
