@@ -13,6 +13,9 @@ from contestants import FLOOR, NAMES, PEFT_BOFT, SMALL_SHAPES, Shape
 from operators import BOTH
 from results import Results, Row
 
+# Text stays text, in the reader's font; equal data gives equal files.
+mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "boft_ops", "font.size": 9})
+
 # Okabe and Ito's palette, whose colors remain distinct with every common form of color blindness.
 # The bars of other packages are hatched too, so that they remain distinct in gray print.
 STYLES = {
@@ -43,7 +46,7 @@ def draw(path: Path, results: Results) -> None:
     measured = {row.name for row in results.rows if row.suite == "layer"}
     names = [name for name in NAMES if name in measured - {FLOOR}]
     top = _axis_end(results, groups)
-    fig, axes = plt.subplots(figsize=(10, 4.6), layout="constrained")
+    fig, axes = plt.subplots(figsize=(7.6, 5), layout="constrained")
     for center, group in enumerate(groups):
         rows = [row for row in results.table(group, BOTH) if row.name != FLOOR]
         _bars(axes, rows, center, WIDTH / len(names), top)
@@ -57,17 +60,22 @@ def draw(path: Path, results: Results) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     machine = results.machine
     axes.set_title(
-        f"Forward + backward of one layer, {machine['dtype']}, {_device(machine)}: "
+        f"Forward + backward of one layer, {machine['dtype']}, {_device(machine)}\n"
         "lower is better; whiskers are quartiles",
-        fontsize=11,
+        fontsize=10,
         pad=18,  # leaves room for the numbers above bars that are cut off
     )
     handles, labels = axes.get_legend_handles_labels()
     bars = dict(zip(labels, handles, strict=True))  # one bar for each label, not one a shape
-    look = {"ncols": (len(bars) + 1) // 2, "fontsize": 9, "frameon": False}
+    look = {"ncols": 3, "fontsize": 9, "frameon": False}
     fig.legend(bars.values(), bars.keys(), loc="outside lower center", **look)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130, metadata={"Software": None})
+    save(fig, path)
+
+
+def save(fig, path: Path) -> None:
+    """Save a figure without a date, as its format names it, and close it."""
+    fig.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(fig)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Roofline plot of the operators from committed results: flops per byte against flop/s.
 
-python bench/roofline.py    # draws docs/images/roofline_cpu.png
+python bench/roofline.py    # draws docs/images/roofline_cpu.svg
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")  # draws to a file, without a window
-
+import chart
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from operators import BACKWARD, BOTH
 from results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "amd-epyc-zen-4" / "auto.json"
-IMAGE = ROOT / "docs" / "images" / "roofline_cpu.png"
+IMAGE = ROOT / "docs" / "images" / "roofline_cpu.svg"
 # Contestant -> color (of Okabe and Ito's palette), marker and label.
 LOOKS = {
     "cayley": ("#009E73", "^", "Cayley transform"),
@@ -69,14 +67,17 @@ def draw(path: Path, results: Results) -> None:
         label = "" if backward else label
         axes.plot(intensity, rate / 1e9, marker, color=color, label=label or None, ms=7, **fill)
     axes.set(xscale="log", yscale="log", xlabel="flops per byte that must move", ylabel="GFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):  # 5, 10, 20, 50 instead of powers of ten
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title="hollow: backward", loc="lower right")
     machine = results.machine
     title = f"Operators on a CPU, {machine['dtype']}, {machine['threads']} threads"
     fig.suptitle(title, fontsize=11)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    chart.save(fig, path)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ writes its results into bench/results and its figures here. They are to meet the
 
 def image(results: Results) -> str:
     """Path of the chart of a machine, relative to the folder of the page."""
-    return f"images/bench_layer_{slug(machine_name(results.machine)).replace('-', '_')}.png"
+    return f"images/bench_layer_{slug(machine_name(results.machine)).replace('-', '_')}.svg"
 
 
 def section(results: Results) -> Iterator[str]:

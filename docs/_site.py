@@ -60,6 +60,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Rewrite links between files of the repository into links of the site; complete api.md."""
+    if page.file.src_uri == "index.md":  # the whole width for the first screen
+        page.meta["hide"] = ["navigation", "toc"]
     if page.file.src_uri == "api.md":
         markdown += "".join(f"\n::: {name}\n" for name in names_without_entry(markdown))
     source = {uri: path for path, uri in PAGES.items()}.get(page.file.src_uri)

@@ -40,7 +40,7 @@ def draw(pattern: torch.Tensor, title: str = "") -> str:
     bottom = TOP + pitch * (d - 1) + 30
     cell = max(1.2, min(14.0, 84 / d))
     side = cell * d
-    parts = [_text(LEFT - 20, 14, title, 11)] if title else []
+    parts = [_text(LEFT - 20, 13, title, 12)] if title else []
     for i, factor in enumerate(pattern):
         for target, source in factor.nonzero().tolist():
             color, width = (STRAIGHT, 1) if target == source else (FREE, 1.4)
@@ -51,14 +51,14 @@ def draw(pattern: torch.Tensor, title: str = "") -> str:
             )
     for i in range(m + 1):
         x = LEFT + i * WIDTH
-        parts.append(_text(x, TOP - 14, f"level {i + 1}", 8, "middle"))
+        parts.append(_text(x, TOP - 11, f"level {i + 1}", 10.5, "middle"))
         for node in range(d):
             y = TOP + node * pitch
             parts.append(
                 f'<circle cx="{x}" cy="{y}" r="{radius:.1f}" fill="white" stroke="{TEXT}"/>'
             )
             if i == 0:
-                parts.append(_text(x - 12, y + 3, str(node + 1), min(8, pitch), "end"))
+                parts.append(_text(x - 12, y + 3, str(node + 1), min(10.5, pitch), "end"))
     so_far = torch.eye(d, dtype=torch.bool)
     for i, factor in enumerate(pattern):
         so_far = product(torch.stack([so_far, factor]))
@@ -78,7 +78,7 @@ def draw(pattern: torch.Tensor, title: str = "") -> str:
 def _grid(matrix: torch.Tensor, x: float, y: float, cell: float, name: str) -> list[str]:
     """Draw a boolean matrix as a grid of cells, with its name above."""
     side = cell * len(matrix)
-    parts = [_text(x + side / 2, y - 5, name, 8, "middle")]
+    parts = [_text(x + side / 2, y - 5, name, 10.5, "middle")]
     parts.append(
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" fill="{ZERO}" '
         f'stroke="{TEXT}" stroke-width="0.6"/>'

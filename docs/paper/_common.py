@@ -106,16 +106,20 @@ def write_log(path: Path, clock: Clock, facts: Mapping[str, object] | None = Non
     path.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
 
 
-def figure(columns: int = 1, size: tuple[float, float] = (6.4, 4.4)):
-    """Make a figure and its axes in the common style. matplotlib is imported here."""
+def figure(panels: int = 1, height: float = 4.4):
+    """Make a figure and its axes, one below the other, in the common style.
+
+    It is as wide as the column of the site, so that its text is shown in its size. ``height`` is
+    that of a panel, in inches. matplotlib is imported here.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")  # draws to a file, without a window
     import matplotlib.pyplot as plt
 
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "boft_ops", "font.size": 9})
-    fig, axes = plt.subplots(1, columns, figsize=(size[0] * columns, size[1]), layout="constrained")
-    for each in axes if columns > 1 else [axes]:
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "boft_ops", "font.size": 11})
+    fig, axes = plt.subplots(panels, 1, figsize=(7.1, height * panels), layout="constrained")
+    for each in axes if panels > 1 else [axes]:
         each.grid(alpha=0.3)
         each.spines[["top", "right"]].set_visible(False)
     return fig, axes

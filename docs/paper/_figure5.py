@@ -69,9 +69,9 @@ def check_claims(data: dict[tuple[str, int, int], Point], d: int) -> list[str]:
 
 def draw(folder: Path) -> None:
     """Draw the figure from the data files of a folder."""
-    fig, (left, right) = figure(2)
-    draw_errors(left, read_points(folder))
-    draw_convergence(right, folder)
+    fig, (top, bottom) = figure(2)
+    draw_errors(top, read_points(folder))
+    draw_convergence(bottom, folder)
     save_figure(fig, folder / "figure5.svg")
 
 
@@ -95,7 +95,7 @@ def draw_errors(axes, data: dict[tuple[str, int, int], Point]) -> None:
     axes.plot(xs, ys, "--", color="#767676", label="I + low rank")
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=ERROR)
     axes.set_title("Approximation of random orthogonal matrices")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=8, frameon=False)
 
 
 def draw_convergence(axes, folder: Path) -> None:
@@ -116,7 +116,7 @@ def draw_convergence(axes, folder: Path) -> None:
             axes.plot(xs, ys, dash, color=look["color"], label=f"BOFT{structure}, {name}")
     axes.set(xscale="log", xlabel="sweeps over all factors, or steps", ylabel=ERROR)
     axes.set_title("Convergence")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=8, frameon=False)
 
 
 def fill_page(folder: Path, claims: list[str]) -> None:

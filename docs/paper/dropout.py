@@ -41,7 +41,7 @@ def main() -> None:
     rows = _common.read_csv(out / "dropout.csv")
     if args.out is None:  # the page shows the committed outputs
         _page.fill(_common.HERE / "dropout.md", "accuracy", table(rows))
-    draw(rows, out / "dropout.png", "a tiny random BERT" if args.quick else "MiniLM-L6")
+    draw(rows, out / "dropout.svg", "a tiny random BERT" if args.quick else "MiniLM-L6")
     seconds = sum(float(row["training_s"]) for row in rows)
     _common.write_log(out / "dropout.log", clock, {"training_s": f"{seconds:.0f}"})
 
@@ -112,24 +112,24 @@ def table(rows: list[dict]) -> list[str]:
 
 def draw(rows: list[dict], path: Path, model: str) -> None:
     """Draw the accuracy on training and test sentences, and the difference to no dropout."""
-    fig, (left, right) = _common.figure(2, (4.6, 3.6))
+    fig, (top, bottom) = _common.figure(2, 3.4)
     groups = list(by_share(rows).values())
     shares = [float(share) for share in by_share(rows)]
     style = _common.style(["train_accuracy", "test_accuracy", "difference"])
     for column, label in zip(style, ("training", "test"), strict=False):
         means, errors = zip(*(mean_and_error(group, column) for group in groups), strict=True)
-        left.errorbar(shares, means, yerr=errors, **style[column], label=label, capsize=4)
+        top.errorbar(shares, means, yerr=errors, **style[column], label=label, capsize=4)
         for x, group in zip(shares, groups, strict=True):
             values = [100 * float(row[column]) for row in group]
-            left.plot([x] * len(values), values, ".", color=style[column]["color"], alpha=0.4)
-    left.set(xlabel="share of dropped blocks in one of two factors", ylabel="accuracy (%)")
-    left.legend(frameon=False)
+            top.plot([x] * len(values), values, ".", color=style[column]["color"], alpha=0.4)
+    top.set(xlabel="share of dropped blocks in one of two factors", ylabel="accuracy (%)")
+    top.legend(frameon=False)
     means, errors = zip(*(difference(group) for group in groups), strict=True)
-    right.errorbar(shares[1:], means[1:], yerr=errors[1:], **style["difference"], ls="", capsize=4)
-    right.axhline(0, color="black", lw=0.8)
-    right.set_xticks(shares[1:])
-    right.set(
-        xlim=left.get_xlim(),
+    bottom.errorbar(shares[1:], means[1:], yerr=errors[1:], **style["difference"], ls="", capsize=4)
+    bottom.axhline(0, color="black", lw=0.8)
+    bottom.set_xticks(shares[1:])
+    bottom.set(
+        xlim=top.get_xlim(),
         xlabel="share of dropped blocks",
         ylabel="test accuracy, points over no dropout",
     )

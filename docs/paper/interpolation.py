@@ -41,7 +41,7 @@ def main() -> None:
     check(rows)
     if args.out is None:  # the page shows the committed outputs
         _page.fill(_common.HERE / "interpolation.md", "ways", table(rows))
-    draw(rows, out / "interpolation.png", "a tiny random BERT" if args.quick else "MiniLM-L6")
+    draw(rows, out / "interpolation.svg", "a tiny random BERT" if args.quick else "MiniLM-L6")
     seconds = _finetuned.finetuned(task, RECIPE).seconds if not args.quick else 0
     facts = {"training_s": f"{seconds:.0f}", "test_sentences": len(task.test)}
     _common.write_log(out / "interpolation.log", clock, facts)
@@ -153,29 +153,29 @@ def table(rows: list[dict]) -> list[str]:
 def draw(rows: list[dict], path: Path, model: str) -> None:
     """Draw accuracy, distance and change of the spectrum against the rest of the path."""
     style = _common.style(dict.fromkeys(row["way"] for row in rows))
-    fig, (left, middle, right) = _common.figure(3, (4.4, 4.0))
+    fig, (top, middle, bottom) = _common.figure(3, 3.2)
     for way, look in style.items():
         stops = [row for row in rows if row["way"] == way]
 
         def column(name: str, stops: list[dict] = stops, unit: float = 1) -> list[float]:
             return [unit * float(row[name]) for row in stops]
 
-        left.plot(column("t"), column("accuracy", unit=100), **look, label=way, ms=5)
+        top.plot(column("t"), column("accuracy", unit=100), **look, label=way, ms=5)
         middle.plot(column("t"), column("distance"), **look, ms=5)
         lost = [max(value, 1e-9) for value in column("singular_values")]
-        right.plot(column("t"), lost, **look, ms=5)
+        bottom.plot(column("t"), lost, **look, ms=5)
     first = rows[0]
-    left.errorbar(
+    top.errorbar(
         *([1.0], [100 * float(first["accuracy"])], [100 * float(first["standard_error"])]),
         color="black",
         capsize=4,
     )
-    left.set(ylabel="test accuracy (%), bar: ± 1 standard error")
+    top.set(ylabel="test accuracy (%), bar: ± 1 standard error")
     middle.set(ylabel="distance to the pretrained weights / their norm", ylim=(0, None))
-    right.set(ylabel="change of a singular value / the largest", yscale="log")
-    for axes in (left, middle, right):
+    bottom.set(ylabel="change of a singular value / the largest", yscale="log")
+    for axes in (top, middle, bottom):
         axes.set(xlabel="t: 1 finetuned, 0 pretrained", xlim=(1.03, -0.03))
-    left.legend(frameon=False)
+    top.legend(frameon=False)
     m, b = RECIPE.options["n_factors"], RECIPE.options["block_size"]
     fig.suptitle(f"From BOFT({m},{b}) of {model} back to the pretrained weights, no retraining")
     _common.save_figure(fig, path)

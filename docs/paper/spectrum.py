@@ -51,7 +51,7 @@ def main() -> None:
     check(rows)
     if args.out is None:  # the page shows the committed outputs
         _page.fill(_common.HERE / "spectrum.md", "drift", table(rows))
-    draw(rows, out / "spectrum.png", "a tiny random BERT" if args.quick else "MiniLM-L6")
+    draw(rows, out / "spectrum.svg", "a tiny random BERT" if args.quick else "MiniLM-L6")
     trained = {row["method"]: float(row["training_s"]) for row in rows}
     _common.write_log(out / "spectrum.log", clock, {"training_s": f"{sum(trained.values()):.0f}"})
 
@@ -128,7 +128,7 @@ def check(rows: list[dict]) -> None:
 def draw(rows: list[dict], path: Path, model: str) -> None:
     """Draw a panel for each property, a row of points for each method, a point for each weight."""
     style = _common.style(dict.fromkeys(row["method"] for row in rows))
-    fig, panels = _common.figure(len(TITLES), (3.4, 3.6))
+    fig, panels = _common.figure(len(TITLES), 2.4)
     shifts = np.random.default_rng(0).uniform(-0.2, 0.2, len(rows))
     for panel, (key, title) in zip(panels, TITLES.items(), strict=True):
         for i, (method, look) in enumerate(style.items()):
@@ -137,7 +137,7 @@ def draw(rows: list[dict], path: Path, model: str) -> None:
             # A logarithmic axis cannot show a change of exactly zero.
             panel.plot(np.maximum(values, 1e-17), i + offsets, **look, ls="", ms=3.5, alpha=0.7)
         panel.set(xscale="log", xlabel=title, ylim=(len(style) - 0.5, -0.5))
-        panel.set_yticks(range(len(style)), style if panel is panels[0] else [""] * len(style))
+        panel.set_yticks(range(len(style)), style)
     count = len(rows) // len(style)
     fig.suptitle(f"{count} finetuned weights of {model}: what changed. A point is a weight.")
     _common.save_figure(fig, path)

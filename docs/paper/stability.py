@@ -39,7 +39,7 @@ def main() -> None:
     check(rows)
     if args.out is None:  # the page shows the committed outputs
         _page.fill(_common.HERE / "stability.md", "last", table(rows))
-    draw(rows, out / "stability.png", steps)
+    draw(rows, out / "stability.svg", steps)
     _common.write_log(out / "stability.log", clock)
 
 
@@ -113,18 +113,18 @@ def table(rows: list[dict]) -> list[str]:
 def draw(rows: list[dict], path: Path, steps: int) -> None:
     """Draw the error of the whole rotation against the step, with the method's own error dotted."""
     style = _common.style(CASES)
-    fig, (left, right) = _common.figure(2, (4.8, 3.8))
+    fig, (top, bottom) = _common.figure(2, 3.6)
     for case, look in style.items():
         chosen = [row for row in rows if row["case"] == case]
         at_steps = [int(row["step"]) for row in chosen]
-        left.plot(at_steps, [float(r["product_error"]) for r in chosen], **look, ms=4)
+        top.plot(at_steps, [float(r["product_error"]) for r in chosen], **look, ms=4)
         method_errors = [max(float(row["method_error"]), 1e-17) for row in chosen]
-        left.plot(at_steps, method_errors, color=look["color"], ls=":")
-        right.plot(at_steps, [float(row["largest_q"]) for row in chosen], **look, label=case, ms=4)
-    left.set(xscale="log", yscale="log", xlabel="optimizer step")
-    left.set_ylabel("orthogonality error |R'R - I| / sqrt(d)\ndotted: before any rounding")
-    right.set(xscale="log", xlabel="optimizer step", ylabel="largest entry of Q")
-    right.legend(frameon=False)
+        top.plot(at_steps, method_errors, color=look["color"], ls=":")
+        bottom.plot(at_steps, [float(row["largest_q"]) for row in chosen], **look, label=case, ms=4)
+    top.set(xscale="log", yscale="log", xlabel="optimizer step")
+    top.set_ylabel("orthogonality error |R'R - I| / sqrt(d)\ndotted: before any rounding")
+    bottom.set(xscale="log", xlabel="optimizer step", ylabel="largest entry of Q")
+    bottom.legend(frameon=False)
     fig.suptitle(f"BOFT(4,8) of {FEATURES} features over {steps:,} steps of Adam")
     _common.save_figure(fig, path)
 

@@ -15,6 +15,21 @@ SEARCHABLE = """() => {
   const state = document.querySelector(".md-search-result__meta")
   return state && !state.textContent.includes("Initializing")
 }"""
+# The smallest text of each chart, in pixels of the screen.
+CHARTS = """() => Promise.all([...document.images].filter(i => i.src.endsWith(".svg")).map(
+  async image => {
+    const source = await (await fetch(image.src)).text()
+    const chart = new DOMParser().parseFromString(source, "image/svg+xml").documentElement
+    const scale = image.getBoundingClientRect().width / chart.viewBox.baseVal.width
+    const sizes = [...chart.querySelectorAll("text, tspan")].map(text => {
+      const style = text.getAttribute("style") ?? ""
+      const size = /(?:font-size|font):[^;]*?([0-9.]+)px/.exec(style)?.[1]
+      return Number(size ?? text.getAttribute("font-size") ?? Infinity)
+    })
+    const smallest = scale * Math.min(...sizes)
+    return { name: image.src.split("/").pop(), text: sizes.length, smallest }
+  }
+))"""
 SETTLED = "() => document.fonts.ready.then(() => true)"
 # Facts of a page, as the browser laid it out.
 LOOK = """() => {
@@ -90,7 +105,7 @@ def page(browser):
 
 
 def test_every_page_looks_right(page, address, site):
-    formulas = 0
+    formulas, charts = 0, set()
     names = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
     assert len(names) > 30
     for name in names:
@@ -107,8 +122,13 @@ def test_every_page_looks_right(page, address, site):
             assert look["flat"] == 0, f"{place} has formulas that are not drawn"
             assert look["raised"] == look["powers"], f"{place} has powers that are not raised"
             assert look["source"] == [], f"{place} shows the source of a formula"
+            for chart in page.evaluate(CHARTS):
+                assert chart["text"], f"{place}: {chart['name']} has no text"
+                assert chart["smallest"] >= 10, f"{place}: {chart}"
+                charts.add(chart["name"])
         formulas += look["formulas"]
     assert formulas > 50
+    assert len(charts) > 8
 
 
 @pytest.mark.parametrize("device", WIDTHS)

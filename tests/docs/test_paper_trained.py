@@ -45,7 +45,8 @@ def run(script, folder, monkeypatch, *arguments):
 
 
 def is_picture(path):
-    return path.read_bytes().startswith(b"\x89PNG")
+    text = path.read_text()
+    return text.startswith("<?xml") and "</svg>" in text and "<text" in text
 
 
 def shown(script):
@@ -99,7 +100,7 @@ def test_a_wrong_count_is_noticed():
 
 def test_spectrum(tmp_path, monkeypatch):
     rows = run(spectrum, tmp_path, monkeypatch)
-    assert is_picture(tmp_path / "spectrum.png")
+    assert is_picture(tmp_path / "spectrum.svg")
     assert len(rows) == (len(spectrum.RECIPES) + 1) * 18
     for row in rows:  # every method changed the weights
         if row["method"] != spectrum.ROUNDING:
@@ -117,7 +118,7 @@ def test_spectrum(tmp_path, monkeypatch):
 
 def test_interpolation(tmp_path, monkeypatch):
     rows = run(interpolation, tmp_path, monkeypatch)
-    assert is_picture(tmp_path / "interpolation.png")
+    assert is_picture(tmp_path / "interpolation.svg")
     committed = _common.read_csv(_common.OUTPUTS / "interpolation.csv")
     assert shown(interpolation) == interpolation.table(committed)
     for data in (rows, committed):
@@ -137,7 +138,7 @@ def test_interpolation(tmp_path, monkeypatch):
 
 def test_dropout(tmp_path, monkeypatch):
     rows = run(dropout, tmp_path, monkeypatch, "--seeds", "2")
-    assert is_picture(tmp_path / "dropout.png")
+    assert is_picture(tmp_path / "dropout.svg")
     assert [(row["seed"], row["p_block"]) for row in rows] == [
         (str(seed), str(share)) for seed in range(2) for share in dropout.SHARES
     ]
@@ -166,7 +167,7 @@ def test_dropout_is_active_while_the_scripts_train():
 
 def test_stability(tmp_path, monkeypatch):
     rows = run(stability, tmp_path, monkeypatch)
-    assert is_picture(tmp_path / "stability.png")
+    assert is_picture(tmp_path / "stability.svg")
     committed = _common.read_csv(_common.OUTPUTS / "stability.csv")
     assert shown(stability) == stability.table(committed)
     assert committed[-1]["step"] == str(stability.STEPS)
