@@ -30,7 +30,7 @@ COMMANDS = [
     # a name in a sentence, without its arguments
     (r"python -m build|python -P|pip (install|wheel)|pytest bench/", "not run: only named"),
     (r"make VARIABLE=value target|BOFT_OPS_BACKEND=cuda python train.py", "not run: a form"),
-    (r"make (demo|test|test-exhaustive|bench|lint|docs|setup|build)( [A-Z]+=.*)?", DRY),
+    (r"make (demo|test|test-exhaustive|bench|lint|format|docs|setup|build)( [A-Z]+=.*)?", DRY),
     (r"make (paper|cuda|test-triton-3.6|distclean)", DRY),
     (r"make (gpu-decide|cuda-memcheck)", DRY),
     (r"make dist( DIST_CUDA=0)?", "tests/packaging/test_release.py::test_make_dist"),
