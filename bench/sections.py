@@ -15,7 +15,7 @@ from results import Results, Row
 NOT_DECIDED = """\
 ### Host and device of a GPU apart
 
-No GPU has run `make gpu-decide` yet ([tuning.md](tuning.md#what-a-gpu-is-to-decide) has its
+No GPU has run `make gpu-decide` yet ([tuning.md](tuning.md#questions-for-a-gpu) has its
 sections and rules).
 """
 
