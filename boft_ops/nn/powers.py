@@ -41,8 +41,11 @@ def power(skew: torch.Tensor, scale: torch.Tensor | None, strength: float) -> Pa
 
 
 def _check_positive(scale: torch.Tensor | None, strength: float) -> None:
-    """Raise ValueError for a scale without a t-th power; a placeholder is passed over."""
-    if scale is None or scale.is_meta or strength in (0, 1):
+    """Raise ValueError for a scale without a t-th power; a placeholder is passed over.
+
+    A graph cannot look at numbers: there the check of ``set_strength`` has to do.
+    """
+    if scale is None or scale.is_meta or strength in (0, 1) or torch.compiler.is_compiling():
         return
     if not (scale > 0).all():
         raise ValueError(

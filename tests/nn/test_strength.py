@@ -9,6 +9,7 @@ from torch import nn
 
 import boft_ops
 from boft_ops import BOFTConv2d, BOFTLinear, MultiAdapterLinear, adapt, cayley, set_strength
+from boft_ops.nn import powers
 
 LAYERS = {
     "in": lambda: BOFTLinear(32, 16),
@@ -167,6 +168,15 @@ def test_files_hold_the_whole_adapter(tmp_path):
     assert torch.equal(loaded(x), y)
     merged = boft_ops.merge(copy.deepcopy(model))
     torch.testing.assert_close(merged(x), model(x))
+
+
+def test_a_graph_where_changes_are_not_seen(monkeypatch):
+    """As in a process with an FSDP model: the graph computes the power itself."""
+    monkeypatch.setattr(powers, "changes_unseen", lambda parameter: True)
+    layer, x = make("in", torch.float32)
+    layer.set_strength(0.5)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_a_compiled_layer():
