@@ -39,11 +39,11 @@ def check_gradients(
     m = min(m, (d // b).bit_length())
     torch.manual_seed(3)
     layer = BOFTLinear(d, n, n_factors=m, block_size=b, scale=scale, device=device, dtype=dtype)
-    names = ("skew", "scale") if scale else ("skew",)
+    names = ("skew", "scale_offset") if scale else ("skew",)
     with torch.no_grad():
         layer.skew.normal_(0, 0.3)
         if scale:
-            layer.scale.normal_(1, 0.3)
+            layer.scale_offset.normal_(0, 0.3)
     x = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(tokens, n, device=device, dtype=dtype)
     y = layer(x)
@@ -51,9 +51,9 @@ def check_gradients(
     ours = torch.autograd.grad(y, (x, *trained), grad)
 
     leaves = [t.detach().cpu().double().requires_grad_(True) for t in (x, *trained)]
-    x64, skew64, scale64 = leaves if scale else (*leaves, 1.0)
+    x64, skew64, offset64 = leaves if scale else (*leaves, 0.0)
     weight, bias = layer.frozen_weight.cpu().double(), layer.bias.cpu().double()
-    y64 = scale64 * (x64 @ dense_rotation(skew64, b) @ weight.T) + bias
+    y64 = (1 + offset64) * (x64 @ dense_rotation(skew64, b) @ weight.T) + bias
     theirs = torch.autograd.grad(y64, leaves, grad.cpu().double())
     compare("output", y, y64, dtype)
     for name, one, other in zip(("x", *names), ours, theirs, strict=True):

@@ -6,11 +6,15 @@
 namespace boft::binding {
 namespace {
 
-// The steps of a layer, launched on torch's current stream.
+// The steps of a layer, launched on torch's current stream. `scale_base` is added to its scale.
 class Cuda {
  public:
-  explicit Cuda(const char* op, const Tensor& x)
-      : op_(op), dtype_(cuda_dtype_of(x, op)), wide_(compute_dtype(x)), queue_(queue_of(x)) {}
+  Cuda(const char* op, const Tensor& x, int64_t scale_base)
+      : op_(op),
+        scale_base_(int(scale_base)),
+        dtype_(cuda_dtype_of(x, op)),
+        wide_(compute_dtype(x)),
+        queue_(queue_of(x)) {}
 
   void make_stage(const Butterfly& r, const void* skew, const bool* drop, void* blocks,
                   void* stages) const {
@@ -38,8 +42,9 @@ class Cuda {
   void scale(const void* x, const Tensor& scale, const MaybeTensor& center, const MaybeTensor& bias,
              void* y, int64_t rows, int64_t n) const {
     const auto wide_center = widened(center), wide_bias = widened(bias);
-    check_launch(op_, cuda::scale(x, scale.const_data_ptr(), pointer<void>(wide_center),
-                                  pointer<void>(wide_bias), y, rows, n, dtype_, queue_));
+    check_launch(op_, cuda::scale(x, scale.const_data_ptr(), scale_base_,
+                                  pointer<void>(wide_center), pointer<void>(wide_bias), y, rows, n,
+                                  dtype_, queue_));
   }
   int64_t scale_partials(int64_t rows, int64_t n) const {
     return cuda::scale_splits(rows, n) * 2 * n;
@@ -48,7 +53,7 @@ class Cuda {
                       const MaybeTensor& center, void* z_grad, void* partials, void* scale_grad,
                       void* bias_grad, int64_t rows, int64_t n) const {
     const auto wide_center = widened(center);
-    check_launch(op_, cuda::scale_backward(grad, z, scale.const_data_ptr(),
+    check_launch(op_, cuda::scale_backward(grad, z, scale.const_data_ptr(), scale_base_,
                                            pointer<void>(wide_center), z_grad, partials, scale_grad,
                                            bias_grad, rows, n, dtype_, queue_));
   }
@@ -64,6 +69,7 @@ class Cuda {
   }
 
   const char* op_;
+  int scale_base_;
   cuda::DType dtype_;
   ScalarType wide_;
   cuda::Queue queue_;
@@ -78,13 +84,13 @@ void check_size(const char* op, const LayerShape& s) {
 
 std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cuda(
     const Tensor& x, const Tensor& weight, const Tensor& skew_, const MaybeTensor& drop_mask,
-    const MaybeTensor& scale, const MaybeTensor& bias, bool save_z, bool) {
+    const MaybeTensor& scale, int64_t scale_base, const MaybeTensor& bias, bool save_z, bool) {
   constexpr const char* op = "linear_from_skew";
   const LayerShape s(op, x, weight, skew_, scale, bias);
   check_size(op, s);
   check_device(op, x, {&weight, &skew_, given(drop_mask), given(scale), given(bias)});
   const auto drop = mask_of(drop_mask, {s.rotation.n, s.rotation.n_blocks});
-  const Cuda on(op, x);
+  const Cuda on(op, x, scale_base);
   const Tensor rotation = rotation_of(on, s, dense(skew_), drop);
   return layer_forward(on, s, x, weight, rotation, scale, bias, save_z, true);
 }
@@ -92,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cuda(
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& skew,
     const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& scale,
-    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool need_bias,
-    bool) {
+    int64_t scale_base, const MaybeTensor& bias, const MaybeTensor& output, bool scaled,
+    int64_t splits, bool need_bias, bool) {
   constexpr const char* op = "linear_from_skew_backward";
   const LayerShape s(op, x, weight, skew, scale, bias);
   check_size(op, s);
@@ -103,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cuda(
   STD_TORCH_CHECK(!scaled, op, ": is_scaled: expected false on a GPU");
   const auto drop = mask_of(drop_mask, {s.rotation.n, s.rotation.n_blocks});
   const auto z = output ? MaybeTensor(s.rows_of(*output, x, s.n)) : std::nullopt;
-  return layer_backward(Cuda(op, x), s, grad, x, weight, dense(skew), rotation, drop, scale,
-                        center_of(x, scale, bias), z, splits, need_bias);
+  return layer_backward(Cuda(op, x, scale_base), s, grad, x, weight, dense(skew), rotation, drop,
+                        scale, center_of(x, scale, bias), z, splits, need_bias);
 }
 
 }  // namespace boft::binding

@@ -29,7 +29,7 @@ Tensor scale_cuda(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cen
   const auto center = wide_vector(x, center_, "scale: center");
   const auto bias = wide_vector(x, bias_, "scale: bias");
   Tensor y = new_like(x);
-  check_launch("scale", boft::cuda::scale(x.const_data_ptr(), scale->const_data_ptr(),
+  check_launch("scale", boft::cuda::scale(x.const_data_ptr(), scale->const_data_ptr(), 0,
                                           pointer<void>(center), pointer<void>(bias),
                                           y.mutable_data_ptr(), x.size(0), x.size(1), dtype,
                                           queue_of(x)));
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad_, cons
       new_tensor(*scale, {boft::cuda::scale_splits(rows, n), 2, n});
   check_launch("scale_backward",
                boft::cuda::scale_backward(
-                   grad.const_data_ptr(), x.const_data_ptr(), scale->const_data_ptr(),
+                   grad.const_data_ptr(), x.const_data_ptr(), scale->const_data_ptr(), 0,
                    pointer<void>(center), x_grad.mutable_data_ptr(), partials.mutable_data_ptr(),
                    scale_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), rows, n, dtype,
                    queue_of(x)));

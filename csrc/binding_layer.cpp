@@ -35,6 +35,15 @@ bool is_invertible(const Tensor& scale) {
   return std::all_of(begin, end, [](float s) { return std::abs(s) >= kLeastScale; });
 }
 
+// The scale itself, of which `scale` is the offset from `base`.
+MaybeTensor effective(const MaybeTensor& scale, int64_t base) {
+  if (!scale || base == 0) return scale;
+  const Tensor result = new_like(*scale);
+  auto* to = static_cast<float*>(result.mutable_data_ptr());
+  for (int64_t j = 0; j < scale->size(0); ++j) to[j] = float(base) + numbers(*scale)[j];
+  return result;
+}
+
 // The steps of a layer, divided among torch's threads.
 struct Cpu {
   static constexpr auto dtype = boft::DType::F32;
@@ -99,10 +108,12 @@ Tensor stage_in(const LayerShape& s, const Tensor& rotation) {
 
 std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cpu(
     const Tensor& x, const Tensor& weight, const Tensor& skew_, const MaybeTensor& drop_mask,
-    const MaybeTensor& scale, const MaybeTensor& bias, bool save_z, bool fused) {
-  const LayerShape s("linear_from_skew", x, weight, skew_, scale, bias);
+    const MaybeTensor& offset, int64_t scale_base, const MaybeTensor& bias, bool save_z,
+    bool fused) {
+  const LayerShape s("linear_from_skew", x, weight, skew_, offset, bias);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
                   "linear_from_skew: x: expected float32 on a CPU");
+  const auto scale = effective(offset, scale_base);
   const auto drop = mask_of(drop_mask, {s.rotation.n, s.rotation.n_blocks});
   const Tensor skew = dense(skew_), rotation = rotation_of(Cpu(), s, skew, drop);
   const bool rotated = is_rotated(skew);
@@ -116,12 +127,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cpu(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cpu(
     const Tensor& grad_, const Tensor& x, const Tensor& weight, const Tensor& skew_,
-    const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& scale,
-    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool need_bias,
-    bool fused) {
-  const LayerShape s("linear_from_skew_backward", x, weight, skew_, scale, bias);
-  check_layer_backward(s, skew_, rotation, scale, output, splits, need_bias, fused);
+    const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& offset,
+    int64_t scale_base, const MaybeTensor& bias, const MaybeTensor& output, bool scaled,
+    int64_t splits, bool need_bias, bool fused) {
+  const LayerShape s("linear_from_skew_backward", x, weight, skew_, offset, bias);
+  check_layer_backward(s, skew_, rotation, offset, output, splits, need_bias, fused);
   STD_TORCH_CHECK(splits == 1, "linear_from_skew_backward: splits: expected 1 on a CPU");
+  const auto scale = effective(offset, scale_base);
   const auto drop = mask_of(drop_mask, {s.rotation.n, s.rotation.n_blocks});
   const Tensor skew = dense(skew_);
   auto z = output ? MaybeTensor(s.rows_of(*output, x, s.n)) : std::nullopt;

@@ -40,12 +40,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cpu(
     bool need_bias);
 std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cpu(
     const Tensor& x, const Tensor& weight, const Tensor& skew, const MaybeTensor& drop_mask,
-    const MaybeTensor& scale, const MaybeTensor& bias, bool save_z, bool fused);
+    const MaybeTensor& scale, int64_t scale_base, const MaybeTensor& bias, bool save_z, bool fused);
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cpu(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& skew,
     const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& scale,
-    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool need_bias,
-    bool fused);
+    int64_t scale_base, const MaybeTensor& bias, const MaybeTensor& output, bool scaled,
+    int64_t splits, bool need_bias, bool fused);
 
 Tensor cayley_cuda(const Tensor& skew, const MaybeTensor& drop);
 Tensor cayley_backward_cuda(const Tensor& blocks, const MaybeTensor& drop, const Tensor& grad);
@@ -79,12 +79,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotated_linear_backward_cuda(
     bool need_bias);
 std::tuple<Tensor, Tensor, Tensor> linear_from_skew_cuda(
     const Tensor& x, const Tensor& weight, const Tensor& skew, const MaybeTensor& drop_mask,
-    const MaybeTensor& scale, const MaybeTensor& bias, bool save_z, bool fused);
+    const MaybeTensor& scale, int64_t scale_base, const MaybeTensor& bias, bool save_z, bool fused);
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_from_skew_backward_cuda(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& skew,
     const Tensor& rotation, const MaybeTensor& drop_mask, const MaybeTensor& scale,
-    const MaybeTensor& bias, const MaybeTensor& output, bool scaled, int64_t splits, bool need_bias,
-    bool fused);
+    int64_t scale_base, const MaybeTensor& bias, const MaybeTensor& output, bool scaled,
+    int64_t splits, bool need_bias, bool fused);
 
 }  // namespace boft::binding
 

@@ -121,23 +121,23 @@ int segment_stage_grads(const void* x, const void* grad, const int32_t* offsets,
                         int64_t n_segments, int64_t rows, int64_t d, Stage stage, int64_t splits,
                         DType dtype, Queue queue);
 
-// Computes y = scale * (x - center) + bias.
+// Computes y = (scale_base + scale) * (x - center) + bias.
 //   x, y:                (rows, n)
 //   scale, center, bias: (n,), float32 for halves; center and bias are both null or both given
-int scale(const void* x, const void* scale, const void* center, const void* bias, void* y,
-          int64_t rows, int64_t n, DType dtype, Queue queue);
+int scale(const void* x, const void* scale, int scale_base, const void* center, const void* bias,
+          void* y, int64_t rows, int64_t n, DType dtype, Queue queue);
 
 // Number of parts of the rows that `scale_backward` sums apart.
 int64_t scale_splits(int64_t rows, int64_t n);
-// Computes the gradients of y = scale * (x - center) + bias.
+// Computes the gradients of y = (scale_base + scale) * (x - center) + bias.
 //   grad, x:               (rows, n), the gradient of y, and x
 //   scale, center:         (n,), float32 for halves; a center of null is 0
-//   x_grad:                (rows, n), output: grad * scale
+//   x_grad:                (rows, n), output: grad * (scale_base + scale)
 //   partials:              (scale_splits(rows, n), 2, n) in the dtype of scale, scratch memory
 //   scale_grad, bias_grad: (n,) in the dtype of scale, output: sums over the rows of
 //                          grad * (x - center) and of grad
-int scale_backward(const void* grad, const void* x, const void* scale, const void* center,
-                   void* x_grad, void* partials, void* scale_grad, void* bias_grad, int64_t rows,
-                   int64_t n, DType dtype, Queue queue);
+int scale_backward(const void* grad, const void* x, const void* scale, int scale_base,
+                   const void* center, void* x_grad, void* partials, void* scale_grad,
+                   void* bias_grad, int64_t rows, int64_t n, DType dtype, Queue queue);
 
 }  // namespace boft::cuda

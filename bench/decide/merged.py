@@ -33,10 +33,12 @@ class MergedLayer(nn.Module):
         layer = self.layer
         weight = layer.frozen_weight
         stages = plan_for(weight, layer.n_factors, layer.block_size)
-        is_scale_trained = layer.scale is not None
+        is_scale_trained = layer.scale_offset is not None
         return merged_with_rotation(weight, layer.skew, layer.scale, stages, is_scale_trained)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         merged = self._merged() if self._kept is None else self._kept
         layer = self.layer
-        return merged_linear(x, layer.frozen_weight, layer.skew, layer.scale, layer.bias, merged)
+        return merged_linear(
+            x, layer.frozen_weight, layer.skew, layer.scale_offset, layer.bias, merged
+        )

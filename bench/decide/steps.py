@@ -78,7 +78,7 @@ def _measure(shape: Shape, setting: Setting, writer: Writer, seconds: float) -> 
     def make(step: Step) -> list[Callable[[], object]]:
         entry = build(step.layer, base)
         if not step.scaled:
-            entry.layer.scale = None
+            entry.layer.scale_offset = None
         if step.merged:
             entry.layer = MergedLayer(entry.layer, step.merged == "kept")
         return training_steps(entry, sets)

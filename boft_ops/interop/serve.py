@@ -19,6 +19,7 @@ from ..nn.base_modules import check_numbers
 from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
 from ..nn.wrappers import pretrained_names
+from ..ops.scale import offset_of
 from .convert import read_checkpoint
 from .formats.checkpoint import Base, LayerState
 
@@ -67,7 +68,8 @@ def load_adapters(
     layers: dict[nn.Module, MultiAdapterLinear] = {}  # by the module that it is or replaces
     added: dict[tuple[MultiAdapterLinear, str], LinearAdapter] = {}
     adapted = [m for m in modules.values() if isinstance(m, (LinearAdapter, BOFTLayer))]
-    trained = [p for m in adapted for p in (m.skew, m.scale) if p is not None and p.requires_grad]
+    own = [p for m in adapted for p in (m.skew, m.scale_offset) if p is not None]
+    trained = [p for p in own if p.requires_grad]
     with unfrozen_on_error(model):
         for name, checkpoint in contents.items():
             if checkpoint.others:
@@ -146,7 +148,7 @@ def _new_adapter(
         raise ValueError(f"{name}: {layer_name}: {error}") from error
     adapter.skew.copy_(state.skew)
     if state.scale is not None:
-        adapter.scale.copy_(state.scale)
+        adapter.scale_offset.copy_(offset_of(state.scale))
     return adapter
 
 

@@ -12,6 +12,7 @@ from .._runtime.dtypes import widest
 from ..ops.cayley import cayley
 from ..ops.dropout import drop_blocks
 from ..ops.merge import merge_rotations
+from ..ops.scale import scale_of
 from .base_modules import check_numbers, is_quantized
 from .linear_adapter import LinearAdapter
 from .rotated_weight import one_draw, rotated_weight
@@ -46,16 +47,17 @@ def weight_with(weight: torch.Tensor, adapters: Sequence[LinearAdapter]) -> torc
 def _rotate(
     adapters: Sequence[LinearAdapter], draws: Sequence[Callable], weight: torch.Tensor, *trained
 ) -> torch.Tensor:
-    """The weight with the adapters in it; ``trained`` are skew and scale of each, in a row."""
+    """The weight with the adapters in it; ``trained`` are what ``local`` returns, in a row."""
     pairs = zip(trained[::2], trained[1::2], strict=True)
     # x meets the first adapter first, so the weight meets it last
     in_order = reversed(list(zip(adapters, draws, pairs, strict=True)))
 
     def rotations() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for adapter, draw, (skew, scale) in in_order:
-            check_numbers({"skew": skew, "scale": scale}, weight)
+        for adapter, draw, (skew, offset) in in_order:
+            check_numbers({"skew": skew, "scale_offset": offset}, weight)
             wide = skew.to(widest(skew.dtype, weight.dtype))
-            yield drop_blocks(cayley(wide, method=adapter.method), draw(skew)), scale
+            blocks = drop_blocks(cayley(wide, method=adapter.method), draw(skew))
+            yield blocks, scale_of(offset)
 
     return merge_rotations(weight, rotations())
 

@@ -24,14 +24,14 @@ from .shards import check_present, gather, scatter, whole_shapes, write_once
 from .targets import named_children
 from .wrappers import pretrained_names, wrapped_attribute
 
-AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale
+AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale_offset
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAULT) -> None:
     """Write the finetuned parameters of a model to one safetensors file.
 
     The tensors bear their names in the pretrained model, without the parts that wrappers such as
-    ``torch.compile`` and DistributedDataParallel add: skew and scale of every BOFT layer, and
+    ``torch.compile`` and DistributedDataParallel add: those of every BOFT layer's rotation, and
     every other parameter that requires a gradient (``modules_to_save``, trained biases) with the
     buffers of its module. The metadata holds the format version and the options of each layer.
     The file is replaced in one step, so that after a crash it is the old one or the new one.
@@ -160,7 +160,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str] | Adapter) -> nn
 
 
 def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, AdaptedLayer]:
-    """The modules that hold skew and scale, by the names of the pretrained layers."""
+    """The modules that hold skew and scale_offset, by the names of the pretrained layers."""
     pretrained_name = _pretrained_names(model)
     named = ((name, _adapted_layer(module, adapter)) for name, module in model.named_modules())
     return {pretrained_name(name): layer for name, layer in named if layer is not None}
@@ -178,7 +178,7 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     Such buffers are running statistics, for example.
     """
     adapters = [m for m in model.modules() if isinstance(m, (BOFTLayer, LinearAdapter))]
-    rotation_ids = {id(p) for m in adapters for p in (m.skew, m.scale)}
+    rotation_ids = {id(p) for m in adapters for p in (m.skew, m.scale_offset)}
     named = model.named_parameters()
     stored = {name: p for name, p in named if p.requires_grad and id(p) not in rotation_ids}
     parents = {name.rpartition(".")[0] for name in stored}
@@ -223,8 +223,8 @@ def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
         rotations[f"{prefix}skew"] = layer.skew
-        if layer.scale is not None:
-            rotations[f"{prefix}scale"] = layer.scale
+        if layer.scale_offset is not None:
+            rotations[f"{prefix}scale_offset"] = layer.scale_offset
     return rotations
 
 

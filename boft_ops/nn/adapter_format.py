@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from .._runtime import files
+from ..ops.scale import offset_of
 from .config import Options, RotationConfig
 
 FORMAT = "boft_ops"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 stored the scale, version 2 stores the scale minus one
 
 
 class Adapter(NamedTuple):
@@ -23,8 +25,8 @@ class Adapter(NamedTuple):
         layers: the options of each rotated layer, by its name in the pretrained model.
         bases: class name of torch's layer ("Linear", "Conv2d") and number of outputs, by name; a
             file may leave them out.
-        tensors: by their names in the pretrained model: skew and scale of each layer, and what else
-            was trained.
+        tensors: by their names in the pretrained model: skew and scale_offset of each layer, and
+            what else was trained.
     """
 
     layers: dict[str, Options]
@@ -83,8 +85,28 @@ def read_adapter(path: Path) -> Adapter:
             bases = dict(json.loads(metadata.get("bases", "{}")))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: expected the layers' bases as JSON: {error}") from error
-        names = file.keys()
-        return Adapter(layer_options, bases, {name: file.get_tensor(name) for name in names})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Adapter(layer_options, bases, with_offsets(metadata, layer_options, tensors))
+
+
+def with_offsets(
+    metadata: dict[str, str], layers: Iterable[str], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file, in which the scales of version 1 have become offsets from one.
+
+    Args:
+        metadata: that ``parse_metadata`` has checked.
+        layers: names of the rotated layers.
+        tensors: of the file, by name; not changed.
+    """
+    if int(metadata["format_version"]) > 1:
+        return tensors
+    tensors = dict(tensors)
+    for name in layers:
+        prefix = f"{name}." if name else ""
+        if (scale := tensors.pop(f"{prefix}scale", None)) is not None:
+            tensors[f"{prefix}scale_offset"] = offset_of(scale)
+    return tensors
 
 
 def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Options]:

@@ -1,17 +1,20 @@
-"""Initial numbers of skew and scale, which make the identity."""
+"""The parameters of an adapter: the numbers that make the identity, and states that are loaded."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from .._runtime import checks
+from ..ops.scale import scale_of
 from .config import HasRotation
 from .powers import HasStrength
 
 
 class HasAdapter(HasStrength, HasRotation):
-    """Mixin for modules that hold a ``skew`` and a ``scale``, used at a strength.
+    """Mixin for modules that hold a ``skew`` and a ``scale_offset``, used at a strength.
 
     A module that gets memory after it was built on the meta device starts as the identity:
     ``to_empty`` alone would leave whatever the memory held before, and no pretrained checkpoint
@@ -20,12 +23,29 @@ class HasAdapter(HasStrength, HasRotation):
 
     skew: nn.Parameter
 
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """The scale, 1 + ``scale_offset`` in at least float32, differentiable; None without one.
+
+        It is a new tensor each time: writing into it changes nothing. ``scale_offset`` is what is
+        trained.
+        """
+        return scale_of(self.scale_offset)
+
     def reset_adapter(self) -> None:
         """Make the adapter the identity: skew zero, scale one."""
         with torch.no_grad():
             self.skew.zero_()
-            if self.scale is not None:
-                self.scale.fill_(1)
+            if self.scale_offset is not None:
+                self.scale_offset.zero_()
+
+    def _check_state(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
+        """Raise ValueError for a state that holds the scale in the place of ``scale_offset``."""
+        if f"{prefix}scale" in state_dict:
+            raise ValueError(
+                f"{prefix}scale: expected {prefix}scale_offset, which is the scale minus one, got "
+                "the scale itself, from a state dict of another version"
+            )
 
     def _apply(self, fn, recurse=True):
         was_meta = self._is_meta()

@@ -88,7 +88,8 @@ class Tables(NamedTuple):
         counts: dict[int, int] = {}
         for adapter in adapters.values():
             size = adapter.block_size
-            if size not in self.block_sizes or (adapter.scale is not None and self.offsets is None):
+            has_scale = adapter.scale_offset is not None
+            if size not in self.block_sizes or (has_scale and self.offsets is None):
                 return False
             counts[size] = counts.get(size, 0) + 1
             group = self.groups[self.block_sizes.index(size)]
@@ -159,10 +160,10 @@ def empty_tables(
         )
         positions[IDENTITY - FIRST] = IDENTITY
         groups.append(Group(positions, stages, matrices))
-    scale = next((a.own_scale() for a in adapters.values() if a.scale is not None), None)
-    if scale is not None:
-        wide = dtype if dtype in HALVES else scale.dtype
-        offsets = torch.zeros(numbers + EXTRA, len(scale), dtype=wide, device=scale.device)
+    own = next((a.own_offset() for a in adapters.values() if a.scale_offset is not None), None)
+    if own is not None:
+        wide = dtype if dtype in HALVES else own.dtype
+        offsets = torch.zeros(numbers + EXTRA, len(own), dtype=wide, device=own.device)
     return Tables({}, groups, list(by_size), offsets, numbers)
 
 
@@ -182,10 +183,11 @@ def composed_tables(adapters: Mapping[int, LinearAdapter], slots: int, x: torch.
             rows[numbers[id(adapter)]] = size, row
         positions = torch.tensor(positions, dtype=torch.int32, device=x.device)
         groups.append(Group(positions, stages, matrices))
-    offsets, scales = None, [a.own_scale() for a in adapters.values() if a.scale is not None]
-    if scales:
-        check_numbers({"scale": scales[0]}, x)
-        zeros = torch.zeros_like(scales[0])
+    offsets = None
+    own = [a.own_offset() for a in adapters.values() if a.scale_offset is not None]
+    if own:
+        check_numbers({"scale_offset": own[0]}, x)
+        zeros = torch.zeros_like(own[0])
         entries = range(FIRST, slots + EXTRA + FIRST)
         lines = [zeros if i not in adapters else _offset(adapters[i], zeros) for i in entries]
         offsets = torch.stack(lines)
@@ -213,10 +215,10 @@ class Watch:
         return list(map(_VERSION, self._tracked)) != self._versions
 
     def _tensors(self) -> list[torch.Tensor | None]:
-        return [*map(_SKEW, self._dicts), *map(_SCALE, self._dicts)]
+        return [*map(_SKEW, self._dicts), *map(_OFFSET, self._dicts)]
 
 
-_SKEW, _SCALE = itemgetter("skew"), itemgetter("scale")
+_SKEW, _OFFSET = itemgetter("skew"), itemgetter("scale_offset")
 _VERSION, _STRENGTH = attrgetter("_version"), attrgetter("strength")
 
 
@@ -235,18 +237,15 @@ def _composed(
 ) -> tuple[torch.Tensor, ...]:
     """The matrices of each stage, (adapters, d/size, size, size)."""
     for adapter in adapters:
-        check_numbers({"skew": adapter.skew, "scale": adapter.scale}, x)
+        check_numbers({"skew": adapter.skew, "scale_offset": adapter.scale_offset}, x)
     blocks = torch.stack([adapter.blocks(stages[-1].last) for adapter in adapters])
     return compose_all(blocks, stages, dtype)
 
 
 def _offset(adapter: LinearAdapter, like: torch.Tensor) -> torch.Tensor:
-    """The scale of an adapter minus one, or zeros."""
-    return (
-        torch.zeros_like(like[0] if like.dim() == 2 else like)
-        if adapter.scale is None
-        else (adapter.own_scale() - 1)
-    )
+    """The ``own_offset`` of an adapter, or zeros."""
+    own = adapter.own_offset()
+    return torch.zeros_like(like[0] if like.dim() == 2 else like) if own is None else own
 
 
 def _identity(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,7 @@ from ..ops.cayley import cayley
 from ..ops.dropout import drop_blocks
 from ..ops.kaleidoscope import multiply
 from ..ops.merge import merge_weight, unmerge_weight, untracked
+from ..ops.scale import scale_of
 from .adapter_parameters import HasAdapter
 from .base_modules import check_forward, check_initialized, check_numbers, check_unmodified
 from .config import Options, RotationConfig
@@ -34,7 +35,8 @@ class BOFTLayer(HasAdapter, nn.Module):
     Attributes:
         config: the ``RotationConfig``.
         skew: trainable (m, K, b(b-1)/2), initialized to zeros; (2 l m, ...) with kaleidoscope = l.
-        scale: trainable (n,), initialized to ones, or None.
+        scale_offset: trainable (n,), the scale minus one, initialized to zeros, or None.
+        scale: 1 + scale_offset in at least float32, or None; read-only.
         merged: True if ``frozen_weight`` holds the merged weight.
 
     The frozen weight is the parameter ``weight`` in ``named_parameters()`` and state dicts.
@@ -82,20 +84,18 @@ class BOFTLayer(HasAdapter, nn.Module):
 
     def _check_numbers(self, x: torch.Tensor | None = None) -> None:
         """Raise ValueError for placeholders, unless all that is computed with is one, as x is."""
-        tensors = {"weight": self.frozen_weight, "skew": self.skew, "scale": self.scale}
-        check_numbers(tensors, x)
+        skew, offset = self.skew, self.scale_offset
+        check_numbers({"weight": self.frozen_weight, "skew": skew, "scale_offset": offset}, x)
 
     def _rotated_once(self) -> Callable[..., torch.Tensor]:
-        """A function of weight, skew and scale that draws one dropout mask for all of its calls."""
+        """A function of weight, skew and scale_offset that draws one dropout mask for all calls."""
         draw = one_draw(self.dropout)
 
-        def rotated(
-            weight: torch.Tensor, skew: torch.Tensor, scale: torch.Tensor | None
-        ) -> torch.Tensor:
+        def rotated(weight, skew, offset) -> torch.Tensor:
             self._check_numbers(weight)
             skew = self._active(skew)
             blocks = drop_blocks(cayley(_widened(skew), method=self.config.method), draw(skew))
-            return merge_weight(weight, blocks, scale, **self._placement)
+            return merge_weight(weight, blocks, scale_of(offset), **self._placement)
 
         return rotated
 
@@ -123,7 +123,7 @@ class BOFTLayer(HasAdapter, nn.Module):
             self._put_aside(param, self.frozen_weight)
 
     def _init_rotation(self, config: RotationConfig) -> None:
-        """Freeze the parameters of the base layer, which exist, and add skew and scale."""
+        """Freeze the parameters of the base layer, which exist, and add skew and scale_offset."""
         checks.floating_dtype("dtype", self.frozen_weight.dtype)
         self.config = config
         # kept, as sharding may leave a weight without elements
@@ -148,13 +148,12 @@ class BOFTLayer(HasAdapter, nn.Module):
             self.reset_adapter()
 
     def _init_adapter(self, device: torch.device) -> None:
-        # float32 under half-precision weights: a step of 1e-4 is lost beside 1.0 in bfloat16
-        dtype = widest(self.frozen_weight.dtype)
+        # float32 under half-precision weights, as steps of 1e-4 are lost beside 0.1 in bfloat16
+        options = {"device": device, "dtype": widest(self.frozen_weight.dtype)}
         skew_shape = self.config.skew_shape(self.rotated_features)
-        skew = torch.zeros(skew_shape, device=device, dtype=dtype)
-        scale = torch.ones(self._matrix_shape[0], device=device, dtype=dtype)
-        self.skew = nn.Parameter(skew)
-        self.register_parameter("scale", nn.Parameter(scale) if self.config.scale else None)
+        self.skew = nn.Parameter(torch.zeros(skew_shape, **options))
+        offset = torch.zeros(self._matrix_shape[0], **options)
+        self.register_parameter("scale_offset", nn.Parameter(offset) if self.config.scale else None)
 
     @classmethod
     def _from_base(cls, base: nn.Module, arguments: tuple, options: dict) -> Self:
@@ -215,7 +214,7 @@ class BOFTLayer(HasAdapter, nn.Module):
 
     @property
     def n_effective_parameters(self) -> int:
-        """The number of trained values: those of skew, scale and a trained bias."""
+        """The number of trained values: those of skew, scale_offset and a trained bias."""
         return sum(p.numel() for p in self.parameters(recurse=False) if p.requires_grad)
 
     @untracked
@@ -237,9 +236,9 @@ class BOFTLayer(HasAdapter, nn.Module):
             return self.frozen_weight.clone()
         return self._merge_with(merge_weight, self.frozen_weight, *self.at_strength())
 
-    def _merge_with(self, merge: Callable[..., torch.Tensor], weight, skew, scale) -> torch.Tensor:
+    def _merge_with(self, merge: Callable[..., torch.Tensor], weight, skew, offset) -> torch.Tensor:
         blocks_of = lambda skew: self._blocks(_widened(skew))  # noqa: E731
-        return merge_in_place(merge, weight, blocks_of, skew, scale, **self._placement)
+        return merge_in_place(merge, weight, blocks_of, skew, scale_of(offset), **self._placement)
 
     @untracked
     def merge(self, *, keep: bool = True) -> Self:
@@ -305,12 +304,12 @@ class BOFTLayer(HasAdapter, nn.Module):
     def _unmerged_weight(self) -> nn.Parameter:
         """The weight of a merged layer before merging: see ``unmerge``."""
         self._check_numbers()
-        merged, (skew, scale, former) = self.frozen_weight, self._merged_with
+        merged, (skew, offset, former) = self.frozen_weight, self._merged_with
         if former is None:
             # the layer may have moved to another device since
-            skew, scale = (t if t is None else t.to(merged.device) for t in (skew, scale))
+            skew, offset = (t if t is None else t.to(merged.device) for t in (skew, offset))
             unmerge = partial(unmerge_weight, orthogonal=self.config.method == "exact")
-            former = self._merge_with(unmerge, merged, skew, scale)
+            former = self._merge_with(unmerge, merged, skew, offset)
         elif (former.device, former.dtype) != (merged.device, merged.dtype):
             former = former.to(merged.device, merged.dtype)
         is_parameter = isinstance(former, nn.Parameter)
@@ -342,7 +341,7 @@ class BOFTLayer(HasAdapter, nn.Module):
         return self
 
     def _check_trainable(self) -> None:
-        trained = self.skew.requires_grad or (self.scale is not None and self.scale.requires_grad)
+        trained = any(p.requires_grad for p in (self.skew, self.scale_offset) if p is not None)
         if self.training and torch.is_grad_enabled() and trained:
             raise RuntimeError(
                 "the layer is merged, so skew and scale would get no gradient: expected unmerge() "
@@ -350,6 +349,7 @@ class BOFTLayer(HasAdapter, nn.Module):
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self._check_state(state_dict, prefix)
         # A merged weight that is loaded as an unmerged one would be rotated twice, and unmerging
         # has to undo exactly the factors that were merged.
         state = state_dict.pop(f"{prefix}_extra_state", None)  # only if there is something to say
@@ -387,9 +387,9 @@ class BOFTLayer(HasAdapter, nn.Module):
             destination[f"{prefix}_extra_state"] = state
         if self._merged_with is not None:  # the merged ones, even if the parameters have changed
             merged = self._merged_with
-            for name, tensor in (("skew", merged.skew), ("scale", merged.scale)):
-                if tensor is not None:
-                    destination[f"{prefix}{name}"] = tensor
+            destination[f"{prefix}skew"] = merged.skew
+            if merged.scale_offset is not None:
+                destination[f"{prefix}scale_offset"] = merged.scale_offset
 
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options().items() if value)

@@ -80,14 +80,14 @@ class RotationConfig:
 
 
 class HasRotation:
-    """Mixin for modules with a ``config``, ``rotated_features``, a ``scale`` and a ``dropout``.
+    """Mixin for modules with a config, ``rotated_features``, a ``scale_offset`` and a dropout.
 
     Its properties read the config.
     """
 
     config: RotationConfig
     rotated_features: int
-    scale: torch.nn.Parameter | None
+    scale_offset: torch.nn.Parameter | None
     dropout: torch.nn.Module
 
     @property
@@ -119,7 +119,7 @@ class HasRotation:
         """The keyword arguments that make another module like this one."""
         # The dropout module may be changed between trainings.
         dropout = {"p_component": self.dropout.p_component, "p_block": self.dropout.p_block}
-        return replace(self.config, scale=self.scale is not None, **dropout).options()
+        return replace(self.config, scale=self.scale_offset is not None, **dropout).options()
 
 
 def _as_int(value: object) -> object:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..ops.merge import rotate_weight
+from ..ops.merge import merge_weight
+from ..ops.scale import scale_of
 from .base import BOFTLayer
 from .config import RotationConfig
 
@@ -102,10 +103,10 @@ class _BOFTConv(BOFTLayer):
             self._check_trainable()
             return super().forward(x)
         self._check_numbers(x)
-        skew, scale = self.at_strength()
+        skew, offset = self.at_strength()
         blocks = self.dropout(self._blocks(skew))
-        rotated = rotate_weight(self._matrix(), blocks, scale, **self._placement)
-        return self._conv_forward(x, rotated.reshape(self.frozen_weight.shape), self.bias)
+        weight = merge_weight(self.frozen_weight, blocks, scale_of(offset), **self._placement)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class BOFTConv1d(_BOFTConv, nn.Conv1d):

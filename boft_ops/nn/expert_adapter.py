@@ -29,7 +29,8 @@ class ExpertAdapter(LinearAdapter):
 
     Attributes:
         skew: trainable (E, m, K, b(b-1)/2), or (m, K, b(b-1)/2) if it is shared; zeros at first.
-        scale: trainable (E, n), or (n,) if it is shared; ones at first; or None.
+        scale_offset: trainable (E, n), or (n,) if it is shared; zeros at first, a scale of one; or
+            None.
         is_part: True if E counts only the experts of this process.
 
     Raises:
@@ -55,8 +56,9 @@ class ExpertAdapter(LinearAdapter):
         self.experts = experts
         if experts == EACH:
             self.skew = nn.Parameter(self.skew.detach().new_zeros(n_experts, *self.skew.shape))
-            if self.scale is not None:
-                self.scale = nn.Parameter(self.scale.detach().new_ones(n_experts, out_features))
+            if self.scale_offset is not None:
+                zeros = self.scale_offset.detach().new_zeros(n_experts, out_features)
+                self.scale_offset = nn.Parameter(zeros)
 
     @property
     def whole_skew_shape(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torch import nn
 from .._runtime.dtypes import widest
 from ..ops.cayley import cayley
 from ..ops.merge import merge_weight, untracked
+from ..ops.scale import scale_of
 from .base_modules import check_numbers
 from .config import RotationConfig
 from .expert_adapter import EACH, SHARED, ExpertAdapter
@@ -98,7 +99,7 @@ class BOFTExperts(nn.Module):
                 and kaleidoscope 0.
 
         Returns:
-            The adapter, with its trainable ``skew`` and ``scale``.
+            The adapter, with its trainable ``skew`` and ``scale_offset``.
 
         Raises:
             TypeError, ValueError: an option is not valid, or the experts do not take it.
@@ -146,7 +147,7 @@ class BOFTExperts(nn.Module):
 
     def _needs_between(self) -> bool:
         up = self._up
-        return self.down_proj is not None or (up is not None and up.scale is not None)
+        return self.down_proj is not None or (up is not None and up.scale_offset is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -186,8 +187,9 @@ class BOFTExperts(nn.Module):
     ) -> torch.Tensor:
         adapters = [a for a in (self._up, self.down_proj) if a is not None]
         for adapter in adapters:
-            check_numbers({"skew": adapter.skew, "scale": adapter.scale}, hidden_states)
-        scales = any(adapter.scale is not None for adapter in adapters)
+            tensors = {"skew": adapter.skew, "scale_offset": adapter.scale_offset}
+            check_numbers(tensors, hidden_states)
+        scales = any(adapter.scale_offset is not None for adapter in adapters)
         if all(a.experts == SHARED for a in adapters) and not (scales and has_bias(self.base)):
             rows = _Rows(None, None)  # any order will do, before routing
             y = self._call(rows, hidden_states, top_k_index, top_k_weights)
@@ -271,10 +273,10 @@ class BOFTExperts(nn.Module):
         ``weights`` (N, 1) are factors that y, bias included, has been multiplied by.
         """
         adapter = getattr(self, projection)
-        if adapter is None or adapter.scale is None:
+        if adapter is None or adapter.scale_offset is None:
             return y
-        scale = adapter.at_strength()[1] - 1
-        offset = scale.to(y.dtype) if adapter.experts == SHARED else scale.to(y.dtype)[rows.expert]
+        offset = adapter.at_strength()[1].to(y.dtype)
+        offset = offset if adapter.experts == SHARED else offset[rows.expert]
         product = y
         if has_bias(self.base):
             bias = getattr(self.base, f"{projection}_bias").to(y.dtype)[rows.expert]
@@ -300,8 +302,10 @@ class BOFTExperts(nn.Module):
             )
         if adapter is None:
             return weight.clone()
-        check_numbers({projection: weight, "skew": adapter.skew, "scale": adapter.scale})
-        skew, scale = adapter.at_strength()
+        tensors = {"skew": adapter.skew, "scale_offset": adapter.scale_offset}
+        check_numbers({projection: weight} | tensors)
+        skew, offset = adapter.at_strength()
+        scale = scale_of(offset)
         blocks = cayley(skew.to(widest(skew.dtype)), method=adapter.method)
         shared, transposed = adapter.experts == SHARED, is_transposed(self.base)
         merged = torch.empty_like(weight)

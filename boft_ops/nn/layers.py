@@ -46,7 +46,9 @@ class BOFTLinear(CachesMerged, BOFTLayer, nn.Linear):
         weight: what the layer multiplies by, differentiable, computed when its numbers are read.
         skew: trained, (m, K, b(b-1)/2) with K * b rotated features, or (2 l m, ...) with
             kaleidoscope = l; float32, or float64 over a float64 weight.
-        scale: trained, (out_features,), in the dtype of skew, or None.
+        scale_offset: trained, (out_features,), in the dtype of skew, the scale s minus one; or
+            None.
+        scale: s = 1 + scale_offset in at least float32, or None; read-only.
         config: the options, a frozen ``RotationConfig``; block_size, n_factors, side, method and
             kaleidoscope are attributes of the layer, too.
 
@@ -129,10 +131,10 @@ class BOFTLinear(CachesMerged, BOFTLayer, nn.Linear):
             y = self.kept_weight.call(self, x)
             if y is not None:
                 return y
-        skew, scale, config = self.skew, self.scale, self.config
+        skew, offset, config = self.skew, self.scale_offset, self.config
         if self.strength != 1:
-            skew, scale = self.at_strength()
-        if skew.is_meta or (scale is not None and scale.is_meta):
+            skew, offset = self.at_strength()
+        if skew.is_meta or (offset is not None and offset.is_meta):
             self._check_numbers(x)
         if self.n_identity:
             skew = self._active(skew)
@@ -141,7 +143,8 @@ class BOFTLinear(CachesMerged, BOFTLayer, nn.Linear):
             x,
             weight,
             SkewRotation(skew, config.method, drop_mask),
-            scale=scale,
+            scale=offset,
+            scale_base=1,
             bias=self.bias,
             side=config.side,
             kaleidoscope=config.kaleidoscope,

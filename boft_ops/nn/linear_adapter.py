@@ -31,7 +31,8 @@ class LinearAdapter(HasAdapter, nn.Module):
     Attributes:
         config: as given.
         skew: trainable (m, K, b(b-1)/2), initialized to zeros.
-        scale: trainable (n,), initialized to ones, or None.
+        scale_offset: trainable (n,), the scale minus one, initialized to zeros, or None.
+        scale: 1 + scale_offset in at least float32, or None; read-only.
 
     Raises:
         TypeError: dtype is not a floating-point dtype.
@@ -63,11 +64,15 @@ class LinearAdapter(HasAdapter, nn.Module):
         self.rotated_features = in_features
         self.dropout = MultiplicativeDropout(config.p_component, config.p_block)
         skew = torch.zeros(config.skew_shape(in_features), device=device, dtype=dtype)
-        scale = torch.ones(out_features, device=device, dtype=dtype)
+        offset = torch.zeros(out_features, device=device, dtype=dtype)
         self.skew = nn.Parameter(skew)
-        self.register_parameter("scale", nn.Parameter(scale) if config.scale else None)
+        self.register_parameter("scale_offset", nn.Parameter(offset) if config.scale else None)
 
     reset_parameters = HasAdapter.reset_adapter  # the name by which torch initializes a module
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self._check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def own_skew(self) -> torch.Tensor:
         """The skew at its strength, plain: the blocks of this rank if tensor parallelism cut it.
@@ -76,22 +81,22 @@ class LinearAdapter(HasAdapter, nn.Module):
         """
         return self._own(self.skew if self.strength == 1 else self.at_strength()[0])
 
-    def own_scale(self) -> torch.Tensor | None:
-        """The scale at its strength as a plain tensor, or None; see ``own_skew``."""
-        scale = self.scale if self.strength == 1 else self.at_strength()[1]
-        return None if scale is None else self._own(scale)
+    def own_offset(self) -> torch.Tensor | None:
+        """The scale_offset at its strength as a plain tensor, or None; see ``own_skew``."""
+        offset = self.scale_offset if self.strength == 1 else self.at_strength()[1]
+        return None if offset is None else self._own(offset)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if self.is_cut else averaged(tensor)
 
     def local(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``own_skew`` and ``own_scale``."""
-        return self.own_skew(), self.own_scale()
+        """``own_skew`` and ``own_offset``."""
+        return self.own_skew(), self.own_offset()
 
     def replicate(self, mesh: DeviceMesh) -> None:
-        """Make skew and scale one parameter of all ranks of a mesh, on which they are equal."""
-        self.skew = replicated(self.skew, mesh)
-        self.scale = None if self.scale is None else replicated(self.scale, mesh)
+        """Make each parameter one of all ranks of a mesh, on which it is equal."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            self.register_parameter(name, replicated(parameter, mesh))
 
     def blocks(self, n_factors: int = 0) -> torch.Tensor:
         """Orthogonal blocks (m, K, b, b), after dropout in training mode.

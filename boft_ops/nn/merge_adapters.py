@@ -72,7 +72,7 @@ def merge_adapters(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         tensors |= merged
-    rotations = {f"{_prefix(name)}{part}" for name in layers for part in ("skew", "scale")}
+    rotations = {f"{_prefix(name)}{part}" for name in layers for part in ("skew", "scale_offset")}
     for name in dict.fromkeys(name for content in contents for name in content.tensors):
         if name not in rotations:
             tensors[name] = _mean(name, contents, shares)
@@ -121,17 +121,17 @@ def _merge_layer(
         raise ValueError(
             f"method: expected 'exact', whose blocks are rotations, got {options['method']!r}"
         )
-    skew_name, scale_name = (f"{_prefix(name)}{part}" for part in ("skew", "scale"))
+    skew_name, offset_name = (f"{_prefix(name)}{part}" for part in ("skew", "scale_offset"))
     skews = [content.tensors.get(skew_name) for content in contents]
-    scales = [content.tensors.get(scale_name) for content in contents]
+    offsets = [content.tensors.get(offset_name) for content in contents]
     merged = {skew_name: _as_first(skews, MEANS[how](_stacked("skew", skews, 0.0), shares))}
-    options["scale"] = any(scale is not None for scale in scales)
+    options["scale"] = any(offset is not None for offset in offsets)
     if options["scale"]:
-        factors = _stacked("scale", scales, 1.0)
-        if not (factors > 0).all():
+        factors = _stacked("scale_offset", offsets, 0.0)
+        if not (factors > -1).all():
             raise ValueError("scale: expected positive numbers, which have a geometric mean")
-        mean = torch.tensordot(shares, factors.log(), 1).exp()
-        merged[scale_name] = _as_first(scales, mean)
+        mean = torch.tensordot(shares, factors.log1p(), 1).expm1()
+        merged[offset_name] = _as_first(offsets, mean)
     return options, merged
 
 

@@ -21,6 +21,7 @@ from ..ops.merged_linear import (
     serves_training,
 )
 from ..ops.planner import plan_for
+from ..ops.scale import scale_of
 from ..ops.stages import plan
 from .distributed import changes_unseen
 
@@ -70,7 +71,7 @@ class _Entry(NamedTuple):
 
     Attributes:
         key: everything that decides about the numbers beside the sources.
-        sources: frozen weight, skew and, if there is one, scale.
+        sources: frozen weight, skew and, if there is one, scale_offset.
         numbers: the merged weight; None for the identity on a CPU, which has to stay torch's own
             layer bit for bit.
         rotation: ``numbers`` with what the gradients of skew and scale need, or None.
@@ -121,8 +122,9 @@ class KeptWeight:
         """
         if not _is_usual(x) or not _is_kept(layer):
             return None
-        weight, skew, scale, bias = layer.frozen_weight, layer.skew, layer.scale, layer.bias
-        is_scale_trained = scale is not None and scale.requires_grad
+        weight, skew, bias = layer.frozen_weight, layer.skew, layer.bias
+        offset = layer.scale_offset
+        is_scale_trained = offset is not None and offset.requires_grad
         is_trained = skew.requires_grad or is_scale_trained
         if layer.training and layer.dropout.p_component and layer.dropout.p_block:
             return None
@@ -133,7 +135,7 @@ class KeptWeight:
         else:
             fits = x.dtype == weight.dtype
         can_train = _has_gradients(layer) and serves_training(
-            x.dtype, scale if is_scale_trained else None
+            x.dtype, offset if is_scale_trained else None
         )
         needs_gradients = is_trained and torch.is_grad_enabled()
         if not fits or (needs_gradients and not can_train):
@@ -148,11 +150,11 @@ class KeptWeight:
             return None
         if not needs_gradients:
             return F.linear(x, entry.numbers, bias)
-        return merged_linear(x, weight, skew, scale, bias, entry.rotation)
+        return merged_linear(x, weight, skew, offset, bias, entry.rotation)
 
 
 def _is_now(entry: _Entry, key: tuple, layer: Any) -> bool:
-    now = [t for t in (layer.frozen_weight, layer.skew, layer.scale) if t is not None]
+    now = [t for t in (layer.frozen_weight, layer.skew, layer.scale_offset) if t is not None]
     return (
         entry.key == key
         and len(entry.sources) == len(now)
@@ -164,16 +166,17 @@ def _is_now(entry: _Entry, key: tuple, layer: Any) -> bool:
 @torch.no_grad()
 def _make(layer: Any, key: tuple) -> _Entry:
     dtype, _, _, _, trains, is_scale_trained, _ = key
-    weight, skew, scale = layer.frozen_weight, layer.skew, layer.scale
-    tensors = [tensor for tensor in (weight, skew, scale) if tensor is not None]
+    weight, skew, offset = layer.frozen_weight, layer.skew, layer.scale_offset
+    tensors = [tensor for tensor in (weight, skew, offset) if tensor is not None]
     sources = tuple(_Source.of(tensor, tensor is not weight) for tensor in tensors)
-    if skew.is_cpu and not is_rotated(skew) and (scale is None or not is_rotated(scale - 1)):
+    if skew.is_cpu and not is_rotated(skew) and (offset is None or not is_rotated(offset)):
         return _Entry(key, sources, None, None)
     if not trains:
         return _Entry(key, sources, layer.merged_weight().to(dtype), None)
     with autocast.disabled(weight.device.type):
         matrix = weight.to(dtype)
         stages = plan_for(matrix, layer.n_factors, layer.block_size)
+        scale = scale_of(offset)
         rotation = merged_with_rotation(matrix, skew, scale, stages, is_scale_trained)
     return _Entry(key, sources, rotation.numbers, rotation)
 
@@ -198,8 +201,8 @@ def _stream(x: torch.Tensor) -> int:
 
 def _is_kept(layer: Any) -> bool:
     """True if all changes of the parameters of a layer are seen, and its weight is frozen."""
-    weight, skew, scale = layer.frozen_weight, layer.skew, layer.scale
-    for tensor in (weight, skew) if scale is None else (weight, skew, scale):
+    weight, skew, offset = layer.frozen_weight, layer.skew, layer.scale_offset
+    for tensor in (weight, skew) if offset is None else (weight, skew, offset):
         is_own = type(tensor) in PLAIN and tensor.is_leaf and not tensor.is_meta
         if not is_own or tensor.is_inference() or changes_unseen(tensor):
             return False
@@ -225,9 +228,9 @@ def _bytes_of(tensors: Iterator[torch.Tensor]) -> int:
 
 def _most_bytes(layer: Any) -> int:
     """Bytes of the merged weight and, of a layer that can be trained, of the rotation beside it."""
-    weight, skew, scale = layer.frozen_weight, layer.skew, layer.scale
+    weight, skew, offset = layer.frozen_weight, layer.skew, layer.scale_offset
     total = weight.numel() * weight.itemsize
-    trained = skew.requires_grad or (scale is not None and scale.requires_grad)
+    trained = skew.requires_grad or (offset is not None and offset.requires_grad)
     if trained and _has_gradients(layer):
         m, b = layer.n_factors, layer.block_size
         sizes = [stage.size for stage in plan(m, b, weight.device.type)] if m > 1 else []

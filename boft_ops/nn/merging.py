@@ -14,10 +14,10 @@ from .rotated_weight import is_sharded
 
 
 class Merged(NamedTuple):
-    """The skew and scale in a merged weight, and the weight before, if it is kept."""
+    """The skew and scale_offset in a merged weight, and the weight before, if it is kept."""
 
     skew: torch.Tensor
-    scale: torch.Tensor | None
+    scale_offset: torch.Tensor | None
     former: torch.Tensor | None
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from .._runtime import autocast, checks
 from ..ops.butterfly import butterfly_matmul
 from ..ops.rotate_indexed import IDENTITY, index_of_rows
-from ..ops.scale import scale_columns
+from ..ops.scale import scale_columns, scale_of
 from .adapted_weight import adapted_weight, no_weight, weight_with
 from .adapter_tables import composed_tables
 from .base_modules import (
@@ -144,7 +144,7 @@ class MultiAdapterLinear(PreparedTables, nn.Module):
                 float32, or float64 over a float64 base.
 
         Returns:
-            The adapter, with its trainable ``skew`` and ``scale``.
+            The adapter, with its trainable ``skew`` and ``scale_offset``.
 
         Raises:
             TypeError, ValueError: the name is taken or not possible, or an option is not valid.
@@ -291,10 +291,10 @@ class MultiAdapterLinear(PreparedTables, nn.Module):
             return self._forward_indexed(x, adapter_index)
         active, scale = [self.adapters[name] for name in self.active], None
         for adapter in active:
-            check_numbers({"skew": adapter.skew, "scale": adapter.scale}, x)
+            check_numbers({"skew": adapter.skew, "scale_offset": adapter.scale_offset}, x)
             x = butterfly_matmul(x, adapter.blocks())
             # the scale of all outputs, as the base may give all of them or those of this rank
-            own = adapter.at_strength()[1] if adapter.is_cut else adapter.own_scale()
+            own = scale_of(adapter.at_strength()[1] if adapter.is_cut else adapter.own_offset())
             if own is not None:
                 scale = own if scale is None else scale * own
         y, (scale, center, bias) = self._call_base(x, scale)

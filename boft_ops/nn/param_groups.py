@@ -23,8 +23,9 @@ def param_groups(
     BOFT(2, 8) with the learning rate lr does (docs/layers.md). Scales and other parameters train
     with lr.
 
-    Weight decay pulls towards zero, which is the pretrained layer for a skew but an output of zero
-    for a scale. Neither has any; ``weight_decay`` is for the other parameters, such as a head.
+    Weight decay pulls towards zero, which is the pretrained layer for a skew and a scale_offset,
+    but an output of zero for PEFT's boft_s. None of them has any; ``weight_decay`` is for the other
+    parameters, such as a head.
 
     Args:
         model: an adapted model, a BOFT layer, or a PEFT model with BOFT or OFT layers, accelerated
@@ -73,7 +74,7 @@ def _rotations(
     directions, and the numbers of oft_R up to their sign.
     """
     if isinstance(module, HasRotation):
-        yield module.skew, module.scale, module.config
+        yield module.skew, module.scale_offset, module.config
     if isinstance(boft := getattr(module, "boft_R", None), nn.ParameterDict):
         for name, blocks in boft.items():
             m, _, b, _ = _shape(blocks)

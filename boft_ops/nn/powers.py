@@ -1,4 +1,7 @@
-"""The strength of a rotation: R^t and s^t in the place of R and s, for inference."""
+"""The strength of a rotation: R^t and s^t in the place of R and s, for inference.
+
+Scales come and go as their offsets from one, in which parameters hold them.
+"""
 
 from __future__ import annotations
 
@@ -15,39 +18,43 @@ from .rotated_weight import is_sharded
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Pair = tuple[torch.Tensor, torch.Tensor | None]  # skew and scale
+Pair = tuple[torch.Tensor, torch.Tensor | None]  # skew and scale_offset
 
 
 @torch.no_grad()
-def power(skew: torch.Tensor, scale: torch.Tensor | None, strength: float) -> Pair:
-    """Return the parameters of R^t and the scale s^t, in the dtypes of ``skew`` and ``scale``.
+def power(skew: torch.Tensor, scale_offset: torch.Tensor | None, strength: float) -> Pair:
+    """Return the parameters of R^t and s^t, in the dtypes of ``skew`` and ``scale_offset``.
 
     Args:
         skew: (..., b(b-1)/2); every block becomes its t-th power, see ``geodesic``. Each rank
             computes its part of a DTensor.
-        scale: (..., n) or None.
+        scale_offset: s - 1, (..., n), or None.
         strength: t, a finite number.
 
     Raises:
         ValueError: a scale is not positive, and so has no powers, unless t is 0 or 1.
     """
     if strength == 1:
-        return skew, scale
+        return skew, scale_offset
     skew = by_parts(lambda part: geodesic(part, strength), skew)
-    if scale is None:
+    if scale_offset is None:
         return skew, None
-    _check_positive(scale.to_local() if is_sharded(scale) else scale, strength)
-    return skew, scale.double().pow(strength).to(scale.dtype)
+    _check_positive(scale_offset.to_local() if is_sharded(scale_offset) else scale_offset, strength)
+    # in float64 the ones leave enough digits of a small offset
+    scale = scale_offset.double() + 1
+    return skew, (scale.pow(strength) - 1).to(scale_offset.dtype)
 
 
-def _check_positive(scale: torch.Tensor | None, strength: float) -> None:
+def _check_positive(scale_offset: torch.Tensor | None, strength: float) -> None:
     """Raise ValueError for a scale without a t-th power; a placeholder is passed over.
 
     A graph cannot look at numbers: there the check of ``set_strength`` has to do.
     """
-    if scale is None or scale.is_meta or strength in (0, 1) or torch.compiler.is_compiling():
+    if scale_offset is None or scale_offset.is_meta or torch.compiler.is_compiling():
         return
-    if not (scale > 0).all():
+    if strength in (0, 1):
+        return
+    if not (scale_offset > -1).all():
         raise ValueError(
             f"strength: expected 0 or 1 over a scale that is not positive, got {strength}"
         )
@@ -66,23 +73,23 @@ class Powers:
     def of(
         self,
         skew: torch.Tensor,
-        scale: torch.Tensor | None,
+        scale_offset: torch.Tensor | None,
         strength: float,
         sources: Sequence[torch.Tensor | None] = (),
     ) -> Pair:
-        """``power(skew, scale, strength)``.
+        """``power(skew, scale_offset, strength)``.
 
         Args:
-            sources: the parameters that tell a change, if skew and scale are made from others.
+            sources: the parameters that tell a change, if the two are made from others.
         """
         if torch.compiler.is_compiling():
-            return power(skew, scale, strength) if self._pair is None else self._pair
-        sources = [tensor for tensor in sources or (skew, scale) if tensor is not None]
+            return power(skew, scale_offset, strength) if self._pair is None else self._pair
+        sources = [tensor for tensor in sources or (skew, scale_offset) if tensor is not None]
         key = [strength, *map(_stamp, sources)]
         if self._pair is not None and key == self._key:
             return self._pair
         with torch.inference_mode(False):  # gradients of x may be wanted later
-            pair = power(skew, scale, strength)
+            pair = power(skew, scale_offset, strength)
         if not any(map(changes_unseen, sources)):
             self._pair, self._key = pair, key
         return pair
@@ -99,7 +106,7 @@ def _stamp(tensor: torch.Tensor) -> tuple:
 
 
 class HasStrength:
-    """Mixin for modules with ``skew``, ``scale`` and ``merged``: their strength in inference.
+    """Mixin for modules with ``skew``, ``scale_offset``, ``merged``: their strength in inference.
 
     Attributes:
         strength: 1, unless ``set_strength`` changed it.
@@ -113,16 +120,16 @@ class HasStrength:
         checks.finite("strength", strength)
         if self.merged:
             raise RuntimeError("set_strength: expected an unmerged layer, got a merged one")
-        scale = self.scale
-        if scale is not None and not scale.is_meta:  # all ranks find the same
-            _check_positive(whole(scale), strength)
+        offset = self.scale_offset
+        if offset is not None and not offset.is_meta:  # all ranks find the same
+            _check_positive(whole(offset), strength)
 
     def set_strength(self, strength: float) -> Self:
         """Weaken the adapter for inference: R^t and s^t in the place of R and s.
 
         At t = 0 the module is the pretrained one and at t = 1 the finetuned one, both exactly. In
         between every block of R follows the shortest way, by t times its angles. Numbers beyond 1
-        exaggerate what was trained, and negative ones turn the other way. ``skew`` and ``scale``
+        exaggerate what was trained, and negative ones turn the other way. The parameters
         are not changed, and files hold them as they are. A trained bias has no strength.
         Every rank that holds a part of skew or scale makes the call.
 
@@ -141,25 +148,26 @@ class HasStrength:
         strength, powers = float(strength), Powers()
         if strength != 1 and not self.skew.is_meta and not changes_unseen(self.skew):
             # now, as a compiled graph would take apart what it traces
-            powers.of(self.skew, self.scale, strength)
+            powers.of(self.skew, self.scale_offset, strength)
         self.strength, self._powers = strength, powers
         return self
 
     def at_strength(self) -> Pair:
-        """Return skew and scale, or at another strength than 1 what takes their place, detached.
+        """Return skew and scale_offset, or at another strength than 1 what takes their place.
 
-        They are DTensors where the parameters are, with the same placements.
+        The latter is detached. They are DTensors where the parameters are, with the same
+        placements.
 
         Raises:
-            RuntimeError: skew or scale is to be trained at another strength than 1.
+            RuntimeError: skew or scale_offset is to be trained at another strength than 1.
         """
-        skew, scale = self.skew, self.scale
+        skew, offset = self.skew, self.scale_offset
         if self.strength == 1:
-            return skew, scale
-        trained = skew.requires_grad or (scale is not None and scale.requires_grad)
+            return skew, offset
+        trained = skew.requires_grad or (offset is not None and offset.requires_grad)
         if self.training and torch.is_grad_enabled() and trained:
             raise RuntimeError(
                 f"strength: expected 1 in training, or eval(), got {self.strength}: skew and scale "
                 "would get no gradient"
             )
-        return self._powers.of(skew, scale, self.strength)
+        return self._powers.of(skew, offset, self.strength)

@@ -35,7 +35,7 @@ class _BOFTStyle:
     """The part of both styles that does not depend on where the weight is cut."""
 
     side: str  # rotations of this side act on the features that are cut
-    placements: dict[str, Placement]  # for weight, bias and scale
+    placements: dict[str, Placement]  # for weight, bias and scale_offset
     input_layouts: tuple[Placement, ...]
     output_layouts: tuple[Placement, ...]
     use_local_output: bool
@@ -103,8 +103,7 @@ class _BOFTStyle:
             layer._check_trainable()
             return F.linear(x, weight, bias)
         checks.linear_input(x, weight)
-        skew, scale = layer.at_strength()
-        scale = None if scale is None else local(scale)
+        skew, offset = layer.at_strength()
         rotation = SkewRotation(
             layer._active(local(skew)), layer.config.method, shared_drop_mask(layer)
         )
@@ -112,7 +111,8 @@ class _BOFTStyle:
             x,
             weight,
             rotation,
-            scale=scale,
+            scale=None if offset is None else local(offset),
+            scale_base=1,
             bias=bias,
             side=layer.side,
             kaleidoscope=layer.kaleidoscope,
@@ -148,7 +148,7 @@ class ColwiseBOFT(_BOFTStyle, ColwiseParallel):
     """
 
     side = "out"
-    placements = {"weight": Shard(0), "bias": Shard(0), "scale": Shard(0)}  # noqa: RUF012
+    placements = {"weight": Shard(0), "bias": Shard(0), "scale_offset": Shard(0)}  # noqa: RUF012
 
     def _local_input(self, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
         if not isinstance(x, DTensor):
@@ -194,7 +194,11 @@ class RowwiseBOFT(_BOFTStyle, RowwiseParallel):
     """
 
     side = "in"
-    placements = {"weight": Shard(1), "bias": Replicate(), "scale": Replicate()}  # noqa: RUF012
+    placements = {  # noqa: RUF012
+        "weight": Shard(1),
+        "bias": Replicate(),
+        "scale_offset": Replicate(),
+    }
 
     def _local_input(self, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
         if not isinstance(x, DTensor):
@@ -241,9 +245,9 @@ def cut_adapter(adapter: LinearAdapter, weight: DTensor) -> None:
             "base: expected tensor parallelism alone, got a weight that is also cut otherwise: "
             "adapt the model before fully_shard()"
         )
-    placements = {"skew": Replicate(), "scale": Replicate()}
+    placements = {"skew": Replicate(), "scale_offset": Replicate()}
     if placement == Shard(0):
-        placements["scale"] = Shard(0)
+        placements["scale_offset"] = Shard(0)
     elif placement == Shard(1):
         check_groups(adapter.rotated_features, adapter.block_size, adapter.n_factors, mesh.size())
         placements["skew"] = Shard(1)

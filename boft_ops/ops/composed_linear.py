@@ -9,7 +9,7 @@ from .._runtime import autocast
 from .._runtime.dtypes import HALVES
 from .kaleidoscope import multiply
 from .rotation import DenseRotation, Rotation, SkewRotation
-from .scale import scale_columns
+from .scale import scale_columns, scale_of
 
 
 def composed_linear(
@@ -61,6 +61,7 @@ def differentiable_gradients(
     method: str | None,
     grad: torch.Tensor,
     needs: tuple[bool, ...],
+    scale_base: int = 0,
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of ``RotatedLinear`` as functions of every input, for gradients of gradients.
 
@@ -69,11 +70,13 @@ def differentiable_gradients(
         method: of the skew; None for a matrix.
         grad: the gradient of the rows (N, n).
         needs: the inputs whose gradients are wanted.
+        scale_base: the number that the input ``scale`` is an offset from.
     """
     x, weight, scale, bias, skew, drop_mask, matrix = inputs
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=False) if need]
     rotation = DenseRotation(matrix) if skew is None else SkewRotation(skew, method, drop_mask)
     with torch.enable_grad(), autocast.disabled(grad.device.type):
+        scale = scale_of(scale, scale_base)
         y = composed_linear(x, weight, rotation, scale, bias, "in", 0).reshape(grad.shape)
         grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return tuple(next(grads) if need else None for need in needs)

@@ -27,7 +27,7 @@ from .product_choice import Fused, faster_products
 from .rotate import rotate_backward, rotate_rows
 from .rotated_linear import MIN_ROWS, RotatedLinear, rotated_linear_forward
 from .rotation import DenseRotation, Rotation, SkewRotation
-from .scale import scale_backward, scale_forward
+from .scale import scale_backward, scale_forward, scale_of
 from .stages import Stage
 
 Strategy = Literal["fused", "batched", "separate", "rotate_weight"]
@@ -62,6 +62,7 @@ def choose_strategy(
     rotation: Rotation,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
+    scale_base: int = 0,
 ) -> Plan:
     """Return the plan of a call; eager calls remember it.
 
@@ -95,13 +96,14 @@ def choose_strategy(
         rows >= MIN_ROWS,
         rows >= WEIGHT_SIDE_ROWS * outputs,
         weight.is_contiguous(),
-        None if scale is None else (scale.dtype, scale.is_contiguous()),
+        None if scale is None else (scale.dtype, scale.is_contiguous(), scale_base),
         None if bias is None else (bias.dtype, bias.is_contiguous()),
     )
     plan = _plans.get(signature) or _plans.get((signature, rows))
     if plan is None:
         plan = _decide(x, weight, rotation)
-        plan = plan._replace(native=_native_call(plan, x, weight, rotation, scale, bias))
+        native = _native_call(plan, x, weight, rotation, scale, bias, scale_base)
+        plan = plan._replace(native=native)
         if len(_plans) >= tuned.MEMO:  # bounds the memory that measured sizes take
             _plans.clear()
         measured = bool(tuned.table(tuned.device_number(x)).names)
@@ -163,6 +165,7 @@ def _native_call(
     rotation: Rotation,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
+    scale_base: int,
 ) -> NativeCall | None:
     """The native call that serves a signature, or None."""
     if isinstance(rotation, DenseRotation) or rotation.method != "exact":
@@ -176,14 +179,15 @@ def _native_call(
             vector.dtype == dtype and vector.is_contiguous() and type(vector) in PLAIN
         ):
             return None
-    operands = x, weight, rotation.skew, rotation.drop_mask, scale, bias, False, False
+    vectors = scale, scale_base, bias
+    operands = x, weight, rotation.skew, rotation.drop_mask, *vectors, False, False
     name = linear_from_skew_forward.kernel_backend(*operands)
     if name is None or (name == "cuda" and not _prefers_native(x, weight, rotation, plan.stages)):
         return None
     if plan.strategy == "rotate_weight" or not _parts_agree(name, x, weight, plan.stages):
         return None
     fused = _fused_products(x, weight, rotation, plan.stages)
-    return NativeCall(name, fused, plan.stages[0].splits(x))
+    return NativeCall(name, fused, scale_base, plan.stages[0].splits(x))
 
 
 def _prefers_native(
@@ -233,8 +237,8 @@ def is_rotated(skew: torch.Tensor) -> bool:
         return True
 
 
-def is_identity(rotation: Rotation, scale: torch.Tensor | None) -> bool:
-    """Return True if R is known to be the identity and the scale to be one.
+def is_identity(rotation: Rotation, scale: torch.Tensor | None, scale_base: int = 0) -> bool:
+    """Return True if R is known to be the identity and ``scale_base`` + scale to be one.
 
     The layer must then equal torch's own exactly. It looks at the data as ``is_rotated`` does.
     """
@@ -243,7 +247,9 @@ def is_identity(rotation: Rotation, scale: torch.Tensor | None) -> bool:
         return False
     if isinstance(rotation, DenseRotation):
         parameter = parameter.detach() - torch.eye(parameter.shape[-1])
-    return not is_rotated(parameter) and (scale is None or not is_rotated(scale.detach() - 1))
+    return not is_rotated(parameter) and (
+        scale is None or not is_rotated(scale.detach() - (1 - scale_base))
+    )
 
 
 # Function.apply itself looks for transforms of torch.func, which rotated_linear has done.
@@ -329,31 +335,36 @@ def rotated_linear(
     bias: torch.Tensor | None = None,
     side: str = "in",
     kaleidoscope: int = 0,
+    scale_base: int = 0,
 ) -> torch.Tensor:
     """``boft_linear`` of checked arguments, whose rotation is a ``SkewRotation`` or a dense one.
 
     With kaleidoscope = l > 0, the rotation is a ``SkewRotation`` whose skew is
     (2 l m, K, b(b-1)/2): R_{1,1}, R_{1,2}, ..., R_{l,1}, R_{l,2}.
+    With scale_base = 1, ``scale`` is an offset from one, as layers store it.
     """
     if autocast.enabled(x.device.type):
         x, weight = autocast.cast(x), autocast.cast(weight)
         bias = None if bias is None else autocast.cast(bias)
     # RotatedLinear is for the usual case; differentiable functions are composed for all others
     usual = side == "in" and not kaleidoscope and type(weight) in PLAIN
-    usual = usual and not (torch.is_grad_enabled() and weight.requires_grad)
+    usual = usual and not (weight.requires_grad and torch.is_grad_enabled())
     on_cpu_in_half = x.is_cpu and x.dtype in HALVES
-    as_torch = on_cpu_in_half and bias is not None and is_identity(rotation, scale)
+    as_torch = on_cpu_in_half and bias is not None and is_identity(rotation, scale, scale_base)
     if not usual or torch._C._are_functorch_transforms_active():
+        scale = scale_of(scale, scale_base)
         return composed_linear(x, weight, rotation, scale, bias, side, kaleidoscope, as_torch)
     if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
         scale = scale.detach()  # a Function cannot see no_grad, and would save z for this gradient
-    stages, strategy, native = choose_strategy(x, weight, rotation, scale, bias)
+    stages, strategy, native = choose_strategy(x, weight, rotation, scale, bias, scale_base)
     if native is not None:
         skew, _, drop_mask = rotation
         # a raw operator would lose a tangent, which the Function refuses
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return _apply(x, weight, scale, bias, skew, drop_mask, native)
-        return native.forward(x, weight, skew, drop_mask, scale, bias, False, native.fused)[0]
+        call = x, weight, skew, drop_mask, scale, scale_base, bias, False, native.fused
+        return native.forward(*call)[0]
+    scale = scale_of(scale, scale_base)
     if as_torch and scale is not None:
         strategy = "identity"
     if isinstance(rotation, DenseRotation):

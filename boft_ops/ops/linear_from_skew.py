@@ -21,6 +21,7 @@ from .._runtime.workload import Workload
 from .cayley import fake_cayley
 from .composed_linear import differentiable_gradients
 from .rotated_linear import rotated_linear_backward_reference, rotated_linear_reference
+from .scale import scale_of
 from .stage_from_skew import (
     flops_of_skew_gradient,
     flops_of_stage_from_skew,
@@ -42,8 +43,9 @@ _saved_tensor_hooks = getattr(
 )
 
 
-def _reference(x, weight, skew, drop_mask, scale, bias, save_z, fused):
+def _reference(x, weight, skew, drop_mask, scale, scale_base, bias, save_z, fused):
     blocks, stage = stage_from_skew_forward.reference(skew, drop_mask)
+    scale = scale_of(scale, scale_base)
     rows, in_z = x.reshape(-1, x.shape[-1]), _is_bias_in_z(x, scale)
     y, z = rotated_linear_reference(rows, weight, stage, scale, bias, in_z, save_z)
     rotation = torch.cat([blocks.flatten(), stage.flatten()])
@@ -51,10 +53,11 @@ def _reference(x, weight, skew, drop_mask, scale, bias, save_z, fused):
 
 
 def _backward_reference(
-    grad, x, weight, skew, rotation, drop_mask, scale, bias, output, is_scaled, splits, need_bias,
-    fused,
+    grad, x, weight, skew, rotation, drop_mask, scale, scale_base, bias, output, is_scaled, splits,
+    need_bias, fused,
 ):  # fmt: skip
     m, n_blocks, b, size = _shape_of(skew)
+    scale = scale_of(scale, scale_base)
     n_numbers = m * n_blocks * b * b
     blocks = rotation[:n_numbers].view(m, n_blocks, b, b)
     stage = rotation[n_numbers:].view(-1, size, size)
@@ -88,7 +91,7 @@ def _is_bias_in_z(x: torch.Tensor, scale: torch.Tensor | None) -> bool:
     return scale is None or x.dtype not in HALVES
 
 
-def _fake(x, weight, skew, drop_mask, scale, bias, save_z, fused):
+def _fake(x, weight, skew, drop_mask, scale, scale_base, bias, save_z, fused):
     m, n_blocks, b, size = _shape_of(skew)
     n = weight.shape[0]
     rows = x.numel() // x.shape[-1] if save_z and scale is not None else 0
@@ -97,8 +100,8 @@ def _fake(x, weight, skew, drop_mask, scale, bias, save_z, fused):
 
 
 def _fake_backward(
-    grad, x, weight, skew, rotation, drop_mask, scale, bias, output, is_scaled, splits, need_bias,
-    fused,
+    grad, x, weight, skew, rotation, drop_mask, scale, scale_base, bias, output, is_scaled, splits,
+    need_bias, fused,
 ):  # fmt: skip
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
     skew_grad = torch.empty_like(skew, memory_format=torch.contiguous_format)
@@ -129,21 +132,21 @@ def _samples(w: Workload) -> Iterator[tuple]:
     if len(stages) > 1 or stages[0].size > MAX_ROTATION or w.dtype == torch.float64:
         return
     weight = w.tensor(w.n, w.d, std=w.d**-0.5)
-    scale = 1 + w.tensor(w.n, std=0.1, dtype=w.compute_dtype)
+    offset = w.tensor(w.n, std=0.1, dtype=w.compute_dtype)
     bias = w.tensor(w.n, salt=1)
-    yield w.x(), weight, w.skew(), None, scale, bias, True, False
-    yield w.x(), weight, w.skew(), w.drop_mask(), None, None, False, False
+    yield w.x(), weight, w.skew(), None, offset, 1, bias, True, False
+    yield w.x(), weight, w.skew(), w.drop_mask(), None, 0, None, False, False
 
 
 def _backward_samples(w: Workload) -> Iterator[tuple]:
-    for x, weight, skew, drop_mask, scale, bias, save_z, fused in _samples(w):
+    for x, weight, skew, drop_mask, scale, base, bias, save_z, fused in _samples(w):
         with torch.no_grad():
-            rotation = _reference(x, weight, skew, drop_mask, scale, bias, False, False)[2]
+            rotation = _reference(x, weight, skew, drop_mask, scale, base, bias, False, False)[2]
         splits = plan(w.n_factors, w.block_size, w.device.type)[0].splits(x)
         grad, z = (w.tensor(w.rows, w.n, salt=salt) for salt in (1, 2))
         output = z if save_z else None
         yield (
-            *(grad, x, weight, skew, rotation, drop_mask, scale, bias),
+            *(grad, x, weight, skew, rotation, drop_mask, scale, base, bias),
             *(output, False, splits, output is not None, fused),
         )
 
@@ -160,8 +163,10 @@ def _flops_of_rows(x: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, pa
     return 2 * x.numel() * (weight.shape[0] + passes * _shape_of(skew)[3])
 
 
-# y = scale * (x R W^T) + bias from the skew of R, for one stage of at most MAX_ROTATION features.
+# y = s * (x R W^T) + bias from the skew of R, for one stage of at most MAX_ROTATION features.
 #   x (..., d); weight (n, d); skew (m, K, b(b-1)/2); drop_mask (m, K); scale, bias (n,)
+#   scale_base: s is scale_base + scale, added in the compute dtype; 1 for the offset that layers
+#     store
 #   save_z: return z as well, for the gradient of the scale
 #   fused: multiply in the kernel that rotates, on a CPU
 # Returns y (..., n); z (rows, n), the output before the scale, with the bias in it but for half
@@ -169,7 +174,7 @@ def _flops_of_rows(x: torch.Tensor, weight: torch.Tensor, skew: torch.Tensor, pa
 # (m, K, b, b) and then of the stage (d/size, size, size): one tensor costs less than two.
 linear_from_skew_forward = Op(
     "linear_from_skew(Tensor x, Tensor weight, Tensor skew, Tensor? drop_mask, Tensor? scale,"
-    " Tensor? bias, bool save_z, bool fused) -> (Tensor, Tensor, Tensor)",
+    " int scale_base, Tensor? bias, bool save_z, bool fused) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     samples=_samples,
@@ -185,8 +190,8 @@ linear_from_skew_forward = Op(
 # (n,), empty unless need_bias; the last two in the dtype of skew.
 linear_from_skew_backward = Op(
     "linear_from_skew_backward(Tensor grad, Tensor x, Tensor weight, Tensor skew, Tensor rotation,"
-    " Tensor? drop_mask, Tensor? scale, Tensor? bias, Tensor? output, bool is_scaled, int splits,"
-    " bool need_bias, bool fused) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? drop_mask, Tensor? scale, int scale_base, Tensor? bias, Tensor? output,"
+    " bool is_scaled, int splits, bool need_bias, bool fused) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_fake_backward,
     samples=_backward_samples,
@@ -227,19 +232,24 @@ class NativeCall:
 
     Attributes:
         forward, backward: the native operators.
-        fused, fused_backward: see ``linear_from_skew``.
+        fused, fused_backward, scale_base: see ``linear_from_skew``.
         splits: see ``linear_from_skew_backward``.
         keeps_output: True to keep the output in the place of z, until an output of such a call is
             found changed in place.
     """
 
-    __slots__ = ("backward", "forward", "fused", "fused_backward", "keeps_output", "splits")
+    __slots__ = (
+        *("backward", "forward", "fused", "fused_backward"),
+        *("keeps_output", "scale_base", "splits"),
+    )
 
-    def __init__(self, backend: str, fused: tuple[bool, bool], splits: int) -> None:
+    def __init__(
+        self, backend: str, fused: tuple[bool, bool], scale_base: int, splits: int
+    ) -> None:
         self.forward = _kernel(linear_from_skew_forward, backend)
         self.backward = _kernel(linear_from_skew_backward, backend)
         self.fused, self.fused_backward = fused
-        self.splits = splits
+        self.scale_base, self.splits = scale_base, splits
         self.keeps_output = backend in KEEP_OUTPUT
 
 
@@ -266,7 +276,7 @@ class LinearFromSkew(torch.autograd.Function):
         scale = None if scale is None else scale.detach()
         bias = None if bias is None else bias.detach()
         y, z, rotation = native.forward(
-            x, weight, skew, drop_mask, scale, bias, saves, native.fused
+            x, weight, skew, drop_mask, scale, native.scale_base, bias, saves, native.fused
         )
         ctx.output = (y.detach(), y._version) if keeps else None
         z = z if saves else None
@@ -279,24 +289,25 @@ class LinearFromSkew(torch.autograd.Function):
         needs = need_x, _, need_scale, need_bias, need_skew, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             inputs = x, weight, *ctx.vectors, skew, drop_mask, None
-            return differentiable_gradients(inputs, "exact", grad, needs)
+            return differentiable_gradients(inputs, "exact", grad, needs, ctx.native.scale_base)
         if autocast.enabled(grad.device.type):  # it may be on in backward alone
             with autocast.disabled(grad.device.type):
                 return LinearFromSkew.backward(ctx, grad)
         native, is_scaled = ctx.native, False
+        base = native.scale_base
         if ctx.output is not None:
             z, version = ctx.output
             is_scaled = z._version == version
             if not is_scaled:  # changed in place: from now on z is saved in its stead
                 native.keeps_output = False
-                call = x, weight, skew, drop_mask, scale, bias, True, native.fused
+                call = x, weight, skew, drop_mask, scale, base, bias, True, native.fused
                 z = native.forward(*call)[1]
             if not torch._C._autograd._get_current_graph_task_keep_graph():
                 ctx.output = None
         sums_bias = need_bias and (z is not None or native.fused_backward)
         run = linear_from_skew_backward if _is_dispatched(grad) else native.backward
         x_grad, skew_grad, scale_grad, bias_grad = run(
-            *(grad, x, weight, skew, rotation, drop_mask, scale, bias),
+            *(grad, x, weight, skew, rotation, drop_mask, scale, base, bias),
             *(z, is_scaled, native.splits, sums_bias, native.fused_backward),
         )
         if need_bias:

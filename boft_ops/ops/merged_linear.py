@@ -96,7 +96,7 @@ def merged_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     skew: torch.Tensor,
-    scale: torch.Tensor | None,
+    scale_offset: torch.Tensor | None,
     bias: torch.Tensor | None,
     merged: MergedWeight,
 ) -> torch.Tensor:
@@ -104,13 +104,14 @@ def merged_linear(
 
     Args:
         x: (..., d), in the dtype of ``merged.numbers``.
-        weight, skew, scale, bias: as for ``boft_linear``; gradients reach skew, scale and bias.
+        weight, skew, bias: as for ``boft_linear``; gradients reach skew, scale_offset and bias.
+        scale_offset: the scale minus one, (n,), or None.
         merged: what ``merged_with_rotation`` made of weight, skew and scale.
 
     Returns:
         (..., n) in the dtype of x.
     """
-    y = _MergedLinear.apply(x, weight, scale, bias, skew, merged)
+    y = _MergedLinear.apply(x, weight, scale_offset, bias, skew, merged)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])
 
 
@@ -123,7 +124,7 @@ class _MergedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, scale, bias, skew, merged):
+    def forward(ctx, x, weight, offset, bias, skew, merged):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         need_scale = ctx.needs_input_grad[2]
         adds_bias = need_scale and bias is not None
@@ -138,7 +139,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx.stages = merged.stages
         # a saved Parameter would show what has been put into its .data since
         own = (z, merged.scale) if need_scale else (None, None)
-        ctx.vectors = scale, bias  # not saved: both may be changed in place before the backward
+        ctx.vectors = offset, bias  # not saved: both may be changed in place before the backward
         rotation = merged.numbers, merged.blocks, *merged.matrices
         ctx.save_for_backward(x, weight.detach(), skew, *own, *rotation)
         return y
@@ -147,10 +148,10 @@ class _MergedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, skew, z, factor, numbers, blocks, *matrices = ctx.saved_tensors
         needs = need_x, _, need_scale, need_bias, need_skew, _ = ctx.needs_input_grad
-        scale, bias = ctx.vectors
+        offset, bias = ctx.vectors
         if torch.is_grad_enabled():
-            inputs = x, weight, scale, bias, skew, None, None
-            return differentiable_gradients(inputs, "exact", grad, (*needs[:5], False))
+            inputs = x, weight, offset, bias, skew, None, None
+            return differentiable_gradients(inputs, "exact", grad, (*needs[:5], False), 1)
         rows, grad = x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), grad.contiguous()
         x_grad = skew_grad = scale_grad = bias_grad = None
         with autocast.disabled(grad.device.type):  # it may be on in backward alone
@@ -162,7 +163,7 @@ class _MergedLinear(torch.autograd.Function):
                     if not torch._C._autograd._get_current_graph_task_keep_graph():
                         ctx.output = None
                 _, products, bias_grad = scale_backward(grad, z, factor, None)
-                scale_grad = (products / factor).to(scale.dtype)
+                scale_grad = (products / factor).to(offset.dtype)
             elif need_bias:
                 bias_grad = grad.sum(0)
             if need_x or need_skew:

@@ -50,14 +50,14 @@ def _measured() -> Fused:
         return torch.randn(*shape, generator=generator)
 
     x, weight, grad = (tensor(n, FEATURES) for n in (ROWS, FEATURES, ROWS))
-    skew, scale = 0.1 * tensor(2, FEATURES // 8, 28), 1 + 0.1 * tensor(FEATURES)
+    skew, offset = 0.1 * tensor(2, FEATURES // 8, 28), 0.1 * tensor(FEATURES)
     forward, backward = linear_from_skew_forward.raw, linear_from_skew_backward.raw
-    layer = x, weight, skew
+    layer, vectors = (x, weight, skew), (offset, 1, None)  # the scale is 1 + offset
     with torch.no_grad():
-        y, _, rotation = forward(*layer, None, scale, None, False, True)
-        gradient = grad, *layer, rotation, None, scale, None, y, True, 1, False
+        y, _, rotation = forward(*layer, None, *vectors, False, True)
+        gradient = grad, *layer, rotation, None, *vectors, y, True, 1, False
         return Fused(
-            is_fused_faster(lambda fused: forward(*layer, None, scale, None, False, fused)),
+            is_fused_faster(lambda fused: forward(*layer, None, *vectors, False, fused)),
             is_fused_faster(lambda fused: backward(*gradient, fused)),
         )
 

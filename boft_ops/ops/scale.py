@@ -12,6 +12,23 @@ from .._runtime.tuned import ShapeClass
 from .._runtime.workload import Workload
 
 
+def scale_of(offset: torch.Tensor | None, base: int = 1) -> torch.Tensor | None:
+    """The scale of which layers store the offset from ``base``, in at least float32; or None.
+
+    A half-precision number near one has steps of 0.004 to 0.008, which are lost beside a one but
+    not beside a zero: so parameters are offsets, and the sum is taken in a wider dtype.
+    """
+    if offset is None or base == 0:
+        return offset
+    wide = COMPUTE[offset.dtype]
+    return (offset if offset.dtype == wide else offset.to(wide)) + base
+
+
+def offset_of(scale: torch.Tensor) -> torch.Tensor:
+    """The offset of a scale from one, in at least float32."""
+    return (scale.double() - 1).to(COMPUTE[scale.dtype])
+
+
 def scale_reference(
     x: torch.Tensor,
     scale: torch.Tensor,

@@ -30,8 +30,8 @@ int64_t scale_splits(int64_t rows, int64_t n) {
   return std::clamp<int64_t>(divide_up(rows, kLeastRows), 1, most);
 }
 
-int scale(const void* x, const void* scale, const void* center, const void* bias, void* y,
-          int64_t rows, int64_t n, DType dtype, Queue queue) {
+int scale(const void* x, const void* scale, int scale_base, const void* center, const void* bias,
+          void* y, int64_t rows, int64_t n, DType dtype, Queue queue) {
   if (n == 0 || rows == 0) return 0;
   return with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -41,16 +41,16 @@ int scale(const void* x, const void* scale, const void* center, const void* bias
       const int64_t across = divide_up(n, kVector * kScaleThreads);
       const int64_t blocks = across * divide_up(rows, kScaleRows);
       return launch(scale_kernel<T, kVector>, blocks, kScaleThreads, 0, queue,
-                    static_cast<const T*>(x), static_cast<const W*>(scale),
+                    static_cast<const T*>(x), static_cast<const W*>(scale), scale_base,
                     static_cast<const W*>(center), static_cast<const W*>(bias), static_cast<T*>(y),
                     rows, n, kScaleRows, int(across));
     });
   });
 }
 
-int scale_backward(const void* grad, const void* x, const void* scale, const void* center,
-                   void* x_grad, void* partials, void* scale_grad, void* bias_grad, int64_t rows,
-                   int64_t n, DType dtype, Queue queue) {
+int scale_backward(const void* grad, const void* x, const void* scale, int scale_base,
+                   const void* center, void* x_grad, void* partials, void* scale_grad,
+                   void* bias_grad, int64_t rows, int64_t n, DType dtype, Queue queue) {
   if (n == 0) return 0;
   const int64_t splits = scale_splits(rows, n), rows_per_block = divide_up(rows, splits);
   return with_type(dtype, [&](auto type) {
@@ -62,7 +62,7 @@ int scale_backward(const void* grad, const void* x, const void* scale, const voi
       const int64_t across = divide_up(n, kVector * kScaleThreads);
       return launch(scale_backward_kernel<T, kVector>, across * splits, kScaleThreads, 0, queue,
                     static_cast<const T*>(grad), static_cast<const T*>(x),
-                    static_cast<const W*>(scale), static_cast<const W*>(center),
+                    static_cast<const W*>(scale), scale_base, static_cast<const W*>(center),
                     static_cast<T*>(x_grad), static_cast<W*>(partials), rows, n, rows_per_block,
                     int(across));
     });

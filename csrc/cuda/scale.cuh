@@ -4,7 +4,7 @@
 //
 // Arguments of the kernels: rows are (rows, n), vectors (n,) in the compute type. A thread has
 // Vector neighboring columns, a block of threads `rows_per_block` rows; `across` blocks make up a
-// row.
+// row. `scale_base` is added to the numbers of `scale`.
 #pragma once
 
 #include "gpu.cuh"
@@ -28,8 +28,9 @@ struct alignas(Vector * sizeof(T)) Columns {
 // center equals bias.
 template <class T, int Vector>
 __global__ void __launch_bounds__(kScaleThreads, 1)
-    scale_kernel(const T* x, const Wide<T>* scale, const Wide<T>* center, const Wide<T>* bias, T* y,
-                 int64_t rows, int64_t n, int64_t rows_per_block, int across) {
+    scale_kernel(const T* x, const Wide<T>* scale, int scale_base, const Wide<T>* center,
+                 const Wide<T>* bias, T* y, int64_t rows, int64_t n, int64_t rows_per_block,
+                 int across) {
   using W = Wide<T>;
   const int64_t thread = int64_t(blockIdx.x) % across * kScaleThreads + threadIdx.x;
   const int64_t column = thread * Vector, first = int64_t(blockIdx.x) / across * rows_per_block;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   W scales[Vector], shifts[Vector];
 #pragma unroll
   for (int i = 0; i < Vector; ++i) {
-    scales[i] = scale[column + i];
+    scales[i] = W(scale_base) + scale[column + i];
     shifts[i] = bias == nullptr ? W(0) : bias[column + i];
     if (center != nullptr) shifts[i] -= scales[i] * center[column + i];
   }
@@ -64,9 +65,9 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
 // grad * (x - center) and of grad. A center of null is 0.
 template <class T, int Vector>
 __global__ void __launch_bounds__(kScaleThreads, 1)
-    scale_backward_kernel(const T* grad, const T* x, const Wide<T>* scale, const Wide<T>* center,
-                          T* x_grad, Wide<T>* partials, int64_t rows, int64_t n,
-                          int64_t rows_per_block, int across) {
+    scale_backward_kernel(const T* grad, const T* x, const Wide<T>* scale, int scale_base,
+                          const Wide<T>* center, T* x_grad, Wide<T>* partials, int64_t rows,
+                          int64_t n, int64_t rows_per_block, int across) {
   using W = Wide<T>;
   const int64_t thread = int64_t(blockIdx.x) % across * kScaleThreads + threadIdx.x;
   const int64_t column = thread * Vector, split = int64_t(blockIdx.x) / across;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   W scales[Vector], centers[Vector], scale_sums[Vector] = {}, bias_sums[Vector] = {};
 #pragma unroll
   for (int i = 0; i < Vector; ++i) {
-    scales[i] = scale[column + i];
+    scales[i] = W(scale_base) + scale[column + i];
     centers[i] = center == nullptr ? W(0) : center[column + i];
   }
   for (int64_t row = first; row < last; row += kScaleAhead) {

@@ -98,7 +98,7 @@ def adapted(row: dict, layers: dict[str, nn.Linear]) -> dict:
         raise AssertionError(f"expected {len(layers)} adapted layers, got {len(changed)}")
     return {
         "rotation": sum(layer.skew.numel() for layer in changed),
-        "n": sum(layer.scale.numel() for layer in changed),
+        "n": sum(layer.scale_offset.numel() for layer in changed),
         "biases": sum(layer.bias.numel() for layer in changed if layer.bias is not None),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

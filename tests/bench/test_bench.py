@@ -238,13 +238,13 @@ def test_plain_torch_is_the_same_layer():
     ours = contestants.BOFTLinear.from_linear(base, n_factors=3, block_size=8)
     with torch.no_grad():
         ours.skew.copy_(plain.skew.normal_(0, 0.3))
-        ours.scale.copy_(plain.scale.normal_(1, 0.3))
+        ours.scale_offset.copy_(plain.scale.normal_(1, 0.3) - 1)
     x, grad = torch.randn(8, 64, requires_grad=True), torch.randn(8, 48)
     outputs = [layer(x) for layer in (plain, ours)]
     torch.testing.assert_close(*outputs)
     for one, other in zip(
         torch.autograd.grad(outputs[0], (x, plain.skew, plain.scale), grad),
-        torch.autograd.grad(outputs[1], (x, ours.skew, ours.scale), grad),
+        torch.autograd.grad(outputs[1], (x, ours.skew, ours.scale_offset), grad),
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

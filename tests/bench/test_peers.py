@@ -30,13 +30,13 @@ def test_peft_boft_forward_and_gradient(peft_extension, m, b):
     q = -0.5 * (parameter - parameter.mT)  # PEFT's block is (I - S)(I + S)^-1
     with torch.no_grad():
         ours.skew.copy_(q[..., i, j])
-        ours.scale.copy_(scale[:, 0])
+        ours.scale_offset.copy_(scale[:, 0] - 1)
     x = torch.randn(7, 32)
     expected = theirs(x)
     torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
     upstream = torch.randn_like(expected)
     want, want_scale = torch.autograd.grad(expected, (parameter, scale), upstream)
-    got, got_scale = torch.autograd.grad(ours(x), (ours.skew, ours.scale), upstream)
+    got, got_scale = torch.autograd.grad(ours(x), (ours.skew, ours.scale_offset), upstream)
     # The parameter of PEFT is an unconstrained matrix: the entries (i, j) and (j, i) each get half
     # the sign of the gradient is the opposite one.
     torch.testing.assert_close(-0.5 * got, want[..., i, j], rtol=1e-4, atol=1e-4)

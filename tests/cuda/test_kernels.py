@@ -26,6 +26,7 @@ from boft_ops.ops.scale import scale_backward_reference, scale_reference
 from boft_ops.ops.segment_stage_grads import segment_stage_grads_reference
 
 ORDERS = ("forward", "reverse", "scattered")
+NONE = None, None, 0, None  # a drop_mask, a scale, its base and a bias
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ATOL = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
@@ -472,9 +473,10 @@ def test_linear_from_skew(cuda, kind, with_bias, dtype):
     x, grad = torch.randn(2, 20, 32).to(dtype), torch.randn(2, 20, 24).to(dtype)
     weight, skew = (torch.randn(24, 32) / 32**0.5).to(dtype), 0.3 * torch.randn(2, 4, 28)
     drop = torch.rand(2, 4) < 0.3
-    scale = None if kind == "unscaled" else 1 + 0.1 * torch.randn(24)
+    base = int(kind == "trained")  # the scale is stored as an offset from it
+    scale = None if kind == "unscaled" else 1 - base + 0.1 * torch.randn(24)
     bias = torch.randn(24).to(dtype) if with_bias else None
-    arguments = x, weight, skew, drop, scale, bias, kind == "trained", False
+    arguments = x, weight, skew, drop, scale, base, bias, kind == "trained", False
     exact = [a.double() if _is_floating(a) else a for a in arguments]
     y, z, rotation = cuda.linear_from_skew(*arguments)
     wanted, truth = linear_from_skew_forward.reference, linear_from_skew_forward.reference(*exact)
@@ -484,12 +486,12 @@ def test_linear_from_skew(cuda, kind, with_bias, dtype):
         check(ours, reference, real)
     z = z if kind == "trained" else None
     need_bias = z is not None
-    call = x, weight, skew, rotation, drop, scale, bias, z, False, 2, need_bias, False
+    call = x, weight, skew, rotation, drop, scale, base, bias, z, False, 2, need_bias, False
     got = cuda.linear_from_skew_backward(grad, *call)
     backward = linear_from_skew_backward.reference
     exact = [a.double() if _is_floating(a) else a for a in (grad, *call)]
     if dtype != torch.float32 and scale is not None and bias is not None and z is not None:
-        exact[8] = exact[8] + bias.double()  # in float64 the bias is in z
+        exact[9] = exact[9] + bias.double()  # in float64 the bias is in z
     wanted, truth = backward(grad, *call), backward(*exact)
     for ours, reference, real in zip(got, wanted, truth, strict=True):
         check(ours, reference, real, scale=10)
@@ -557,19 +559,19 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
         ),
         (
             "linear_from_skew",
-            (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 2, 6), *[None] * 3, False, False),
+            (torch.zeros(3, 8), torch.zeros(4, 6), torch.zeros(1, 2, 6), *NONE, False, False),
             "of one dtype",
         ),
         (
             "linear_from_skew",
-            (torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 3, 6), *[None] * 3, False, False),
+            (torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 3, 6), *NONE, False, False),
             "blocks for 8 features",
         ),
         (
             "linear_from_skew_backward",
             (
                 *[torch.zeros(3, 4), torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(1, 2, 6)],
-                *[torch.zeros(63), *[None] * 4],
+                *[torch.zeros(63), *NONE, None],
                 False,
                 1,
                 False,

@@ -104,7 +104,7 @@ def test_adapters_of_a_sharded_base_stay_in_float32():
     )
     model(torch.randn(2, 3, 16)).sum().backward()
     assert seen == [(torch.bfloat16, torch.bfloat16, torch.float32)]
-    assert layer.adapters.default.scale.grad.to_local().abs().max() > 0
+    assert layer.adapters.default.scale_offset.grad.to_local().abs().max() > 0
 
 
 @pytest.mark.processes(2)

@@ -15,8 +15,8 @@ def positive(model):
     """Scales that have powers."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("scale"):
-                parameter.abs_().add_(0.5)
+            if name.endswith("scale_offset"):
+                parameter.add_(1).abs_().sub_(0.5)
     return model.eval()
 
 
@@ -25,7 +25,7 @@ def positive(model):
 def test_tensor_parallel(options):
     x, _ = data()
     reference, model = positive(adapted(**options)), positive(parallel(**options))
-    assert model.up.at_strength() == (model.up.skew, model.up.scale)  # the very tensors
+    assert model.up.at_strength() == (model.up.skew, model.up.scale_offset)  # the very tensors
     for t in (0, 0.5, -1.5, 1):
         want = boft_ops.set_strength(reference, t)(x)
         close(boft_ops.set_strength(model, t)(x), want)
@@ -85,7 +85,7 @@ def test_all_ranks_refuse_a_scale_without_powers():
     model = positive(parallel())
     with torch.no_grad():
         if dist.get_rank() == 1:
-            model.up.scale.to_local()[0] = -1
+            model.up.scale_offset.to_local()[0] = -2
     with pytest.raises(ValueError, match="expected 0 or 1 over a scale that is not positive"):
         boft_ops.set_strength(model, 0.5)
     assert model.gate.strength == 1

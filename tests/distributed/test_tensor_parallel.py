@@ -153,14 +153,14 @@ def test_several_adapters_are_cut_with_their_base():
             setattr(one, name, layer)
         fill(one)
     assert model.down.adapters["default"].skew.placements == (Shard(1),)
-    assert model.gate.adapters["default"].scale.placements == (Shard(0),)
+    assert model.gate.adapters["default"].scale_offset.placements == (Shard(0),)
     x, grad = data()
     got, want = model(x), reference(x)
     close(got, want)
     got.backward(grad)
     want.backward(grad)
     for name in LAYERS:
-        for part in ("skew", "scale"):
+        for part in ("skew", "scale_offset"):
             one, other = (
                 getattr(getattr(m, name).adapters["default"], part) for m in (model, reference)
             )

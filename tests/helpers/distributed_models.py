@@ -63,9 +63,8 @@ def randomize(model: nn.Module) -> nn.Module:
     """Give skews and scales numbers, the same ones on every rank and for every class of layer."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if name.endswith(("skew", "scale")):
+        if name.endswith(("skew", "scale_offset")):
             numbers = 0.2 * torch.randn(parameter.shape, generator=generator)
-            numbers += name.endswith("scale")
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if local.shape == numbers.shape:
                 local.copy_(numbers)

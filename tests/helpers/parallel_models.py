@@ -37,10 +37,10 @@ def fill(model):
     """Set skews and scales to numbers that depend on their names alone."""
     for name, parameter in model.named_parameters():
         kind = name.rpartition(".")[2]
-        if kind in ("skew", "scale"):
+        if kind in ("skew", "scale_offset"):
             seed = sum(map(ord, name.replace(".adapters.default", "")))
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-            value = 0.2 * noise + (kind == "scale")
+            value = 0.2 * noise
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
             with torch.no_grad():

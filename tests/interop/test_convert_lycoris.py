@@ -84,7 +84,7 @@ def test_fewer_factors_than_lycoris_has(n, m, b, tmp_path):
     base = nn.Sequential(nn.Linear(6, n))
     mine = adapt(copy.deepcopy(base), ["0"], block_size=b, n_factors=m, side="out")
     nn.init.normal_(mine[0].skew, std=0.3)
-    nn.init.normal_(mine[0].scale, mean=1, std=0.3)
+    nn.init.normal_(mine[0].scale_offset, std=0.3)
     save_adapter(mine, tmp_path / "ours")
     path = tmp_path / "theirs.safetensors"
     convert(tmp_path / "ours", path, "lycoris")

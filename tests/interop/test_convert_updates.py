@@ -34,10 +34,9 @@ def adapted(path, base, std=0.3, **options):
     model = adapt(copy.deepcopy(base), LAYERS, block_size=4, **options)
     if "modules_to_save" in options:
         model.body["fc_1"].bias.requires_grad_()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            mean = 1.0 if name.endswith("scale") else 0.0
-            nn.init.normal_(parameter, mean=mean, std=std)
+            nn.init.normal_(parameter, std=std)
     save_adapter(model, path)
     return model.eval()
 

@@ -37,8 +37,8 @@ def trainable(model):
 
 def randomise(model):
     for name, p in model.named_parameters():
-        if name.endswith(("skew", "scale")):
-            nn.init.normal_(p, mean=float(name.endswith("scale")), std=0.2)
+        if name.endswith(("skew", "scale_offset")):
+            nn.init.normal_(p, std=0.2)
     return model
 
 
@@ -62,7 +62,7 @@ def test_target_modules(target, names):
     y = model(x)
     assert adapt(model, target, block_size=4) is model
     assert adapted_names(model) == names
-    assert trainable(model) == {f"{n}.{p}" for n in names for p in ("skew", "scale")}
+    assert trainable(model) == {f"{n}.{p}" for n in names for p in ("skew", "scale_offset")}
     assert torch.equal(model(x), y)
 
 

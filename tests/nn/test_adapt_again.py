@@ -31,7 +31,7 @@ def test_a_mapping_gives_layers_options_of_their_own():
     for name, b, m, scale in ((0, 16, 2, True), (2, 4, 1, False), (4, 4, 1, False)):
         layer = model[name]
         assert (layer.block_size, layer.n_factors, layer.method) == (b, m, "neumann5")
-        assert (layer.scale is not None) == scale
+        assert (layer.scale_offset is not None) == scale
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_a_second_adapt_adds_layers_and_freezes_nothing_that_is_trained():
     model = boft_ops.adapt(pretrained(), ["0"], block_size=8, modules_to_save=["2"])
     model[0].bias.requires_grad_(True)
     before = trainable(model)
-    assert before == {"0.skew", "0.scale", "0.bias", "2.weight", "2.bias"}
+    assert before == {"0.skew", "0.scale_offset", "0.bias", "2.weight", "2.bias"}
     with pytest.raises(ValueError, match="'0' is adapted already"):
         boft_ops.adapt(model, ["0", "4"], block_size=4)
     assert trainable(model) == before
     boft_ops.adapt(model, ["4"], block_size=4, n_factors=1)
-    assert trainable(model) == before | {"4.skew", "4.scale"}
+    assert trainable(model) == before | {"4.skew", "4.scale_offset"}
     boft_ops.adapt(model, "all-linear", block_size=4, n_factors=1)  # the rest
     assert isinstance(model[2], BOFTLinear)
 
@@ -119,7 +119,7 @@ def test_unload_of_convolutions_served_and_bare_layers():
 
 def test_a_layer_that_cannot_be_unmerged_leaves_the_model():
     model = train(boft_ops.adapt(pretrained(), ["0", "2"], block_size=4)).eval()
-    nn.init.zeros_(model[2].scale)
+    nn.init.constant_(model[2].scale_offset, -1)
     model[2].merge(keep=False)
     with pytest.raises(ValueError, match="scale: expected no zero"):
         boft_ops.unload(model)

@@ -58,7 +58,9 @@ def test_round_trip(tmp_path, options, adapted_before):
 
 def test_only_what_was_finetuned_is_stored(saved):
     tensors = load_file(saved)
-    assert set(tensors) == {"0.skew", "0.scale", "2.skew", "2.scale", "3.weight", "3.bias"}
+    assert set(tensors) == {f"{i}.{part}" for i in (0, 2) for part in ("skew", "scale_offset")} | {
+        *("3.weight", "3.bias")
+    }
     assert os.listdir(saved.parent) == [saved.name]  # no temporary file is left
 
 
@@ -137,7 +139,7 @@ SPOILED = {
     "empty": (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
     "foreign bytes": (lambda p: p.write_bytes(b"PK\x03\x04" * 99), "not a whole safetensors file"),
     "foreign safetensors": (lambda p: save_file({"w": torch.zeros(2)}, p), "expected a boft_ops"),
-    "newer": (lambda p: rewrite(p, format_version="2"), "format version up to 1, got '2'"),
+    "newer": (lambda p: rewrite(p, format_version="3"), "format version up to 2, got '3'"),
     "no version": (lambda p: rewrite(p, format_version=None), "format version"),
     "no layers": (lambda p: rewrite(p, layers=None), "layers"),
     "spoiled layers": (lambda p: rewrite(p, layers='{"0": '), "layers"),
@@ -281,7 +283,7 @@ def test_one_parameter_under_two_names_takes_one_tensor(tmp_path):
 def test_a_file_of_impossible_size_is_refused_before_anything_is_made(saved):
     layers = {"2": trained()[2].options() | {"kaleidoscope": 10**13}}
     tensors = {name: t for name, t in load_file(saved).items() if name.startswith("2.")}
-    metadata = {"format": "boft_ops", "format_version": "1", "layers": json.dumps(layers)}
+    metadata = {"format": "boft_ops", "format_version": "2", "layers": json.dumps(layers)}
     save_file(tensors, saved, metadata)
     with pytest.raises(ValueError, match="2: kaleidoscope: 10000000000000 is not what its skew"):
         load_adapter(make(), saved)

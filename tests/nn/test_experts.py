@@ -76,10 +76,9 @@ def adapted(model, experts, train=True, **options):
     parameters = options.pop("target_parameters", r".*experts\.(gate_up|up|down)_proj")
     boft_ops.adapt(model, [], target_parameters=parameters, experts=experts, **(OPTIONS | options))
     if train:
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                middle = 1.0 if key.endswith("scale") else 0.0
-                nn.init.normal_(parameter, mean=middle, std=0.3)
+                nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -126,7 +125,7 @@ def merged_in_graph(experts, trained):
     weights = {}
     for projection in weights_of(base):
         adapter, weight = getattr(experts, projection), getattr(base, projection)
-        skew, scale = trained[f"{projection}.skew"], trained[f"{projection}.scale"]
+        skew, scale = trained[f"{projection}.skew"], 1 + trained[f"{projection}.scale_offset"]
         rotated = []
         for e in range(len(weight)):
             own = [t if adapter.experts == "shared" else t[e] for t in (skew, scale)]
@@ -228,7 +227,7 @@ def test_experts_that_a_dispatch_surrounds():
     for name in ("gate_up_proj", "down_proj"):
         adapter = layer.add_adapter(name, **OPTIONS)
         adapter.skew.data.copy_(getattr(whole, name).skew[:2])
-        adapter.scale.data.copy_(getattr(whole, name).scale[:2])
+        adapter.scale_offset.data.copy_(getattr(whole, name).scale_offset[:2])
     x, index = torch.randn(6, 16, dtype=torch.float64), torch.arange(12).reshape(6, 2) % 4
     weights = torch.rand(6, 2, dtype=torch.float64)
     want = whole(x, index, weights.where(index < 2, 0))
@@ -247,7 +246,7 @@ def test_saved_and_loaded(name, experts, tmp_path):
         boft_ops.load_adapter(loaded, path)
         torch.testing.assert_close(logits(loaded), want)
         trained = [key for key, p in loaded.named_parameters() if p.requires_grad]
-        assert all(key.endswith(("skew", "scale")) for key in trained)
+        assert all(key.endswith(("skew", "scale_offset")) for key in trained)
     assert rotated_experts(fresh)[0].down_proj.config.p_block == 0.5
     mode = {"each": "shared", "shared": "each"}[experts]
     with pytest.raises(ValueError, match=f"'experts': '{mode}'.*, got .*'experts': '{experts}'"):
@@ -275,7 +274,7 @@ def test_low_precision(name, experts, dtype):
     model, reference = copy.deepcopy(exact), boft_ops.merge(copy.deepcopy(exact)).to(dtype)
     for module in model.modules():  # the trained tensors stay wide, as under a cast before adapt
         for key, parameter in module._parameters.items():
-            if parameter is not None and key not in ("skew", "scale"):
+            if parameter is not None and key not in ("skew", "scale_offset"):
                 parameter.data = parameter.data.to(dtype)
             elif parameter is not None:
                 parameter.data = parameter.data.float()
@@ -555,7 +554,7 @@ def test_experts_beside_linear_layers_and_a_head():
         model, ["q_proj"], target_parameters=WEIGHTS, modules_to_save=["lm_head"], **OPTIONS
     )
     trained = {k.rpartition(".")[2] for k, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"skew", "scale", "weight"}
+    assert trained == {"skew", "scale_offset", "weight"}
     model.train()
     logits(model).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -585,14 +584,14 @@ def test_strength(experts):
     adapted(model, experts)
     for module in rotated_experts(model):
         for name, parameter in module.named_parameters():
-            if name.endswith("scale"):
-                nn.init.uniform_(parameter, 0.5, 2)
+            if name.endswith("scale_offset"):
+                nn.init.uniform_(parameter, -0.5, 1)
     finetuned, half = logits(model), copy.deepcopy(model)
     for module in rotated_experts(half):
         for adapter in (module.gate_up_proj, module.down_proj):
             with torch.no_grad():
                 adapter.skew.copy_(geodesic(adapter.skew, 0.5))
-                adapter.scale.sqrt_()
+                adapter.scale_offset.copy_(adapter.scale.sqrt() - 1)
     boft_ops.set_strength(model, 0.5)
     torch.testing.assert_close(logits(model), logits(half))
     merged = boft_ops.merge(copy.deepcopy(model))
@@ -610,8 +609,8 @@ def test_merging_adapters(how, experts):
         torch.manual_seed(seed)
         models.append(adapted(built("mixtral", spread=0.1), experts))
         for name, parameter in models[-1].named_parameters():
-            if name.endswith("scale"):
-                nn.init.uniform_(parameter, 0.5, 2)
+            if name.endswith("scale_offset"):
+                nn.init.uniform_(parameter, -0.5, 1)
     merged = boft_ops.merge_adapters(models, [1, 3], how=how)
     loaded = boft_ops.load_adapter(built("mixtral"), merged)
     got = rotated_experts(loaded)[0].down_proj
@@ -620,15 +619,15 @@ def test_merging_adapters(how, experts):
         layers = []
         for adapter in both:
             layer = boft_ops.BOFTLinear(24, 16, dtype=torch.float64, **OPTIONS)
-            own = adapter.skew, adapter.scale
-            skew, scale = own if experts == "shared" else (t[e] for t in own)
-            layer.load_state_dict({"skew": skew, "scale": scale}, strict=False)
+            own = adapter.skew, adapter.scale_offset
+            skew, offset = own if experts == "shared" else (t[e] for t in own)
+            layer.load_state_dict({"skew": skew, "scale_offset": offset}, strict=False)
             layers.append(layer)
         want = boft_ops.merge_adapters(layers, [1, 3], how=how).tensors
-        own = got.skew, got.scale
-        skew, scale = own if experts == "shared" else (t[e] for t in own)
+        own = got.skew, got.scale_offset
+        skew, offset = own if experts == "shared" else (t[e] for t in own)
         torch.testing.assert_close(skew, want["skew"])
-        torch.testing.assert_close(scale, want["scale"])
+        torch.testing.assert_close(offset, want["scale_offset"])
     other = adapted(built("mixtral"), "shared" if experts == "each" else "each")
     with pytest.raises(ValueError, match="experts: expected one value for all adapters"):
         boft_ops.merge_adapters([models[0], other])

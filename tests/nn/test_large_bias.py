@@ -18,7 +18,7 @@ def test_the_gradient_of_a_scale_over_a_base_that_is_called(bias, by_rows):
     nn.init.normal_(adapter.skew, std=0.1)
     x, grad = torch.randn(2, 256, 64).bfloat16()
     y = layer(x, torch.zeros(256, dtype=torch.int64)) if by_rows else layer(x)
-    (got,) = torch.autograd.grad(y, adapter.scale, grad)
+    (got,) = torch.autograd.grad(y, adapter.scale_offset, grad)
     z = butterfly_matmul(x.double(), adapter.blocks().double()) @ base.weight.double().T
     want = (grad.double() * z).sum(0)
     assert ((got.double() - want).norm() / want.norm()) < 0.01

@@ -30,8 +30,8 @@ def randomized(model):
     for name, parameter in model.named_parameters():
         if name.endswith("skew"):
             nn.init.normal_(parameter, std=0.2)
-        if name.endswith("scale"):
-            nn.init.uniform_(parameter, 0.5, 2)
+        if name.endswith("scale_offset"):
+            nn.init.uniform_(parameter, -0.5, 1)
     return model
 
 
@@ -43,7 +43,7 @@ def check_life(make, x, tmp_path, **options):
     assert torch.equal(model(x), before)
     model.train()(x).square().sum().backward()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n.rpartition(".")[2] for n in trained} <= {"skew", "scale"}
+    assert {n.rpartition(".")[2] for n in trained} <= {"skew", "scale_offset"}
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     randomized(model.eval())
     y = model(x)

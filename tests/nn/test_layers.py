@@ -17,8 +17,8 @@ SIDES = ["in", "out"]
 
 def randomise(layer, std=0.2):
     nn.init.normal_(layer.skew, std=std)
-    if layer.scale is not None:
-        nn.init.normal_(layer.scale, mean=1.0, std=0.2)
+    if layer.scale_offset is not None:
+        nn.init.normal_(layer.scale_offset, std=0.2)
     return layer
 
 
@@ -44,7 +44,8 @@ def test_from_linear_shares_storage_and_leaves_the_source_alone():
     assert layer.bias.data_ptr() == linear.bias.data_ptr()
     assert linear.weight.requires_grad
     assert linear.bias.requires_grad
-    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"skew", "scale"}
+    trained = {n for n, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"skew", "scale_offset"}
     before = linear.weight.clone()
     randomise(layer).eval().merge()
     assert torch.equal(linear.weight, before)  # merging made its own weight
@@ -54,7 +55,7 @@ def test_from_linear_shares_storage_and_leaves_the_source_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapter_parameters_are_at_least_float32(dtype):
     _, layer = linear_pair(dtype=dtype)
-    assert layer.skew.dtype == layer.scale.dtype == torch.float32
+    assert layer.skew.dtype == layer.scale_offset.dtype == torch.float32
     assert layer.skew.shape == (2, 6, 28)
     assert layer.n_effective_parameters == 2 * 48 * 7 // 2 + 32
     layer.bias.requires_grad_(True)
@@ -97,7 +98,7 @@ def test_unmerging_restores_the_weight_bit_for_bit(dtype):
     for _ in range(3):
         randomise(layer).merge()
         with torch.no_grad():
-            layer.scale[3] = 0  # no division could undo it
+            layer.scale_offset[3] = -1  # no division could undo it
         layer = copy.deepcopy(layer)
         layer.unmerge()
     assert torch.equal(layer.frozen_weight, linear.weight)
@@ -146,7 +147,7 @@ def test_merging_twice_training_merged_and_zero_scales_are_errors():
         layer(torch.randn(2, 48))
     layer.unmerge()
     with torch.no_grad():
-        layer.scale[3] = 0
+        layer.scale_offset[3] = -1
     layer.merge(keep=False)
     with pytest.raises(ValueError, match="scale: expected no zero"):
         layer.unmerge()
@@ -259,7 +260,7 @@ def test_conv2d(shape, side):
     functional = torch.func.functional_call(
         plain, {"weight": merged.reshape(conv.weight.shape)}, (x,)
     )
-    trained = (layer.skew, layer.scale)
+    trained = (layer.skew, layer.scale_offset)
     got = torch.autograd.grad(y, trained, upstream)
     for g, w in zip(got, torch.autograd.grad(functional, trained, upstream), strict=True):
         torch.testing.assert_close(g, w)

@@ -33,8 +33,8 @@ def tuned(seed, std=0.3, targets=("0", "2"), **options):
     for name, parameter in model.named_parameters():
         if name.endswith("skew"):
             nn.init.normal_(parameter, std=std)
-        if name.endswith("scale"):
-            nn.init.uniform_(parameter, 0.5, 2)
+        if name.endswith("scale_offset"):
+            nn.init.uniform_(parameter, -0.5, 1)
     return model.eval()
 
 
@@ -86,7 +86,8 @@ def test_the_karcher_mean_with_the_identity_is_the_geodesic(n_factors):
     merged = merge_adapters([model, nothing], [0.3, 0.7], how="karcher")
     for i in (0, 2):
         torch.testing.assert_close(merged.tensors[f"{i}.skew"], geodesic(model[i].skew, 0.3).data)
-        torch.testing.assert_close(merged.tensors[f"{i}.scale"], model[i].scale.data ** 0.3)
+        scale = 1 + merged.tensors[f"{i}.scale_offset"]
+        torch.testing.assert_close(scale, model[i].scale.detach() ** 0.3)
 
 
 def test_the_karcher_mean():
@@ -125,7 +126,8 @@ def test_one_adapter_and_copies_stay_as_they_are(how):
         merged = merge_adapters(adapters, how=how)
         for i in (0, 2):
             torch.testing.assert_close(merged.tensors[f"{i}.skew"], model[i].skew.data)
-            torch.testing.assert_close(merged.tensors[f"{i}.scale"], model[i].scale.data)
+            offset = merged.tensors[f"{i}.scale_offset"]
+            torch.testing.assert_close(offset, model[i].scale_offset.data)
 
 
 def test_opposite_adapters_cancel():
@@ -140,14 +142,15 @@ def test_opposite_adapters_cancel():
 
 def test_files_models_and_layers_that_are_missing(tmp_path):
     one, two = tuned(1), tuned(2, targets=["2"], scale=False)
-    one[2].scale.data.fill_(4)
+    one[2].scale_offset.data.fill_(3)
     save_adapter(one, tmp_path / "one.safetensors")
     merged = merge_adapters([tmp_path / "one.safetensors", two], [1, 1])
     assert isinstance(merged, Adapter)
     # a layer that is missing counts as the identity, a missing scale as ones
     torch.testing.assert_close(merged.tensors["0.skew"], 0.5 * one[0].skew.data)
-    torch.testing.assert_close(merged.tensors["0.scale"], one[0].scale.data.sqrt())
-    torch.testing.assert_close(merged.tensors["2.scale"], torch.full((16,), 2.0).double())
+    scale = 1 + merged.tensors["0.scale_offset"]
+    torch.testing.assert_close(scale, one[0].scale.detach().sqrt())
+    torch.testing.assert_close(merged.tensors["2.scale_offset"], torch.ones(16).double())
     assert merged.bases == {"0": ["Linear", 32], "2": ("Linear", 16)}
     merged.save(tmp_path / "merged.safetensors")
     x = torch.randn(4, 32, dtype=torch.float64)
@@ -163,7 +166,7 @@ def test_dtypes_and_the_root():
     for layer in layers:
         nn.init.normal_(layer.skew)
     merged = merge_adapters(layers)
-    assert merged.tensors["skew"].dtype == merged.tensors["scale"].dtype == torch.float32
+    assert merged.tensors["skew"].dtype == merged.tensors["scale_offset"].dtype == torch.float32
     load_adapter(layers[0], merged)
     assert torch.equal(layers[0].skew, merged.tensors["skew"])
 
@@ -224,6 +227,6 @@ def test_what_does_not_fit(call, error, message):
 
 def test_a_scale_that_has_no_logarithm():
     model = tuned(1)
-    model[2].scale.data[3] = -1
+    model[2].scale_offset.data[3] = -2
     with pytest.raises(ValueError, match="2: scale: expected positive numbers, which have"):
         merge_adapters([model])

@@ -27,8 +27,8 @@ SIDES = {"out": {"side": "out"}, "neumann5": {"method": "neumann5"}, "kal": {"ka
 def make(dtype=torch.float64, **options):
     layer = BOFTLinear(32, 16, dtype=dtype, **options)
     nn.init.normal_(layer.skew, std=0.2)
-    if layer.scale is not None:
-        nn.init.uniform_(layer.scale, 0.5, 2)
+    if layer.scale_offset is not None:
+        nn.init.uniform_(layer.scale_offset, -0.5, 1)
     return layer
 
 
@@ -59,7 +59,7 @@ def made(monkeypatch):
     "options",
     [
         *({}, {"scale": False}, {"n_factors": 1}, {"n_factors": 3}),
-        *({"frozen": "skew"}, {"frozen": "scale"}),
+        *({"frozen": "skew"}, {"frozen": "scale_offset"}),
     ],
     ids=str,
 )
@@ -145,7 +145,7 @@ def test_errors_are_those_of_the_layer(dtype, large_bias):
     """At most twice the errors of the layer without a cache, against float64."""
     layer = BOFTLinear(256, 96, dtype=dtype)
     nn.init.normal_(layer.skew, std=0.05)
-    nn.init.uniform_(layer.scale, 0.5, 2)
+    nn.init.uniform_(layer.scale_offset, -0.5, 1)
     if large_bias:
         nn.init.constant_(layer.bias, 400)
     x = torch.randn(512, 256, dtype=dtype, requires_grad=True)
@@ -157,7 +157,7 @@ def test_errors_are_those_of_the_layer(dtype, large_bias):
 
     def errors():
         y = layer(x)
-        got = [y.detach(), *torch.autograd.grad(y, (x, layer.skew, layer.scale), grad)]
+        got = [y.detach(), *torch.autograd.grad(y, (x, layer.skew, layer.scale_offset), grad)]
         return [(g.double() - e).norm() / e.norm() for g, e in zip(got, exact, strict=True)]
 
     without = errors()
@@ -170,7 +170,7 @@ def test_errors_are_those_of_the_layer(dtype, large_bias):
 def test_zeros_of_the_scale_are_trained(bias):
     layer, x = make(bias=bias), rows()
     with torch.no_grad():
-        layer.scale[3:5] = 0
+        layer.scale_offset[3:5] = -1
     expected = step(layer, x)
     with cache_merged(layer):
         got = step(layer, x)
@@ -185,7 +185,7 @@ def test_an_output_may_be_changed_in_place(bias):
     layer, x = make(bias=bias), rows()
     expected = step(layer, x)
     with cache_merged(layer):
-        wanted = [x, layer.skew, layer.scale]
+        wanted = [x, layer.skew, layer.scale_offset]
         y = layer(x)
         grads = torch.autograd.grad(y.mul(1).square().sum(), wanted, retain_graph=True)
         torch.testing.assert_close([*grads], expected[1:])
@@ -204,7 +204,7 @@ def test_checkpoints_compute_again_from_the_same_weight(made, reentrant):
     with cache_merged(layer):
         y = checkpoint(layer, x, use_reentrant=reentrant)
         y.square().sum().backward()
-    torch.testing.assert_close([x.grad, layer.skew.grad, layer.scale.grad], expected[1:])
+    torch.testing.assert_close([x.grad, layer.skew.grad, layer.scale_offset.grad], expected[1:])
     assert made == [layer]
 
 
@@ -225,7 +225,7 @@ def test_batched_gradients():
 
     def batched():
         return torch.autograd.grad(
-            layer(x), (x, layer.skew, layer.scale), grads, is_grads_batched=True
+            layer(x), (x, layer.skew, layer.scale_offset), grads, is_grads_batched=True
         )
 
     expected = batched()
@@ -240,9 +240,9 @@ def test_a_backward_has_the_weight_of_its_forward():
         y = layer(x)
         cache.drop()
         with torch.no_grad():
-            layer.scale.data.mul_(3)
+            layer.scale_offset.data.mul_(3)
         layer(x)
-        grads = torch.autograd.grad(y.square().sum(), [x, layer.skew, layer.scale])
+        grads = torch.autograd.grad(y.square().sum(), [x, layer.skew, layer.scale_offset])
     torch.testing.assert_close([*grads], expected[1:])
 
 
@@ -312,8 +312,8 @@ def test_transforms_and_dispatch_modes_see_the_layer(made):
         with forward_ad.dual_level(), torch.no_grad():
             layer(x)
     assert made == []
-    expected = torch.autograd.grad(layer(x).sum(), (layer.skew, layer.scale))
-    torch.testing.assert_close((gradients["skew"], gradients["scale"]), expected)
+    expected = torch.autograd.grad(layer(x).sum(), (layer.skew, layer.scale_offset))
+    torch.testing.assert_close((gradients["skew"], gradients["scale_offset"]), expected)
 
 
 def test_compiled_graphs_compute_as_before(made):
@@ -413,15 +413,16 @@ def _adapter(layer):
         layer.skew.copy_(torch.full_like(layer.skew, 0.05))
 
 
-UNSEEN = "skew.data in place", "scale.data in place"
+UNSEEN = "skew.data in place", "scale_offset.data in place"
+NAMES = "skew", "scale_offset", "frozen_weight", "bias"
 CHANGES = {
-    **{f"{name} in place": _in_place(name) for name in ("skew", "scale", "frozen_weight", "bias")},
-    **{f"{name}.data": _data(name) for name in ("skew", "scale", "frozen_weight", "bias")},
-    **{f"new {name}": _assign(name) for name in ("skew", "scale", "frozen_weight", "bias")},
-    **{f"{name}.data in place": _written_through_data(name) for name in ("skew", "scale", "bias")},
+    **{f"{name} in place": _in_place(name) for name in NAMES},
+    **{f"{name}.data": _data(name) for name in NAMES},
+    **{f"new {name}": _assign(name) for name in NAMES},
+    **{f"{n}.data in place": _written_through_data(n) for n in NAMES if n != "frozen_weight"},
     "new skew in the same memory": _assign_the_same_memory,
     "skew.data twice": _data_twice,
-    "no scale": lambda layer: setattr(layer, "scale", None),
+    "no scale": lambda layer: setattr(layer, "scale_offset", None),
     "optimizer": _step,
     "load_state_dict": _load,
     "load_state_dict assign": _load_assigned,

@@ -43,8 +43,8 @@ def alone(layer, name):
     twin = BOFTLinear.from_linear(layer.base, **adapter.options())
     with torch.no_grad():
         twin.skew.copy_(adapter.skew)
-        if twin.scale is not None:
-            twin.scale.copy_(adapter.scale)
+        if twin.scale_offset is not None:
+            twin.scale_offset.copy_(adapter.scale_offset)
     return twin
 
 
@@ -124,7 +124,7 @@ def test_the_order_of_peft_boft_is_the_reverse():
         adapter = layer.add_adapter(name, n_factors=1)
         matrix = theirs.boft_R[name]
         adapter.skew.data.copy_((-0.5 * (matrix - matrix.mT))[..., i, j])
-        adapter.scale.data.copy_(theirs.boft_s[name][:, 0])
+        adapter.scale_offset.data.copy_(theirs.boft_s[name][:, 0] - 1)
     x = torch.randn(7, 32)
     layer.set_active(["b", "a"])
     torch.testing.assert_close(layer(x), model(x), rtol=1e-4, atol=1e-5)
@@ -158,8 +158,8 @@ def test_gradients_by_rows():
         twin(x[mine]).backward(upstream[mine])
         adapter = layer.adapters[name]
         torch.testing.assert_close(adapter.skew.grad, twin.skew.grad)
-        if adapter.scale is not None:
-            torch.testing.assert_close(adapter.scale.grad, twin.scale.grad)
+        if adapter.scale_offset is not None:
+            torch.testing.assert_close(adapter.scale_offset.grad, twin.scale_offset.grad)
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([0, -1, 1, 2, 2])])
@@ -451,7 +451,8 @@ def test_all_but_the_adapters_is_frozen(served):
     load_adapters(model, {"one": files["one"]})
     model.other = BOFTLinear(8, 8, block_size=4)
     load_adapters(model, {"two": files["two"]})
-    assert {n for n, p in model.other.named_parameters() if p.requires_grad} == {"skew", "scale"}
+    other = {n for n, p in model.other.named_parameters() if p.requires_grad}
+    assert other == {"skew", "scale_offset"}
     del model.other
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained

@@ -101,7 +101,7 @@ def test_groups():
     assert [g["weight_decay"] for g in groups] == [0, 0, 0, 0.1]
     assert [id(p) for p in skews] == [id(model[0].skew), id(model[2].skew)]
     assert [id(p) for p in small] == [id(model[1].skew)]
-    assert [id(p) for p in scales] == [id(model[0].scale), id(model[1].scale)]
+    assert [id(p) for p in scales] == [id(model[0].scale_offset), id(model[1].scale_offset)]
     assert [id(p) for p in others] == [id(model[3].weight), id(model[3].bias)]
 
 
@@ -109,10 +109,10 @@ def test_frozen_and_shared_parameters_and_adapters():
     layer = BOFTLinear(16, 16)
     model = nn.ModuleList([layer, nn.Sequential(layer), MultiAdapterLinear(nn.Linear(16, 4))])
     model[2].add_adapter("one", block_size=16, n_factors=1)
-    layer.scale.requires_grad_(False)
+    layer.scale_offset.requires_grad_(False)
     groups = param_groups(model, 1e-3)
     adapter = model[2].adapters["one"]
-    expected = [layer.skew, adapter.skew, adapter.scale]
+    expected = [layer.skew, adapter.skew, adapter.scale_offset]
     assert [id(p) for g in groups for p in g["params"]] == [id(p) for p in expected]
     torch.optim.AdamW(groups)  # refuses a parameter that is in two groups
 

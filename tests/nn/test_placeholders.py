@@ -48,7 +48,7 @@ def multi():
     return layer, torch.randn(128, 64)
 
 
-@pytest.mark.parametrize("name", ["skew", "scale"])
+@pytest.mark.parametrize("name", ["skew", "scale_offset"])
 @pytest.mark.parametrize(
     "make", [linear(), linear(side="out"), linear(kaleidoscope=1), conv, multi]
 )
@@ -58,7 +58,7 @@ def test_a_forward_pass_and_merging_refuse_a_placeholder_beside_numbers(make, na
     reads = [lambda: layer(x), lambda: layer.weight.sum(), layer.merged_layer]
     if hasattr(layer, "adapters"):
         reads += [lambda: layer(x, torch.zeros(128, dtype=torch.int64)), layer.eval().prepare]
-        reads = reads[:-1] if name == "scale" else reads
+        reads = reads[:-1] if name == "scale_offset" else reads
     else:
         reads += [layer.merge, layer.merged_weight]
     for read in reads:

@@ -111,23 +111,22 @@ def test_forward_and_gradients(quantized):
     assert model[0].base is base
     assert torch.equal(model(x), start)
     trained_names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained_names == {"0.adapters.default.skew", "0.adapters.default.scale"}
+    assert trained_names == {"0.adapters.default.skew", "0.adapters.default.scale_offset"}
 
     adapter = model[0].adapters["default"]
     nn.init.normal_(adapter.skew, std=0.2)
-    nn.init.normal_(adapter.scale, mean=1, std=0.2)
+    nn.init.normal_(adapter.scale_offset, std=0.2)
     dense = nn.Linear(64, 32)
     dense.weight.data, dense.bias.data = weight_of(base), base.bias.detach().float()
     twin = BOFTLinear.from_linear(dense, block_size=8)
-    twin.load_state_dict(
-        {"skew": adapter.skew.detach(), "scale": adapter.scale.detach()}, strict=False
-    )
+    own = {"skew": adapter.skew.detach(), "scale_offset": adapter.scale_offset.detach()}
+    twin.load_state_dict(own, strict=False)
     upstream = torch.randn(6, 32)
     grads = []
-    for layer, skew, scale in ((model[0], adapter.skew, adapter.scale), (twin, twin.skew,
-                                                                        twin.scale)):  # fmt: skip
+    for layer, own in ((model[0], adapter), (twin, twin)):
         y = layer(x)
-        grads.append((y, *torch.autograd.grad(y, (x, skew, scale), upstream)))
+        trained_tensors = x, own.skew, own.scale_offset
+        grads.append((y, *torch.autograd.grad(y, trained_tensors, upstream)))
     for got, want in zip(*grads, strict=True):
         error = (got - want).abs().max() / want.abs().max()
         assert error <= tolerance, error
@@ -215,7 +214,7 @@ def test_a_trained_bias_has_one_name_over_dense_and_quantized_layers(tmp_path):
             bias.copy_(torch.randn(32))
         bias.requires_grad_(True)
         save_adapter(ours, tmp_path / "a")
-        assert set(load_file(tmp_path / "a")) == {"0.skew", "0.scale", "0.bias"}
+        assert set(load_file(tmp_path / "a")) == {"0.skew", "0.scale_offset", "0.bias"}
         for other, where in ((dense, "0.bias"), (packed, "0.base.bias")):
             fresh = load_adapter(copy.deepcopy(other), tmp_path / "a")
             assert torch.equal(fresh.get_parameter(where), bias)

@@ -60,7 +60,7 @@ WRAPPERS = {
     "checkpoints": each_block(checkpoint_wrapper),
     "two": lambda model: nn.DataParallel(each_block(compiled)(model)),
 }
-NAMES = {f"{name}.{tensor}" for name in TARGETS for tensor in ("skew", "scale")}
+NAMES = {f"{name}.{tensor}" for name in TARGETS for tensor in ("skew", "scale_offset")}
 NAMES |= {"head.weight", "head.bias"}
 
 
@@ -107,7 +107,7 @@ def test_a_trained_weight_of_a_rotated_layer_is_not_saved(make, bare, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("name", ["blocks.0.0.skew", "blocks.1.0.scale", "head.bias"])
+@pytest.mark.parametrize("name", ["blocks.0.0.skew", "blocks.1.0.scale_offset", "head.bias"])
 def test_numbers_are_finite_in_files(name, value, tmp_path):
     model = adapt(Model())
     boft_ops.save_adapter(model, tmp_path / "a.safetensors")

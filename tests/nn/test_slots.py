@@ -17,8 +17,8 @@ def add(layer, name, seed, **options):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         adapter.skew.copy_(0.3 * torch.randn(adapter.skew.shape, generator=generator))
-        if adapter.scale is not None:
-            adapter.scale.copy_(1 + 0.3 * torch.randn(N, generator=generator))
+        if adapter.scale_offset is not None:
+            adapter.scale_offset.copy_(0.3 * torch.randn(N, generator=generator))
     return layer.put_adapter(name, adapter, active=False)
 
 

@@ -33,8 +33,8 @@ def randomized(module, std=0.2):
     for name, parameter in module.named_parameters():
         if name.endswith("skew"):
             nn.init.normal_(parameter, std=std)
-        if name.endswith("scale"):
-            nn.init.uniform_(parameter, 0.5, 2)
+        if name.endswith("scale_offset"):
+            nn.init.uniform_(parameter, -0.5, 1)
     return module
 
 
@@ -75,11 +75,11 @@ def test_the_ends_are_exact(kind, dtype):
 def test_two_halves_are_the_whole(kind):
     """With blocks R^(1/2) applied twice each factor is R again, and so are the scales."""
     layer, _ = make(kind)
-    skew, scale = layer.set_strength(0.5).at_strength()
+    skew, offset = layer.set_strength(0.5).at_strength()
     half = cayley(skew)
     torch.testing.assert_close(half @ half, cayley(layer.skew))
-    if scale is not None:
-        torch.testing.assert_close(scale * scale, layer.scale)
+    if offset is not None:
+        torch.testing.assert_close((1 + offset) ** 2, layer.scale)
     layer.set_strength(-1)
     torch.testing.assert_close(cayley(layer.at_strength()[0]), cayley(layer.skew).mT)
     layer.set_strength(2)
@@ -202,7 +202,7 @@ def test_training_needs_the_whole_strength():
 
 def test_a_model_is_unchanged_by_an_error():
     model = randomized(adapt(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), ["0", "1"]))
-    nn.init.constant_(model[1].scale, -1.0)
+    nn.init.constant_(model[1].scale_offset, -2.0)
     with pytest.raises(ValueError, match="expected 0 or 1 over a scale that is not positive"):
         set_strength(model, 0.5)
     assert model[0].strength == 1

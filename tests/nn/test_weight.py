@@ -12,10 +12,9 @@ from boft_ops import BOFTConv2d, BOFTLinear, MultiAdapterLinear
 
 def trained(layer):
     torch.manual_seed(1)
-    for name, parameter in layer.named_parameters():
+    for parameter in layer.parameters():
         if parameter.requires_grad:
-            noise = 0.2 * torch.randn_like(parameter)
-            parameter.data = noise + name.endswith("scale")
+            parameter.data = 0.2 * torch.randn_like(parameter)
     return layer
 
 
@@ -73,7 +72,7 @@ def test_the_weight_of_a_convolution():
 def test_gradients_of_gradients_and_of_an_unfrozen_weight():
     layer, x = trained(LAYERS["in"]().double()), torch.randn(5, 16, dtype=torch.float64)
     layer.weight.requires_grad_(True)
-    parameters = [layer.frozen_weight, layer.skew, layer.scale]
+    parameters = [layer.frozen_weight, layer.skew, layer.scale_offset]
     penalties = []
     for y in (F.linear(x, layer.weight, layer.bias), layer(x)):
         grads = torch.autograd.grad(y.square().sum(), parameters, create_graph=True)

@@ -28,7 +28,7 @@ def test_adapt_keeps_the_parameters_that_zero3_knows(model):
     assert model[0].bias is bias
     assert not weight.requires_grad
     assert model[0].skew.shape == (2, 4, 6)
-    assert model[0].scale.shape == (8,)
+    assert model[0].scale_offset.shape == (8,)
 
 
 def test_files_of_tensors_that_are_put_away_are_refused(model, tmp_path):

@@ -188,7 +188,7 @@ def test_layer_compiles_whole(side):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 16)
     torch.testing.assert_close(compiled(x), layer(x))
-    parameters = (layer.skew, layer.scale)
+    parameters = (layer.skew, layer.scale_offset)
     wanted = torch.autograd.grad(layer(x).square().sum(), parameters)
     for got, want in zip(torch.autograd.grad(compiled(x).square().sum(), parameters), wanted):
         torch.testing.assert_close(got, want)

@@ -207,7 +207,7 @@ def test_checkpoints(reentrant):
     layer = BOFTLinear(64, 24, n_factors=2, block_size=8)
     torch.nn.init.normal_(layer.skew, std=0.3)
     x = torch.randn(70, 64, requires_grad=True)
-    leaves = [x, layer.skew, layer.scale]
+    leaves = [x, layer.skew, layer.scale_offset]
     wanted = torch.autograd.grad(layer(x).square().sum(), leaves)
     y = checkpoint(layer, x, use_reentrant=reentrant)
     if reentrant:
@@ -304,8 +304,9 @@ def test_autocast_that_is_on_in_backward_alone():
 )
 def test_the_operator_checks_its_arguments(change, match):
     """No shape may make a kernel read outside its tensors, whoever calls it."""
-    names = "x", "weight", "skew", "drop_mask", "scale", "bias"
+    names = "x", "weight", "skew", "drop_mask", "scale"
     tensors = {k: None if t is None else t.detach() for k, t in operands(drop_mask=None).items()}
     call = [(tensors | change)[name] for name in names]
+    bias = (tensors | change)["bias"]
     with pytest.raises(RuntimeError, match=match):
-        torch.ops.boft_ops.linear_from_skew(*call, False, False)
+        torch.ops.boft_ops.linear_from_skew(*call, 0, bias, False, False)

@@ -37,7 +37,7 @@ def samples():
     x, g = torch.randn(5, 32), torch.randn(32, 5).T
     weight, scale, bias = torch.randn(6, 32), torch.randn(6), torch.randn(6)
     y, rows = torch.randn(5, 6), torch.tensor([1, 1, -1, 0, 1], dtype=torch.int32)
-    numbers = raw.linear_from_skew(x, weight, skew, drop, None, None, False, False)[2]
+    numbers = raw.linear_from_skew(x, weight, skew, drop, None, 0, None, False, False)[2]
     ends = torch.tensor([1, 1, 4], dtype=torch.int32)  # an empty segment, a row in none
     return {
         "cayley": [
@@ -87,14 +87,17 @@ def samples():
             (y, g, weight, stage, scale, None, None, 1, False),
         ],
         "linear_from_skew": [
-            (x, weight, skew, None, scale, bias, True, False),
-            (g[None], weight, skew.mT.contiguous().mT, drop, None, None, False, False),
-            (x.repeat(20, 1), weight, skew, drop, scale, None, False, True),
+            (x, weight, skew, None, scale, 1, bias, True, False),
+            (g[None], weight, skew.mT.contiguous().mT, drop, None, 0, None, False, False),
+            (x.repeat(20, 1), weight, skew, drop, scale, 1, None, False, True),
+            (x, weight, skew, None, scale, 0, bias, True, False),
         ],
         "linear_from_skew_backward": [
-            (y, x, weight, skew, numbers, None, scale, bias, y, False, 1, True, False),
-            (y, g, weight, skew, numbers, drop, scale, None, y, True, 1, False, True),
-            (y[None], x[None], weight, skew, numbers, drop, *[None] * 3, False, 1, False, False),
+            (y, x, weight, skew, numbers, None, scale, 1, bias, y, False, 1, True, False),
+            (y, g, weight, skew, numbers, drop, scale, 0, None, y, True, 1, False, True),
+            (y, g, weight, skew, numbers, drop, scale, 1, bias, y, True, 1, True, False),
+            (y[None], x[None], weight, skew, numbers, drop, None, 0, *[None] * 2, False, 1, False,
+             False),
         ],
     }  # fmt: skip
 
@@ -261,10 +264,10 @@ def test_func_transforms(backend):
 
         x = torch.randn(5, 32)
         per_sample = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
-        trained = (layer.skew, layer.scale)
+        trained = (layer.skew, layer.scale_offset)
         for i in range(5):
             want = torch.autograd.grad(layer(x[i]).square().sum(), trained)
-            for name, gradient in zip(("skew", "scale"), want, strict=True):
+            for name, gradient in zip(("skew", "scale_offset"), want, strict=True):
                 torch.testing.assert_close(per_sample[name][i], gradient, rtol=1e-4, atol=1e-4)
 
 

@@ -58,7 +58,7 @@ def test_exported_layer_trains(options):
     boft_ops.adapt(model, ["0", "2"], **{"block_size": 4, **options})
     for layer in (model[0], model[2]):
         nn.init.normal_(layer.skew, std=0.2)
-        nn.init.normal_(layer.scale, 1, 0.1)
+        nn.init.normal_(layer.scale_offset, std=0.1)
     exported = torch.export.export(copy.deepcopy(model), (torch.randn(8, 24),)).module()
     x, grads = torch.randn(8, 24), []
     for module in (model, exported):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ...nn.adapter_format import FORMAT, parse_metadata, write_adapter
+from ...nn.adapter_format import FORMAT, parse_metadata, with_offsets, write_adapter
 from ...nn.config import RotationConfig
+from ...ops.scale import offset_of, scale_of
 from .checkpoint import LAYER_TYPES, Checkpoint, LayerState, Shapes, described
 
 
@@ -37,7 +38,7 @@ def read(
             "format has"
         )
     bases = _bases(path, metadata.get("bases", "{}"))
-    others = dict(tensors)
+    others = dict(with_offsets(metadata, layer_options, tensors))
     layers = {}
     for name, options in layer_options.items():
         if "kaleidoscope" in options:
@@ -46,7 +47,8 @@ def read(
                 "which no other format has"
             )
         prefix = f"{name}." if name else ""
-        skew, scale = others.pop(f"{prefix}skew", None), others.pop(f"{prefix}scale", None)
+        skew = others.pop(f"{prefix}skew", None)
+        scale = scale_of(others.pop(f"{prefix}scale_offset", None))
         if skew is None:
             raise ValueError(f"{path}: {name}: expected a tensor {prefix}skew, got none")
         layer_type, out_features = bases.get(name, (None, None))
@@ -88,7 +90,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write a file that ``load_adapter`` reads.
 
     Raises:
-        ValueError: a further tensor bears the name of a skew or scale.
+        ValueError: a further tensor bears the name of a skew or scale_offset.
     """
     tensors = dict(checkpoint.others)
     bases = {}
@@ -96,7 +98,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         prefix = f"{name}." if name else ""
         rotation = {f"{prefix}skew": layer.skew}
         if layer.scale is not None:
-            rotation[f"{prefix}scale"] = layer.scale
+            rotation[f"{prefix}scale_offset"] = offset_of(layer.scale)
         if clash := rotation.keys() & tensors.keys():
             raise ValueError(f"expected no other tensor of that name, got two {clash.pop()!r}")
         tensors |= rotation

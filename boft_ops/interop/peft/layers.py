@@ -149,17 +149,20 @@ class Rotated:
             raise RuntimeError(
                 f"adapter {name!r}: expected scale 1 in training, or eval(), got {strength}"
             )
+        offset = None if scale is None else scale.detach().double() - 1
         if isinstance(adapter, SkewRotation):
-            skew, scale = self._powers[name].of(adapter.skew, scale, strength, self._sources(name))
-            return adapter._replace(skew=skew), scale
+            skew, offset = self._powers[name].of(
+                adapter.skew, offset, strength, self._sources(name)
+            )
+            return adapter._replace(skew=skew), _as_scale(offset, scale)
         if not adapter.is_orthogonal():
             raise ValueError(
                 f"adapter {name!r}: expected scale 1 over blocks of a truncated series that is "
                 f"none of this package's, got {strength}"
             )
         matrix = adapter.matrix
-        skew, scale = power(inverse_cayley(matrix).to(matrix.dtype), scale, strength)
-        return SkewRotation(skew[None]), scale
+        skew, offset = power(inverse_cayley(matrix).to(matrix.dtype), offset, strength)
+        return SkewRotation(skew[None]), _as_scale(offset, scale)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the strength of an adapter, for inference: R^t and s^t in the place of R and s.
@@ -296,3 +299,8 @@ class RotatedKernel(Rotated):
                 blocks = [adapter.blocks() for adapter in adapters]
                 weight = merge_rotations(base.weight, zip(blocks, scales, strict=True))
             return call_with_weight(base, nn.Conv2d, weight, x, args, kwargs)
+
+
+def _as_scale(offset: torch.Tensor | None, like: torch.Tensor | None) -> torch.Tensor | None:
+    """The scale of an offset from one, in the dtype of ``like``."""
+    return None if offset is None else (offset + 1).to(like.dtype)
