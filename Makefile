@@ -59,7 +59,7 @@ help:
 	@echo 'make cuda             test the CUDA kernels without a GPU: compile, emulate under sanitizers, mutate'
 	@echo 'make cuda-memcheck    on a machine with a GPU, test the CUDA kernels under compute-sanitizer'
 	@echo 'make build            recompile the changed files of csrc/, in place'
-	@echo 'make dist             make what a release uploads: sdist, pure wheel and manylinux wheel, checked'
+	@echo 'make dist             make what a release uploads: sdist, pure wheel and manylinux wheels, checked'
 	@echo 'make hub              make a repository that kernels.get_local_kernel loads; options: HUB=FOLDER'
 	@echo 'make clean            remove build products'
 	@echo 'make distclean        remove build products, $(VENV) and data/'
@@ -153,21 +153,26 @@ build: $(STAMPS)/torch
 	$(call say,compiling csrc/)
 	@BOFT_OPS_FORCE_EXT=1 $(PY) setup.py -q build_ext --inplace
 
-# The wheels are made from the sdist, so that a file it lacks is missed here. The manylinux wheel has
-# the kernels for CPUs and for NVIDIA's GPUs; DIST_CUDA=0 leaves out the latter, which need nvcc and
-# some minutes. auditwheel refuses a library that needs more of a system than torch's own wheels do.
+# The wheels are made from the sdist, so that a file it lacks is missed here. One wheel has the kernels
+# for CPUs and runs wherever torch's own wheels do. The other has those for NVIDIA's GPUs too, with
+# CUDA's runtime, which needs a newer glibc; DIST_CUDA=0 leaves it out, and with it nvcc and some
+# minutes. pip takes the newest that a system can run. auditwheel holds each to its system.
 DIST  := dist
 DIST_CUDA := 1
 WHEEL := -m pip wheel -q --no-deps --no-index --no-build-isolation
+REPAIR = PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --only-plat \
+  --exclude 'libtorch*' --exclude 'libc10*' -w '$(DIST)' --plat
 dist: $(STAMPS)/dist
 	$(call say,making the files of a release in $(DIST))
 	@rm -rf '$(DIST)' build/dist && mkdir -p build/dist
 	@$(PY) -m build --no-isolation --sdist --outdir '$(DIST)' . > build/dist/log 2>&1 || \
 	  { cat build/dist/log; exit 1; }
 	@BOFT_OPS_SKIP_EXT=1 $(PY) $(WHEEL) -w '$(DIST)' '$(DIST)'/*.tar.gz
-	@BOFT_OPS_FORCE_EXT=1 BOFT_OPS_CUDA=$(DIST_CUDA) $(PY) $(WHEEL) -w build/dist '$(DIST)'/*.tar.gz
-	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
-	  --exclude 'libtorch*' --exclude 'libc10*' -w '$(DIST)' build/dist/*.whl
+	@BOFT_OPS_FORCE_EXT=1 BOFT_OPS_CUDA=0 $(PY) $(WHEEL) -w build/dist/cpu '$(DIST)'/*.tar.gz
+	@$(REPAIR) manylinux_2_28_$$(uname -m) build/dist/cpu/*.whl
+	@if [ '$(DIST_CUDA)' != 0 ]; then \
+	  BOFT_OPS_FORCE_EXT=1 BOFT_OPS_CUDA=1 $(PY) $(WHEEL) -w build/dist/cuda '$(DIST)'/*.tar.gz && \
+	  $(REPAIR) manylinux_2_34_$$(uname -m) build/dist/cuda/*.whl; fi
 	@$(PY) -m twine check --strict '$(DIST)'/*
 
 HUB := build/hub

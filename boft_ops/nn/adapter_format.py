@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .._runtime import files
+from .._runtime.dtypes import COMPUTE
 from ..ops.scale import offset_of
 from .config import Options, RotationConfig
 
@@ -98,14 +99,23 @@ def with_offsets(
         metadata: that ``parse_metadata`` has checked.
         layers: names of the rotated layers.
         tensors: of the file, by name; not changed.
+
+    Raises:
+        ValueError: a scale or an offset is no tensor of a dtype that layers have.
     """
-    if int(metadata["format_version"]) > 1:
-        return tensors
+    stored = "scale_offset" if int(metadata["format_version"]) > 1 else "scale"
     tensors = dict(tensors)
     for name in layers:
         prefix = f"{name}." if name else ""
-        if (scale := tensors.pop(f"{prefix}scale", None)) is not None:
-            tensors[f"{prefix}scale_offset"] = offset_of(scale)
+        if (number := tensors.get(f"{prefix}{stored}")) is None:
+            continue
+        if number.dtype not in COMPUTE:
+            raise ValueError(
+                f"{prefix}{stored}: expected float64, float32, bfloat16 or float16, "
+                f"got {number.dtype}"
+            )
+        if stored == "scale":
+            tensors[f"{prefix}scale_offset"] = offset_of(tensors.pop(f"{prefix}scale"))
     return tensors
 
 

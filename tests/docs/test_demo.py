@@ -40,6 +40,14 @@ LINES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """The scripts set the number of threads, which the tests that follow shall not have."""
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 

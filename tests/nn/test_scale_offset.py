@@ -179,3 +179,18 @@ def test_half_a_strength_of_a_small_offset():
     nn.init.constant_(layer.scale_offset, 1e-4)
     offset = layer.set_strength(0.5).at_strength()[1]
     torch.testing.assert_close(offset, torch.full((96,), 1.0001**0.5 - 1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("version", "key"), [("1", "scale"), ("2", "scale_offset")])
+def test_a_file_whose_scale_is_made_of_integers_is_refused(tmp_path, version, key):
+    path = tmp_path / "a.safetensors"
+    boft_ops.save_adapter(boft_ops.adapt(model(), ["0"], block_size=4), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"format_version": version}
+    tensors = load_file(path)
+    (name,) = (name for name in tensors if name.endswith("scale_offset"))
+    tensors[name.replace("scale_offset", key)] = tensors.pop(name).int()
+    save_file(tensors, path, metadata)
+    for read in (lambda: boft_ops.load_adapter(model(), path), lambda: read_checkpoint(path)):
+        with pytest.raises(ValueError, match=rf"{key}: expected float64, .*, got torch.int32"):
+            read()
