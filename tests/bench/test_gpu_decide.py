@@ -79,6 +79,7 @@ def is_begun(line, section):
     return (line["kind"], line["section"]) == ("begun", section)
 
 
+@pytest.mark.exhaustive
 def test_every_section_is_done_although_one_was_killed(dry_run):
     lines = lines_in(dry_run[0])
     outcomes = {line["section"]: line["outcome"] for line in lines if line["kind"] == "section"}
@@ -100,6 +101,7 @@ def test_every_section_is_done_although_one_was_killed(dry_run):
     assert facts["dtype"] == "float32"
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_cut_at_any_byte_gives_a_table(dry_run, tmp_path):
     out, _ = dry_run
     content = (out / decide_lines.NAME).read_bytes()
@@ -113,6 +115,7 @@ def test_a_run_that_was_cut_at_any_byte_gives_a_table(dry_run, tmp_path):
     assert gpu_decide.main([f"--table={tmp_path}"]) == 0
 
 
+@pytest.mark.exhaustive
 def test_the_table_is_made_again_from_the_lines(dry_run, capsys):
     out, text = dry_run
     gpu_decide.main([f"--table={out}"])
@@ -124,6 +127,7 @@ def test_the_table_is_made_again_from_the_lines(dry_run, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "results.jsonl", "table.txt"]
 
 
+@pytest.mark.exhaustive
 def test_results_are_not_overwritten(dry_run):
     with pytest.raises(SystemExit, match=r"expected a folder without results\.jsonl"):
         gpu_decide.main([f"--out={dry_run[0]}", "--device=cpu"])
@@ -139,6 +143,7 @@ def test_a_machine_without_a_gpu_is_told_so(tmp_path):
     assert lines_in(tmp_path) == []
 
 
+@pytest.mark.exhaustive
 def test_lines_go_to_the_page(dry_run, tmp_path, monkeypatch):
     folder, path = tmp_path / "bench" / "results", tmp_path / "docs" / "benchmarks.md"
     path.parent.mkdir()

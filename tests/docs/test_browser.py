@@ -9,7 +9,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.xdist_group("site")]
 WIDTHS = {"desktop": 1366, "phone": 412}
 SEARCHABLE = """() => {
   const state = document.querySelector(".md-search-result__meta")

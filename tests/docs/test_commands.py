@@ -129,6 +129,7 @@ def test_the_named_tests_exist():
             assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.M), where
 
 
+@pytest.mark.exhaustive  # each starts a Python of its own
 def test_quick_commands_run(tmp_path):
     """Forms like IN and OUT become files; everything runs in an empty folder."""
     from safetensors.torch import save_file
