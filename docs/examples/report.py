@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -244,9 +245,11 @@ def print_search(console: Console, rows: list[tuple[str, float, float]], current
 def machine() -> str:
     """Describe the processor, its cores and the threads in use."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
+    text = info.read_text() if info.is_file() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    processor = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found:  # a virtual machine may hide the rest of the name
+        processor += f" (family {found['cpu family']}, model {found['model']})"
     return f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
 
 
