@@ -8,8 +8,9 @@ is refused.
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from .wrappers import DDP, DEEPSPEED, FSDP1, wrapper_of
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+AVERAGING = (DDP, FSDP1, DEEPSPEED)
+
 
 def check_order(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     """Raise ValueError if a wrapper would not see adapters that these modules get now.
@@ -29,10 +32,7 @@ def check_order(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
         model: the model that holds the modules, or is a wrapper of one.
         targets: modules to adapt, by dotted name.
     """
-    for wrapper in model.modules():
-        kind = wrapper_of(wrapper)
-        if kind not in (DDP, FSDP1, DEEPSPEED):
-            continue
+    for wrapper, kind in _averaging_wrappers(model):
         inside = set(wrapper.modules())
         for name, module in targets.items():
             if module in inside:
@@ -49,6 +49,33 @@ def check_order(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
                 f"model: expected adapt() before FullyShardedDataParallel, got {name!r} with a "
                 "weight that it manages: adapt the model first, then wrap it"
             )
+
+
+def _averaging_wrappers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The wrappers that average gradients, with their class names: inside of a model and around it.
+
+    A wrapped model does not know its wrapper. So where processes work together, the wrappers that
+    live in this one are looked for among all its objects, which takes a fraction of a second.
+    """
+    for module in model.modules():
+        if (kind := wrapper_of(module)) in AVERAGING:
+            yield module, kind
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if _wrappers_around(model):
+        gc.collect()  # a wrapper that nobody holds any longer may be waiting for its end
+        yield from _wrappers_around(model)
+
+
+def _wrappers_around(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [
+        (found, kind)
+        for found in gc.get_objects()
+        if issubclass(type(found), nn.Module)  # isinstance would wake proxies of objects
+        and (kind := wrapper_of(found)) in AVERAGING
+        and found is not model
+        and any(module is model for module in found.modules())
+    ]
 
 
 def fully_sharded(model: nn.Module) -> set[nn.Module]:

@@ -37,6 +37,19 @@ def test_wrappers_that_average_by_themselves_are_refused():
 
 
 @pytest.mark.processes(2)
+def test_the_inside_of_a_wrapper_is_refused_as_long_as_the_wrapper_lives():
+    wrapper = DistributedDataParallel(pretrained())
+    wrapper.itself = [wrapper]  # a cycle, which only the garbage collector ends
+    model = wrapper.module
+    for inside, targets in ((model, TARGETS), (model.blocks, ["0.up"])):
+        with pytest.raises(ValueError, match=r"expected adapt\(\) before DistributedDataParallel"):
+            boft_ops.adapt(inside, targets, **OPTIONS)
+    boft_ops.adapt(pretrained(), TARGETS, **OPTIONS)  # another model
+    del wrapper, inside
+    boft_ops.adapt(model, TARGETS, **OPTIONS)
+
+
+@pytest.mark.processes(2)
 def test_a_file_is_refused_likewise(tmp_path):
     path = tmp_path / "a.safetensors"
     boft_ops.save_adapter(adapt(pretrained()), path)
