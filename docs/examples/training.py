@@ -20,10 +20,10 @@ BATCH_SIZE = 32
 WARM_UP = 0.1  # share of the steps in which the learning rate rises; then it falls linearly
 
 
-def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Make AdamW for the trainable parameters."""
+def make_optimizer(model: nn.Module, rate: float, scaled: bool = True) -> torch.optim.Optimizer:
+    """Make AdamW for the trainable parameters; `scaled` gives each skew its own rate."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    if any(isinstance(module, boft_ops.BOFTLinear) for module in model.modules()):
+    if scaled and any(isinstance(module, boft_ops.BOFTLinear) for module in model.modules()):
         # One rate serves OFT and BOFT: a step changes every rotation equally.
         trained = boft_ops.param_groups(model, lr=rate)
     # There is no weight decay, because it would have a different meaning for each method.
@@ -48,11 +48,15 @@ def train(
     epochs: int,
     seed: int,
     each_step: Callable[[int, int, float], None],
+    scaled: bool = True,
 ) -> None:
-    """Train a model in place. `each_step` is called with (step, steps, loss)."""
+    """Train a model in place. `each_step` is called with (step, steps, loss).
+
+    With `scaled=False` the skews train at `rate` itself, not at that of boft_ops.param_groups.
+    """
     steps = epochs * -(-len(data) // BATCH_SIZE)
     warm = max(1, round(WARM_UP * steps))
-    optimizer = make_optimizer(model, rate)
+    optimizer = make_optimizer(model, rate, scaled)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
     )

@@ -77,6 +77,7 @@ COMMANDS = [
      "tests/docs/test_demo.py::test_every_method_from_training_to_report"),
     (r"python docs/examples/merge_two_tasks.py( --seeds 5 --threads 1)?",
      "tests/docs/test_demo.py::test_merging_two_tasks"),
+    (r"python docs/examples/one_rate.py( --threads 1)?", "tests/docs/test_demo.py::test_one_rate"),
     (r"python docs/examples/fetch_data.py",
      "tests/docs/test_demo.py::test_fetch_verifies_and_is_idempotent"),
     (r"python docs/examples/causal_lm.py", "tests/docs/test_recipes.py::test_causal_lm"),

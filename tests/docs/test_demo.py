@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import itertools
+import re
 import sys
 import tarfile
 import zipfile
@@ -23,6 +24,7 @@ try:
     import merge_two_tasks
     import methods
     import minilm
+    import one_rate
     import report
     import snippets
     import training
@@ -381,3 +383,73 @@ def test_errors_of_merging_know_sentences_and_seeds():
     seeds = torch.tensor([0.375, 0.25]).double().std() ** 2 / 2
     assert error == pytest.approx(float(sentences + seeds) ** 0.5)
     assert merge_two_tasks.difference(answers, "one", "one") == (0, 0)
+
+
+# --- One learning rate for every structure --------------------------------------------------------
+
+
+def test_one_rate(tiny, corpora, monkeypatch):
+    """The whole script; the optimizers of its runs have the rates that the page names."""
+    _, _, whole, tokenizer = tiny
+    for name, value in {
+        "load_minilm": lambda: (tokenizer, copy.deepcopy(whole)),
+        "Console": quiet,
+        "SHAPES": ((1, 4), (2, 8)),
+        "RATES": (1e-3, 1e-2),
+        "VALIDATION": 24,
+        "TEST": 24,
+    }.items():
+        monkeypatch.setattr(one_rate, name, value)
+    rates, make = [], training.make_optimizer
+
+    def spy(model, *args):
+        optimizer = make(model, *args)
+        skew = next(p for name, p in model.named_parameters() if name.endswith("skew"))
+        groups = optimizer.param_groups
+        rates.append(next(g["lr"] for g in groups if any(p is skew for p in g["params"])))
+        return optimizer
+
+    monkeypatch.setattr(training, "make_optimizer", spy)
+    arguments = ["--train-size", "40", "--threads", "1", "--data", str(corpora)]
+    one_rate.main([*arguments, "--out", str(corpora)])
+    factor = (20 / 3) ** 0.5  # BOFT(1, 4) in the formula of docs/layers.md
+    plain = [1e-3, 1e-2]
+    assert rates == pytest.approx([1e-3 * factor, 1e-2 * factor, *plain, *plain])
+
+    page = (corpora / "one_rate.md").read_text()
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if re.match(r"\| \(\d", line)]
+    shares = [[float(cell.strip(" *").split(" ± ")[0]) for cell in row[2:]] for row in rows]
+    assert [row[0].strip() for row in rows] == 2 * ["(1, 4)", "(2, 8)"]
+    assert [row[1].strip() for row in rows] == ["2.58 lr", "1.00 lr", "1.00 lr", "1.00 lr"]
+    for row, share in zip(rows, shares, strict=True):
+        assert [cell.startswith(" **") for cell in row].index(True) - 2 == share.index(max(share))
+    # BOFT(2, 8) trains at lr itself in both ways.
+    assert rows[1] == rows[3]
+    assert "24 validation sentences, after 1 epoch of 40 training sentences" in page
+    with pytest.raises(SystemExit):
+        one_rate.main(["--data", str(corpora / "nowhere")])
+
+
+def test_one_rate_claims_no_more_than_its_numbers(monkeypatch):
+    monkeypatch.setattr(one_rate, "RATES", (1.0, 2.0))
+
+    def answers(*counts):
+        return torch.stack([(torch.arange(400) < n).double() for n in counts])
+
+    steady = {(1, 4): answers(300, 200), (1, 8): answers(301, 200)}
+    wandering = {(1, 4): answers(300, 200), (1, 8): answers(200, 302)}
+    lines = one_rate.verdicts({"with": steady, "without": wandering})
+    one, other, cells, stays, apart, _ = lines
+    assert one.startswith("with: the best lr is 1 for (1, 4), 1 for (1, 8). Its lead")
+    assert "in 2 of 2 rows" in one
+    assert "With lr 1 for all, a structure is at most 0.0 ± 0.0 points below" in one
+    assert "With lr 2 for all, a structure is at most 25.0 ± 2.2 points" in other
+    assert other.endswith("below its own best: (1, 4), carried.")
+    assert "better in: (1, 8) at lr 1 (+25.2); worse in: (1, 8) at lr 2 (-25.5)." in cells
+    assert stays == "The best rate stays in one column with param_groups and wanders without."
+    assert "carried in 0 of 2 columns with param_groups and in 2 without" in apart
+    *_, cells, stays, _, _ = one_rate.verdicts({"with": steady, "without": steady})
+    assert "better in: none; worse in: none" in cells
+    assert "NOT shown: it is in 1 of 2 columns with them and in 1 without" in stays
+    assert not one_rate.carried(answers(300)[0] - answers(299)[0])  # a lead of one sentence
+    assert one_rate.widest(wandering, 0) == (0.25, pytest.approx((0.1875 / 399) ** 0.5))
