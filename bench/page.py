@@ -46,6 +46,7 @@ Block = Callable[[Sequence[Machine]], Iterator[str]]
 BLOCKS: dict[str, Block] = {
     "price": prices.price,
     "shapes": prices.shapes,
+    "headline": prices.headline,
     "wins": prices.wins,
     "results": results,
     "pure-install": prices.pure_install,

@@ -101,6 +101,21 @@ def wins(machines: Sequence[Machine]) -> Iterator[str]:
             yield f"- {machine.name}, a training step of {model}: {_bracketed(ratio)}."
 
 
+def headline(machines: Sequence[Machine]) -> Iterator[str]:
+    """Yield one sentence: the range of BOFT(2, 8)'s part of LoRA's time on each machine."""
+    ranges = []
+    for machine in machines:
+        shapes = map(Shape.parse, machine.steps)
+        found = [ratio[0] for shape in shapes if (ratio := machine.ratio(shape, BOFT, LORA))]
+        if found:
+            ranges.append(f"{min(found):.2f} to {max(found):.2f} on an {machine.name}")
+    if ranges:
+        yield (
+            "In parts of the time of LoRA r=16, forward and backward of a BOFT(2, 8) layer take "
+            f"{', '.join(ranges)}, over all shapes measured ([figures](#speed-and-memory))."
+        )
+
+
 def _long(shape: Shape) -> str:
     return f"{shape.d} → {shape.n} with {shape.tokens}"
 

@@ -137,6 +137,8 @@ def test_wins_and_losses_are_told_apart():
         "not separable at 768x3072x512 (1.01), 2048x2048x1024 (1.01).",
         "- Some CPU, a training step of Llama: 0.90 [0.90, 0.90].",
     ]
+    (sentence,) = prices.headline([machine(content)])
+    assert "LoRA r=16, forward and backward of a BOFT(2, 8) layer take 0.50 to 2.02 on" in sentence
 
 
 def figure(section, part, name, values):
