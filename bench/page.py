@@ -26,16 +26,26 @@ FOLDER = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
+OLDER = (
+    "What follows, by `bench/run.py` on the same machine, is older: each part names its commit. "
+    "The tables at the top of the page take the figures above where both exist."
+)
+
+
 def results(machines: Sequence[Machine]) -> Iterator[str]:
     """Yield all measurements, machine by machine, each with its goals."""
     if all(machine.on_cpu for machine in machines):
         yield "Not measured on a GPU: all figures are of a CPU."
         yield ""
     for machine in machines:
-        for run in machine.runs:
-            yield from section(run)
         if machine.decided:
             yield from decided_section(machine.decided)
+            if machine.runs:
+                yield ""
+                yield OLDER
+                yield ""
+        for run in machine.runs:
+            yield from section(run)
     if all(machine.on_cpu for machine in machines):
         yield no_gpu()
     if not any(machine.decided for machine in machines):
