@@ -38,6 +38,7 @@ def test_csv_round_trip(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_figure5_in_portions(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(PAPER))  # the processes of the script inherit it
     arguments = ["--quick", "--jobs", "1", "--out", str(tmp_path), "--resume"]

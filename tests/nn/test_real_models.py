@@ -107,6 +107,7 @@ def test_trainer_on_minilm(tmp_path, checkpointing):
     assert second.evaluate()["eval_loss"] == pytest.approx(after, rel=0.05)
 
 
+@pytest.mark.exhaustive
 def test_causal_lm_on_smollm2():
     """Grouped-query attention, 210 linear layers of 576 and 1536 features, each with BOFT(2, 8)."""
     from transformers import AutoModelForCausalLM

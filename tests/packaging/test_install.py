@@ -148,6 +148,7 @@ print(boft_ops.__file__, kernel.__file__, native.library, {str(tree)!r} in sys.p
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_uninstalled_checkout(run, new_tree, needs_compiler):
     """A checkout works without an install, says how to build the library, and builds it."""
     tree = new_tree()
