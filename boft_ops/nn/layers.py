@@ -125,27 +125,35 @@ class BOFTLinear(CachesMerged, BOFTLayer, nn.Linear):
         if self.merged:
             self._check_trainable()
             return super().forward(x)
-        weight = self.frozen_weight
+        own = self._parameters
+        if "weight" in own and "skew" in own and "scale_offset" in own and "bias" in own:
+            # as the attributes below, for which nn.Module would search at every step
+            weight, skew, offset = own["weight"], own["skew"], own["scale_offset"]
+            bias = own["bias"]
+        else:  # FSDP puts plain tensors in the place of parameters, parametrize properties
+            weight, skew, offset = self.frozen_weight, self.skew, self.scale_offset
+            bias = self.bias
         checks.linear_input(x, weight)
         if not torch.compiler.is_compiling() and self.kept_weight is not None:
             y = self.kept_weight.call(self, x)
             if y is not None:
                 return y
-        skew, offset, config = self.skew, self.scale_offset, self.config
+        config = self.config
         if self.strength != 1:
             skew, offset = self.at_strength()
         if skew.is_meta or (offset is not None and offset.is_meta):
             self._check_numbers(x)
         if self.n_identity:
             skew = self._active(skew)
-        drop_mask = self.dropout.draw(skew) if self.training and self.dropout.p_block else None
+        dropout = self._modules["dropout"]
+        drop_mask = dropout.draw(skew) if self.training and dropout.p_block else None
         return rotated_linear(
             x,
             weight,
             SkewRotation(skew, config.method, drop_mask),
             scale=offset,
             scale_base=1,
-            bias=self.bias,
+            bias=bias,
             side=config.side,
             kaleidoscope=config.kaleidoscope,
         )

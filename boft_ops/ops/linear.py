@@ -83,7 +83,7 @@ def choose_strategy(
         _generation = tuned.generation
     outputs, inputs = weight.shape
     rows = x.shape[0] if x.dim() == 2 else x.numel() // inputs
-    parameter, kind, *_ = rotation  # skew and method, or matrix and orthogonal
+    parameter, kind = rotation[:2]  # skew and method, or matrix and orthogonal
     signature = (
         backend.forced(),
         x.device,
