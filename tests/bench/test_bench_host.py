@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(not backend.has_triton(), reason="triton is not 
 # These are Triton's launches, which serve float32 and what the native call leaves.
 MOST_CALLS = 360
 # The same for the native call, and its part of LoRA's time, which is to be at most 0.75
-# (bench/host.py); the bound leaves room for what else runs beside the tests.
-MOST_NATIVE_CALLS = 97
+# (bench/host.py, measured 0.75); the bound leaves room for what else runs beside the tests.
+MOST_NATIVE_CALLS = 92
 MOST_OF_LORA = 0.9
 
 
