@@ -47,6 +47,8 @@ WRAPPERS = {
     "checkpoint_wrapper, fully_shard": lambda model: shard(checkpointed(model)),
     "torch.compile of everything": compiled,
 }
+# Two of the others at once, and a compilation.
+SLOW_WRAPPERS = ("checkpoint_wrapper, fully_shard", "torch.compile of everything")
 
 
 def file_and_outputs(wrap, folder, order="adapt, wrap"):
@@ -84,6 +86,7 @@ def file_and_outputs(wrap, folder, order="adapt, wrap"):
     torch.testing.assert_close(other(x), single(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive_if(condition=lambda wrapper: wrapper in SLOW_WRAPPERS)
 @pytest.mark.processes(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -55,6 +55,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.exhaustive_if(condition=lambda case: case != "boft")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_whole_llama_is_one_graph(case):

@@ -212,6 +212,8 @@ def orthogonality_error(blocks):
     return (blocks @ blocks.mT - eye).abs().max().item()
 
 
+# between the smallest and the largest numbers nothing new happens to a small block
+@pytest.mark.exhaustive_if(condition=lambda b, size, **_: b < 8 and size in (1e2, 1e4, 1e6))
 @pytest.mark.parametrize("size", [1e1, 1e2, 1e4, 1e6, 1e7, 1e8])
 @pytest.mark.parametrize(
     ("b", "trained"), [(2, 2), (3, 3), (4, 3), (8, 8), (8, 3), (9, 9), (16, 3)]

@@ -23,6 +23,8 @@ def error(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
+# a frozen rotation leaves out what the others compute as well
+@pytest.mark.exhaustive_if(condition=lambda frozen, bias_size, **_: frozen and bias_size != 400.0)
 @pytest.mark.parametrize("bias_size", [0.0, 30.0, 400.0])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("frozen", [True, False])

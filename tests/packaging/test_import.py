@@ -55,6 +55,7 @@ from torch.utils import _triton
 """
 
 
+@pytest.mark.exhaustive
 def test_the_folder_triton_is_not_taken_for_the_compiler(run, new_tree):
     tree = new_tree()
     (tree / "triton" / "marker_of_this_tree.py").touch()

@@ -387,6 +387,7 @@ def test_a_gpu_waits_while_the_host_prepares_a_call(monkeypatch, out):
     assert waits[4:] == [measure.CYCLES << 3]
 
 
+@pytest.mark.exhaustive
 def test_tiles_are_tried_in_the_interpreter(monkeypatch, out):
     """The code that tunes Triton kernels, but for the clock."""
     if os.environ.get("TRITON_INTERPRET") != "1":
