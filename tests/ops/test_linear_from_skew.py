@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from boft_ops import BOFTLinear, boft_linear
 from boft_ops._runtime import backend, native, tuned
@@ -115,6 +116,26 @@ def test_the_product_is_chosen_by_the_clock_unless_torch_is_to_be_deterministic(
     for call in measured:  # both ways compute the same
         torch.testing.assert_close(call(True), call(False), rtol=1e-3, atol=1e-2)
     product_choice._measured.cache_clear()
+
+
+@pytest.mark.parametrize("default", [torch.set_default_device, torch.set_default_dtype])
+def test_the_measurement_does_not_depend_on_defaults(default):
+    torch.use_deterministic_algorithms(False)
+    product_choice._measured.cache_clear()
+    default({torch.set_default_device: "meta"}.get(default, torch.float64))
+    try:
+        assert set(product_choice.faster_products()) <= {True, False}
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+        product_choice._measured.cache_clear()
+
+
+def test_nothing_is_measured_where_somebody_watches(monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(product_choice, "_measured", lambda: pytest.fail("measured"))
+    with FlopCounterMode(display=False):
+        step(operands())
 
 
 @pytest.mark.parametrize("slow", [True, False])
