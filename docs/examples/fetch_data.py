@@ -40,6 +40,21 @@ FILES = {  # name -> sha256
 DATA_DIR = Path(__file__).resolve().parents[2] / "data"
 
 
+def check_arguments(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    counts: Collection[str],
+    files: Collection[str] = (FILE_NAME,),
+) -> None:
+    """End a script with a message if a count is not positive or a file is not in `args.data`."""
+    for name in counts:
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag}: expected a positive number, got {getattr(args, name)}")
+    if missing := [name for name in files if not (args.data / name).is_file()]:
+        parser.error(f"--data: {missing[0]} is not there; run docs/examples/fetch_data.py first")
+
+
 def sha256(content: bytes) -> str:
     """Compute a checksum in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

@@ -28,7 +28,7 @@ from pathlib import Path
 import curves
 import report
 import torch
-from fetch_data import DATA_DIR, FILE_NAME
+from fetch_data import DATA_DIR, FILE_NAME, check_arguments
 from methods import METHODS, build
 from minilm import Cached, Classifier, cut_in_two, load_minilm, predict, run_lower
 from rich.console import Console
@@ -180,12 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("build/demo"), help="folder of the results")
     add("--search", action="store_true", help="compare learning rates instead of methods")
     args = parser.parse_args()
-    for name in ("seeds", "epochs", "train_size", "threads"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag}: expected a positive number, got {getattr(args, name)}")
-    if not (args.data / FILE_NAME).is_file():
-        parser.error(f"--data: {FILE_NAME} is not there; run docs/examples/fetch_data.py first")
+    check_arguments(parser, args, ("seeds", "epochs", "train_size", "threads"))
     return args
 
 

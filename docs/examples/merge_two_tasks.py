@@ -23,7 +23,7 @@ from pathlib import Path
 
 import report
 import torch
-from fetch_data import DATA_DIR, FILES
+from fetch_data import DATA_DIR, FILES, check_arguments
 from finetune_minilm import cache
 from methods import METHODS, build
 from minilm import Cached, Classifier, cut_in_two, load_minilm, predict
@@ -248,12 +248,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=DATA_DIR, help="folder of the data of fetch_data.py")
     add("--out", type=Path, default=Path("build/merging"), help="folder of the results")
     args = parser.parse_args(arguments)
-    for name in ("seeds", "epochs", "train_size", "test_size", "threads"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag}: expected a positive number, got {getattr(args, name)}")
-    if missing := [name for name in FILES if not (args.data / name).is_file()]:
-        parser.error(f"--data: {missing[0]} is not there; run docs/examples/fetch_data.py first")
+    check_arguments(parser, args, ("seeds", "epochs", "train_size", "test_size", "threads"), FILES)
     return args
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import report
 import torch
-from fetch_data import DATA_DIR, FILE_NAME
+from fetch_data import DATA_DIR, FILE_NAME, check_arguments
 from finetune_minilm import cache
 from minilm import LINEARS, Cached, Classifier, cut_in_two, load_minilm, predict
 from rich.console import Console
@@ -216,12 +216,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=DATA_DIR, help="folder of the data of fetch_data.py")
     add("--out", type=Path, default=Path("build/one_rate"), help="folder of the results")
     args = parser.parse_args(arguments)
-    for name in ("epochs", "train_size", "threads"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag}: expected a positive number, got {getattr(args, name)}")
-    if not (args.data / FILE_NAME).is_file():
-        parser.error(f"--data: {FILE_NAME} is not there; run docs/examples/fetch_data.py first")
+    check_arguments(parser, args, ("epochs", "train_size", "threads"))
     return args
 
 
