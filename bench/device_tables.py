@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from contestants import BULK, FLOOR, LORA
 from decide.lines import Figure, figures
 from decide.page import TILES, commit_of, environment_of
 from interleave import summary
 from sections import table
-from store import Machine
+from store import DEVICE, Machine
 
 SECTION, COPY = "kernels", "clone"
 
@@ -52,6 +53,33 @@ def sides(machines: Sequence[Machine]) -> Iterator[str]:
         yield f"**{_source(machine)}**:"
         yield ""
         yield from table(["", "CUDA C++, µs", "Triton, µs", "C++ / Triton"], rows)
+
+
+STEPS = {
+    "linear": "frozen `nn.Linear`",
+    "input side, no scale": "BOFT(2, 8), without a scale",
+    "input side": "BOFT(2, 8)",
+    "weight side": "BOFT(2, 8), rotating the weight instead",
+    LORA: "LoRA r=16",
+    "boft-dense": "BOFT(10, 8), dense",
+}
+
+
+def steps(machines: Sequence[Machine]) -> Iterator[str]:
+    """Yield the times of a training step of a large layer, and their ratios to the frozen one's."""
+    for machine in machines:
+        found = {
+            figure.name: figure
+            for figure in figures(machine.decided)
+            if (figure.section, figure.part) == (DEVICE, str(BULK))
+        }
+        if FLOOR in found:
+            rows = []
+            for name, label in STEPS.items():
+                if name in found:
+                    ratio = summary(found[name].ratios(found[FLOOR]))[0]
+                    rows.append([label, _us(found[name]), f"{ratio:.2f}"])
+            yield from table([machine.name, "µs", "parts of the frozen layer"], rows)
 
 
 def _measured(

@@ -195,8 +195,8 @@ def _prefers_native(
 ) -> bool:
     """Return True if the native call serves a layer on a GPU, whose kernels Triton has too.
 
-    On an H200, in bfloat16, it took the host 0.57 of the time of Triton's launches, and with the
-    device's part a layer took less time at every size (docs/cuda.md). Float32 was not timed.
+    On an H200, in bfloat16, it takes the host half the time of Triton's launches, and a layer took
+    less time by the clock at every size (docs/cuda.md). Float32 was not timed.
     """
     found = _kernel_backend(x, weight, rotation, stages)
     if found != "triton" or backend.forced():

@@ -89,9 +89,9 @@ def rotates_weight(stages: tuple[Stage, ...], device: str, rows: int, outputs: i
 
     By the bytes of docs/tuning.md it does where that halves what the rotation of x moves in a
     training step, 5 rows d numbers: 4 outputs d + 2 rows d, so from 8 rows an output on. A CPU
-    rotates groups of up to 64 features inside its matrix product, where 6 to 11 % were gained at
-    most. On an H200 the two sides of BOFT(2, 8) were not separable at 8192 rows of 4096 features,
-    and W took longer at most other shapes (bench/results/nvidia-h200/decide.jsonl).
+    rotates groups of up to 64 features inside its matrix product, which those bytes do not count.
+    On an H200 the two sides of BOFT(2, 8) were not separable at 8192 rows of 4096 features, and W
+    took longer for 512 of them (bench/results/nvidia-h200/decide.jsonl).
     """
     large = len(stages) == 1 and stages[0].size >= WEIGHT_SIDE_SIZE
     return large and device == "cpu" and rows >= WEIGHT_SIDE_ROWS * outputs

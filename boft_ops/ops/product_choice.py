@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 # Rows, inputs and outputs of the layer that is timed: large enough that the product takes most of
-# the time, small enough that all of it takes some 30 ms. Beside other work it may take longer.
+# the time, small enough that a process hardly notices.
 ROWS, FEATURES = 256, 512
 MOST_ROUNDS, MOST_SECONDS = 6, 0.1
 # The time of torch's product, as a part of the fused one's, from which on it is the choice. The

@@ -80,8 +80,8 @@ def _cuda_supports(
     )
 
 
-# A thread of the C++ kernels has a whole block of 2, 4 or 8 in float32. The stages that take Triton
-# 160 us on an H200 are predicted to take 45 to 60 us; not measured on a GPU (docs/cuda.md).
+# A thread of the C++ kernels has a whole block of 2, 4 or 8 in float32. They are predicted to be
+# faster than Triton's, and not measured on a GPU (docs/cuda.md).
 def _cuda_prefers(skew: torch.Tensor, _: object) -> bool:
     packed = [packed_size(b) for b in SMALL_BLOCKS]
     return skew.dtype == torch.float32 and skew.shape[-1] in packed and _triton_supports(skew, _)

@@ -52,7 +52,7 @@ PASSES = (
     Pass(256, 64, 102, 65),
 )
 # Programs that a multiprocessor gets, although more may fit: on an H200 a pass over 8192 rows of
-# 4096 took 53 us in 4 splits, which are two programs for each, and 57 us in 6.
+# 4096 was fastest in 4 splits, which are two programs for each (docs/kernels.md has the results).
 MOST_PROGRAMS = 2
 
 

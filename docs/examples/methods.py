@@ -43,7 +43,7 @@ class Method:
         prepare: a function that adds the adapter.
         merge: a function that folds the adapter into plain linear layers, or None.
         rates: learning rates of --search, as many for each method and a factor of 3 apart.
-        rate: the best of these rates on the validation split.
+        rate: the rate for boft_ops.param_groups.
     """
 
     title: str

@@ -144,6 +144,7 @@ def test_the_site_builds_without_a_warning(site):
     for path in site.rglob("*.html"):
         html = path.read_text()
         assert not any(pattern.search(html) for pattern in external), path
+        assert "&lt;!--" not in html, path  # a comment that marks a table or a figure
 
 
 def test_unlisted_pages_and_names_are_added_at_the_end():

@@ -11,6 +11,7 @@ try:
     import correctness
     import definitions
     import device_time
+    import figures
     import goals
     import gpu_decide
     import gpu_operators
@@ -54,6 +55,7 @@ __all__ = [
     "decide_verdicts",
     "definitions",
     "device_time",
+    "figures",
     "goals",
     "gpu_decide",
     "gpu_operators",
