@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from . import internals
+
 _NOTHING = nullcontext()
 
 
@@ -24,7 +26,7 @@ def disabled(device: str) -> AbstractContextManager:
 
 def enabled(device: str) -> bool:
     """True if autocast is on for devices of this type."""
-    if not torch._C._is_any_autocast_enabled():  # asked first, as it takes the least time
+    if not internals.is_any_autocast_enabled():  # asked first, as it takes the least time
         return False
     known = device in ("cuda", "cpu") or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)

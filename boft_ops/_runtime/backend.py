@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import autocast, native, tuned
+from . import autocast, internals, native, tuned
 from . import flops as flop_formulas
 from .device import devices_of
 from .gpu import native_fault, native_takes, triton_object, triton_takes
@@ -103,7 +103,7 @@ class Op:
         self.raw = getattr(getattr(torch.ops, NS), self.name).default
         flop_formulas.declare(self.raw, flops)
         if {"triton", "cuda"} & self.kernels.keys() and not self.raw.has_kernel_for_dispatch_key(
-            torch._C.DispatchKey.CUDA  # an earlier import of this copy did so already
+            internals.DispatchKey.CUDA  # an earlier import of this copy did so already
         ):
             self._library.impl(self.name, self._on_cuda, "CUDA")
         # backend -> the reason why it cannot run this operator
@@ -204,7 +204,7 @@ class Op:
         eager = not torch.compiler.is_compiling()
         if eager and (
             torch.is_grad_enabled()  # a gradient of gradients: kernels are not differentiable,
-            or torch._C._are_functorch_transforms_active()  # nor can they be vmapped
+            or internals.has_transforms()  # nor can they be vmapped
         ):
             choice = REFERENCE
         else:
@@ -219,7 +219,7 @@ class Op:
             return self._run(choice, args)  # the dispatcher would only call _on_cuda
         if eager:
             # Nothing needs a gradient here; asking for it is a call of Python per operator.
-            with torch._C._AutoDispatchBelowAutograd():
+            with internals.BelowAutograd():
                 return self.raw(*args)
         return self.raw(*args)
 
@@ -380,8 +380,8 @@ def bypasses_dispatch(tensor: torch.Tensor) -> bool:
     """True if nothing but the kernel sees a call with this tensor: no subclass, no mode."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        and internals.n_dispatch_modes() == 0
+        and internals.n_function_modes() == 0
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import build, native
+from . import build, internals, native
 from .namespace import PACKAGE
 
 LEAST_CAPABILITY = 8, 0  # the least that has all instructions of the CUDA C++ kernels
@@ -38,12 +38,11 @@ def triton_takes(x: torch.Tensor) -> bool:
     return (_has_matrix_units if compiling else _cached_has_matrix_units)(x.get_device())
 
 
+@internals.constant_in_graphs
 def _has_matrix_units(device: int) -> bool:
     return limits_of(device).multiplies_halves
 
 
-# As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
-_has_matrix_units._dynamo_marked_constant = True
 _cached_has_matrix_units = cache(_has_matrix_units)
 
 
@@ -83,7 +82,7 @@ def native_fault(device: int) -> str | None:
     has = f"device {device} ({torch.cuda.get_device_name(device)}) has {own}"
     if capability < LEAST_CAPABILITY:
         return f"the CUDA C++ kernels need compute capability 8.0, and {has}"
-    driver = torch._C._cuda_getDriverVersion()  # 12040 for CUDA 12.4
+    driver = internals.cuda_driver_version()
     if cuda is not None and driver // 1000 < int(cuda.partition(".")[0]):
         return (
             f"the native library brings the runtime of CUDA {cuda}, and the driver is one for CUDA "
@@ -109,6 +108,7 @@ def native_takes(x: torch.Tensor) -> bool:
     return (_has_native_code if compiling else _cached_has_native_code)(x.get_device())
 
 
+@internals.constant_in_graphs
 def _has_native_code(device: int) -> bool:
     return _cached_has_native_code(device)
 
@@ -120,6 +120,3 @@ def _cached_has_native_code(device: int) -> bool:
         message = f"{PACKAGE}: {fault}. Until then Triton or plain PyTorch serve it"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return fault is None
-
-
-_has_native_code._dynamo_marked_constant = True

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import build as build_tools
-from . import paths
+from . import internals, paths
 from .namespace import NS, PACKAGE
 
 # The library registers its CUDA kernels apart from the operators, which choose among backends.
@@ -99,6 +99,7 @@ def load() -> bool:
     return True
 
 
+@internals.constant_in_graphs
 def tell_absence() -> None:
     """Warn that an operator runs without its C++ kernel, once, and only if that was not chosen."""
     global _untold
@@ -112,11 +113,6 @@ def tell_absence() -> None:
             f"the native library is {status}"
         )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-# Dynamo calls it while it makes a graph, as torch.compiler.assume_constant_result has it; that
-# would import torch._dynamo here.
-tell_absence._dynamo_marked_constant = True
 
 
 def _wanted_isa() -> str | None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import dtypes, tuned_file
+from . import dtypes, internals, tuned_file
 from .namespace import PACKAGE
 
 NEAR = 4.0  # largest distance at which a measurement applies, in octaves summed over the sizes
@@ -228,15 +228,12 @@ def knows(tunable: Tunable, number: int) -> bool:
     return _pinned is not None or tunable.name in table(number).names
 
 
+@internals.constant_in_graphs
 def _in_graph(
     name: str, device: str, index: int | None, dtype: str, *structure: int
 ) -> Choice | None:
     sizes = (None,) * len(tunables[name].shape_class.sizes)
     return _find(name, number_of(torch.device(device, index)), dtype, structure, sizes)
-
-
-# As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
-_in_graph._dynamo_marked_constant = True
 
 
 def _find(

@@ -9,13 +9,13 @@ is refused.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
+from .._runtime import internals
 from .rotated_weight import is_sharded
 from .wrappers import DDP, DEEPSPEED, FSDP1, wrapper_of
 
@@ -252,7 +252,5 @@ def changes_unseen(parameter: torch.Tensor) -> bool:
     # FSDP version 1 puts plain tensors in the place of parameters
     if not isinstance(parameter, nn.Parameter) or hasattr(parameter, "ds_id"):
         return True
-    # FSDP version 2 has one for each of its modules
-    states = sys.modules.get("torch.distributed._composable_state")
-    is_flat = hasattr(parameter, "_fsdp_flattened")
-    return is_flat or (states is not None and len(states._module_state_mapping) > 0)
+    # FSDP version 2 has a state for each of its modules
+    return hasattr(parameter, "_fsdp_flattened") or bool(internals.composable_states())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from .._runtime import autocast, checks
+from .._runtime import autocast, checks, internals
 from .._runtime.dtypes import COMPUTE, widest
 from ..ops.linear import PLAIN, is_rotated
 from ..ops.merged_linear import (
@@ -185,9 +185,9 @@ def _is_usual(x: torch.Tensor) -> bool:
     """True for an eager call with a plain tensor, of which nobody watches or transforms the ops."""
     return (
         type(x) is torch.Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
+        and internals.n_dispatch_modes() == 0
+        and internals.tracing_state() is None
+        and not internals.has_transforms()
         and forward_ad._current_level < 0
         # a graph would go on reading memory that is freed with the next change
         and not (x.is_cuda and torch.cuda.is_current_stream_capturing())

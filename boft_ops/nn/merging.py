@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .._runtime import internals
 from .distributed import whole
 from .rotated_weight import is_sharded
 
@@ -81,8 +81,7 @@ def check_own_weight(layer: nn.Module, weight: torch.Tensor) -> None:
 
 def _gathered_by_fsdp2() -> Iterator[torch.Tensor]:
     """The parameters that FSDP version 2 puts into modules while they are gathered."""
-    states = sys.modules.get("torch.distributed._composable_state")
-    for reference in [] if states is None else list(states._module_state_mapping.values()):
+    for reference in list(internals.composable_states().values()):
         state = reference()
         groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; one group before
         for group in [getattr(state, "_fsdp_param_group", None)] if groups is None else groups:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .._runtime import autocast
+from .._runtime import autocast, internals
 from .dropout import MultiplicativeDropout
 
 # Functions that read numbers, or hand out memory, without going through torch's dispatcher.
@@ -44,7 +44,7 @@ def rotated_weight(
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if not is_traced and _is_read_by_pipelining():
         return frozen
-    if is_traced or torch._C._are_functorch_transforms_active():
+    if is_traced or internals.has_transforms():
         return compute(frozen, *trained)
     weight = Weight(compute, frozen, trained)
     return Rotate.apply(weight, frozen, *trained)
@@ -173,7 +173,7 @@ class RotatedWeight(torch.Tensor):
                 return first._weight.frozen.requires_grad
         if func in _READS or func == _DATA_SET:
             args = tree_map_only(RotatedWeight, _numbers, args)
-        with torch._C.DisableTorchFunctionSubclass():
+        with internals.NoTorchFunction():
             return func(*args, **kwargs)
 
     @classmethod

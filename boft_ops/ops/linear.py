@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from .._runtime import autocast, backend, checks, tuned
+from .._runtime import autocast, backend, checks, internals, tuned
 from .._runtime.dtypes import COMPUTE, HALVES, widest
 from .composed_linear import composed_linear
 from .dropout import draw_mask
@@ -73,8 +73,8 @@ def choose_strategy(
     global _generation
     if (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or torch._C._len_torch_dispatch_stack() > 0
+        or internals.tracing_state() is not None  # torch.jit.trace
+        or internals.n_dispatch_modes() > 0
         or type(x) is not torch.Tensor
     ):
         return _decide(x, weight, rotation)
@@ -124,7 +124,7 @@ def _decide(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
         fused = _fused_products(x, weight, rotation, stages).backward
         return Plan(stages, "fused" if fused else "separate")
     # a graph, or a dispatch mode such as a flop counter, is to see the products
-    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    watched = torch.compiler.is_compiling() or internals.n_dispatch_modes() > 0
     if found and len(stages) == 1 and not watched and _parts_agree(found, x, weight, stages):
         return Plan(stages, "batched")
     return Plan(stages, "separate")
@@ -351,7 +351,7 @@ def rotated_linear(
     usual = usual and not (weight.requires_grad and torch.is_grad_enabled())
     on_cpu_in_half = x.is_cpu and x.dtype in HALVES
     as_torch = on_cpu_in_half and bias is not None and is_identity(rotation, scale, scale_base)
-    if not usual or torch._C._are_functorch_transforms_active():
+    if not usual or internals.has_transforms():
         scale = scale_of(scale, scale_base)
         return composed_linear(x, weight, rotation, scale, bias, side, kaleidoscope, as_torch)
     if scale is not None and scale.requires_grad and not torch.is_grad_enabled():

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from .._runtime import autocast, checks
+from .._runtime import autocast, checks, internals
 from .._runtime.backend import Kernel, Op
 from .._runtime.device import devices_of
 from .._runtime.dtypes import COMPUTE, HALVES
@@ -37,10 +37,6 @@ LEAST_SCALE = 1 / 1024
 # Backends whose backward takes the output in the place of z. On a GPU nobody looks whether a scale
 # is zero, which would cost a sync.
 KEEP_OUTPUT = ("cpu",)
-# The hooks that would see a saved tensor, or None. Where torch cannot tell, there may be some.
-_saved_tensor_hooks = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
-)
 
 
 def _reference(x, weight, skew, drop_mask, scale, scale_base, bias, save_z, fused):
@@ -208,9 +204,9 @@ def _is_dispatched(grad: torch.Tensor) -> bool:
     """
     return (
         type(grad) is not torch.Tensor
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_legacy_batchedtensor(grad)
-        or torch._C._len_torch_dispatch_stack() > 0
+        or internals.has_transforms()
+        or internals.is_legacy_batched(grad)
+        or internals.n_dispatch_modes() > 0
     )
 
 
@@ -223,7 +219,7 @@ def _kernel(op: Op, backend: str) -> Callable:
     """
     overload = op.native() if backend == "cuda" else op.raw
     (device,) = devices_of(backend)
-    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+    key = internals.DispatchKeySet(getattr(internals.DispatchKey, device.upper()))
     return partial(overload._handle.redispatch_boxed, key)
 
 
@@ -266,7 +262,7 @@ class LinearFromSkew(torch.autograd.Function):
     def forward(ctx, x, weight, scale, bias, skew, drop_mask, native):
         keeps = saves = False
         if scale is not None and ctx.needs_input_grad[2]:
-            keeps = native.keeps_output and _saved_tensor_hooks(True) is None
+            keeps = native.keeps_output and internals.saved_tensor_hooks(True) is None
             saves = not keeps
         ctx.native, ctx.vectors = native, (scale, bias)
         # A gradient of this call needs the numbers of this call. A saved Parameter would show what
@@ -302,7 +298,7 @@ class LinearFromSkew(torch.autograd.Function):
                 native.keeps_output = False
                 call = x, weight, skew, drop_mask, scale, base, bias, True, native.fused
                 z = native.forward(*call)[1]
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            if not internals.keeps_graph():
                 ctx.output = None
         sums_bias = need_bias and (z is not None or native.fused_backward)
         run = linear_from_skew_backward if _is_dispatched(grad) else native.backward

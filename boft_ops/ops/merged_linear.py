@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .._runtime import autocast
+from .._runtime import autocast, internals
 from .._runtime.dtypes import COMPUTE
 from .composed_linear import differentiable_gradients
 from .rotate import apply_stages, gradients_of_orthogonal_stages
@@ -27,10 +27,6 @@ from .stages import Stage
 # In the place of a zero in a scale that is trained: outputs of this part of their size are far
 # below the rounding of others, and dividing by it loses nothing. float16 has no such number.
 LEAST_FACTOR = 2.0**-30
-# The hooks that would see a saved tensor, or None. Where torch cannot tell, there may be some.
-_saved_tensor_hooks = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: True
-)
 
 
 class MergedWeight(NamedTuple):
@@ -133,7 +129,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx.output = None
         if need_scale and not adds_bias:
             # hooks of saved tensors (checkpoints, offloading) get a tensor that nobody changes
-            keeps = _saved_tensor_hooks(True) is None
+            keeps = internals.saved_tensor_hooks(True) is None
             ctx.output = (y.detach(), y._version) if keeps else None
             z = None if keeps else y.clone()
         ctx.stages = merged.stages
@@ -160,7 +156,7 @@ class _MergedLinear(torch.autograd.Function):
                     z, version = ctx.output
                     if z._version != version:
                         z = F.linear(rows, numbers)
-                    if not torch._C._autograd._get_current_graph_task_keep_graph():
+                    if not internals.keeps_graph():
                         ctx.output = None
                 _, products, bias_grad = scale_backward(grad, z, factor, None)
                 scale_grad = (products / factor).to(offset.dtype)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from .._runtime import internals
+
 # Rows, inputs and outputs of the layer that is timed: large enough that the product takes most of
 # the time, small enough that a process hardly notices.
 ROWS, FEATURES = 256, 512
@@ -38,7 +40,7 @@ def faster_products() -> Fused:
     differently, and a choice by the clock might be another one in the next process. The same where
     a trace or a dispatch mode, such as a flop counter, would see the measurement.
     """
-    watched = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    watched = internals.tracing_state() is not None or internals.n_dispatch_modes() > 0
     if watched or torch.are_deterministic_algorithms_enabled():
         return Fused(True, True)
     return _measured()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._runtime import gpu
+from .._runtime import gpu, internals
 
 # Cost of reading and writing x once, in multiply-adds per feature. On two CPU cores 8 bytes at
 # 10 GB/s against 2 flops at 100 GFLOP/s: some 40 to 80. On an H100, by its data sheet, 4 bytes at
@@ -85,6 +85,7 @@ class Stage(NamedTuple):
         return function(x.shape[-1], self.size, x.device.index or 0)
 
 
+@internals.constant_in_graphs
 def _splits(features: int, size: int, device: int) -> int:
     limits = gpu.limits_of(device)
     able = (p for p in PASSES if size <= p.size and p.capability <= limits.capability)
@@ -101,8 +102,6 @@ def _splits(features: int, size: int, device: int) -> int:
     )
 
 
-# As torch.compiler.assume_constant_result sets it; that would import torch._dynamo here.
-_splits._dynamo_marked_constant = True
 _cached_splits = lru_cache(maxsize=256)(_splits)
 
 

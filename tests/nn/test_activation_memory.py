@@ -6,7 +6,7 @@ from torch import nn
 
 import boft_ops
 from boft_ops import BOFTLinear
-from boft_ops.ops import linear_from_skew
+from boft_ops._runtime import internals
 
 ROWS = 97  # a prime, which tells what has a row for each token
 SIZES = {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 1, "vocab_size": 32}
@@ -40,7 +40,7 @@ def saved_numbers(model, embedded, keeps_output, monkeypatch):
 
     # the native call looks for hooks, and saves what they are to see
     see_none = (lambda _: None) if keeps_output else (lambda _: object())
-    monkeypatch.setattr(linear_from_skew, "_saved_tensor_hooks", see_none)
+    monkeypatch.setattr(internals, "saved_tensor_hooks", see_none)
     hooks = []
     for layer in model.modules():
         if keeps_output and isinstance(layer, BOFTLinear) and layer.scale_offset is not None:
