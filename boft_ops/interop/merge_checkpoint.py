@@ -25,6 +25,7 @@ from .._runtime.files import (
     safetensors_chunks,
     write_whole,
 )
+from ..nn.wrappers import dotted
 from ..ops.cayley import cayley
 from ..ops.merge import merge_weight
 from .convert import read_checkpoint
@@ -147,7 +148,7 @@ def plan_merge(
         adapter = read_checkpoint(adapter, base=base, prefix=prefix)
     owners = {name: file for file in files for name in file.shapes}
     for layer_name, layer in adapter.layers.items():
-        name = f"{layer_name}.weight" if layer_name else "weight"
+        name = dotted(layer_name, "weight")
         if name not in owners:
             raise ValueError(
                 f"base: expected a tensor {name!r}, got none of that name among {len(owners)}, "

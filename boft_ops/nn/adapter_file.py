@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
 from .shards import check_present, gather, scatter, whole_shapes, write_once
 from .targets import named_children
-from .wrappers import pretrained_names, wrapped_attribute
+from .wrappers import dotted, pretrained_names, wrapped_attribute
 
 AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale_offset
 
@@ -58,13 +58,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str
     write_once(model, shared, lambda: content.save(path))
 
 
-def adapter_of(model: nn.Module, adapter: str = DEFAULT) -> Adapter:
+def adapter_of(model: nn.Module) -> Adapter:
     """The content of the file that ``save_adapter`` writes; plain tensors are the model's own.
 
     Raises:
         ValueError: as for ``save_adapter``.
     """
-    return _gathered(model, adapter)[0]
+    return _gathered(model, DEFAULT)[0]
 
 
 def _gathered(model: nn.Module, adapter: str) -> tuple[Adapter, dict[str, torch.Tensor]]:
@@ -117,38 +117,20 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str] | Adapter) -> nn
         (layer_options, _, tensors), path = path, "adapter"
     else:
         layer_options, _, tensors = read_adapter(Path(path))
-    layers = _adapted_layers(model)
-    if layers:
+    if layers := _adapted_layers(model):
         _compare_options(path, layer_options, layers)
         if any(layer.merged for layer in layers.values()):
             raise ValueError(
                 "model: expected unmerged BOFT layers, got merged ones: unmerge() first"
             )
         _check_whole(layers)
-        rotations = _rotation_tensors(layers)
-        targets = _loadable(model, layers) | rotations
-        required = rotations.keys() | _trained(model).keys()
-        _check_loadable(model, path, tensors, targets, required)
+        _check_loadable(model, path, tensors, layers, _trained(model).keys())
     else:
         with unfrozen_on_error(model):
-            _check_levels(path, layer_options, tensors)
-            try:
-                new_layers = build_layers(model, layer_options)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: does not fit the model: {error}") from error
-            modules = {name: module for _, _, name, module in named_children(model)}
-            experts = expert_parameters(modules)
-            layers = {
-                name: getattr(new_layers[experts[name]], name.rpartition(".")[2])
-                if name in experts
-                else _adapted_layer(new_layers[modules[name]])
-                for name in layer_options
-            }
-            rotations = _rotation_tensors(layers)
-            targets = _loadable(model, layers) | rotations
-            _check_loadable(model, path, tensors, targets, rotations.keys())
+            layers, new_layers = _layers_of_file(model, path, layer_options, tensors)
+            _check_loadable(model, path, tensors, layers)
             put_in(model, new_layers)
-        targets = _loadable(model, layers) | rotations  # including tensors of the new layers
+    targets = _loadable(model, layers) | _rotation_tensors(layers)
     for module in model.modules():
         if isinstance(module, MultiAdapterLinear):
             module.forget()
@@ -157,6 +139,34 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str] | Adapter) -> nn
         if isinstance(targets[name], nn.Parameter):
             targets[name].requires_grad_(True)
     return model
+
+
+def _layers_of_file(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    layer_options: dict[str, Options],
+    tensors: dict[str, torch.Tensor],
+) -> tuple[dict[str, AdaptedLayer], dict[nn.Module, nn.Module]]:
+    """Build the layers that a file describes, without putting them in.
+
+    Returns:
+        The modules that hold skew and scale_offset, by the names in the file; and the layer for
+        each module to replace.
+    """
+    _check_levels(path, layer_options, tensors)
+    try:
+        new_layers = build_layers(model, layer_options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: does not fit the model: {error}") from error
+    modules = {name: module for _, _, name, module in named_children(model)}
+    experts = expert_parameters(modules)
+    layers = {
+        name: getattr(new_layers[experts[name]], name.rpartition(".")[2])
+        if name in experts
+        else _adapted_layer(new_layers[modules[name]])
+        for name in layer_options
+    }
+    return layers, new_layers
 
 
 def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, AdaptedLayer]:
@@ -199,7 +209,7 @@ def _loadable(model: nn.Module, layers: Iterable[str]) -> dict[str, torch.Tensor
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     pretrained_name = _pretrained_names(model)
     tensors = {pretrained_name(name): tensor for name, tensor in tensors.items()}
-    frozen = {f"{name}.weight" if name else "weight" for name in layers} | set(layers)
+    frozen = {dotted(name, "weight") for name in layers} | set(layers)
     return {name: tensor for name, tensor in tensors.items() if name not in frozen}
 
 
@@ -221,10 +231,9 @@ def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor
     """The skews and scales of layers, by their names in a file."""
     rotations = {}
     for name, layer in layers.items():
-        prefix = f"{name}." if name else ""
-        rotations[f"{prefix}skew"] = layer.skew
+        rotations[dotted(name, "skew")] = layer.skew
         if layer.scale_offset is not None:
-            rotations[f"{prefix}scale_offset"] = layer.scale_offset
+            rotations[dotted(name, "scale_offset")] = layer.scale_offset
     return rotations
 
 
@@ -244,7 +253,7 @@ def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Ten
             f"model: {parts[0]}: expected all experts, got those of one process of several"
         )
     for name, layer in layers.items():
-        skew = f"{name}.skew" if name else "skew"
+        skew = dotted(name, "skew")
         shape = layer.whole_skew_shape
         if tuple(stored[skew].shape) != shape:
             raise ValueError(
@@ -264,7 +273,7 @@ def _check_levels(
     """
     for name, options in layer_options.items():
         levels = options.get("kaleidoscope", 0)
-        skew = tensors.get(f"{name}.skew" if name else "skew")
+        skew = tensors.get(dotted(name, "skew"))
         is_valid = type(levels) is int and skew is not None and skew.dim() == 3
         if levels and not (is_valid and 2 * levels <= len(skew)):
             raise ValueError(f"{path}: {name}: kaleidoscope: {levels!r} is not what its skew has")
@@ -288,11 +297,17 @@ def _check_loadable(
     model: nn.Module,
     path: str | os.PathLike[str],
     tensors: dict[str, torch.Tensor],
-    targets: dict[str, torch.Tensor],
-    required: set[str],
+    layers: dict[str, AdaptedLayer],
+    trained: Collection[str] = (),
 ) -> None:
-    """Raise ValueError unless a file fits the tensors of the model, which may be shards."""
+    """Raise ValueError unless a file fits the tensors of the model, which may be shards.
+
+    It must hold the rotations of ``layers``, and the further tensors whose names are ``trained``.
+    """
+    rotations = _rotation_tensors(layers)
+    targets = _loadable(model, layers) | rotations
     check_present({name: targets[name] for name in tensors.keys() & targets.keys()})
+    required = rotations.keys() | trained
     _check_tensors(path, tensors, targets, required, whole_shapes(model, targets))
 
 

@@ -14,6 +14,7 @@ from .._runtime import files
 from .._runtime.dtypes import COMPUTE
 from ..ops.scale import offset_of
 from .config import Options, RotationConfig
+from .wrappers import dotted
 
 FORMAT = "boft_ops"
 FORMAT_VERSION = 2  # version 1 stored the scale, version 2 stores the scale minus one
@@ -106,16 +107,15 @@ def with_offsets(
     stored = "scale_offset" if int(metadata["format_version"]) > 1 else "scale"
     tensors = dict(tensors)
     for name in layers:
-        prefix = f"{name}." if name else ""
-        if (number := tensors.get(f"{prefix}{stored}")) is None:
+        key = dotted(name, stored)
+        if (number := tensors.get(key)) is None:
             continue
         if number.dtype not in COMPUTE:
             raise ValueError(
-                f"{prefix}{stored}: expected float64, float32, bfloat16 or float16, "
-                f"got {number.dtype}"
+                f"{key}: expected float64, float32, bfloat16 or float16, got {number.dtype}"
             )
         if stored == "scale":
-            tensors[f"{prefix}scale_offset"] = offset_of(tensors.pop(f"{prefix}scale"))
+            tensors[dotted(name, "scale_offset")] = offset_of(tensors.pop(key))
     return tensors
 
 

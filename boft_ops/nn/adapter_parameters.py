@@ -3,25 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from .._runtime import checks
 from ..ops.scale import scale_of
-from .config import HasRotation
+from .config import Options, RotationConfig
+from .dropout import MultiplicativeDropout
 from .powers import HasStrength
 
 
-class HasAdapter(HasStrength, HasRotation):
-    """Mixin for modules that hold a ``skew`` and a ``scale_offset``, used at a strength.
+class HasAdapter(HasStrength):
+    """Mixin for modules with a config, ``rotated_features``, skew, ``scale_offset`` and a dropout.
 
     A module that gets memory after it was built on the meta device starts as the identity:
     ``to_empty`` alone would leave whatever the memory held before, and no pretrained checkpoint
     brings numbers for an adapter.
     """
 
+    config: RotationConfig
+    rotated_features: int
     skew: nn.Parameter
+    scale_offset: nn.Parameter | None
+    dropout: MultiplicativeDropout
+
+    @property
+    def block_size(self) -> int:
+        return self.config.block_size
+
+    @property
+    def n_factors(self) -> int:
+        return self.config.n_factors
+
+    @property
+    def side(self) -> str:
+        return self.config.side
+
+    @property
+    def method(self) -> str:
+        return self.config.method
+
+    @property
+    def kaleidoscope(self) -> int:
+        return self.config.kaleidoscope
+
+    @property
+    def whole_skew_shape(self) -> tuple[int, ...]:
+        """The shape of ``skew`` where it is not a shard."""
+        return self.config.skew_shape(self.rotated_features)
+
+    def options(self) -> Options:
+        """The keyword arguments that make another module like this one."""
+        # The dropout module may be changed between trainings.
+        dropout = {"p_component": self.dropout.p_component, "p_block": self.dropout.p_block}
+        return replace(self.config, scale=self.scale_offset is not None, **dropout).options()
 
     @property
     def scale(self) -> torch.Tensor | None:

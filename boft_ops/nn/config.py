@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, replace
-
-import torch
+from dataclasses import asdict, dataclass, fields
 
 from .._runtime import checks
 
@@ -77,49 +75,6 @@ class RotationConfig:
         """The names that are no options, and the options that are missing, sorted."""
         known = {field.name for field in fields(cls)}
         return sorted((set(names) ^ known) - _OPTIONAL)
-
-
-class HasRotation:
-    """Mixin for modules with a config, ``rotated_features``, a ``scale_offset`` and a dropout.
-
-    Its properties read the config.
-    """
-
-    config: RotationConfig
-    rotated_features: int
-    scale_offset: torch.nn.Parameter | None
-    dropout: torch.nn.Module
-
-    @property
-    def block_size(self) -> int:
-        return self.config.block_size
-
-    @property
-    def n_factors(self) -> int:
-        return self.config.n_factors
-
-    @property
-    def side(self) -> str:
-        return self.config.side
-
-    @property
-    def method(self) -> str:
-        return self.config.method
-
-    @property
-    def kaleidoscope(self) -> int:
-        return self.config.kaleidoscope
-
-    @property
-    def whole_skew_shape(self) -> tuple[int, ...]:
-        """The shape of ``skew`` where it is not a shard."""
-        return self.config.skew_shape(self.rotated_features)
-
-    def options(self) -> Options:
-        """The keyword arguments that make another module like this one."""
-        # The dropout module may be changed between trainings.
-        dropout = {"p_component": self.dropout.p_component, "p_block": self.dropout.p_block}
-        return replace(self.config, scale=self.scale_offset is not None, **dropout).options()
 
 
 def _as_int(value: object) -> object:

@@ -14,6 +14,7 @@ from ..ops.geodesic import chart_mean, karcher_mean
 from .adapter_file import adapter_of
 from .adapter_format import Adapter, read_adapter
 from .config import Options, RotationConfig
+from .wrappers import dotted
 
 MEANS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "orthomerge": chart_mean,
@@ -72,7 +73,7 @@ def merge_adapters(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         tensors |= merged
-    rotations = {f"{_prefix(name)}{part}" for name in layers for part in ("skew", "scale_offset")}
+    rotations = {dotted(name, part) for name in layers for part in ("skew", "scale_offset")}
     for name in dict.fromkeys(name for content in contents for name in content.tensors):
         if name not in rotations:
             tensors[name] = _mean(name, contents, shares)
@@ -107,10 +108,6 @@ def _shares(weights: Iterable[float] | None, count: int) -> torch.Tensor:
     return shares / shares.sum()
 
 
-def _prefix(name: str) -> str:
-    return f"{name}." if name else ""
-
-
 def _merge_layer(
     name: str, contents: Sequence[Adapter], shares: torch.Tensor, how: str
 ) -> tuple[Options, dict[str, torch.Tensor]]:
@@ -121,13 +118,13 @@ def _merge_layer(
         raise ValueError(
             f"method: expected 'exact', whose blocks are rotations, got {options['method']!r}"
         )
-    skew_name, offset_name = (f"{_prefix(name)}{part}" for part in ("skew", "scale_offset"))
+    skew_name, offset_name = (dotted(name, part) for part in ("skew", "scale_offset"))
     skews = [content.tensors.get(skew_name) for content in contents]
     offsets = [content.tensors.get(offset_name) for content in contents]
-    merged = {skew_name: _as_first(skews, MEANS[how](_stacked("skew", skews, 0.0), shares))}
+    merged = {skew_name: _as_first(skews, MEANS[how](_stacked("skew", skews), shares))}
     options["scale"] = any(offset is not None for offset in offsets)
     if options["scale"]:
-        factors = _stacked("scale_offset", offsets, 0.0)
+        factors = _stacked("scale_offset", offsets)
         if not (factors > -1).all():
             raise ValueError("scale: expected positive numbers, which have a geometric mean")
         mean = torch.tensordot(shares, factors.log1p(), 1).expm1()
@@ -159,8 +156,8 @@ def _checked(options: Options) -> Options:
     return RotationConfig(**rotation).options() | experts
 
 
-def _stacked(part: str, tensors: Sequence[torch.Tensor | None], missing: float) -> torch.Tensor:
-    """The tensors of all adapters in one, float64 on the CPU; None is filled with ``missing``."""
+def _stacked(part: str, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The tensors of all adapters in one, float64 on the CPU; zeros stand for None."""
     like = next((tensor for tensor in tensors if tensor is not None), None)
     if like is None:
         raise ValueError(f"expected a tensor {part!r}, got none")
@@ -169,8 +166,8 @@ def _stacked(part: str, tensors: Sequence[torch.Tensor | None], missing: float) 
             f"{part}: expected one shape for all adapters, got {tuple(like.shape)} and "
             f"{shapes.pop()}"
         )
-    filler = torch.full(like.shape, missing, dtype=torch.float64)
-    wide = [filler if t is None else t.to("cpu", torch.float64) for t in tensors]
+    zeros = torch.zeros(like.shape, dtype=torch.float64)
+    wide = [zeros if t is None else t.to("cpu", torch.float64) for t in tensors]
     return torch.stack(wide)
 
 
@@ -187,7 +184,7 @@ def _mean(name: str, contents: Sequence[Adapter], shares: torch.Tensor) -> torch
     if not shares.any():  # only adapters of weight zero have it
         shares = own.double()
     try:
-        stacked = _stacked("tensor", found, 0.0)
+        stacked = _stacked("tensor", found)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     mean = torch.tensordot(shares / shares.sum(), stacked, 1)

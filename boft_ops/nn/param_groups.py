@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .._runtime import checks
-from .config import HasRotation, RotationConfig
+from .adapter_parameters import HasAdapter
+from .config import RotationConfig
 
 
 def param_groups(
@@ -73,7 +74,7 @@ def _rotations(
     does: PEFT's Q is half the difference of two numbers of boft_R, which move in opposite
     directions, and the numbers of oft_R up to their sign.
     """
-    if isinstance(module, HasRotation):
+    if isinstance(module, HasAdapter):
         yield module.skew, module.scale_offset, module.config
     if isinstance(boft := getattr(module, "boft_R", None), nn.ParameterDict):
         for name, blocks in boft.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from .._runtime import checks
+from .adapter_parameters import HasAdapter
 from .multi_adapter import MultiAdapterLinear
-from .powers import HasStrength
 
 
 def set_strength(model: nn.Module, strength: float, *, adapter: str | None = None) -> nn.Module:
@@ -33,7 +33,7 @@ def set_strength(model: nn.Module, strength: float, *, adapter: str | None = Non
     """
     checks.module("model", model)
     if adapter is None:
-        layers = [module for module in model.modules() if isinstance(module, HasStrength)]
+        layers = [module for module in model.modules() if isinstance(module, HasAdapter)]
     else:
         shared = [module for module in model.modules() if isinstance(module, MultiAdapterLinear)]
         layers = [layer.adapters[adapter] for layer in shared if adapter in layer.adapters]

@@ -10,7 +10,7 @@ from torch import nn
 from .config import Options
 from .experts import expert_parameters
 from .layer_kinds import BOFT_CLASSES, is_called, is_layer
-from .wrappers import pretrained_names
+from .wrappers import dotted, pretrained_names
 
 ALL_LINEAR = "all-linear"
 
@@ -108,5 +108,4 @@ def named_children(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.M
         is_adapted = isinstance(parent, BOFT_CLASSES)
         for attribute, child in {} if is_adapted else parent._modules.items():
             if child is not None:
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                yield parent, attribute, pretrained_name(name), child
+                yield parent, attribute, pretrained_name(dotted(prefix, attribute)), child

@@ -30,6 +30,11 @@ _ATTRIBUTES = {
 }
 
 
+def dotted(*parts: str) -> str:
+    """Join parts of a dotted name; those of the model itself are empty, and left out."""
+    return ".".join(filter(None, parts))
+
+
 def wrapper_of(module: nn.Module) -> str | None:
     """The name of the known wrapper class that ``module`` is an instance of, or None."""
     names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
@@ -54,7 +59,7 @@ def pretrained_names(
     inner = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if attribute := attribute_of(module):
-            inner.add(f"{name}.{attribute}" if name else attribute)
+            inner.add(dotted(name, attribute))
 
     def without_wrappers(name: str) -> str:
         parts = name.split(".")

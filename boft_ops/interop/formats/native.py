@@ -9,6 +9,7 @@ import torch
 
 from ...nn.adapter_format import FORMAT, parse_metadata, with_offsets, write_adapter
 from ...nn.config import RotationConfig
+from ...nn.wrappers import dotted
 from ...ops.scale import offset_of, scale_of
 from .checkpoint import LAYER_TYPES, Checkpoint, LayerState, Shapes, described
 
@@ -46,11 +47,10 @@ def read(
                 f"{path}: {name}: kaleidoscope: expected a butterfly, got a product of several, "
                 "which no other format has"
             )
-        prefix = f"{name}." if name else ""
-        skew = others.pop(f"{prefix}skew", None)
-        scale = scale_of(others.pop(f"{prefix}scale_offset", None))
+        skew = others.pop(dotted(name, "skew"), None)
+        scale = scale_of(others.pop(dotted(name, "scale_offset"), None))
         if skew is None:
-            raise ValueError(f"{path}: {name}: expected a tensor {prefix}skew, got none")
+            raise ValueError(f"{path}: {name}: expected a tensor {dotted(name, 'skew')}, got none")
         layer_type, out_features = bases.get(name, (None, None))
         try:
             saved = RotationConfig(**options)
@@ -95,10 +95,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     tensors = dict(checkpoint.others)
     bases = {}
     for name, layer in checkpoint.layers.items():
-        prefix = f"{name}." if name else ""
-        rotation = {f"{prefix}skew": layer.skew}
+        rotation = {dotted(name, "skew"): layer.skew}
         if layer.scale is not None:
-            rotation[f"{prefix}scale_offset"] = offset_of(layer.scale)
+            rotation[dotted(name, "scale_offset")] = offset_of(layer.scale)
         if clash := rotation.keys() & tensors.keys():
             raise ValueError(f"expected no other tensor of that name, got two {clash.pop()!r}")
         tensors |= rotation

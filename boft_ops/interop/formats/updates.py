@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..._runtime.files import encode_safetensors, write_whole
+from ...nn.wrappers import dotted
 from ...ops.merge import merge_weight
 from ...ops.rotation import SkewRotation
 from .checkpoint import Base, Checkpoint, tensor_reader
@@ -143,7 +144,7 @@ def _updates(checkpoint: Checkpoint, base: Base) -> Iterator[tuple[str, torch.Te
     """Yield (name, W' - W) for each layer, in float64 and the shape of W."""
     read = tensor_reader(base)
     for name, layer in checkpoint.layers.items():
-        weight = read(f"{name}.weight" if name else "weight").double()
+        weight = read(dotted(name, "weight")).double()
         # A PEFT folder does not always say what it rotates: the shape of W does.
         rotated = weight.shape[0] if layer.config.side == "out" else weight[0].numel()
         if weight.dim() not in (2, 4) or rotated != layer.features:

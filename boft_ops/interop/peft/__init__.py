@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..._runtime import checks
+
 KEPT = "not restored, as its forward was replaced on the instance; restore it before that is done"
 
 
@@ -37,7 +39,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     from . import swap
 
-    _check_module(model)
+    checks.module("model", model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, swap.TUNERS)}
     if not layers:
         raise ValueError("model: expected BOFT or OFT layers of PEFT, got a model without any")
@@ -82,7 +84,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     from . import swap
 
-    _check_module(model)
+    checks.module("model", model)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, swap.Rotated)}
     if not layers:
         raise ValueError("model: expected at least one accelerated layer, got none")
@@ -124,11 +126,6 @@ def patched() -> Iterator[None]:
     with swap.constructors(lambda reason, base: notes[reason].append(base)):
         yield
     _warn(notes)
-
-
-def _check_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
 def _lowered(model: nn.Module) -> Iterator[tuple[str, int, int]]:

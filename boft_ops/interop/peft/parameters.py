@@ -8,7 +8,6 @@ Q = -packed for its exact transform, and Q = +packed for its default series, ``n
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -105,20 +104,15 @@ def boft_blocks(skew: torch.Tensor) -> torch.Tensor:
     return -unpack(skew)
 
 
-def oft_skew(weight: torch.Tensor, *, neumann: bool, scaled: bool = False) -> torch.Tensor:
-    """Convert PEFT OFT's parameter to ``skew``, or back unless scaled: it is its own inverse.
+def oft_skew(weight: torch.Tensor, *, neumann: bool) -> torch.Tensor:
+    """Convert PEFT OFT's parameter to ``skew``, or back: it is its own inverse.
 
     Args:
         weight: (K, b(b-1)/2), floating point.
         neumann: True for PEFT's default, the truncated series, which is ``method="neumann5"`` here;
             False for the exact transform.
-        scaled: True for OneTrainer's files with ``scaled_oft``, which hold 2 sqrt(b - 1) times the
-            numbers.
 
     Returns:
         (1, K, b(b-1)/2), in the dtype of ``weight``.
     """
-    b = block_size_from_packed("weight", weight.shape[-1])
-    if scaled and b > 1:
-        weight = weight / (2 * math.sqrt(b - 1))
     return (weight if neumann else -weight)[None]
