@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from ._runtime import command
-from .interop.convert import SOURCES, TARGETS, convert
+from .interop.convert import TARGETS, convert
+from .interop.formats.reader import SOURCES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -110,6 +110,16 @@ def safetensors_chunks(
         yield content
 
 
+def check_new(destination: Path) -> None:
+    """Raise FileExistsError or FileNotFoundError unless it is a new name in an existing folder."""
+    if os.path.lexists(destination):
+        raise FileExistsError(f"destination: expected a new path, got {str(destination)!r}")
+    if not destination.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"destination: expected a path in a folder, got {str(destination)!r}"
+        )
+
+
 def check_replaceable(path: Path) -> None:
     """Raise ValueError unless ``path`` is a regular file, a link to one, or a new name.
 

@@ -7,15 +7,15 @@ needs. Then ``base``, the pretrained model, supplies it.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from .formats import lycoris, native, peft_reader, peft_writer, trainers, updates
-from .formats.checkpoint import Base, Checkpoint, Shapes, check, shapes_of
-from .formats.files import read_tensors
+from .._runtime.files import check_new
+from .formats import lycoris, native, peft_writer, updates
+from .formats.checkpoint import Base, Checkpoint
+from .formats.reader import read_checkpoint
+from .merge_checkpoint import merge_checkpoint
 
-SOURCES = ("auto", "boft_ops", "peft", *trainers.TRAINERS)
 TARGETS = ("boft_ops", "peft", "lycoris", "diff", "lora", "merged")
 
 
@@ -77,18 +77,11 @@ def convert(
         raise ValueError(f"to: expected one of {TARGETS}, got {to!r}")
     updates.check_options(to, base, rank, max_error)
     destination = Path(destination)
-    if os.path.lexists(destination):
-        raise FileExistsError(f"destination: expected a new path, got {str(destination)!r}")
-    if not destination.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"destination: expected a path in a folder, got {str(destination)!r}"
-        )
+    check_new(destination)
     if to == "merged" and not isinstance(base, (str, os.PathLike)):
         raise ValueError(f"base: expected the files of the model for to='merged', got {base!r:.60}")
     checkpoint = read_checkpoint(source, source_format=source_format, base=base, prefix=prefix)
     if to == "merged":
-        from .merge_checkpoint import merge_checkpoint  # it reads checkpoints by this module
-
         merge_checkpoint(base, destination, source, prefix=prefix)
     elif to == "peft":
         peft_writer.write(checkpoint, destination, base)
@@ -103,58 +96,3 @@ def convert(
     else:
         native.write(checkpoint, destination)
     return checkpoint
-
-
-def read_checkpoint(
-    source: str | os.PathLike[str],
-    *,
-    source_format: str = "auto",
-    base: Base | None = None,
-    prefix: str | None = None,
-) -> Checkpoint:
-    """Read an adapter checkpoint into this package's convention.
-
-    Args:
-        source, source_format, base, prefix: as for ``convert``.
-
-    Returns:
-        The adapter: ``layers`` with ``skew``, ``scale`` and ``config``, and further tensors.
-
-    Raises:
-        FileNotFoundError, ValueError: as for ``convert``.
-    """
-    if source_format not in SOURCES:
-        raise ValueError(f"source_format: expected one of {SOURCES}, got {source_format!r}")
-    path = Path(source)
-    shapes = {} if base is None else shapes_of(base)
-    try:
-        return check(_read(path, shapes, prefix, source_format), path)
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read(path: Path, shapes: Shapes, prefix: str | None, source_format: str) -> Checkpoint:
-    """Read a checkpoint with the reader of its format."""
-    if path.is_dir():
-        _check_format(path, source_format, {"peft"})
-        return peft_reader.read(path, shapes)
-    tensors, metadata = read_tensors(path)
-    if native.is_checkpoint(metadata):
-        _check_format(path, source_format, {"boft_ops"})
-        return native.read(path, tensors, metadata, shapes)
-    found = trainers.trainers_of(tensors, metadata)
-    if not found:
-        raise ValueError(
-            f"{path}: expected a file of save_adapter, of BOFT or OFT by LyCORIS, OneTrainer or "
-            f"sd-scripts, or PEFT's folder, got one of tensors {sorted(tensors)[:4]}"
-        )
-    _check_format(path, source_format, found)
-    trainer = found[0] if source_format == "auto" else source_format
-    return trainers.read(path, tensors, shapes, prefix, trainer)
-
-
-def _check_format(path: Path, wanted: str, found: Collection[str]) -> None:
-    if wanted not in ("auto", *found):
-        raise ValueError(f"{path}: expected the format {wanted}, got that of {' or '.join(found)}")

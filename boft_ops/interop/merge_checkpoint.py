@@ -19,6 +19,7 @@ import torch
 
 from .._runtime.checks import FLOATING
 from .._runtime.files import (
+    check_new,
     dtype_of_safetensors,
     flush_folder,
     open_safetensors,
@@ -28,10 +29,9 @@ from .._runtime.files import (
 from ..nn.wrappers import dotted
 from ..ops.cayley import cayley
 from ..ops.merge import merge_weight
-from .convert import read_checkpoint
-from .formats.checkpoint import Checkpoint, LayerState, described
+from .formats.checkpoint import INDEX, Checkpoint, LayerState, described, weight_files
+from .formats.reader import read_checkpoint
 
-INDEX = "model.safetensors.index.json"
 STATE = "merging.json"  # in the temporary folder, tells what is merged there
 ROWS = 1 << 26  # numbers of a weight that are rotated at a time, 256 MiB in float32
 # Other files with weights, which would keep the pretrained ones.
@@ -96,12 +96,7 @@ def merge_checkpoint(
             of at least 16 bits; or a file cannot be read. Nothing has been written then.
     """
     base, destination = Path(base), Path(destination)
-    if os.path.lexists(destination):
-        raise FileExistsError(f"destination: expected a new path, got {str(destination)!r}")
-    if not destination.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"destination: expected a path in a folder, got {str(destination)!r}"
-        )
+    check_new(destination)
     files = plan_merge(base, adapter, prefix=prefix)
     report = report or (lambda line: None)
     if base.is_file():
@@ -143,7 +138,7 @@ def plan_merge(
     Raises:
         FileNotFoundError, ValueError: as for ``merge_checkpoint``.
     """
-    files = [_opened(path) for path in _weight_files(Path(base))]
+    files = [_opened(path) for path in weight_files(Path(base))]
     if not isinstance(adapter, Checkpoint):
         adapter = read_checkpoint(adapter, base=base, prefix=prefix)
     owners = {name: file for file in files for name in file.shapes}
@@ -188,34 +183,6 @@ def merged_tensor(weight: torch.Tensor, layer: LayerState) -> torch.Tensor:
         scale = None if layer.scale is None else layer.scale[part]
         merged[part] = merge_weight(weight[part], blocks, scale)
     return merged
-
-
-def _weight_files(base: Path) -> list[Path]:
-    """The files of the checkpoint: those that its index names, if it has one."""
-    if base.is_file():
-        return [base]
-    index = base / INDEX
-    if index.is_file():
-        names = sorted(set(_weight_map(index).values()))
-        if missing := [name for name in names if not (base / name).is_file()]:
-            raise FileNotFoundError(f"base: expected {missing[0]!r}, which {INDEX} names, got none")
-        return [base / name for name in names]
-    if files := sorted(base.glob("*.safetensors")):
-        return files
-    raise FileNotFoundError(
-        f"base: expected a safetensors file or a folder of them, got {str(base)!r}"
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = {Path(name).name == name for name in weight_map.values()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"base: {INDEX}: expected a weight_map of files") from error
-    if names - {True}:
-        raise ValueError(f"base: {INDEX}: expected files of its own folder, got others")
-    return weight_map
 
 
 def _opened(path: Path) -> MergedFile:

@@ -20,8 +20,8 @@ from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
 from ..nn.wrappers import pretrained_names
 from ..ops.scale import offset_of
-from .convert import read_checkpoint
 from .formats.checkpoint import Base, LayerState
+from .formats.reader import read_checkpoint
 
 
 def load_adapters(

@@ -13,6 +13,7 @@ from boft_ops import adapt, load_adapter, merge, save_adapter
 from boft_ops._runtime import files
 from boft_ops.interop import merge_checkpoint as merging
 from boft_ops.interop.convert import convert
+from boft_ops.interop.formats.checkpoint import shapes_of, tensor_reader
 from boft_ops.interop.merge_checkpoint import merge_checkpoint, plan_merge
 
 OPTIONS = {"up": {}, "down": {"n_factors": 1, "scale": False}, "out": {"side": "out"}}
@@ -157,6 +158,19 @@ def test_a_head_that_the_base_lacks_is_added(case, tmp_path):
     assert_equal(read(tmp_path / "out"), want)
     index = json.loads((tmp_path / "out" / merging.INDEX).read_text())
     assert index["weight_map"]["head.bias"] == "model-2.safetensors"
+
+
+def test_every_reader_of_a_base_takes_the_files_that_its_index_names(case, tmp_path):
+    base, adapter, _ = case
+    want = load_file(base / "model-0.safetensors")["up.weight"]
+    stray = {"up.weight": torch.zeros(32, 8), "another.weight": torch.zeros(2, 2)}
+    save_file(stray, base / "stray.safetensors")
+    assert torch.equal(tensor_reader(base)("up.weight"), want)
+    shapes = shapes_of(base)
+    assert shapes["up"] == (32, 16)
+    assert "another" not in shapes
+    merge_checkpoint(base, tmp_path / "out", adapter)
+    assert not (tmp_path / "out" / "stray.safetensors").exists()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(case, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from ..._runtime.files import open_safetensors
 from ...nn.config import RotationConfig
 from ...nn.rotated_weight import is_dense
 
+INDEX = "model.safetensors.index.json"
 LAYER_TYPES = {2: "Linear", 4: "Conv2d"}  # by the number of dimensions of the weight
 
 
@@ -149,7 +151,7 @@ def tensors_of(base: Base) -> Shapes:
         state = base.state_dict().items()
         return {name: tuple(t.shape) for name, t in state if isinstance(t, torch.Tensor)}
     shapes = {}
-    for file in _safetensors_files(Path(base)):
+    for file in weight_files(Path(base)):
         try:
             with open_safetensors(file) as opened:
                 names = opened.keys()
@@ -174,7 +176,7 @@ def tensor_reader(base: Base) -> Callable[[str], torch.Tensor]:
         files = dict.fromkeys(state)
     else:
         files = {}
-        for path in _safetensors_files(Path(base)):
+        for path in weight_files(Path(base)):
             with open_safetensors(path) as opened:
                 files |= dict.fromkeys(opened.keys(), path)
 
@@ -196,13 +198,37 @@ def tensor_reader(base: Base) -> Callable[[str], torch.Tensor]:
     return read
 
 
-def _safetensors_files(path: Path) -> list[Path]:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise FileNotFoundError(
-            f"base: expected a safetensors file or a folder of them, got {str(path)!r}"
-        )
-    return files
+def weight_files(base: Path) -> list[Path]:
+    """The safetensors files of a pretrained model: those that its index names, if it has one.
+
+    Raises:
+        FileNotFoundError: there are no such files, or the index names one that is missing.
+        ValueError: the index is spoiled.
+    """
+    if base.is_file():
+        return [base]
+    index = base / INDEX
+    if index.is_file():
+        names = sorted(set(_weight_map(index).values()))
+        if missing := [name for name in names if not (base / name).is_file()]:
+            raise FileNotFoundError(f"base: expected {missing[0]!r}, which {INDEX} names, got none")
+        return [base / name for name in names]
+    if files := sorted(base.glob("*.safetensors")):
+        return files
+    raise FileNotFoundError(
+        f"base: expected a safetensors file or a folder of them, got {str(base)!r}"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = {Path(name).name == name for name in weight_map.values()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"base: {INDEX}: expected a weight_map of files") from error
+    if names - {True}:
+        raise ValueError(f"base: {INDEX}: expected files of its own folder, got others")
+    return weight_map
 
 
 def described(layer: LayerState, shape: tuple[int, ...] | None, name: str) -> LayerState:
