@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from boft_ops._runtime import backend
+from boft_ops.tune.search import UNITS, in_float64, relative_errors, tensors_of
 
 from .contest import Part, Setting, reason, settle
 from .kernels import Case, as_chosen, cases, choices
 from .lines import Writer
 
 ROUNDS = 2  # sets of numbers
-UNITS = 2  # in the last place, that an error may exceed twice that of plain torch by
 BLOCKS = 3  # poisoned pieces of memory for each output
 
 
@@ -36,9 +36,9 @@ def check(case: Case, setting: Setting, writer: Writer) -> None:
     for round_, seed in enumerate(seeds):
         args = case.args(seed)
         with torch.no_grad(), backend.force("reference"):
-            exact = _tensors(case.op.comparable(case.op(*map(_double, args))))
-            plain = _errors(case.op.comparable(case.op(*args)), exact)
-        units = UNITS * torch.finfo(_tensors(args)[0].dtype).eps
+            exact = tensors_of(case.op.comparable(case.op(*map(in_float64, args))))
+            plain = relative_errors(case.op.comparable(case.op(*args)), exact)
+        units = UNITS * torch.finfo(tensors_of(args)[0].dtype).eps
         allowed = [2 * error + units for error in plain]
         for variant in choices(case, args, setting.variants):
             name = variant.name
@@ -51,7 +51,7 @@ def check(case: Case, setting: Setting, writer: Writer) -> None:
                 writer.write("failed", part=case.part, name=name, why=reason(error))
                 settle(setting.device)
                 continue
-            errors = _errors(case.op.comparable(result), exact)
+            errors = relative_errors(case.op.comparable(result), exact)
             parts = [error / most for error, most in zip(errors, allowed, strict=True)]
             # NaN is larger than any bound, but max() might overlook it
             largest = float("inf") if any(map(math.isnan, parts)) else max(parts)
@@ -69,28 +69,10 @@ def _on_poison(case: Case, args: tuple) -> tuple[Any, int]:
     Returns:
         The result, and the number of its tensors that do lie there.
     """
-    first = _tensors(case.op(*args))
+    first = tensors_of(case.op(*args))
     blocks = [torch.full_like(t, float("nan")) for t in first for _ in range(BLOCKS)]
     blocks += [t.fill_(float("nan")) for t in first]
     addresses = {t.data_ptr() for t in blocks}
     del first, blocks
     result = case.op(*args)
-    return result, sum(t.data_ptr() in addresses for t in _tensors(result))
-
-
-def _errors(result: Any, exact: list[torch.Tensor]) -> list[float]:
-    """Relative errors in the Frobenius norm."""
-    pairs = zip(_tensors(result), exact, strict=True)
-    return [float((a.double() - e).norm() / e.norm().clamp_min(1e-300)) for a, e in pairs]
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    nested = value if isinstance(value, tuple | list) else ()
-    return [tensor for part in nested for tensor in _tensors(part)]
-
-
-def _double(value: Any) -> Any:
-    is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if is_floating else value
+    return result, sum(t.data_ptr() in addresses for t in tensors_of(result))

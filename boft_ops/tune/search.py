@@ -83,19 +83,19 @@ class _Checker:
     def __init__(self, problem: Problem, args: tuple) -> None:
         self.problem, self.args = problem, args
         with backend.force("reference"), pinned():
-            wide = [_double(value) for value in args]
-            self.exact = _tensors(problem.comparable(problem.run(*wide)))
-            plain = _tensors(problem.comparable(problem.run(*args)))
+            wide = [in_float64(value) for value in args]
+            self.exact = tensors_of(problem.comparable(problem.run(*wide)))
+            plain = tensors_of(problem.comparable(problem.run(*args)))
         self.allowed = [
-            2 * _error(one, other) + UNITS * torch.finfo(one.dtype).eps
-            for one, other in zip(plain, self.exact, strict=True)
+            2 * error + UNITS * torch.finfo(tensor.dtype).eps
+            for error, tensor in zip(relative_errors(plain, self.exact), plain, strict=True)
         ]
 
     def fault(self, choice: Choice) -> str | None:
         """The reason why this choice may not be timed, or None."""
         try:
             result = self.problem.comparable(self.problem.run_with(choice, self.args))
-            errors = [_error(a, b) for a, b in zip(_tensors(result), self.exact, strict=True)]
+            errors = relative_errors(result, self.exact)
         except Exception as error:  # a compiler's, a launch's, for want of memory or registers
             return f"{type(error).__name__}: {str(error).strip().splitlines()[-1:] or ['']}"[:300]
         for i, (error, allowed) in enumerate(zip(errors, self.allowed, strict=True)):
@@ -104,20 +104,24 @@ class _Checker:
         return None
 
 
-def _error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    difference = (actual.double() - exact).norm()
-    return float(difference / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
+def relative_errors(result: Any, exact: Sequence[torch.Tensor]) -> list[float]:
+    """The errors of the tensors of a result against float64, in the Frobenius norm."""
+    least, pairs = torch.finfo(torch.float64).tiny, zip(tensors_of(result), exact, strict=True)
+    return [float((a.double() - e).norm() / e.norm().clamp_min(least)) for a, e in pairs]
 
 
-def _double(value: Any) -> Any:
+def in_float64(value: Any) -> Any:
+    """A floating-point tensor in float64; other arguments unchanged."""
     is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.double() if is_floating else value
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors among arguments or results, in their order."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for part in value for tensor in _tensors(part)]
+    nested = value if isinstance(value, tuple | list) else ()
+    return [tensor for part in nested for tensor in tensors_of(part)]
 
 
 def _compile_ahead(problem: Problem, args: tuple) -> None:
