@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from contestants import BULK, FLOOR, LORA
 from decide.lines import Figure, figures
-from decide.page import TILES, commit_of, environment_of
+from decide.page import KERNELS, TILES, commit_of, environment_of
 from interleave import summary
 from sections import table
 from store import DEVICE, Machine
 
-SECTION, COPY = "kernels", "clone"
+COPY = "clone"
 
 
 def kernels(machines: Sequence[Machine]) -> Iterator[str]:
@@ -89,7 +89,7 @@ def _measured(
     for machine in machines:
         parts: dict[str, dict[str, Figure]] = {}
         for figure in figures(machine.decided):
-            if figure.section == SECTION:
+            if figure.section == KERNELS:
                 parts.setdefault(figure.part, {})[figure.name] = figure
         if parts:
             yield machine, parts
@@ -103,4 +103,4 @@ def _us(figure: Figure) -> str:
 def _source(machine: Machine) -> str:
     facts = environment_of(machine.decided)
     versions = f"torch {facts['torch']}, Triton {facts['triton']}"
-    return f"{machine.name}, {versions}, commit {commit_of(machine.decided, SECTION)}"
+    return f"{machine.name}, {versions}, commit {commit_of(machine.decided, KERNELS)}"

@@ -22,18 +22,12 @@ import figures
 import prices
 from decide.page import section as decided_section
 from environment import ROOT
-from sections import NOT_DECIDED, image, no_gpu, section, table
+from sections import NOT_DECIDED, image, memory, no_gpu, section, table
 from store import Machine, load
 
 FOLDER = ROOT / "bench" / "results"
 MARK = re.compile("<!-- (table|figure): ")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-
-
-OLDER = (
-    "What follows, by `bench/run.py` on the same machine, is older: each part names its commit. "
-    "The tables at the top of the page take the figures above where both exist."
-)
 
 
 def results(machines: Sequence[Machine]) -> Iterator[str]:
@@ -44,12 +38,8 @@ def results(machines: Sequence[Machine]) -> Iterator[str]:
     for machine in machines:
         if machine.decided:
             yield from decided_section(machine.decided)
-            if machine.runs:
-                yield ""
-                yield OLDER
-                yield ""
         for run in machine.runs:
-            yield from section(run)
+            yield from memory(run) if machine.decided else section(run)
     if all(machine.on_cpu for machine in machines):
         yield no_gpu()
     if not any(machine.decided for machine in machines):
@@ -138,7 +128,7 @@ def publish(folder: Path, root: Path) -> None:
     for page in pages(root):
         page.write_text(filled(page, machines))
     for machine in machines:
-        if machine.main is not None and machine.main.groups("layer"):
+        if machine.main is not None and machine.main.groups("layer") and not machine.decided:
             chart.draw(root / "docs" / image(machine.main), machine.main)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from contestants import NAMES
 from environment import slug
@@ -12,6 +12,13 @@ from machines import machine_name
 from operators import BOTH
 from results import Results, Row
 
+# Contestants whose rank or number of factors depends on the shape.
+OF_ANY_SIZE = {
+    "peft-psoft": "PEFT PSOFT",
+    "more": "Monarch (MoRe)",
+    "lycoris-boft": "LyCORIS BOFT",
+}
+REMOVED = "boft-together"  # a contestant of old results that the package does not have any more
 NOT_DECIDED = """\
 ### Host and device of a GPU apart
 
@@ -52,10 +59,15 @@ def section(results: Results) -> Iterator[str]:
     if results.is_main and results.groups("layer"):
         yield f"![Time that adapters add to a frozen linear layer]({image(results)})"
         yield ""
-    for direction in (BOTH, "forward"):
-        yield from _overheads(results, direction)
+    if backend == "reference":
+        yield "[Install](install.md#a-pure-install) compares its times with those of the kernels."
+        yield ""
+    else:
+        for direction in (BOTH, "forward"):
+            yield from _overheads(results, direction)
+        yield from _notes(results)
     if backend == "auto":
-        yield from _details(results)
+        yield from _memory(results)
         yield from _ops(results)
         yield from _models(results)
     judged = goals(results)
@@ -71,18 +83,28 @@ def section(results: Results) -> Iterator[str]:
         yield ""
 
 
+def memory(results: Results) -> Iterator[str]:
+    """Yield memory and trained numbers of a run whose times gpu_decide.py has measured again."""
+    machine = results.machine
+    yield f"### {machine_name(machine)}, {machine['dtype']}: memory"
+    yield ""
+    yield f"{provenance(results)} The times of this run are older than those above."
+    yield ""
+    yield from _memory(results)
+
+
 def provenance(results: Results) -> str:
-    """Name machine, software, commit and date of a run, and what computed it."""
+    """Name machine, software, commit and date of a run."""
     machine, commit = results.machine, results.commit
     where = f"{machine['cpu']}, {machine['threads']} threads"
     if machine["device"] != "cpu":
         where = f"{machine['device']}; host {where}"
     what = ", ".join(f"{k} {machine[k]}" for k in ("torch", "peft", "boft_ops", "python"))
     state = f"commit {(commit['id'] or 'unknown')[:12]}" + (" + changes" if commit["dirty"] else "")
-    kernels = [op for op, served in machine["serving"].items() if served != "reference"]
-    native = "Kernels serve " + ", ".join(f"`{op}`" for op in kernels) if kernels else "No kernels"
+    served = any(backend != "reference" for backend in machine["serving"].values())
+    plain = "" if served else " No kernels: plain torch."
     tuned = " Measured choices were in use." if machine.get("tuned") else ""
-    return f"{where}. {what}, {state}, {results.date}. {native}; the rest is plain torch.{tuned}"
+    return f"{where}. {what}, {state}, {results.date}.{plain}{tuned}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -95,18 +117,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def _overheads(results: Results, direction: str) -> Iterator[str]:
-    groups = [g for g, measured in results.groups("layer") if measured == direction]
-    if not groups:
-        return
-    yield f"#### Overhead of {direction}"
-    yield ""
-    rows = []
-    for name in NAMES:
-        cells = [results.find(group, direction, name) for group in groups]
-        label = next((cell.info["label"] for cell in cells if cell), None)
-        if label:
-            rows.append([label, *(_overhead(cell) if cell else "" for cell in cells)])
-    yield from table(["", *groups], rows)
+    if any(measured == direction for _, measured in results.groups("layer")):
+        yield f"#### Overhead of {direction}"
+        yield ""
+        yield from _by_shape(results, direction, _overhead)
 
 
 def _overhead(row: Row) -> str:
@@ -116,26 +130,41 @@ def _overhead(row: Row) -> str:
     return f"{median:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
-def _details(results: Results) -> Iterator[str]:
-    yield "#### Time and memory of forward and backward"
-    yield ""
-    rows = []
-    for group, direction in results.groups("layer"):
-        if direction != BOTH:
-            continue
-        for row in results.table(group, direction):
-            memory = (_mib(row.info[k]) for k in ("saved_bytes", "peak_bytes", "adapter_bytes"))
-            time = f"{1e3 * row.stats['median']:.2f}"
-            first = f"{group} {row.info['label']}"
-            rows.append([first, time, f"{row.info['ratio']:.3f}", *memory, _count(row)])
-    header = ["", "ms", "x floor", "saved MiB", "peak MiB", "adapter MiB", "trainable"]
-    yield from table(header, rows)
+def _notes(results: Results) -> Iterator[str]:
     for group, labels in results.left_out().items():
-        yield f"Left out at {group}, for want of memory: {', '.join(labels)}."
-    notes = {r.info["label"]: r.info["note"] for r in results.rows if r.info["note"]}
-    for label, note in notes.items():
-        yield f"{label}: {note}."
+        yield f"- Left out at {group}, for want of memory: {', '.join(labels)}."
+    notes = {_label(row): row.info["note"] for row in results.rows if row.info["note"]}
+    yield from (f"- {label}: {note}." for label, note in notes.items())
     yield ""
+
+
+def _label(row: Row) -> str:
+    return OF_ANY_SIZE.get(row.name, row.info["label"])
+
+
+def _memory(results: Results) -> Iterator[str]:
+    yield "#### Memory of forward and backward, MiB: saved / peak"
+    yield ""
+    yield from _by_shape(
+        results,
+        BOTH,
+        lambda row: " / ".join(_mib(row.info[k]) for k in ("saved_bytes", "peak_bytes")),
+    )
+    yield "#### Trained numbers"
+    yield ""
+    yield from _by_shape(results, BOTH, _count)
+
+
+def _by_shape(results: Results, direction: str, cell: Callable[[Row], str]) -> Iterator[str]:
+    """Yield a table of layers: contestants in rows, shapes in columns."""
+    groups = [g for g, measured in results.groups("layer") if measured == direction]
+    rows = []
+    for name in NAMES:
+        found = [results.find(group, direction, name) for group in groups]
+        label = next((_label(row) for row in found if row), None)
+        if label:
+            rows.append([label, *(cell(row) if row else "" for row in found)])
+    yield from table(["", *groups], rows)
 
 
 def _count(row: Row) -> str:
@@ -173,8 +202,8 @@ def _models(results: Results) -> Iterator[str]:
     for group, direction in results.groups("model"):
         yield f"#### {group}: {direction}"
         yield ""
-        rows = [[row.info["label"], *model_cells(row)] for row in results.table(group, direction)]
-        yield from table(["", *MODEL_COLUMNS], rows)
+        found = [row for row in results.table(group, direction) if row.name != REMOVED]
+        yield from table(["", *MODEL_COLUMNS], [[r.info["label"], *model_cells(r)] for r in found])
 
 
 MODEL_COLUMNS = ("ms", "tokens/s", "x first", "peak MiB", "trainable")

@@ -9,9 +9,10 @@ from judging import MET
 
 from .lines import figures
 from .table import cells
-from .verdicts import NOT_MEASURED, judge
+from .verdicts import NOT_MEASURED, PROPOSED, judge
 
 FILE = "decide.jsonl"  # the lines of a run, among the committed results of its device
+KERNELS = "kernels"  # the section of single kernels
 TILES = ": tiles"  # end of the parts that are too many for the page
 
 
@@ -46,15 +47,22 @@ def section(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"{facts['device']}; host {facts['cpu']}. {versions}. Commits: {commits}."
     yield ""
     for goal, then in judge(found):
+        if then == PROPOSED:  # docs/kernels.md shows the fastest tile of each kernel
+            continue
         verdict = goal.verdict if goal.verdict == MET else f"**{goal.verdict}**"
         measured = f" Measured: {goal.measured}." if goal.measured else ""
         follows = f" If met: {then}." if goal.verdict != NOT_MEASURED else ""
         yield f"- {verdict}: {goal.text}.{measured}{follows}"
     yield ""
+    yield (
+        "The times of single kernels are in [How the kernels work](kernels.md#on-an-h200) and "
+        "[CUDA C++](cuda.md#on-a-gpu)."
+    )
+    yield ""
     yield "| | us [quartiles] | x first | rate |"
     yield "|---|--:|--:|--:|"
     for figure in found:
-        if figure.part.endswith(TILES) or figure.unit != "s":
+        if figure.section == KERNELS or figure.unit != "s":
             continue
         label, value, ratio, rate = cells(figure, found)
         yield f"| {figure.section}, {figure.part}: {label} | {value} | {ratio} | {rate} |"

@@ -17,6 +17,7 @@ from .lines import Figure
 
 NOT_MEASURED = "not measured"
 FASTER = 0.98  # a tile has to come below this part of the default's time, as in the tuner
+PROPOSED = "the tuner is to confirm it as the default of such cards"
 
 
 class Rule(NamedTuple):
@@ -287,7 +288,7 @@ def _tiles(figures: Sequence[Figure]) -> Iterator[tuple[Goal, str]]:
             changes = best.name.removeprefix("triton ")
             text = f"{call}: with {changes} at most {FASTER} of the default"
             case = _case("", best.ratios(default), FASTER, "times")
-            yield _goal(text, [case]), "the tuner is to confirm it as the default of such cards"
+            yield _goal(text, [case]), PROPOSED
 
 
 def _is_right(figures: Sequence[Figure], call: str, name: str) -> bool:

@@ -4,7 +4,18 @@ import csv
 import json
 
 import pytest
-from bench_modules import BENCH, contestants, machines, page, prices, recording, run, store, summary
+from bench_modules import (
+    BENCH,
+    contestants,
+    decide_page,
+    machines,
+    page,
+    prices,
+    recording,
+    run,
+    store,
+    summary,
+)
 from bench_modules import results as results_
 from synthetic_results import BOTH, SHAPES, machine, synthetic, without
 
@@ -150,6 +161,7 @@ def figure(section, part, name, values):
 def test_a_gpu_is_judged_by_its_later_run():
     facts = {"kind": "facts", "section": "ceilings", "part": "environment", "device": "Some GPU"}
     facts |= {"dtype": "bfloat16", "torch": "2.11", "triton": "3.6", "peft": "0.21"}
+    facts |= {"cpu": "Some CPU", "python": "3.12"}
     decided = [
         facts | {"commit": {"id": "aaaaaaa"}},
         figure("layers", "4096x4096x8192", "linear", [1.0, 1.0]),
@@ -170,6 +182,33 @@ def test_a_gpu_is_judged_by_its_later_run():
         "- Some GPU: faster at 4096x4096x8192 (0.75).",
         "- Some GPU, the device alone (a replayed CUDA graph): 4096x4096x8192 (1.25).",
     ]
+    text = "\n".join(page.results(machines_))
+    assert "| layers, 4096x4096x8192: boft-2-8 |" in text
+    # the older run adds only what was not measured again
+    assert "### Some GPU, bf16: memory" in text
+    assert "#### Overhead" not in text
+    assert "#### Goals" not in text
+
+
+def test_single_kernels_and_their_tiles_stand_on_another_page():
+    facts = {"kind": "facts", "section": "ceilings", "part": "environment", "device": "Some GPU"}
+    facts |= {"dtype": "bfloat16", "torch": "2.11", "triton": "3.6", "peft": "0.21"}
+    facts |= {"cpu": "Some CPU", "python": "3.12", "commit": {"id": "aaaaaaa"}}
+    tiles = "rotate, groups of 16: tiles"
+    error = figure("errors", "rotate, groups of 16", "triton rows=32", [0.5, 0.5]) | {"unit": "1"}
+    lines = [
+        facts,
+        figure("ceilings", "launches", "add", [1.0, 1.0]),
+        figure("kernels", "rotate, groups of 16", "triton", [1.0, 1.0]),
+        figure("kernels", tiles, "triton", [1.0, 1.0]),
+        figure("kernels", tiles, "triton rows=32", [0.9, 0.9]),
+        error,
+    ]
+    text = "\n".join(decide_page.section(lines))
+    assert "| ceilings, launches: add |" in text
+    assert "[How the kernels work](kernels.md#on-an-h200)" in text
+    assert "| kernels, " not in text
+    assert "rows=32" not in text
 
 
 def test_the_note_to_peft_has_every_shape_with_quartiles():

@@ -169,6 +169,21 @@ def test_report_of_a_synthetic_result(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+def test_tables_have_memory_and_trained_numbers_by_shape():
+    content = synthetic()
+    for entry in content["benchmarks"]:
+        info = entry["extra_info"]
+        if info["contestant"] == "more":  # a rank of its own at each shape
+            info |= {"label": f"<more {info['group']}>", "note": "another rank at each shape"}
+        if (info["contestant"], info["group"]) == ("boft-2-8", str(SHAPES[1])):
+            info |= {"saved_bytes": 3 << 20, "peak_bytes": 5 << 20, "trainable": 1234}
+    text = measurements(content)
+    assert "| <boft-2-8> | 0.00 / 0.00 | 3.00 / 5.00 |" in text
+    assert "| <boft-2-8> | 4,096 | 1,234 |" in text
+    assert text.count("- Monarch (MoRe): another rank at each shape.") == 1
+    assert "<more " not in text
+
+
 def test_tables_of_shapes_without_a_restricted_contestant(tmp_path):
     large = str(contestants.Shape(4096, 4096, 512))
     result = results.Results(without(synthetic(), lambda info: info["group"] == large))

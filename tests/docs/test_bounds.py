@@ -17,7 +17,7 @@ from boft_ops.ops.stage_from_skew import is_one_small_stage
 from boft_ops.ops.stages import plan
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
-SIZES = (16, 32, 64, 128, 256, 512)  # of blocks and of stages
+SIZES = (16, 32, 64, 128, 256, 512)  # blocks and stages
 
 
 def tensor(*shape):
@@ -33,7 +33,7 @@ def blocks(size):
 
 
 def factors(size):
-    """Factors of a stage: blocks of 8, of which log2(size / 4) are joined."""
+    """Return the log2(size / 4) factors of a stage, with blocks of 8."""
     return tensor((size // 4).bit_length() - 1, 1, 8, 8), 0
 
 

@@ -39,6 +39,7 @@ try:
     from decide import errors as decide_errors
     from decide import kernels as decide_kernels
     from decide import lines as decide_lines
+    from decide import page as decide_page
     from decide import verdicts as decide_verdicts
 finally:
     sys.path.remove(str(BENCH))
@@ -52,6 +53,7 @@ __all__ = [
     "decide_errors",
     "decide_kernels",
     "decide_lines",
+    "decide_page",
     "decide_verdicts",
     "definitions",
     "device_time",
