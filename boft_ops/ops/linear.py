@@ -227,9 +227,10 @@ def _parts_agree(
 def is_rotated(skew: torch.Tensor) -> bool:
     """Return False if R is known to be the identity: the layer must then equal torch's own exactly.
 
-    Looks at the data, which is free of a host sync only on a CPU; True elsewhere and in graphs.
+    Looks at the data, which is free of a host sync only on a CPU; True elsewhere and in graphs,
+    which serve other data too.
     """
-    if torch.compiler.is_compiling() or not skew.is_cpu:
+    if torch.compiler.is_compiling() or internals.tracing_state() is not None or not skew.is_cpu:
         return True
     try:
         return bool(skew.detach().count_nonzero())
@@ -355,7 +356,9 @@ def rotated_linear(
         scale = scale_of(scale, scale_base)
         return composed_linear(x, weight, rotation, scale, bias, side, kaleidoscope, as_torch)
     if scale is not None and scale.requires_grad and not torch.is_grad_enabled():
-        scale = scale.detach()  # a Function cannot see no_grad, and would save z for this gradient
+        # a Function cannot see no_grad, and would save z for this gradient; torch.jit.trace makes a
+        # second graph under no_grad, and expects the first one
+        scale = scale.detach() if internals.tracing_state() is None else scale
     stages, strategy, native = choose_strategy(x, weight, rotation, scale, bias, scale_base)
     if native is not None:
         skew, _, drop_mask = rotation

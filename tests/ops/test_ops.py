@@ -216,6 +216,21 @@ def test_tracing_the_linear_function():
         assert boft_linear(*fake).shape == expected.shape
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_traced_layer_takes_an_adapter_that_comes_later(dtype):
+    """The shortcut for the identity, which a new layer is, depends on data that a trace is not for.
+
+    torch traces a second time under no_grad, and compares the two graphs.
+    """
+    layer, x = BOFTLinear(32, 16, block_size=4, dtype=dtype), torch.randn(70, 32, dtype=dtype)
+    traced = torch.jit.trace(layer, (x,))
+    torch.nn.init.normal_(layer.skew, std=0.3)
+    torch.nn.init.normal_(layer.scale_offset, std=0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x), layer(x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "compiler"), [("reference", "aot_eager"), (None, "inductor")])
 def test_compile_a_training_step_of_layers(backend, compiler):
