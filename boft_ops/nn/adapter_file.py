@@ -138,6 +138,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str] | Adapter) -> nn
     for name in tensors:
         if isinstance(targets[name], nn.Parameter):
             targets[name].requires_grad_(True)
+    for layer in layers.values():
+        layer.renew_powers()
     return model
 
 

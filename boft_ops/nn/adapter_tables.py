@@ -18,6 +18,7 @@ from ..ops.planner import plan_for
 from ..ops.rotate_indexed import IDENTITY, compose_all, rotate_indexed
 from ..ops.stages import Stage, plan
 from .base_modules import check_numbers
+from .changes import Source, own_part
 from .linear_adapter import LinearAdapter
 
 # A table by number has an entry for the base alone, -1, and two for numbers out of range.
@@ -201,18 +202,26 @@ class Watch:
         self._adapters = list(adapters.values())
         self._dicts = [adapter._parameters for adapter in self._adapters]
         self._strengths = list(map(_STRENGTH, self._adapters))
-        tensors = self._tensors()
-        self._ids = list(map(id, tensors))
+        # The tensors and their memory are kept: no others may get their identity and address.
+        self._kept = self._tensors()
+        self._ids = list(map(id, self._kept))
+        own = [own_part(tensor) for tensor in self._kept if tensor is not None]
+        self._memory = [tensor.detach() for tensor in own]
+        self._addresses = list(map(_ADDRESS, own))
         # A change in place raises the version; a tensor made in inference mode has none.
-        self._tracked = [t for t in tensors if t is not None and not t.is_inference()]
+        self._tracked = [tensor for tensor in own if not tensor.is_inference()]
         self._versions = list(map(_VERSION, self._tracked))
+        self._untracked = [Source.of(t) for t in own if t.is_inference()]
+        self._own = own
 
     def is_stale(self) -> bool:
-        if list(map(id, self._tensors())) != self._ids:
-            return True
-        if list(map(_STRENGTH, self._adapters)) != self._strengths:
-            return True
-        return list(map(_VERSION, self._tracked)) != self._versions
+        return (
+            list(map(id, self._tensors())) != self._ids
+            or list(map(_STRENGTH, self._adapters)) != self._strengths
+            or list(map(_VERSION, self._tracked)) != self._versions
+            or list(map(_ADDRESS, self._own)) != self._addresses
+            or not all(source.is_now(source.tensor) for source in self._untracked)
+        )
 
     def _tensors(self) -> list[torch.Tensor | None]:
         return [*map(_SKEW, self._dicts), *map(_OFFSET, self._dicts)]
@@ -220,6 +229,7 @@ class Watch:
 
 _SKEW, _OFFSET = itemgetter("skew"), itemgetter("scale_offset")
 _VERSION, _STRENGTH = attrgetter("_version"), attrgetter("strength")
+_ADDRESS = torch.Tensor.data_ptr
 
 
 def _by_block_size(adapters: Mapping[int, LinearAdapter]) -> dict[int, list[LinearAdapter]]:

@@ -23,47 +23,13 @@ from ..ops.merged_linear import (
 from ..ops.planner import plan_for
 from ..ops.scale import scale_of
 from ..ops.stages import plan
+from .changes import Source
 from .distributed import changes_unseen
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
-
-
-class _Source(NamedTuple):
-    """A tensor that a merged weight was made from, and the marks that tell a change of it.
-
-    Attributes:
-        tensor: the parameter.
-        version: its version then, which every change in place raises but one through ``.data``.
-        memory: the tensor then. It keeps the memory, so that no other tensor gets its address.
-        numbers: a copy to compare with, on a CPU, of all but the frozen weight.
-    """
-
-    tensor: torch.Tensor
-    version: int
-    memory: torch.Tensor
-    numbers: torch.Tensor | None
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, compares: bool) -> _Source:
-        memory = tensor.detach()
-        numbers = memory.clone() if compares and tensor.is_cpu else None
-        return cls(tensor, tensor._version, memory, numbers)
-
-    def is_now(self, tensor: torch.Tensor | None) -> bool:
-        """True unless a change is seen; looks at the numbers on a CPU alone."""
-        memory = self.memory
-        return (
-            tensor is self.tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == memory.data_ptr()
-            and tensor.dtype == memory.dtype
-            and tensor.shape == memory.shape
-            and tensor.stride() == memory.stride()
-            and (self.numbers is None or torch.equal(tensor, self.numbers))
-        )
 
 
 class _Entry(NamedTuple):
@@ -78,7 +44,7 @@ class _Entry(NamedTuple):
     """
 
     key: tuple
-    sources: tuple[_Source, ...]
+    sources: tuple[Source, ...]
     numbers: torch.Tensor | None
     rotation: MergedWeight | None
 
@@ -168,7 +134,8 @@ def _make(layer: Any, key: tuple) -> _Entry:
     dtype, _, _, _, trains, is_scale_trained, _ = key
     weight, skew, offset = layer.frozen_weight, layer.skew, layer.scale_offset
     tensors = [tensor for tensor in (weight, skew, offset) if tensor is not None]
-    sources = tuple(_Source.of(tensor, tensor is not weight) for tensor in tensors)
+    # the frozen weight is too large to be compared in every call
+    sources = tuple(Source.of(t, t is not weight and t.is_cpu) for t in tensors)
     if skew.is_cpu and not is_rotated(skew) and (offset is None or not is_rotated(offset)):
         return _Entry(key, sources, None, None)
     if not trains:

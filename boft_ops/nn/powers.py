@@ -5,14 +5,17 @@ Scales come and go as their offsets from one, in which parameters hold them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 
 from .._runtime import checks
 from ..ops.geodesic import geodesic
-from .distributed import by_parts, changes_unseen, whole
+from .changes import Source, is_watchable
+from .distributed import by_parts, whole
 from .rotated_weight import is_sharded
 
 if TYPE_CHECKING:
@@ -63,11 +66,13 @@ def _check_positive(scale_offset: torch.Tensor | None, strength: float) -> None:
 class Powers:
     """``power`` of parameters, computed again only once these have changed.
 
-    A compiled graph takes what was computed before it, without looking whether it still holds.
+    A compiled graph cannot compute again. It takes what was computed before it, and NaN in the
+    place of that if the parameters hold other numbers by then.
     """
 
     def __init__(self) -> None:
-        self._key: list | None = None
+        self._strength: float | None = None
+        self._sources: tuple[Source, ...] = ()
         self._pair: Pair | None = None
 
     def of(
@@ -82,27 +87,40 @@ class Powers:
         Args:
             sources: the parameters that tell a change, if the two are made from others.
         """
-        if torch.compiler.is_compiling():
-            return power(skew, scale_offset, strength) if self._pair is None else self._pair
         sources = [tensor for tensor in sources or (skew, scale_offset) if tensor is not None]
-        key = [strength, *map(_stamp, sources)]
-        if self._pair is not None and key == self._key:
+        if torch.compiler.is_compiling():
+            if self._pair is None:
+                return power(skew, scale_offset, strength)
+            return self._unless_changed(sources)
+        if self._pair is not None and strength == self._strength and self._are_now(sources):
             return self._pair
         with torch.inference_mode(False):  # gradients of x may be wanted later
             pair = power(skew, scale_offset, strength)
-        if not any(map(changes_unseen, sources)):
-            self._pair, self._key = pair, key
+            if all(map(is_watchable, sources)):
+                self._sources = tuple(map(Source.of, sources))
+                self._pair, self._strength = pair, strength
+            else:
+                self._pair = None
         return pair
 
+    def _are_now(self, sources: list[torch.Tensor]) -> bool:
+        return len(sources) == len(self._sources) and all(
+            source.is_now(tensor) for source, tensor in zip(self._sources, sources, strict=True)
+        )
 
-@torch.no_grad()
-def _stamp(tensor: torch.Tensor) -> tuple:
-    """The marks by which a change of a tensor is noticed."""
-    # A shard is written to as a DTensor or as its local part.
-    parts = (tensor, tensor.to_local()) if is_sharded(tensor) else (tensor,)
-    # A change in place raises the version; a tensor made in inference mode has none.
-    versions = [0 if part.is_inference() else part._version for part in parts]
-    return id(tensor), *versions, tensor.device, tensor.dtype
+    def _unless_changed(self, sources: list[torch.Tensor]) -> Pair:
+        """The pair, or NaN if ``sources`` have other numbers than those that it was made from.
+
+        Shards are not looked at: a rank with other numbers could not tell the others.
+        """
+        skew, offset = self._pair
+        if any(map(is_sharded, sources)):
+            return skew, offset
+        fits = torch.ones((), dtype=torch.bool, device=skew.device)
+        for source, tensor in zip(self._sources, sources, strict=True):
+            fits = fits & (tensor.detach() == source.numbers).all()
+        offset = None if offset is None else torch.where(fits, offset, math.nan)
+        return torch.where(fits, skew, math.nan), offset
 
 
 class HasStrength:
@@ -145,12 +163,28 @@ class HasStrength:
             RuntimeError: the layer is merged.
         """
         self.check_strength(strength)
-        strength, powers = float(strength), Powers()
-        if strength != 1 and not self.skew.is_meta and not changes_unseen(self.skew):
-            # now, as a compiled graph would take apart what it traces
-            powers.of(self.skew, self.scale_offset, strength)
-        self.strength, self._powers = strength, powers
+        self.strength, self._powers = float(strength), Powers()
+        self.renew_powers()
         return self
+
+    def renew_powers(self) -> None:
+        """Compute now what ``at_strength`` returns, if it can be kept: see ``Powers``.
+
+        A compiled graph would take apart the computation that it traces, and sees no change.
+        """
+        if self.strength == 1 or not is_watchable(self.skew):
+            return
+        with suppress(ValueError):  # scales without powers raise in the next call
+            self._powers.of(self.skew, self.scale_offset, self.strength)
+
+    def _apply(self, *args, **kwargs) -> Self:
+        super()._apply(*args, **kwargs)
+        self.renew_powers()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.renew_powers()
 
     def at_strength(self) -> Pair:
         """Return skew and scale_offset, or at another strength than 1 what takes their place.

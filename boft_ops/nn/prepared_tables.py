@@ -33,8 +33,8 @@ class PreparedTables:
         size, more factors or, without ``slots``, a larger number than all before, or if it is the
         first with a scale.
         The matrices are dropped by ``train()``, a move to another device or dtype, and loading. In
-        eager mode they are also dropped if a skew or a scale is replaced, or written to in place,
-        unless that is done through ``.data``; preparing again then uses the same memory.
+        eager mode they are also dropped if a skew or a scale is replaced, gets other ``data``, or
+        is written to in place, unless through ``data``; preparing again uses the same memory.
 
         Args:
             dtype: float32, or float64 for inputs of float64. bfloat16 and float16 take half of the

@@ -87,6 +87,8 @@ def test_a_scale_is_a_power():
     twice = copy.deepcopy(layer)
     twice.set_scale("default", 0.5)
     assert torch.equal(layer(x), twice(x))
+    layer.oft_R["default"].weight.data.mul_(0.5)  # raises no version
+    assert not torch.equal(layer(x), twice(x))
     assert weight.shape == (1, 8, 6)
 
 

@@ -445,8 +445,8 @@ def test_a_change_is_noticed(change, trains, looks, monkeypatch):
     if (trains and change in NOT_IN_TRAINING) or (not looks and change in UNSEEN):
         pytest.skip("nothing to notice")
     if not looks:
-        right = merged_cache._Source.of
-        monkeypatch.setattr(merged_cache._Source, "of", lambda tensor, _: right(tensor, False))
+        right = merged_cache.Source.of
+        monkeypatch.setattr(merged_cache.Source, "of", lambda tensor, _=False: right(tensor, False))
     layer, x = make().train(trains), rows()
     run = step if trains else torch.no_grad()(lambda layer, x: [layer(x)])
     with cache_merged(layer) as cache:

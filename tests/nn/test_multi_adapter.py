@@ -214,6 +214,7 @@ def test_prepared_matrices_go_when_something_changes():
         moved,
         lambda layer: layer.adapters["a"].load_state_dict(state),
         lambda layer: setattr(layer.adapters["a"], "skew", nn.Parameter(state["skew"])),
+        lambda layer: setattr(layer.adapters["a"].skew, "data", state["skew"].clone()),
         lambda layer: layer.train(),
         lambda layer: layer.double().float(),
     ):
@@ -228,6 +229,20 @@ def test_prepared_matrices_go_when_something_changes():
         assert torch.equal(got, fresh(x, index))
     with pytest.raises(RuntimeError, match="prepare: expected eval"):
         make().train().prepare()
+
+
+@torch.inference_mode()
+def test_prepared_matrices_of_a_model_made_in_inference_mode():
+    """Its parameters have no versions."""
+    x, index = torch.randn(5, 32), torch.tensor([0, 1, 2, -1, 0])
+    layer = make().eval().prepare()
+    before = layer(x, index)
+    assert layer._prepared is not None
+    layer.adapters["a"].skew.mul_(0.5)
+    got = layer(x, index)
+    assert not torch.equal(got, before)
+    layer.forget()
+    assert torch.equal(got, layer(x, index))
 
 
 def test_names_come_and_go():

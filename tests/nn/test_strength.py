@@ -157,6 +157,27 @@ def test_new_numbers_are_seen():
     layer(x.float().requires_grad_()).sum().backward()
 
 
+CHANGES = {
+    "data": lambda skew: setattr(skew, "data", skew.data * 0.5),
+    "data in place": lambda skew: skew.data.mul_(0.5),
+    "numpy": lambda skew: skew.detach().numpy().__imul__(0.5),
+    "set_": lambda skew: skew.set_(skew * 0.5),
+}
+
+
+@pytest.mark.parametrize("is_inference", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_without_a_version_are_seen(change, is_inference):
+    with torch.inference_mode(is_inference), torch.no_grad():
+        layer, x = make("in")
+        layer.set_strength(0.5)
+        before = layer(x)
+        CHANGES[change](layer.skew)
+        after = layer(x)
+        assert not torch.equal(before, after)
+        assert torch.equal(layer.set_strength(0.5)(x), after)
+
+
 def test_files_hold_the_whole_adapter(tmp_path):
     model = randomized(adapt(nn.Sequential(nn.Linear(32, 16)), ["0"])).eval()
     x = torch.randn(4, 32)
@@ -172,7 +193,7 @@ def test_files_hold_the_whole_adapter(tmp_path):
 
 def test_a_graph_where_changes_are_not_seen(monkeypatch):
     """As in a process with an FSDP model: the graph computes the power itself."""
-    monkeypatch.setattr(powers, "changes_unseen", lambda parameter: True)
+    monkeypatch.setattr(powers, "is_watchable", lambda parameter: False)
     layer, x = make("in", torch.float32)
     layer.set_strength(0.5)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
@@ -187,6 +208,29 @@ def test_a_compiled_layer():
     torch.testing.assert_close(compiled(x), y)
     layer.set_strength(0.25)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_compiled_model_after_loading(tmp_path):
+    """A graph takes the powers that it finds: those of what was loaded, or NaN of what changed."""
+    pretrained = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 16))
+    model = adapt(copy.deepcopy(pretrained), ["0", "1"]).eval()
+    other = randomized(copy.deepcopy(model))
+    boft_ops.save_adapter(other, tmp_path / "a.safetensors")
+    x = torch.randn(4, 32)
+    set_strength(model, 0.5)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), pretrained(x))
+    boft_ops.load_adapter(model, tmp_path / "a.safetensors")
+    torch.testing.assert_close(compiled(x), set_strength(other, 0.5)(x))
+    with torch.no_grad():
+        model[1].skew.mul_(0.5)
+        assert compiled(x).isnan().all()
+        expected = model(x)  # an eager call computes the powers anew
+        torch.testing.assert_close(compiled(x), expected)
+    model.load_state_dict(set_strength(other, 1).state_dict())
+    torch.testing.assert_close(compiled(x), set_strength(other, 0.5)(x))
+    model.double()
+    torch.testing.assert_close(compiled(x.double()), model(x.double()))
 
 
 def test_training_needs_the_whole_strength():
