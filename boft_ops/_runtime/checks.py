@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from . import autocast
+from .dtypes import COMPUTE
 
 SIDES = ("in", "out")
 METHODS = ("exact", "neumann5")
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = tuple(COMPUTE)
 
 
 def kaleidoscope(name: str, value: object, n_factors: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from .transmission import product
@@ -41,38 +43,51 @@ def draw(pattern: torch.Tensor, title: str = "") -> str:
     cell = max(1.2, min(14.0, 84 / d))
     side = cell * d
     parts = [_text(LEFT - 20, 13, title, 12)] if title else []
-    for i, factor in enumerate(pattern):
-        for target, source in factor.nonzero().tolist():
-            color, width = (STRAIGHT, 1) if target == source else (FREE, 1.4)
-            ends = (LEFT + i * WIDTH, TOP + source * pitch, LEFT + (i + 1) * WIDTH)
-            parts.append(
-                f'<line x1="{ends[0]}" y1="{ends[1]}" x2="{ends[2]}" y2="{TOP + target * pitch}" '
-                f'stroke="{color}" stroke-width="{width}"/>'
-            )
-    for i in range(m + 1):
-        x = LEFT + i * WIDTH
-        parts.append(_text(x, TOP - 11, f"level {i + 1}", 10.5, "middle"))
-        for node in range(d):
-            y = TOP + node * pitch
-            parts.append(
-                f'<circle cx="{x}" cy="{y}" r="{radius:.1f}" fill="white" stroke="{TEXT}"/>'
-            )
-            if i == 0:
-                parts.append(_text(x - 12, y + 3, str(node + 1), min(10.5, pitch), "end"))
-    so_far = torch.eye(d, dtype=torch.bool)
-    for i, factor in enumerate(pattern):
-        so_far = product(torch.stack([so_far, factor]))
-        x = LEFT + (i + 0.5) * WIDTH - side / 2
-        names = (f"B{i + 1}", f"B{i + 1}...B1" if i > 1 else "B2 B1")
-        parts += _grid(factor, x, bottom, cell, names[0])
-        if i:
-            parts += _grid(so_far, x, bottom + side + 26, cell, names[1])
+    parts += [*_edges(pattern, pitch), *_nodes(m, d, pitch, radius)]
+    parts += _patterns(pattern, bottom, cell)
     width, height = 2 * LEFT + m * WIDTH, bottom + (2 * side + 36 if m > 1 else side + 10)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" '
         f'width="{width}" height="{height:.0f}" font-family="sans-serif">\n'
         '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
+
+
+def _edges(pattern: torch.Tensor, pitch: int) -> Iterator[str]:
+    """Yield a line for each edge; ``pitch`` is the distance between two nodes of a level."""
+    for i, factor in enumerate(pattern):
+        for target, source in factor.nonzero().tolist():
+            color, width = (STRAIGHT, 1) if target == source else (FREE, 1.4)
+            ends = (LEFT + i * WIDTH, TOP + source * pitch, LEFT + (i + 1) * WIDTH)
+            yield (
+                f'<line x1="{ends[0]}" y1="{ends[1]}" x2="{ends[2]}" y2="{TOP + target * pitch}" '
+                f'stroke="{color}" stroke-width="{width}"/>'
+            )
+
+
+def _nodes(m: int, d: int, pitch: int, radius: float) -> Iterator[str]:
+    """Yield the levels' names, the nodes, and the numbers of those of the first level."""
+    for i in range(m + 1):
+        x = LEFT + i * WIDTH
+        yield _text(x, TOP - 11, f"level {i + 1}", 10.5, "middle")
+        for node in range(d):
+            y = TOP + node * pitch
+            yield f'<circle cx="{x}" cy="{y}" r="{radius:.1f}" fill="white" stroke="{TEXT}"/>'
+            if i == 0:
+                yield _text(x - 12, y + 3, str(node + 1), min(10.5, pitch), "end")
+
+
+def _patterns(pattern: torch.Tensor, top: float, cell: float) -> Iterator[str]:
+    """Yield the grids of the factors, and below them those of the products."""
+    side = cell * pattern.shape[1]
+    so_far = torch.eye(pattern.shape[1], dtype=torch.bool)
+    for i, factor in enumerate(pattern):
+        so_far = product(torch.stack([so_far, factor]))
+        x = LEFT + (i + 0.5) * WIDTH - side / 2
+        yield from _grid(factor, x, top, cell, f"B{i + 1}")
+        if i:
+            name = f"B{i + 1}...B1" if i > 1 else "B2 B1"
+            yield from _grid(so_far, x, top + side + 26, cell, name)
 
 
 def _grid(matrix: torch.Tensor, x: float, y: float, cell: float, name: str) -> list[str]:

@@ -27,8 +27,8 @@ from .._runtime.files import (
     write_whole,
 )
 from ..nn.wrappers import dotted
-from ..ops.cayley import cayley
 from ..ops.merge import merge_weight
+from ..ops.rotation import SkewRotation
 from .formats.checkpoint import INDEX, Checkpoint, LayerState, described, weight_files
 from .formats.reader import read_checkpoint
 
@@ -173,7 +173,7 @@ def plan_merge(
 def merged_tensor(weight: torch.Tensor, layer: LayerState) -> torch.Tensor:
     """``merge_weight`` for the state of a layer, some rows at a time if they are independent."""
     config = layer.config
-    blocks = cayley(layer.skew, method=config.method)
+    blocks = SkewRotation(layer.skew, config.method).blocks()
     if config.side == "out":
         return merge_weight(weight, blocks, layer.scale, side="out")
     rows = max(1, ROWS // max(1, weight[0].numel()))

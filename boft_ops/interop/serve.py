@@ -14,13 +14,14 @@ from torch import nn
 
 from .._runtime import checks
 from ..nn.adapt import check_parent, put_in, unfrozen_on_error
+from ..nn.adapter_parameters import HasAdapter
 from ..nn.base import BOFTLayer
 from ..nn.base_modules import check_numbers
 from ..nn.linear_adapter import LinearAdapter
 from ..nn.multi_adapter import MultiAdapterLinear
 from ..nn.wrappers import pretrained_names
 from ..ops.scale import offset_of
-from .formats.checkpoint import Base, LayerState
+from .formats.checkpoint import Base, Checkpoint, LayerState
 from .formats.reader import read_checkpoint
 
 
@@ -65,32 +66,11 @@ def load_adapters(
     pretrained_name = pretrained_names(model)
     named = model.named_modules(remove_duplicate=False)
     modules = {pretrained_name(name): module for name, module in named}
-    layers: dict[nn.Module, MultiAdapterLinear] = {}  # by the module that it is or replaces
-    added: dict[tuple[MultiAdapterLinear, str], LinearAdapter] = {}
-    adapted = [m for m in modules.values() if isinstance(m, (LinearAdapter, BOFTLayer))]
+    adapted = [module for module in modules.values() if isinstance(module, HasAdapter)]
     own = [p for m in adapted for p in (m.skew, m.scale_offset) if p is not None]
     trained = [p for p in own if p.requires_grad]
     with unfrozen_on_error(model):
-        for name, checkpoint in contents.items():
-            if checkpoint.others:
-                other = next(iter(checkpoint.others))
-                raise ValueError(f"{name}: expected rotations and scales alone, got {other!r}")
-            for layer_name, state in checkpoint.layers.items():
-                module = modules.get(layer_name)
-                _check_layer(name, layer_name, module, state)
-                check_parent(f"{name}: {layer_name}", modules[layer_name.rpartition(".")[0]])
-                if module not in layers:
-                    layers[module] = module
-                    if not isinstance(module, MultiAdapterLinear):
-                        layer = MultiAdapterLinear(module, slots=slots)
-                        layers[module] = layer.train(module.training)
-                adapter = _new_adapter(layers[module], name, layer_name, state)
-                first = added.setdefault((layers[module], name), adapter)
-                if first is not adapter and not _are_equal(first, adapter):
-                    raise ValueError(
-                        f"{name}: {layer_name}: expected one rotation of a layer that has several "
-                        "names in the model, got two"
-                    )
+        layers, added = _built(modules, contents, slots)
         free = _free_numbers(model, layers.values(), len(contents))
         numbers = dict(zip(contents, free, strict=True))
         put_in(model, layers)
@@ -99,6 +79,41 @@ def load_adapters(
     for (layer, name), adapter in added.items():
         layer.put_adapter(name, adapter, active=False, number=numbers[name])
     return model
+
+
+def _built(
+    modules: Mapping[str, nn.Module], contents: Mapping[str, Checkpoint], slots: int | None
+) -> tuple[
+    dict[nn.Module, MultiAdapterLinear], dict[tuple[MultiAdapterLinear, str], LinearAdapter]
+]:
+    """Build the adapters of checkpoints, and layers for them, without changing the model.
+
+    Returns:
+        The layer for each module, which it is or replaces; and the adapters by layer and name.
+    """
+    layers: dict[nn.Module, MultiAdapterLinear] = {}
+    added: dict[tuple[MultiAdapterLinear, str], LinearAdapter] = {}
+    for name, checkpoint in contents.items():
+        if checkpoint.others:
+            other = next(iter(checkpoint.others))
+            raise ValueError(f"{name}: expected rotations and scales alone, got {other!r}")
+        for layer_name, state in checkpoint.layers.items():
+            module = modules.get(layer_name)
+            _check_layer(name, layer_name, module, state)
+            check_parent(f"{name}: {layer_name}", modules[layer_name.rpartition(".")[0]])
+            if module not in layers:
+                layers[module] = module
+                if not isinstance(module, MultiAdapterLinear):
+                    layer = MultiAdapterLinear(module, slots=slots)
+                    layers[module] = layer.train(module.training)
+            adapter = _new_adapter(layers[module], name, layer_name, state)
+            first = added.setdefault((layers[module], name), adapter)
+            if first is not adapter and not _are_equal(first, adapter):
+                raise ValueError(
+                    f"{name}: {layer_name}: expected one rotation of a layer that has several "
+                    "names in the model, got two"
+                )
+    return layers, added
 
 
 def _free_numbers(model: nn.Module, layers: Iterable[MultiAdapterLinear], count: int) -> list[int]:

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from .._runtime.dtypes import widest
-from ..ops.cayley import cayley
-from ..ops.dropout import drop_blocks
 from ..ops.merge import merge_rotations
+from ..ops.rotation import SkewRotation
 from ..ops.scale import scale_of
 from .base_modules import check_numbers, is_quantized
 from .linear_adapter import LinearAdapter
@@ -28,8 +27,8 @@ def adapted_weight(base: nn.Module, adapters: Sequence[LinearAdapter]) -> torch.
     if type(base).forward is not nn.Linear.forward or is_quantized(base):
         return no_weight(base)
     draws = [one_draw(adapter.dropout) for adapter in adapters]
-    trained = [tensor for adapter in adapters for tensor in adapter.local()]
-    return rotated_weight(partial(_rotate, adapters, draws), base.weight, *trained)
+    rotate = partial(_rotate, adapters, draws)
+    return rotated_weight(rotate, base.weight, *_trained(adapters))
 
 
 def no_weight(base: nn.Module) -> torch.Tensor:
@@ -40,14 +39,18 @@ def no_weight(base: nn.Module) -> torch.Tensor:
 def weight_with(weight: torch.Tensor, adapters: Sequence[LinearAdapter]) -> torch.Tensor:
     """The weight with the adapters in it, computed in at least float32 and rounded once."""
     draws = [lambda skew: None for _ in adapters]
-    trained = [tensor for adapter in adapters for tensor in adapter.local()]
-    return _rotate(adapters, draws, weight, *trained)
+    return _rotate(adapters, draws, weight, *_trained(adapters))
+
+
+def _trained(adapters: Sequence[LinearAdapter]) -> list[torch.Tensor | None]:
+    """The skew and the scale_offset of each adapter, in a row."""
+    return [own for adapter in adapters for own in (adapter.own_skew(), adapter.own_offset())]
 
 
 def _rotate(
     adapters: Sequence[LinearAdapter], draws: Sequence[Callable], weight: torch.Tensor, *trained
 ) -> torch.Tensor:
-    """The weight with the adapters in it; ``trained`` are what ``local`` returns, in a row."""
+    """The weight with the adapters in it; ``trained`` are what ``_trained`` returns."""
     pairs = zip(trained[::2], trained[1::2], strict=True)
     # x meets the first adapter first, so the weight meets it last
     in_order = reversed(list(zip(adapters, draws, pairs, strict=True)))
@@ -56,8 +59,7 @@ def _rotate(
         for adapter, draw, (skew, offset) in in_order:
             check_numbers({"skew": skew, "scale_offset": offset}, weight)
             wide = skew.to(widest(skew.dtype, weight.dtype))
-            blocks = drop_blocks(cayley(wide, method=adapter.method), draw(skew))
-            yield blocks, scale_of(offset)
+            yield SkewRotation(wide, adapter.method, draw(skew)).blocks(), scale_of(offset)
 
     return merge_rotations(weight, rotations())
 

@@ -12,19 +12,17 @@ from torch import nn
 from .._runtime import checks
 from .adapt import build_layers, put_in, unfrozen_on_error
 from .adapter_format import Adapter, read_adapter
+from .adapter_parameters import HasAdapter
 from .base import BOFTLayer
 from .base_modules import check_numbers
 from .config import Options
 from .expert_adapter import ExpertAdapter
 from .experts import BOFTExperts, expert_parameters
 from .layer_kinds import DEFAULT
-from .linear_adapter import LinearAdapter
 from .multi_adapter import MultiAdapterLinear
 from .shards import check_present, gather, scatter, whole_shapes, write_once
 from .targets import named_children
 from .wrappers import dotted, pretrained_names, wrapped_attribute
-
-AdaptedLayer = BOFTLayer | LinearAdapter  # the modules that hold skew and scale_offset
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = DEFAULT) -> None:
@@ -148,7 +146,7 @@ def _layers_of_file(
     path: str | os.PathLike[str],
     layer_options: dict[str, Options],
     tensors: dict[str, torch.Tensor],
-) -> tuple[dict[str, AdaptedLayer], dict[nn.Module, nn.Module]]:
+) -> tuple[dict[str, HasAdapter], dict[nn.Module, nn.Module]]:
     """Build the layers that a file describes, without putting them in.
 
     Returns:
@@ -171,14 +169,14 @@ def _layers_of_file(
     return layers, new_layers
 
 
-def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, AdaptedLayer]:
+def _adapted_layers(model: nn.Module, adapter: str = DEFAULT) -> dict[str, HasAdapter]:
     """The modules that hold skew and scale_offset, by the names of the pretrained layers."""
     pretrained_name = _pretrained_names(model)
     named = ((name, _adapted_layer(module, adapter)) for name, module in model.named_modules())
     return {pretrained_name(name): layer for name, layer in named if layer is not None}
 
 
-def _adapted_layer(module: nn.Module, adapter: str = DEFAULT) -> AdaptedLayer | None:
+def _adapted_layer(module: nn.Module, adapter: str = DEFAULT) -> HasAdapter | None:
     if isinstance(module, MultiAdapterLinear):
         return dict(module.adapters).get(adapter)
     return module if isinstance(module, (BOFTLayer, ExpertAdapter)) else None
@@ -189,7 +187,7 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Such buffers are running statistics, for example.
     """
-    adapters = [m for m in model.modules() if isinstance(m, (BOFTLayer, LinearAdapter))]
+    adapters = [m for m in model.modules() if isinstance(m, HasAdapter)]
     rotation_ids = {id(p) for m in adapters for p in (m.skew, m.scale_offset)}
     named = model.named_parameters()
     stored = {name: p for name, p in named if p.requires_grad and id(p) not in rotation_ids}
@@ -229,7 +227,7 @@ def _pretrained_names(model: nn.Module) -> Callable[[str], str]:
     return pretrained_names(model, attribute_of)
 
 
-def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor]:
+def _rotation_tensors(layers: dict[str, HasAdapter]) -> dict[str, torch.Tensor]:
     """The skews and scales of layers, by their names in a file."""
     rotations = {}
     for name, layer in layers.items():
@@ -239,7 +237,7 @@ def _rotation_tensors(layers: dict[str, AdaptedLayer]) -> dict[str, torch.Tensor
     return rotations
 
 
-def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
+def _check_whole(layers: dict[str, HasAdapter]) -> None:
     """Raise ValueError if ``interpolate`` has switched off factors of a layer."""
     if switched := [name for name, layer in layers.items() if layer.n_identity]:
         raise ValueError(
@@ -248,7 +246,7 @@ def _check_whole(layers: dict[str, AdaptedLayer]) -> None:
         )
 
 
-def _check_gathered(layers: dict[str, AdaptedLayer], stored: dict[str, torch.Tensor]) -> None:
+def _check_gathered(layers: dict[str, HasAdapter], stored: dict[str, torch.Tensor]) -> None:
     """Raise ValueError for a skew that is a shard of a kind that is not known here."""
     if parts := [name for name, layer in layers.items() if getattr(layer, "is_part", False)]:
         raise ValueError(
@@ -282,7 +280,7 @@ def _check_levels(
 
 
 def _compare_options(
-    path: str | os.PathLike[str], layer_options: dict[str, Options], layers: dict[str, AdaptedLayer]
+    path: str | os.PathLike[str], layer_options: dict[str, Options], layers: dict[str, HasAdapter]
 ) -> None:
     """Raise ValueError unless the model is adapted with the options of the file."""
     if differing := sorted(layer_options.keys() ^ layers.keys()):
@@ -299,7 +297,7 @@ def _check_loadable(
     model: nn.Module,
     path: str | os.PathLike[str],
     tensors: dict[str, torch.Tensor],
-    layers: dict[str, AdaptedLayer],
+    layers: dict[str, HasAdapter],
     trained: Collection[str] = (),
 ) -> None:
     """Raise ValueError unless a file fits the tensors of the model, which may be shards.

@@ -12,10 +12,9 @@ from torch import nn
 
 from .._runtime import checks
 from .._runtime.dtypes import widest
-from ..ops.cayley import cayley
-from ..ops.dropout import drop_blocks
 from ..ops.kaleidoscope import multiply
 from ..ops.merge import merge_weight, unmerge_weight, untracked
+from ..ops.rotation import SkewRotation
 from ..ops.scale import scale_of
 from .adapter_parameters import HasAdapter
 from .base_modules import check_forward, check_initialized, check_numbers, check_unmodified
@@ -94,8 +93,8 @@ class BOFTLayer(HasAdapter, nn.Module):
         def rotated(weight, skew, offset) -> torch.Tensor:
             self._check_numbers(weight)
             skew = self._active(skew)
-            blocks = drop_blocks(cayley(_widened(skew), method=self.config.method), draw(skew))
-            return merge_weight(weight, blocks, scale_of(offset), **self._placement)
+            rotation = SkewRotation(_widened(skew), self.config.method, draw(skew))
+            return merge_weight(weight, rotation.blocks(), scale_of(offset), **self._placement)
 
         return rotated
 
@@ -205,7 +204,7 @@ class BOFTLayer(HasAdapter, nn.Module):
         return skew[:m] if m else torch.zeros_like(skew[:1])
 
     def _blocks(self, skew: torch.Tensor) -> torch.Tensor:
-        return cayley(self._active(skew), method=self.config.method)
+        return SkewRotation(self._active(skew), self.config.method).blocks()
 
     @property
     def _placement(self) -> Options:

@@ -7,9 +7,8 @@ from torch import nn
 
 from .._runtime import checks
 from ..ops.butterfly import butterfly_matmul
-from ..ops.cayley import cayley
-from ..ops.dropout import drop_blocks
 from ..ops.rotate_indexed import butterfly_matmul_segments
+from ..ops.rotation import SkewRotation
 from .config import Options, RotationConfig
 from .linear_adapter import LinearAdapter
 
@@ -75,8 +74,8 @@ class ExpertAdapter(LinearAdapter):
 
     def blocks(self) -> torch.Tensor:
         """Orthogonal blocks (E, m, K, b, b) or (m, K, b, b), after dropout in training mode."""
-        blocks = cayley(self.at_strength()[0], method=self.method)
-        return drop_blocks(blocks, self.dropout.draw(self.skew))
+        drop_mask = self.dropout.draw(self.skew)
+        return SkewRotation(self.at_strength()[0], self.method, drop_mask).blocks()
 
     def rotate(self, x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
         """x R for rows x (N, d), with the R of each row's expert.

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from .._runtime.dtypes import widest
-from ..ops.cayley import cayley
 from ..ops.merge import merge_weight, untracked
+from ..ops.rotation import SkewRotation
 from ..ops.scale import scale_of
 from .base_modules import check_numbers
 from .config import RotationConfig
@@ -306,7 +306,7 @@ class BOFTExperts(nn.Module):
         check_numbers({projection: weight} | tensors)
         skew, offset = adapter.at_strength()
         scale = scale_of(offset)
-        blocks = cayley(skew.to(widest(skew.dtype)), method=adapter.method)
+        blocks = SkewRotation(skew.to(widest(skew.dtype)), adapter.method).blocks()
         shared, transposed = adapter.experts == SHARED, is_transposed(self.base)
         merged = torch.empty_like(weight)
         for e, matrix in enumerate(weight):

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from .._runtime import checks
-from ..ops.cayley import cayley
-from ..ops.dropout import drop_blocks
+from ..ops.rotation import SkewRotation
 from .adapter_parameters import HasAdapter
 from .config import RotationConfig
 from .distributed import averaged, replicated
@@ -89,10 +88,6 @@ class LinearAdapter(HasAdapter, nn.Module):
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if self.is_cut else averaged(tensor)
 
-    def local(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``own_skew`` and ``own_offset``."""
-        return self.own_skew(), self.own_offset()
-
     def replicate(self, mesh: DeviceMesh) -> None:
         """Make each parameter one of all ranks of a mesh, on which it is equal."""
         for name, parameter in list(self.named_parameters(recurse=False)):
@@ -104,13 +99,14 @@ class LinearAdapter(HasAdapter, nn.Module):
         If m < n_factors, identity factors are appended, so that the blocks of adapters with
         different m can be stacked.
         """
-        blocks = cayley(self.own_skew(), method=self.config.method)
+        skew = self.own_skew()
         if self.is_cut:
-            from .tensor_parallel import shared_drop_mask  # imports torch.distributed.tensor
+            from .cuts import shared_drop_mask  # imports torch.distributed.tensor
 
-            blocks = drop_blocks(blocks, shared_drop_mask(self))
+            drop_mask = shared_drop_mask(self)
         else:
-            blocks = self.dropout(blocks)
+            drop_mask = self.dropout.draw(skew)
+        blocks = SkewRotation(skew, self.config.method, drop_mask).blocks()
         missing = n_factors - len(blocks)
         if missing <= 0:
             return blocks

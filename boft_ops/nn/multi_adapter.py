@@ -189,7 +189,7 @@ class MultiAdapterLinear(PreparedTables, nn.Module):
         if is_conv1d(self.base):
             adapter.base_class = "Conv1D"
         if self._is_cut:
-            from .tensor_parallel import cut_adapter  # imports torch.distributed.tensor
+            from .cuts import cut_adapter  # imports torch.distributed.tensor
 
             cut_adapter(adapter, self.base.weight)
         return adapter.train(self.training)
@@ -198,7 +198,7 @@ class MultiAdapterLinear(PreparedTables, nn.Module):
         """Cut the adapters as tensor parallelism has cut the weight of the base, if it has."""
         self._is_cut, self._own_in_features = is_tensor_parallel(self.base), self.in_features
         if self._is_cut:
-            from .tensor_parallel import cut_adapter, own_in_features
+            from .cuts import cut_adapter, own_in_features
 
             self._own_in_features = own_in_features(self.base)
             for adapter in self.adapters.values():
@@ -306,7 +306,7 @@ class MultiAdapterLinear(PreparedTables, nn.Module):
             (self.base(x), None, None) if scale is None else call_for_scale(self.base, scale, x)
         )
         if self._is_cut:
-            from .tensor_parallel import own_vectors
+            from .cuts import own_vectors
 
             return y, own_vectors(x, y, scale, *vectors)
         return y, (scale, *vectors)

@@ -35,7 +35,7 @@ def multiplicative_dropout(
         generator: source of randomness, on the device of ``blocks``; None is torch's default one.
 
     Returns:
-        (m, K, b, b); ``blocks`` itself where there is nothing to drop_mask.
+        (m, K, b, b); ``blocks`` itself where there is nothing to drop.
 
     Raises:
         TypeError: ``blocks`` is not a floating-point tensor, or a share is not a number.
