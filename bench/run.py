@@ -16,20 +16,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import page
-import sections
 from contestants import EXTRAS
 from environment import ROOT
-from goals import goals
-from judging import MET, NOT_MET
 from machines import folder_name
 from results import Results, text_of
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.markdown import Markdown
+from sections import section
 
 # Scripts that --everything runs beside the suites; each writes a file of its own.
 MORE = ("peft_model.py", "indexed.py")
@@ -111,58 +107,9 @@ def _run_suite(options: argparse.Namespace, suite: str, json_file: Path) -> int:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print a table for each group, and the goals."""
-    machine = results.machine
-    console.print(
-        f"\n{machine['device']} ({machine['cpu']}), {machine['threads']} threads, "
-        f"{machine['dtype']}, backend {machine['backend']}, torch {machine['torch']}, "
-        f"peft {machine['peft']}",
-        highlight=False,
-    )
-    for suite in ("layer", "ops"):
-        for group, direction in results.groups(suite):
-            console.print(_table(results, suite, group, direction))
-    for group, direction in results.groups("model"):
-        table = _new_table(f"{group}: {direction}", sections.MODEL_COLUMNS)
-        for row in results.table(group, direction):
-            table.add_row(row.info["label"], *sections.model_cells(row), style=_style(row.name))
-        console.print(table)
-    for group, labels in results.left_out().items():
-        console.print(f"{group}: out of memory, left out: {', '.join(labels)}", highlight=False)
-    colors = {MET: "green", NOT_MET: "red"}
-    for goal in goals(results):
-        mark = f"[{colors.get(goal.verdict, 'yellow')}]{goal.verdict}[/]"
-        console.print(f"{mark}: {goal.text}\n     {escape(goal.measured)}", highlight=False)
-
-
-def _table(results: Results, suite: str, group: str, direction: str) -> Table:
-    columns = ["ms", "ratio"]
-    layer_columns = ["overhead", "saved MiB", "peak MiB", "trainable"]
-    columns += layer_columns if suite == "layer" else ["GB/s", "of floor"]
-    table = _new_table(f"{group}, {direction}", [*columns, "rounds"])
-    for row in results.table(group, direction):
-        info = row.info
-        cells = [f"{1e3 * row.stats['median']:.3f}", f"{info['ratio']:.3f}"]
-        if suite == "layer":
-            cells.append(f"{info['overhead']:+.1%}")
-            cells += [f"{info[k] / 2**20:.2f}" for k in ("saved_bytes", "peak_bytes")]
-            cells.append(f"{info['trainable']:,}")
-        else:
-            cells += sections.op_cells(results, row)
-        table.add_row(info["label"], *cells, str(len(row.by_round)), style=_style(row.name))
-    return table
-
-
-def _new_table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _style(name: str) -> str | None:
-    return "bold" if name.startswith(("boft", "cayley", "rotat")) else None
+    """Print what the page of benchmarks has of a run, but its chart."""
+    lines = (line for line in section(results) if not line.startswith("!["))
+    console.print(Markdown("\n".join(lines)))
 
 
 def write(results: Results, raw: str, folder: Path) -> Path:
