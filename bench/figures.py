@@ -17,7 +17,7 @@ from decide.page import commit_of
 from environment import ROOT
 from interleave import ratios, summary
 from operators import FORWARD
-from prices import BOFT, OUR_SIDE
+from prices import BOFT, MEDIUM, OUR_SIDE
 from sizes import sizes_on
 from store import DEVICE, Machine
 
@@ -33,6 +33,7 @@ Figure = Callable[[Sequence[Machine]], str]
 
 GPU, ZEN_4, ZEN_5 = "nvidia-h200", "amd-epyc-zen-4", "amd-epyc-zen-5"  # folders of bench/results
 ROWS = "8192 rows of 4096"
+WIDE = Shape(768, 3072, 512)
 COPY = "kernels", f"rotate, groups of 16, {ROWS}", "clone"
 HOST = "host", "enqueued, 4096x4096x16"
 # The parts of a BOFT(2, 8) layer, forward and backward, beside the product.
@@ -124,6 +125,21 @@ def _copies(folder: str) -> Figure:
     return text
 
 
+def _kept(shape: Shape) -> Figure:
+    """Memory that BOFT(2, 8) keeps for the backward pass, in parts of LoRA's."""
+
+    def text(machines: Sequence[Machine]) -> str:
+        (ours, _), (lora, _) = (_machine(machines, ZEN_5).memory(shape, n) for n in (BOFT, LORA))
+        return f"{ours / lora:.1f}"
+
+    return text
+
+
+def _variants(machines: Sequence[Machine]) -> str:
+    lines_ = (_machine(machines, GPU).folder / "kernels.csv").read_text().splitlines()
+    return str(sum(not line.startswith("#") for line in lines_) - 1)  # without the head
+
+
 def _passed(machines: Sequence[Machine]) -> str:
     """Number of the tests of CUDA C++ kernels that the H200 passed."""
     for line in _machine(machines, GPU).decided:
@@ -206,7 +222,10 @@ FIGURES: dict[str, Figure] = {
     "h200-tests": _passed,
     "h200-tests-commit": lambda machines: commit_of(_machine(machines, GPU).decided, "checks"),
     "h200-checked": _checked,
+    "h200-variants": _variants,
     "zen-5-compiled": _compiled,
+    "kept-square": _kept(MEDIUM),
+    "kept-wide": _kept(WIDE),
     "zen-4-copies": _copies(ZEN_4),
     "zen-5-copies": _copies(ZEN_5),
     "one-rate-lost": quoted(ONE_RATE, r"^- param_groups\(.* at most ([\d.]+ ± [\d.]+) points"),

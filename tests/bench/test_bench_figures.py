@@ -4,11 +4,26 @@ import json
 import re
 
 import pytest
-from bench_modules import BENCH, figures, page, store
+from bench_modules import (
+    BENCH,
+    contestants,
+    decide_lines,
+    figures,
+    gpu_decide,
+    interleave,
+    page,
+    prices,
+    sizes,
+    store,
+)
+from synthetic_results import BOTH
 
 from boft_ops.ops import rotated_linear
 
 ROOT = BENCH.parent
+TUNING = ROOT / "docs" / "tuning.md"
+HOST = ("host-native", "host-triton")
+OTHER_BOFTS = ("peft-boft", "peft-boft-activation", "lycoris-boft", "compiled-boft")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +80,50 @@ def test_figures_are_those_of_the_raw_results(committed):
     low, high = map(float, text["h200-of-lora"].split(" to "))
     assert 0 < low < high
     assert all(re.search(r"\d", one) for one in text.values())
+
+
+def test_what_pages_say_in_words_holds(committed):
+    """Statements without a figure: if one fails, the page that is named has to say otherwise."""
+    boft, lora = prices.BOFT, contestants.LORA
+    machines = {machine.folder.name: machine for machine in committed}
+    gpu, cpus = machines[figures.GPU], [machine for machine in committed if machine.on_cpu]
+    # README.md: the device alone is faster with LoRA at all shapes but the largest
+    alone = gpu.device_alone(prices.OUR_SIDE, lora)
+    assert {shape for shape, (ratio, *_) in alone.items() if ratio < 1} == {str(contestants.BULK)}
+    # README.md: BOFT(2, 8) is faster than LoRA by the clock at nearly all measured shapes
+    measured = [(m, contestants.Shape.parse(text)) for m in committed for text in m.steps]
+    faster = [m.ratio(shape, boft, lora)[2] < 1 for m, shape in measured]
+    assert sum(faster) >= 0.8 * len(faster)
+    # README.md: the strongest other BOFT is plain PyTorch under torch.compile
+    for shape in prices.ON_CPU[1:]:
+        times = {name: machines[figures.ZEN_5].ratio(shape, name)[0] for name in OTHER_BOFTS}
+        assert min(times, key=times.get) == contestants.COMPILED
+    # README.md: about a seventh of the numbers of LoRA on a 768 x 3072 layer
+    ours, theirs = (cpus[0].main.find(str(figures.WIDE), BOTH, name) for name in (boft, lora))
+    assert round(theirs.info["trainable"] / ours.info["trainable"]) == 7
+    # docs/linear.md: the fused product takes less time than that of the BLAS
+    for machine in cpus:
+        for direction, blas in (("forward", "f-linear"), ("backward", "grad-weight")):
+            rows = machine.main.table(sizes.CPU.linear, direction)
+            times = {row.name: row.by_round for row in rows}
+            assert interleave.summary(interleave.ratios(times, "boft-linear", blas))[2] < 1
+    text = {name: float(figures.FIGURES[f"h200-{name}-us"](committed)) for name in HOST}
+    # docs/cuda.md: the native call takes the host half the time of Triton's launches
+    assert 0.4 < text["host-native"] / text["host-triton"] < 0.6
+    steps, kernels = (
+        {(f.part, f.name): f.quartiles[0] for f in decide_lines.figures(gpu.decided)
+         if f.section == section}
+        for section in ("steps", "kernels")
+    )  # fmt: skip
+    # docs/kernels.md: rotating the weight takes hardly less time
+    bulk = str(contestants.BULK)
+    assert 0.95 < steps[bulk, "weight side"] / steps[bulk, prices.OUR_SIDE] < 1
+    # docs/choosing.md: a GPU rotates groups of 16 and of 64 in the same time
+    small, large = (f"rotate, groups of {size}, {figures.ROWS}" for size in (16, 64))
+    assert kernels[large, "triton"] / kernels[small, "triton"] == pytest.approx(1, abs=0.03)
+    # docs/tuning.md: make gpu-decide takes 8.5 minutes
+    assert "make gpu-decide                    # 8.5 minutes" in TUNING.read_text()
+    assert gpu_decide.arguments(["--out", "x"]).minutes == 8.5
 
 
 @pytest.mark.parametrize("name", ["h200-copy-us", "zen-5-copies", "h200-tests"])
