@@ -32,14 +32,15 @@ def _cayley(b: int) -> CayleyConfig:
     # Up to B = 8 one warp suffices, and reductions are shuffles within it. Above, the tile is
     # spread over more warps, so that float64 stays in registers.
     B = _padded(b)
-    # B = 8 is fastest with 16 blocks per program: on an H200, 1.7 times as fast as with 2.
+    # B = 8 takes 16 blocks per program, which are faster than few on an H200. The ratios of these
+    # configs are in bench/results/nvidia-h200/decide.jsonl.
     G = 16 if B == 8 else max(1, 16 // B)
     return CayleyConfig(B, G, num_warps={16: 2, 32: 4, 64: 8}.get(B, 1))
 
 
 def _cayley_backward(b: int) -> CayleyConfig:
-    # B = 8 takes 8 blocks per program: on an H200, 2.5 times as fast as 2. There 16 are faster
-    # still, but they spill on other GPUs.
+    # B = 8 takes 8 blocks per program. On an H200 16 are faster still, but they spill on other
+    # GPUs.
     forward = _cayley(b)
     return forward._replace(G=8) if forward.B == 8 else forward
 
