@@ -50,8 +50,6 @@ OURS = {
 # Measured only on request: torch.compile takes long, and LyCORIS is not always installed.
 COMPILED = "compiled-boft"
 EXTRAS = (COMPILED, "lycoris-boft")
-# The others make the host wait for the device, or may do so: no graph can hold their steps.
-CAPTURABLE = (FLOOR, LORA, *OURS)
 RIVALS = ("peft-boft-activation", "peft-psoft", "more")
 PEFT_OFTS = ("peft-oft", "peft-oft-exact", "peft-oft-32")
 NAMES = (FLOOR, LORA, *PEFT_OFTS, PEFT_BOFT, *RIVALS, *EXTRAS, *OURS)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
-from contestants import Entry, Job
-from interleave import Contestant, Timer, measure, no_collections, summary
+from contestants import Entry
+from interleave import no_collections
 
 FIRST_CYCLES = 1 << 22  # some 2 ms of a GPU
 MOST_CYCLES = 1 << 28  # some 140 ms
@@ -139,44 +138,6 @@ class Recorded:
                 call()
         else:
             self._graph.replay()
-
-
-class Apart(NamedTuple):
-    """Median seconds of a training step on the host alone, and on the device alone."""
-
-    host: float
-    device: float
-
-
-def apart(jobs: Sequence[Job], device: torch.device, rounds: int, seconds: float) -> list[Apart]:
-    """Measure the host's and the device's time of a training step of each layer, in turn.
-
-    Args:
-        jobs: layers that a graph can hold (``contestants.CAPTURABLE``), with one batch.
-        device: their device.
-        rounds: largest number of rounds of each of the two measurements.
-        seconds: approximate time of each of the two measurements.
-    """
-
-    def median_of(runs: Sequence[Callable], timer: Timer, calls: int) -> list[float]:
-        contestants = [Contestant(str(i), run) for i, run in enumerate(runs)]
-        durations = measure(contestants, rounds=rounds, seconds=seconds, calls=calls, timer=timer)
-        return [summary([*durations[c.name].values()])[0] for c in contestants]
-
-    def enqueued(job: Job) -> Callable[[], None]:
-        def step() -> None:
-            job.reset()
-            job.both()
-
-        return step
-
-    host = median_of([enqueued(job) for job in jobs], HostTimer(device), HOST_CALLS)
-    graphs = []
-    for job in jobs:
-        job.reset()
-        sets = batches(job.x, job.grad, SETS)
-        graphs.append(Recorded(training_steps(job.entry, sets), device))
-    return [*map(Apart, host, median_of(graphs, DeviceTimer(device), 1))]
 
 
 def batches(

@@ -32,8 +32,6 @@ CSV_FIELDS = (
     "bytes",
     "flops",
     "floor_ms",
-    "host_ms",
-    "device_ms",
     "rounds",
     "note",
     "dtype",
@@ -169,9 +167,6 @@ class Results:
             info = {k: v for k, v in row.info.items() if k in CSV_FIELDS}
             info = {k: round(v, 6) if isinstance(v, float) else v for k, v in info.items()}
             ms = {f"{k}_ms": round(1e3 * row.stats[k], 6) for k in ("median", "q1", "q3")}
-            for clock in ("host", "device"):
-                if f"{clock}_s" in row.info:
-                    ms[f"{clock}_ms"] = round(1e3 * row.info[f"{clock}_s"], 6)
             keys = {"suite": row.suite, "shape": row.group, "rounds": len(row.by_round)}
             floor = self.floor(row)
             if floor is not None:

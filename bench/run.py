@@ -25,7 +25,7 @@ from machines import folder_name
 from results import Results, text_of
 from rich.console import Console
 from rich.markdown import Markdown
-from sections import section
+from sections import tables
 
 # Scripts that --everything runs beside the suites; each writes a file of its own.
 MORE = ("peft_model.py", "indexed.py")
@@ -107,9 +107,8 @@ def _run_suite(options: argparse.Namespace, suite: str, json_file: Path) -> int:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print what the page of benchmarks has of a run, but its chart."""
-    lines = (line for line in section(results) if not line.startswith("!["))
-    console.print(Markdown("\n".join(lines)))
+    """Print all that a run measured, in the tables of the page of benchmarks."""
+    console.print(Markdown("\n".join(tables(results))))
 
 
 def write(results: Results, raw: str, folder: Path) -> Path:

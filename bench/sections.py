@@ -70,17 +70,17 @@ def section(results: Results) -> Iterator[str]:
         yield from _memory(results)
         yield from _ops(results)
         yield from _models(results)
-    judged = goals(results)
-    relevant = gpu_goals() if machine["device"] != "cpu" and backend == "auto" else []
-    unmeasured = [text for text in relevant if text not in {goal.text for goal in judged}]
-    if judged or unmeasured:
-        yield "#### Goals"
-        yield ""
-        for goal in judged:
-            verdict = MET if goal.verdict == MET else f"**{goal.verdict}**"
-            yield f"- {verdict}: {goal.text}. Measured: {goal.measured}."
-        yield from (f"- not measured: {text}." for text in unmeasured)
-        yield ""
+    yield from _goals(results)
+
+
+def tables(results: Results) -> Iterator[str]:
+    """Yield the lines of Markdown for all that a run measured, of any backend, and its goals."""
+    yield provenance(results)
+    yield ""
+    for direction in (BOTH, "forward"):
+        yield from _overheads(results, direction)
+    for part in (_notes, _memory, _ops, _models, _goals):
+        yield from part(results)
 
 
 def memory(results: Results) -> Iterator[str]:
@@ -204,6 +204,20 @@ def _models(results: Results) -> Iterator[str]:
         yield ""
         found = [row for row in results.table(group, direction) if row.name != REMOVED]
         yield from table(["", *MODEL_COLUMNS], [[r.info["label"], *model_cells(r)] for r in found])
+
+
+def _goals(results: Results) -> Iterator[str]:
+    machine, judged = results.machine, goals(results)
+    relevant = gpu_goals() if machine["device"] != "cpu" and machine["backend"] == "auto" else []
+    unmeasured = [text for text in relevant if text not in {goal.text for goal in judged}]
+    if judged or unmeasured:
+        yield "#### Goals"
+        yield ""
+        for goal in judged:
+            verdict = MET if goal.verdict == MET else f"**{goal.verdict}**"
+            yield f"- {verdict}: {goal.text}. Measured: {goal.measured}."
+        yield from (f"- not measured: {text}." for text in unmeasured)
+        yield ""
 
 
 MODEL_COLUMNS = ("ms", "tokens/s", "x first", "peak MiB", "trainable")

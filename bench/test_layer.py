@@ -14,7 +14,6 @@ from functools import cache
 import pytest
 import torch
 from contestants import (
-    CAPTURABLE,
     FLOOR,
     OURS,
     Job,
@@ -27,7 +26,6 @@ from contestants import (
 )
 from correctness import check_gradients, check_merged
 from definitions import check_definition
-from device_time import Apart, apart
 from interleave import Contestant, Durations, measure, ratios, summary, synchronizer
 from memory import peak_bytes, saved_bytes
 from recording import CLOCK, layer_seconds, record
@@ -73,7 +71,6 @@ class Contest:
                 self.jobs[name] = job
             job = x.grad = None  # frees the memory of a contestant that was left out
         self._durations: dict[str, Durations] = {}
-        self._apart: dict[str, Apart] | None = None
 
     def durations(self, direction: str) -> Durations:
         """Return the durations of all contestants, measuring them on the first call."""
@@ -87,21 +84,6 @@ class Contest:
             )
         return self._durations[direction]
 
-    def apart(self, name: str) -> Apart | None:
-        """Return the times of host and device alone on a GPU; None if it has no such times."""
-        if self.device.type == "cpu" or name not in CAPTURABLE:
-            return None
-        if self._apart is None:
-            names_ = [n for n in self.jobs if n in CAPTURABLE]
-            limits = self.options.getoption("rounds"), self.options.getoption("seconds") / 4
-            try:
-                times = apart([self.jobs[n] for n in names_], self.device, *limits)
-            except RuntimeError as error:  # the interleaved times are kept in any case
-                _say(self.options, f"{self.shape}: host and device are not told apart: {error}")
-                times = []
-            self._apart = dict(zip(names_, times, strict=False))
-        return self._apart.get(name)
-
     def _memory(self, job: Job) -> Memory:
         # The first call also makes handles, plans and workspaces, which are made only once.
         saved = saved_bytes(job.forward, job.entry.state())
@@ -113,7 +95,6 @@ class Contest:
         """Collect the extra_info of a result."""
         entry, durations = self.jobs[name].entry, self.durations(direction)
         ratio, low, high = summary(ratios(durations, name, FLOOR))
-        alone = self.apart(name) if direction == BOTH else None
         adapter = sum(t.nbytes for t in entry.state()) - sum(
             t.nbytes for t in self.jobs[FLOOR].entry.state()
         )
@@ -135,7 +116,6 @@ class Contest:
             "trainable": sum(p.numel() for p in entry.trainable()),
             "threads": torch.get_num_threads(),
             "rounds": sorted(durations[name]),
-            **({"host_s": alone.host, "device_s": alone.device} if alone else {}),
             **({"left_out": self.left_out} if self.left_out else {}),
         }
 

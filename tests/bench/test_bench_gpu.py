@@ -1,13 +1,11 @@
 """The parts of the GPU benchmarks that can be tested without a GPU."""
 
-import csv
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_modules import (
     contestants,
-    device_time,
     goals,
     gpu_operators,
     interleave,
@@ -312,43 +310,6 @@ def test_a_contestant_that_needs_too_much_memory_is_left_out(monkeypatch, when):
     assert lines == ["64x8x4: peft-boft needs more memory than there is, and is left out"]
     facts = contest.facts("linear", "forward")
     assert facts["left_out"] == [contestants.PEFT_BOFT]
-
-
-def test_results_of_a_gpu_tell_host_and_device_apart(monkeypatch, tmp_path):
-    contest, lines = a_contest(monkeypatch, None, "built")
-    assert "host_s" not in contest.facts("linear", operators.BOTH)  # on a CPU
-    durations = contest.durations(operators.BOTH)
-    monkeypatch.setattr(contest, "durations", lambda direction: durations)
-    measured = []
-
-    def apart(jobs, device, rounds, seconds):
-        measured.append([job.entry.name for job in jobs])
-        return [device_time.Apart(1e-3 * i, 2e-3 * i) for i, _ in enumerate(jobs, 1)]
-
-    monkeypatch.setattr(test_layer, "apart", apart)
-    contest.device = CUDA
-    facts = {name: contest.facts(name, operators.BOTH) for name in contest.jobs}
-    ours = [name for name in contestants.OURS if name != "boft-dense"]
-    assert measured == [["linear", "lora-r16", *ours]]  # once
-    assert (facts["lora-r16"]["host_s"], facts["lora-r16"]["device_s"]) == (2e-3, 4e-3)
-    assert "host_s" not in facts["peft-boft"]
-    assert "host_s" not in contest.facts("linear", "forward")
-
-    result = on_gpu()
-    result.rows[-1].info.update(host_s=2e-3, device_s=4e-3)
-    result.write_csv(tmp_path / "auto.csv")
-    header, *_, last = csv.reader((tmp_path / "auto.csv").read_text().splitlines())
-    row = dict(zip(header, last, strict=True))
-    assert (row["host_ms"], row["device_ms"]) == ("2.0", "4.0")
-
-    def fails(*_):
-        raise device_time.CaptureFailed("no graph")
-
-    monkeypatch.setattr(test_layer, "apart", fails)
-    contest, lines = a_contest(monkeypatch, None, "built")
-    contest.device = CUDA
-    assert contest.apart("linear") is None
-    assert lines == ["64x8x4: host and device are not told apart: no graph"]
 
 
 def test_nothing_is_compared_without_the_frozen_layer(monkeypatch):

@@ -137,16 +137,6 @@ def test_steps_compute_all_gradients_of_each_batch():
     assert not any(torch.equal(dx[0], other) for other in dx[1:])
 
 
-def test_host_and_device_are_told_apart():
-    base = contestants.frozen(SHAPE, CPU, torch.float32)
-    batch = contestants.batch(SHAPE, CPU, torch.float32)
-    jobs = [contestants.Job(contestants.build(name, base), *batch) for name in NAMES]
-    times = device_time.apart(jobs, CPU, rounds=2, seconds=0.01)
-    assert len(times) == len(NAMES)
-    assert all(min(one) > 0 for one in times)
-    assert set(NAMES) < set(contestants.CAPTURABLE)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_times_on_a_gpu():
@@ -155,7 +145,13 @@ def test_times_on_a_gpu():
     base = contestants.frozen(shape, CUDA, torch.bfloat16)
     batch = contestants.batch(shape, CUDA, torch.bfloat16)
     jobs = [contestants.Job(contestants.build(name, base), *batch) for name in NAMES]
-    linear, lora, _ = device_time.apart(jobs, CUDA, rounds=5, seconds=1.0)
+    sets = device_time.batches(*batch, device_time.SETS)
+    steps = [device_time.training_steps(job.entry, sets) for job in jobs]
+    timer = device_time.DeviceTimer(CUDA)
+    linear, lora, _ = (timer(device_time.Recorded(step, CUDA), 1) for step in steps)
     floor = 4 * shape.d * shape.n * shape.tokens / 4e15  # two products at 4 PFLOP/s
-    assert floor < linear.device < lora.device
-    assert 0 < linear.host < lora.host < 0.1
+    assert floor < linear < lora
+    timer = device_time.HostTimer(CUDA)
+    assert all(timer.fits(job.both, 1) for job in jobs)
+    linear, lora, _ = (timer(job.both, device_time.HOST_CALLS) for job in jobs)
+    assert 0 < linear < lora < 0.1
