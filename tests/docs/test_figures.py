@@ -30,7 +30,7 @@ FILLED = [
     re.compile(r"\]\([^)]*\)"),
 ]
 
-# Of code only the comments are read.
+# Code, of which only the comments are read.
 CODE = re.compile(r"^```.*?^```$|^    [^\n]*$", re.DOTALL | re.MULTILINE)
 
 # Figures that nobody measured: page -> phrase of it -> reason.
