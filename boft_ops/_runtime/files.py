@@ -124,13 +124,21 @@ def check_replaceable(path: Path) -> None:
     """Raise ValueError unless ``path`` is a regular file, a link to one, or a new name.
 
     Writing replaces what bears the name, which must not happen to a device, a FIFO or a folder.
+
+    Raises:
+        FileNotFoundError: the folder of a new name does not exist.
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        return
+        return _check_folder(path)
     if not stat.S_ISREG(mode):
         raise ValueError(f"path: expected a regular file or a new name, got {str(path)!r}")
+
+
+def _check_folder(path: Path) -> None:
+    if not Path(path).resolve().parent.is_dir():
+        raise FileNotFoundError(f"path: expected a name in an existing folder, got {str(path)!r}")
 
 
 def write_whole(path: Path, content: Content) -> None:
@@ -165,6 +173,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """
     if os.path.lexists(path):
         raise ValueError(f"path: expected a new name, got {str(path)!r}")
+    _check_folder(path)
     path = Path(path).resolve()
     temporary = path.with_name(f".boft_ops-{uuid.uuid4().hex}")
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._runtime import checks
+from .._runtime.dtypes import COMPUTE
 from .adapt import build_layers, put_in, unfrozen_on_error
 from .adapter_format import Adapter, read_adapter
 from .adapter_parameters import HasAdapter
@@ -342,10 +343,6 @@ def _check_tensors(
         if first != name and not torch.equal(tensor, tensors[first]):
             raise ValueError(f"{path}: expected one tensor for {first!r} and {name!r}, got two")
         check_numbers({name: targets[name]})
-        # buffers, such as masks, may hold infinity
-        is_trained = isinstance(targets[name], nn.Parameter) and tensor.is_floating_point()
-        if is_trained and not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
         shape = shapes[name]
         is_float = targets[name].is_floating_point()
         if tuple(tensor.shape) != shape or tensor.is_floating_point() != is_float:
@@ -354,3 +351,16 @@ def _check_tensors(
                 f"{path}: {name}: expected {expected} tensor of shape {shape}, got "
                 f"{tensor.dtype} of {tuple(tensor.shape)}"
             )
+        # buffers, such as masks, may hold infinity
+        if isinstance(targets[name], nn.Parameter) and is_float:
+            dtype = targets[name].dtype
+            if tensor.dtype not in COMPUTE:
+                raise ValueError(
+                    f"{path}: {name}: expected float64, float32, bfloat16 or float16, got "
+                    f"{tensor.dtype}"
+                )
+            if not tensor.to(dtype).isfinite().all():
+                raise ValueError(
+                    f"{path}: {name}: expected numbers that are finite in {dtype}, got NaN or "
+                    "infinity"
+                )

@@ -115,7 +115,10 @@ def with_offsets(
                 f"{key}: expected float64, float32, bfloat16 or float16, got {number.dtype}"
             )
         if stored == "scale":
-            tensors[dotted(name, "scale_offset")] = offset_of(tensors.pop(key))
+            offset = dotted(name, "scale_offset")
+            if offset in tensors:
+                raise ValueError(f"{offset}: expected format version 2 of a file that holds it, got 1")
+            tensors[offset] = offset_of(tensors.pop(key))
     return tensors
 
 
@@ -133,7 +136,7 @@ def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Options]:
             f"{metadata.get('format')!r}"
         )
     version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if version not in map(str, range(1, FORMAT_VERSION + 1)):
         raise ValueError(f"{path}: expected format version up to {FORMAT_VERSION}, got {version!r}")
     try:
         layer_options = json.loads(metadata.get("layers", ""))

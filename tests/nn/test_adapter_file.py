@@ -133,6 +133,7 @@ def put(name, tensor):
     return lambda tensors: tensors.__setitem__(name, tensor)
 
 
+FP8 = torch.zeros(3).to(torch.float8_e4m3fn)
 SPOILED = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "not a whole safetensors file"),
     "truncated header": (lambda p: p.write_bytes(p.read_bytes()[:20]), "not a whole safetensors"),
@@ -140,6 +141,8 @@ SPOILED = {
     "foreign bytes": (lambda p: p.write_bytes(b"PK\x03\x04" * 99), "not a whole safetensors file"),
     "foreign safetensors": (lambda p: save_file({"w": torch.zeros(2)}, p), "expected a boft_ops"),
     "newer": (lambda p: rewrite(p, format_version="3"), "format version up to 2, got '3'"),
+    "long version": (lambda p: rewrite(p, format_version="9" * 5000), "format version up to 2"),
+    "odd version": (lambda p: rewrite(p, format_version="²"), "format version up to 2, got '²'"),
     "no version": (lambda p: rewrite(p, format_version=None), "format version"),
     "no layers": (lambda p: rewrite(p, layers=None), "layers"),
     "spoiled layers": (lambda p: rewrite(p, layers='{"0": '), "layers"),
@@ -153,6 +156,11 @@ SPOILED = {
     "wrong shape": (lambda p: rewrite(p, put("2.skew", torch.zeros(2, 4, 7))), "2.skew"),
     "strange tensor": (lambda p: rewrite(p, put("4.weight", torch.zeros(2))), "4.weight"),
     "wrong dtype": (lambda p: rewrite(p, put("3.bias", torch.zeros(3).long())), "3.bias"),
+    "eight bits": (lambda p: rewrite(p, put("3.bias", FP8)), "expected float64, .* got .*float8"),
+    "too large": (
+        lambda p: rewrite(p, put("3.bias", torch.full((3,), 1e39, dtype=torch.float64))),
+        "expected numbers that are finite in torch.float32, got NaN or infinity",
+    ),
 }
 
 

@@ -194,3 +194,15 @@ def test_a_file_whose_scale_is_made_of_integers_is_refused(tmp_path, version, ke
     for read in (lambda: boft_ops.load_adapter(model(), path), lambda: read_checkpoint(path)):
         with pytest.raises(ValueError, match=rf"{key}: expected float64, .*, got torch.int32"):
             read()
+
+
+def test_a_file_of_version_1_with_an_offset_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    boft_ops.save_adapter(boft_ops.adapt(model(), ["0"], block_size=4), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {"format_version": "1"}
+    tensors = load_file(path)
+    tensors["0.scale"] = torch.ones_like(tensors["0.scale_offset"])
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"0\.scale_offset: expected format version 2 of a file"):
+        boft_ops.load_adapter(model(), path)

@@ -188,6 +188,13 @@ def test_folders(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("write", [lambda p: write_whole(p, b""), lambda p: write_folder(p, {})])
+def test_a_folder_that_does_not_exist(write, tmp_path):
+    path = tmp_path / "none" / "file"
+    with pytest.raises(FileNotFoundError, match=f"path: expected a name in .* got '{path}'"):
+        write(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" * 99])
 def test_files_that_are_no_safetensors(content, tmp_path):
     path = tmp_path / "a.safetensors"

@@ -113,7 +113,7 @@ def _check_layer(layer: LayerState) -> None:
         if tensor is None:
             continue
         checks.tensor(name, tensor)
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():  # layers hold float32
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
     layer.config.check_features(layer.features)
     n = layer.out_features
