@@ -117,7 +117,9 @@ def with_offsets(
         if stored == "scale":
             offset = dotted(name, "scale_offset")
             if offset in tensors:
-                raise ValueError(f"{offset}: expected format version 2 of a file that holds it, got 1")
+                raise ValueError(
+                    f"{offset}: expected format version 2 of a file that holds it, got 1"
+                )
             tensors[offset] = offset_of(tensors.pop(key))
     return tensors
 

@@ -27,6 +27,8 @@ from .stages import Stage
 # In the place of a zero in a scale that is trained: outputs of this part of their size are far
 # below the rounding of others, and dividing by it loses nothing. float16 has no such number.
 LEAST_FACTOR = 2.0**-30
+# Devices on which y serves as z: where no kernel writes into it without raising its version.
+KEEP_OUTPUT = ("cpu",)
 
 
 class MergedWeight(NamedTuple):
@@ -114,9 +116,11 @@ def merged_linear(
 class _MergedLinear(torch.autograd.Function):
     """y = x W'^T + bias with the gradients of x, skew, scale and bias.
 
-    Saves x, W' and the rotation by reference. For a trained scale without a bias y is z: the very y
-    that its consumer keeps, with its version, which tells a change in place; z is then computed
-    again. With a bias z is saved, as y rounds it beside a large bias, and the bias is added last.
+    Saves x, W' and the rotation by reference. For a trained scale without a bias y is z: on a CPU
+    the very y that its consumer keeps, with its version, which tells a change in place; z is then
+    computed again. On a GPU z is a copy: fused kernels of other packages, such as Liger's SwiGLU,
+    write gradients into their inputs, which raises no version. With a bias z is saved, as y rounds
+    it beside a large bias, and the bias is added last.
     """
 
     @staticmethod
@@ -129,7 +133,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx.output = None
         if need_scale and not adds_bias:
             # hooks of saved tensors (checkpoints, offloading) get a tensor that nobody changes
-            keeps = internals.saved_tensor_hooks(True) is None
+            keeps = y.device.type in KEEP_OUTPUT and internals.saved_tensor_hooks(True) is None
             ctx.output = (y.detach(), y._version) if keeps else None
             z = None if keeps else y.clone()
         ctx.stages = merged.stages

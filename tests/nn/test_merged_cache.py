@@ -18,6 +18,7 @@ import boft_ops
 from boft_ops import BOFTLinear, adapt, cache_merged
 from boft_ops._runtime.tuned import pinned
 from boft_ops.nn import merged_cache
+from boft_ops.ops import merged_linear
 from boft_ops.ops.merged_linear import LEAST_FACTOR
 from boft_ops.ops.planner import plan_choice
 
@@ -195,6 +196,20 @@ def test_an_output_may_be_changed_in_place(bias):
     again = layer(x)
     torch.testing.assert_close([*grads], [*torch.autograd.grad(again.relu_().sum(), wanted)])
     torch.testing.assert_close(before, expected[0])
+
+
+def test_a_kernel_may_write_into_the_output_of_a_gpu_without_a_word(monkeypatch):
+    """As those of Liger do, which write gradients into their inputs; here in the place of a GPU."""
+    monkeypatch.setattr(merged_linear, "KEEP_OUTPUT", ())
+    layer, x = make(bias=False), rows()
+    expected = step(layer, x)
+    with cache_merged(layer):
+        y = layer(x)
+        loss = y.square().sum()  # keeps y as well
+        (grad,) = torch.autograd.grad(loss, y)
+        y.data.copy_(grad)
+        got = torch.autograd.grad(y, [x, layer.skew, layer.scale_offset], grad)
+    torch.testing.assert_close([*got], expected[1:])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
