@@ -251,7 +251,7 @@ def unload(model: nn.Module) -> nn.Module:
     checks.module("model", model)
 
     def pretrained(layer: BOFTLayer | MultiAdapterLinear | BOFTExperts) -> nn.Module:
-        return layer.base_layer() if isinstance(layer, BOFTLayer) else layer.base
+        return layer.pretrained_layer() if isinstance(layer, BOFTLayer) else layer.base
 
     experts = [module for module in model.modules() if isinstance(module, BOFTExperts)]
     model = _replace_layers(model, pretrained)

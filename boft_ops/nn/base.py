@@ -168,7 +168,7 @@ class BOFTLayer(HasAdapter, nn.Module):
         layer._init_adapter(base.weight.device)
         return layer.train(base.training)
 
-    def base_layer(self) -> nn.Module:
+    def pretrained_layer(self) -> nn.Module:
         """Build torch's layer with the pretrained weight, which it shares with this layer.
 
         Raises:

@@ -46,7 +46,7 @@ def make(kind, dtype=torch.float64):
 
 
 def pretrained(layer, x):
-    base = layer.base if isinstance(layer, MultiAdapterLinear) else layer.base_layer()
+    base = layer.base if isinstance(layer, MultiAdapterLinear) else layer.pretrained_layer()
     return base(x)
 
 
