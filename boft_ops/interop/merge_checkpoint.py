@@ -29,7 +29,7 @@ from .._runtime.files import (
 from ..nn.wrappers import dotted
 from ..ops.merge import merge_weight
 from ..ops.rotation import SkewRotation
-from .formats.checkpoint import INDEX, Checkpoint, LayerState, described, weight_files
+from .formats.checkpoint import INDEX, Checkpoint, LayerState, fitted, weight_files
 from .formats.reader import read_checkpoint
 
 STATE = "merging.json"  # in the temporary folder, tells what is merged there
@@ -155,7 +155,7 @@ def plan_merge(
                 f"base: {name}: expected floating-point numbers of at least 16 bits, got "
                 f"{shape.dtype}: a quantized weight cannot hold a rotated one"
             )
-        described(layer, tuple(shape.shape), layer_name)
+        fitted(layer, tuple(shape.shape), layer_name)
         owners[name].layers[name] = layer
     for name, tensor in adapter.others.items():
         owner = owners.get(name, files[-1])  # new ones, such as a head, go to the last file

@@ -21,7 +21,7 @@ from .base_modules import check_forward, check_initialized, check_numbers, check
 from .config import Options, RotationConfig
 from .distributed import frozen_parameter
 from .dropout import MultiplicativeDropout
-from .merging import Merged, check_own_weight, kept, merge_in_place, parameter_of
+from .merging import Merged, check_own_weight, merge_in_place, parameter_of, to_restore
 from .rotated_weight import Weight, is_dense, is_sharded, one_draw, rotated_weight
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ class BOFTLayer(HasAdapter, nn.Module):
         if self.merged:
             raise RuntimeError("merge: expected an unmerged layer, got one that is merged already")
         check_own_weight(self, self.frozen_weight)
-        former = kept(self.frozen_weight) if keep else None
+        former = to_restore(self.frozen_weight) if keep else None
         self._put_aside(self.merged_weight(), former)
         return self
 

@@ -182,20 +182,20 @@ def like_base(base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) 
     return layer.train(base.training)
 
 
-def adapter_place(base: nn.Module) -> dict[str, torch.device | torch.dtype]:
+def adapter_factory_kwargs(base: nn.Module) -> dict[str, torch.device | torch.dtype]:
     """The device of an adapter beside ``base``, and float64 beside float64, as keyword arguments.
 
     Where accelerate offloads the base, it is the device that the base is computed on.
     """
-    place: dict[str, torch.device | torch.dtype] = {}
+    kwargs: dict[str, torch.device | torch.dtype] = {}
     for tensor in (*base.parameters(), *base.buffers()):
-        place.setdefault("device", torch.device(compute_device(tensor)))
+        kwargs.setdefault("device", torch.device(compute_device(tensor)))
         if tensor.dtype == torch.float64:
-            place["dtype"] = torch.float64
+            kwargs["dtype"] = torch.float64
     hook = getattr(base, "_hf_hook", None)
-    if "device" in place and place["device"].type == "meta" and hook is not None:
-        place["device"] = torch.device(getattr(hook, "execution_device", None) or "cpu")
-    return place
+    if "device" in kwargs and kwargs["device"].type == "meta" and hook is not None:
+        kwargs["device"] = torch.device(getattr(hook, "execution_device", None) or "cpu")
+    return kwargs
 
 
 def _offloaded_bias(base: nn.Module, device: torch.device) -> torch.Tensor:

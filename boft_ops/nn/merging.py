@@ -48,8 +48,11 @@ def merge_in_place(
     return merge_shard(merge, weight, blocks_of(whole(skew)), whole(scale), **placement)
 
 
-def kept(weight: nn.Parameter) -> torch.Tensor:
-    """Return the numbers of a weight that ``parameter_of`` is about to take the place of."""
+def to_restore(weight: nn.Parameter) -> torch.Tensor:
+    """Return what brings the numbers of a weight back: itself, or a copy of a shard.
+
+    ``parameter_of`` writes into shards, and replaces other weights.
+    """
     return weight.detach().clone() if is_sharded(weight) else weight
 
 

@@ -19,7 +19,7 @@ from ..ops.scale import scale_columns, scale_of
 from .adapted_weight import adapted_weight, no_weight, weight_with
 from .adapter_tables import composed_tables
 from .base_modules import (
-    adapter_place,
+    adapter_factory_kwargs,
     call_for_scale,
     check_forward,
     check_numbers,
@@ -183,7 +183,7 @@ class MultiAdapterLinear(PreparedTables, nn.Module):
         if name in self.adapters or hasattr(self.adapters, name):
             raise ValueError(f"name: expected a new one, got {name!r}; there are {self.names}")
         given = {k: options.pop(k) for k in ("device", "dtype") if k in options}
-        factory_kwargs = adapter_place(self.base) | given
+        factory_kwargs = adapter_factory_kwargs(self.base) | given
         config = RotationConfig(**options)
         adapter = LinearAdapter(self.in_features, self.out_features, config, **factory_kwargs)
         if is_conv1d(self.base):

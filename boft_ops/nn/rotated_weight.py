@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .._runtime import autocast, internals
+from .._runtime.namespace import PACKAGE
 from .dropout import MultiplicativeDropout
 
 # Functions that read numbers, or hand out memory, without going through torch's dispatcher.
@@ -55,11 +56,11 @@ def _is_read_by_pipelining() -> bool:
 
     It looks up every parameter by its name, and finds the parameter's stage by its identity.
     """
-    try:
-        reader = sys._getframe(3)  # beyond this function, rotated_weight and the property
-    except ValueError:  # no caller so far up
-        return False
-    return reader.f_globals.get("__name__", "").startswith("torch.distributed.pipelining")
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(f"{PACKAGE}."):
+        frame = frame.f_back  # out of this package, to the reader of the property
+    reader = "" if frame is None else frame.f_globals.get("__name__", "")
+    return reader.startswith("torch.distributed.pipelining")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -231,7 +231,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def described(layer: LayerState, shape: tuple[int, ...] | None, name: str) -> LayerState:
+def fitted(layer: LayerState, shape: tuple[int, ...] | None, name: str) -> LayerState:
     """Complete ``layer`` with the type and the outputs that the shape of its weight tells.
 
     Args:

@@ -11,7 +11,7 @@ from ...nn.adapter_format import FORMAT, parse_metadata, with_offsets, write_ada
 from ...nn.config import RotationConfig
 from ...nn.wrappers import dotted
 from ...ops.scale import offset_of, scale_of
-from .checkpoint import LAYER_TYPES, Checkpoint, LayerState, Shapes, described
+from .checkpoint import LAYER_TYPES, Checkpoint, LayerState, Shapes, fitted
 
 
 def is_checkpoint(metadata: dict[str, str]) -> bool:
@@ -66,7 +66,7 @@ def read(
                 raise ValueError(
                     f"{path}: {name}: {key}: the file says {value}, its tensors {tensors_say[key]}"
                 )
-        layers[name] = described(layer, shapes.get(name), name)
+        layers[name] = fitted(layer, shapes.get(name), name)
     return Checkpoint(layers, others)
 
 

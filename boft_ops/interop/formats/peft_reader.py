@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..peft.parameters import TERMS, boft_skew, oft_skew
-from .checkpoint import Checkpoint, LayerState, Shapes, described
+from .checkpoint import Checkpoint, LayerState, Shapes, fitted
 from .files import read_json, read_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -53,7 +53,7 @@ def read(path: Path, shapes: Shapes) -> Checkpoint:
         layers = _read_boft(path, config, tuned)
     else:
         layers = _read_oft(path, config, tuned, shapes)
-    layers = {name: described(layer, shapes.get(name), name) for name, layer in layers.items()}
+    layers = {name: fitted(layer, shapes.get(name), name) for name, layer in layers.items()}
     if foreign := next(filter(_TUNED.search, tuned), None):
         raise ValueError(
             f"{path}: expected parameters of linear layers and convolutions, got {foreign!r}"

@@ -26,7 +26,7 @@ from ..._runtime.dtypes import widest
 from ...ops.cayley import pack
 from ..peft.parameters import boft_skew
 from . import lycoris
-from .checkpoint import Checkpoint, LayerState, Shapes, described
+from .checkpoint import Checkpoint, LayerState, Shapes, fitted
 from .mangled import names_of, prefix_of
 
 Tensors = dict[str, torch.Tensor]
@@ -111,7 +111,7 @@ def read(
     for alias, parts in layers.items():
         name = names[underscored[alias]]
         state = _read_layer(f"{path}: {alias}", parts, shapes[name], trainer)
-        states[name] = described(state, shapes[name], name)
+        states[name] = fitted(state, shapes[name], name)
         aliases[name] = alias
     return Checkpoint(states, aliases=aliases)
 
