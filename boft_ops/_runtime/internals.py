@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,17 @@ keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_gr
 # Contexts: operators skip autograd, or tensor subclasses get no __torch_function__.
 BelowAutograd = torch._C._AutoDispatchBelowAutograd
 NoTorchFunction = torch._C.DisableTorchFunctionSubclass
-DispatchKey, DispatchKeySet = torch._C.DispatchKey, torch._C.DispatchKeySet
+DispatchKey = torch._C.DispatchKey
+
+
+def undispatched(overload: Any, device: str) -> Callable:
+    """The kernel of an ``OpOverload`` for a type of device, called without torch's dispatcher.
+
+    The dispatcher would ask for autograd, modes and transforms, which takes longer than a small
+    layer's arithmetic: the caller knows that there are none.
+    """
+    key = torch._C.DispatchKeySet(getattr(DispatchKey, device.upper()))
+    return partial(overload._handle.redispatch_boxed, key)
 
 
 def cuda_driver_version() -> int:

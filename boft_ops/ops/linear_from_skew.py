@@ -8,7 +8,6 @@ stages, half precision on a CPU, graphs) goes by the strategies of linear.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 
@@ -211,16 +210,8 @@ def _is_dispatched(grad: torch.Tensor) -> bool:
 
 
 def _kernel(op: Op, backend: str) -> Callable:
-    """Return the native kernel of an operator, to be called without torch's dispatcher.
-
-    The dispatcher would ask for autograd, which has been dealt with, and for modes and transforms,
-    of which the caller knows that there are none. That takes longer than a small layer's
-    arithmetic.
-    """
-    overload = op.native() if backend == "cuda" else op.raw
     (device,) = devices_of(backend)
-    key = internals.DispatchKeySet(getattr(internals.DispatchKey, device.upper()))
-    return partial(overload._handle.redispatch_boxed, key)
+    return internals.undispatched(op.native() if backend == "cuda" else op.raw, device)
 
 
 class NativeCall:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import boft_ops
@@ -18,7 +19,9 @@ def test_torchs_private_names_stand_in_one_file():
     naming = {
         path.name
         for path in PACKAGE.rglob("*.py")
-        if re.search(r"torch\._C\.|_dynamo_marked_constant|_composable_state\b", path.read_text())
+        if re.search(
+            r"torch\._C\.|_dynamo_marked_constant|_composable_state\b|\._handle\b", path.read_text()
+        )
         and "triton_kernels" not in path.parts  # kernels import nothing of the package
     }
     assert naming == {"internals.py"}
@@ -109,6 +112,19 @@ def test_below_autograd():
     with internals.BelowAutograd():
         assert not (2 * x).requires_grad
     assert (2 * x).requires_grad
+
+
+def test_undispatched():
+    add = internals.undispatched(torch.ops.aten.add.Tensor, "cpu")
+    x = torch.ones(2, requires_grad=True)
+    assert torch.equal(add(x, x), torch.full((2,), 2.0))
+    assert not add(x, x).requires_grad
+
+
+def test_level_of_forward_differentiation():
+    assert forward_ad._current_level < 0
+    with forward_ad.dual_level():
+        assert forward_ad._current_level >= 0
 
 
 def test_no_torch_function():
