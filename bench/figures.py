@@ -157,6 +157,8 @@ def _checked(machines: Sequence[Machine]) -> str:
 # --- Written by other scripts ---------------------------------------------------------------------
 
 PAPER = "docs/paper/outputs"
+CHOOSING = "docs/choosing.md"
+LLAMA = r"^\| Llama-3\.1-8B .*\| BOFT\(2, 8\) \| 16 \| "  # a row, up to its trained numbers
 ONE_RATE, MERGING = "docs/examples/one_rate.md", "docs/examples/merging.md"
 
 
@@ -228,6 +230,11 @@ FIGURES: dict[str, Figure] = {
     "kept-wide": _kept(WIDE),
     "zen-4-copies": _copies(ZEN_4),
     "zen-5-copies": _copies(ZEN_5),
+    "llama-boft-numbers": quoted(CHOOSING, rf"{LLAMA}([\d,]+) "),
+    "llama-boft-file": quoted(CHOOSING, rf"{LLAMA}[\d,]+ \| (\d+ MB) "),
+    "llama-lora-numbers": quoted(
+        CHOOSING, r"^\| Llama-3\.1-8B (?:.*\n){3}.* LoRA, r = 16 \|  \| ([\d,]+) "
+    ),
     "one-rate-lost": quoted(ONE_RATE, r"^- param_groups\(.* at most ([\d.]+ ± [\d.]+) points"),
     "plain-rate-lost": quoted(ONE_RATE, r"^- the plain .* at most ([\d.]+ ± [\d.]+) points"),
     "karcher-ahead": _over_averaged("karcher", "+"),

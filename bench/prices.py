@@ -110,9 +110,11 @@ def headline(machines: Sequence[Machine]) -> Iterator[str]:
         if found:
             ranges.append(f"{min(found):.2f} to {max(found):.2f} on an {machine.name}")
     if ranges:
+        *others, last = ranges
         yield (
-            "In parts of the time of LoRA r=16, forward and backward of a BOFT(2, 8) layer take "
-            f"{', '.join(ranges)}, over all shapes measured ([figures](#speed-and-memory))."
+            "Forward and backward of a BOFT(2, 8) layer take this many times as long as those of "
+            f"LoRA r=16: {', '.join(others)}{' and ' if others else ''}{last}. "
+            "The ranges are over all measured shapes ([figures](#speed-and-memory))."
         )
 
 

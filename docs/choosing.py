@@ -19,9 +19,9 @@ PAGE = Path(__file__).with_suffix(".md")
 MODELS = PAGE.with_name("models.csv")  # the linear layers that are adapted, by shape
 CHOICES = ((2, 8), (4, 4), (1, 32))  # (n_factors, block_size)
 RANK = 16  # LoRA's r
-# A trained number in float32, its gradient, and the two moments of AdamW.
-BYTES = 4 * 4
-HEAD = ("model", "targets", "adapter", "features mixed", "trained numbers", "memory")
+# A trained number in float32; in training also its gradient and the two moments of AdamW.
+BYTES, COPIES = 4, 4
+HEAD = ("model", "targets", "adapter", "features mixed", "trained numbers", "file", "memory")
 
 
 def main() -> None:
@@ -37,7 +37,9 @@ def table() -> list[str]:
         rows = list(group)
         words = [model, rows[0]["targets"]]
         for adapter, mixed, numbers in _adapters(rows):
-            lines.append([*words, adapter, mixed, f"{numbers:,}", _memory(numbers)])
+            size = numbers * BYTES
+            sizes = f"{size / 1e6:.0f} MB", f"{size * COPIES / 2**20:.0f} MiB"
+            lines.append([*words, adapter, mixed, f"{numbers:,}", *sizes])
             words = ["", ""]
     return _page.table(HEAD, lines, n_words=3)
 
@@ -57,10 +59,6 @@ def trained(row: dict[str, str], m: int, b: int) -> int:
     options = {"n_factors": m, "block_size": b, "bias": False, "device": "meta"}
     layer = boft_ops.BOFTLinear(d, n, **options)
     return int(row["count"]) * (layer.skew.numel() + layer.scale.numel())
-
-
-def _memory(numbers: int) -> str:
-    return f"{numbers * BYTES / 2**20:.0f} MiB"
 
 
 if __name__ == "__main__":

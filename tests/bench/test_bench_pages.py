@@ -149,7 +149,7 @@ def test_wins_and_losses_are_told_apart():
         "- Some CPU, a training step of Llama: 0.90 [0.90, 0.90].",
     ]
     (sentence,) = prices.headline([machine(content)])
-    assert "LoRA r=16, forward and backward of a BOFT(2, 8) layer take 0.50 to 2.02 on" in sentence
+    assert "as those of LoRA r=16: 0.50 to 2.02 on an Some CPU. The ranges" in sentence
 
 
 def figure(section, part, name, values):

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTER = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES = [*OUTER, *sorted((ROOT / "docs").rglob("*.md"))]
 
+PUBLIC_MODEL = "HuggingFaceTB/SmolLM2-135M"  # has the Llama architecture
+
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -36,10 +38,21 @@ def has_python(page):
     return any(language == "python" for _, language, _ in blocks(page))
 
 
+def save_small_llama(folder):
+    """Make a model in a folder that has the name of a public one, so that no network is needed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
 @pytest.mark.parametrize("page", list(filter(has_python, PAGES)), ids=name)
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """The blocks run in their order, and a block may use names that an earlier one defined."""
     monkeypatch.chdir(tmp_path)
+    if PUBLIC_MODEL in page.read_text():
+        save_small_llama(tmp_path / PUBLIC_MODEL)
     torch.manual_seed(0)
     torch.compiler.reset()  # other tests may have compiled the same functions up to the limit
     namespace = {"__name__": "snippet"}
