@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import autocast
-from .dtypes import COMPUTE
+from .dtypes import COMPUTE, name_of
 
 SIDES = ("in", "out")
 METHODS = ("exact", "neumann5")
@@ -47,7 +47,8 @@ def tensor(name: str, value: object, *, min_dim: int = 0) -> None:
 
 def floating_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in FLOATING:
-        raise TypeError(f"{name}: expected a dtype of {_names(FLOATING)}, got {dtype}")
+        names = ", ".join(map(name_of, FLOATING))
+        raise TypeError(f"{name}: expected a dtype of {names}, got {dtype}")
 
 
 def module(name: str, value: object) -> None:
@@ -97,11 +98,16 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
         )
 
 
+def packed_size(block_size: int) -> int:
+    """The numbers of one packed block, b(b-1)/2."""
+    return block_size * (block_size - 1) // 2
+
+
 def block_size_from_packed(name: str, packed: int) -> int:
     """The b with b (b - 1) / 2 == packed (0 packed numbers: b = 1)."""
     packed = operator.index(packed)  # a constant of a compiled graph, however dynamic its shapes
     b = (1 + math.isqrt(1 + 8 * packed)) // 2
-    if b * (b - 1) // 2 != packed:
+    if packed_size(b) != packed:
         raise ValueError(
             f"{name}: expected a last dimension of b(b-1)/2 numbers for some block size b "
             f"(0, 1, 3, 6, 10, 15, 21, 28, ...), got {packed}"
@@ -257,7 +263,3 @@ def rotation(name: str, value: object, skew: torch.Tensor, dropout: object) -> N
     same_device(name, value, "skew", skew)
     if dropout is not None:
         raise ValueError(f"dropout: expected None beside a rotation, got {dropout!r}")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

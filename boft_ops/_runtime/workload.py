@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .checks import packed_size
 from .dtypes import COMPUTE
 
 
@@ -60,8 +61,7 @@ class Workload:
 
     def skew(self) -> torch.Tensor:
         """Packed skew-symmetric blocks (m, K, b(b-1)/2), in the compute dtype."""
-        packed = self.block_size * (self.block_size - 1) // 2
-        shape = self.n_factors, self.n_blocks, packed
+        shape = self.n_factors, self.n_blocks, packed_size(self.block_size)
         return self.tensor(*shape, std=0.1, dtype=self.compute_dtype)
 
     def drop_mask(self) -> torch.Tensor:

@@ -51,7 +51,7 @@ def kaleidoscope_parameters(
             "rotation: expected determinant +1, got -1, which no product of Cayley transforms has"
         )
     m = dense_factors(d, block_size)
-    shape = (d - 1, m, d // block_size, block_size * (block_size - 1) // 2)
+    shape = (d - 1, m, d // block_size, checks.packed_size(block_size))
     first = torch.zeros(shape, dtype=rest.dtype, device=rest.device)
     second = torch.zeros_like(first)
     mirrored = False  # true while a reflection D of feature 0 is left over on the right

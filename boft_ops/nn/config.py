@@ -62,8 +62,7 @@ class RotationConfig:
     def skew_shape(self, features: int) -> tuple[int, int, int]:
         """The shape (m, K, b(b-1)/2) of ``skew``; 2 l m factors with kaleidoscope = l."""
         n_factors = (2 * self.kaleidoscope or 1) * self.n_factors
-        b = self.block_size
-        return n_factors, features // b, b * (b - 1) // 2
+        return n_factors, features // self.block_size, checks.packed_size(self.block_size)
 
     def options(self) -> Options:
         """The keyword arguments of ``BOFTLinear`` for this config, as adapter files store them."""

@@ -98,16 +98,11 @@ def fake_cayley(skew: torch.Tensor, drop_mask: torch.Tensor | None = None) -> to
 def fake_cayley_backward(
     blocks: torch.Tensor, drop_mask: torch.Tensor | None, grad: torch.Tensor
 ) -> torch.Tensor:
-    return blocks.new_empty(*blocks.shape[:-2], packed_size(blocks.shape[-1]))
+    return blocks.new_empty(*blocks.shape[:-2], checks.packed_size(blocks.shape[-1]))
 
 
 def _fake_neumann5_backward(skew: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(skew, memory_format=torch.contiguous_format)
-
-
-def packed_size(block_size: int) -> int:
-    """The numbers of one packed block, b(b-1)/2."""
-    return block_size * (block_size - 1) // 2
 
 
 def _sample_skew(w: Workload) -> Iterator[tuple]:
@@ -134,7 +129,7 @@ def _class_of_skew(skew: torch.Tensor, *_: object) -> tuple[tuple, tuple]:
 
 def _cpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
     # the elimination beats LAPACK up to blocks of 128 rows
-    return skew.dtype != torch.float16 and skew.shape[-1] <= packed_size(128)
+    return skew.dtype != torch.float16 and skew.shape[-1] <= checks.packed_size(128)
 
 
 def _cpu_supports_blocks(blocks: torch.Tensor, *_: object) -> bool:
@@ -146,13 +141,13 @@ def _gpu_supports_blocks(blocks: torch.Tensor, *_: object) -> bool:
 
 
 def _gpu_supports_skew(skew: torch.Tensor, *_: object) -> bool:
-    return skew.shape[-1] <= packed_size(limits.MAX_BLOCK)
+    return skew.shape[-1] <= checks.packed_size(limits.MAX_BLOCK)
 
 
 # On an H200 a thread for each block of 8 takes less time than Triton's kernels, both ways
 # (docs/cuda.md). Larger blocks were not timed.
 def _cuda_prefers_skew(skew: torch.Tensor, *_: object) -> bool:
-    return skew.shape[-1] <= packed_size(8)
+    return skew.shape[-1] <= checks.packed_size(8)
 
 
 def _cuda_prefers_blocks(blocks: torch.Tensor, *_: object) -> bool:

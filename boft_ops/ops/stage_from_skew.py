@@ -28,7 +28,6 @@ from .cayley import (
     flops_of_products,
     neumann5_backward,
     neumann5_forward,
-    packed_size,
 )
 from .compose import (
     compose_backward_reference,
@@ -83,7 +82,7 @@ def _cuda_supports(
 # A thread of the C++ kernels has a whole block of 2, 4 or 8 in float32. They are predicted to be
 # faster than Triton's, and not measured on a GPU (docs/cuda.md).
 def _cuda_prefers(skew: torch.Tensor, _: object) -> bool:
-    packed = [packed_size(b) for b in SMALL_BLOCKS]
+    packed = [checks.packed_size(b) for b in SMALL_BLOCKS]
     return skew.dtype == torch.float32 and skew.shape[-1] in packed and _triton_supports(skew, _)
 
 

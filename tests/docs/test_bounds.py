@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from boft_ops._runtime import native
-from boft_ops.ops.cayley import cayley_backward, cayley_forward, packed_size
+from boft_ops._runtime.checks import packed_size
+from boft_ops.ops.cayley import cayley_backward, cayley_forward
 from boft_ops.ops.compose import compose_forward
 from boft_ops.ops.rotate import rotate_backward, rotate_rows
 from boft_ops.ops.rotate_indexed import rotate_indexed_rows

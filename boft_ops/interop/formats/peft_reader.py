@@ -137,13 +137,7 @@ def _read_boft(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> di
         # PEFT 0.9 to 0.12 saved its permutation, too, which follows from the sizes.
         tensors.pop(f"{name}.boft_P", None)
         shape, scale = tuple(matrix.shape), scales[name]
-        if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
-            raise ValueError(f"{path}: {name}: boft_R: expected (m, K, b, b), got {shape}")
-        if scale.dim() != 2 or 1 not in scale.shape:
-            raise ValueError(
-                f"{path}: {name}: boft_s: expected (n, 1), or (1, n) of a convolution, got "
-                f"{tuple(scale.shape)}"
-            )
+        check_boft(f"{path}: {name}", matrix, scale)
         _check_sizes(f"{path}: {name}", sizes, shape)
         layer_type = "Linear" if scale.shape[1] == 1 else "Conv2d"
         layers[name] = LayerState.from_tensors(
@@ -155,6 +149,18 @@ def _read_boft(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> di
             out_features=scale.numel(),
         )
     return layers
+
+
+def check_boft(where: str, matrix: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raise ValueError unless these are a boft_R and a boft_s of one layer; ``where`` names it."""
+    shape = tuple(matrix.shape)
+    if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
+        raise ValueError(f"{where}: boft_R: expected (m, K, b, b), got {shape}")
+    if scale.dim() != 2 or 1 not in scale.shape:
+        raise ValueError(
+            f"{where}: boft_s: expected (n, 1), or (1, n) of a convolution, got "
+            f"{tuple(scale.shape)}"
+        )
 
 
 def _check_sizes(where: str, sizes: dict[str, int], shape: tuple[int, ...]) -> None:

@@ -28,6 +28,7 @@ from ..peft.parameters import boft_skew
 from . import lycoris
 from .checkpoint import Checkpoint, LayerState, Shapes, fitted
 from .mangled import names_of, prefix_of
+from .peft_reader import check_boft
 
 Tensors = dict[str, torch.Tensor]
 
@@ -219,11 +220,7 @@ def _read_oft_v2(where: str, parts: Tensors, shape: tuple[int, ...]) -> LayerSta
 def _read_boft(where: str, parts: Tensors) -> LayerState:
     """PEFT's BOFT, but boft_s is a column for convolutions, too."""
     matrix, scale = parts[BOFT], parts["boft_s"]
-    shape = tuple(matrix.shape)
-    if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
-        raise ValueError(f"{where}: boft_R: expected (m, K, b, b), got {shape}")
-    if scale.dim() != 2 or 1 not in scale.shape:
-        raise ValueError(f"{where}: boft_s: expected (n, 1), got {tuple(scale.shape)}")
+    check_boft(where, matrix, scale)
     skew = boft_skew(matrix.to(widest(matrix.dtype)))
     return LayerState.from_tensors(skew, scale.flatten().to(skew.dtype))
 
