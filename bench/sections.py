@@ -132,7 +132,7 @@ def _overhead(row: Row) -> str:
 
 def _notes(results: Results) -> Iterator[str]:
     for group, labels in results.left_out().items():
-        yield f"- Left out at {group}, for want of memory: {', '.join(labels)}."
+        yield f"- Left out at {group}, because there was too little memory: {', '.join(labels)}."
     notes = {_label(row): row.info["note"] for row in results.rows if row.info["note"]}
     yield from (f"- {label}: {note}." for label, note in notes.items())
     yield ""

@@ -143,7 +143,9 @@ def test_page_names_contestants_that_were_left_out():
     for row in result.rows:
         if row.group == BULK:
             row.info["left_out"] = ["peft-boft"]
-    assert f"Left out at {BULK}, for want of memory: peft-boft." in measurements(result)
+    assert f"Left out at {BULK}, because there was too little memory: peft-boft." in measurements(
+        result
+    )
     assert len(goals.goals(result)) == 11
 
 
