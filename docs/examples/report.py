@@ -194,13 +194,13 @@ def sentences(runs: list[Run]) -> list[str]:
         text += f"{100 * abs(difference):+.1f} ± {100 * error:.1f}"
         (clear if abs(difference) > CARRIES * error else unclear).append(text)
     if len(groups) > 1:
-        measure = f"{CARRIES:.0f} standard errors of the difference on the same test sentences"
-        lines.append(f"Carried ({measure}): " + ("; ".join(clear) or "none") + ".")
-        lines.append("NOT carried, so no claim: " + ("; ".join(unclear) or "none") + ".")
+        measure = f"more than {CARRIES:.0f} standard errors, on the same test sentences"
+        lines.append(f"Clear differences ({measure}): " + ("; ".join(clear) or "none") + ".")
+        lines.append("Not distinguishable: " + ("; ".join(unclear) or "none") + ".")
     if all(len(group) == 1 for group in groups.values()):
         lines.append(
-            "One seed: the errors know the choice of test sentences, not the luck of a training "
-            "run; --seeds 3 shows that too."
+            "The errors are those of the choice of test sentences. With one seed, the spread of "
+            "training runs is unknown; --seeds 3 shows it."
         )
     merged = {
         group[0].title: [str(run.merged_differ) for run in group]
