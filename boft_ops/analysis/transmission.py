@@ -21,15 +21,6 @@ from .manifold import components, product_dimension, random_member, usable
 LARGEST = 64  # numerical ranks are computed for at most this many connected features
 
 
-def block_diagonal_pattern(d: int, block_size: int) -> torch.Tensor:
-    """Make the pattern of OFT, one block-diagonal factor, (1, d, d).
-
-    Raises:
-        ValueError: ``block_size`` does not divide ``d``.
-    """
-    return pattern(d, butterfly_factors(d, block_size, 1))
-
-
 def butterfly_pattern(d: int, block_size: int, n_factors: int) -> torch.Tensor:
     """Make the pattern of BOFT(m, b), where B_{i+1} = C_i, (m, d, d).
 
@@ -76,16 +67,14 @@ def pattern(d: int, factors: Sequence[Factor]) -> torch.Tensor:
     return result
 
 
-def edges_pattern(
-    d: int, edges: Iterable[tuple[int, int, int]], *, straight: bool = True
-) -> torch.Tensor:
+def edges_pattern(d: int, edges: Iterable[tuple[int, int, int]]) -> torch.Tensor:
     """Make the pattern of a list of edges, all numbers counted from 1 as in the paper.
+
+    The edges from every node to the node of the same number are always in it.
 
     Args:
         d: number of nodes in each level.
         edges: tuples (level i, source k, target j); entry (j, k) of B_i may differ from zero.
-        straight: add the edges from every node to the node of the same number. The default is
-            True.
 
     Returns:
         (m, d, d), boolean, where m is the largest level of an edge.
@@ -102,7 +91,7 @@ def edges_pattern(
     result = torch.zeros(max(edge[0] for edge in edges), d, d, dtype=torch.bool)
     for level, source, target in edges:
         result[level - 1, target - 1, source - 1] = True
-    return result | torch.eye(d, dtype=torch.bool) if straight else result
+    return result | torch.eye(d, dtype=torch.bool)
 
 
 def product(pattern: torch.Tensor) -> torch.Tensor:
@@ -148,7 +137,7 @@ class Transmission(NamedTuple):
         return self.nonzeros == self.d**2
 
 
-def analyze(pattern: torch.Tensor, *, seed: int = 0) -> Transmission:
+def analyze(pattern: torch.Tensor) -> Transmission:
     """Measure the information that a factorization transmits and the size of its family.
 
     ``parameters`` and ``dimension`` are numerical. They are the ranks of Jacobians at random
@@ -157,7 +146,6 @@ def analyze(pattern: torch.Tensor, *, seed: int = 0) -> Transmission:
 
     Args:
         pattern: (m, d, d), boolean, B_1 first.
-        seed: seed of the random matrices. The default is 0.
 
     Raises:
         TypeError: ``pattern`` is not a boolean tensor.
@@ -178,7 +166,7 @@ def analyze(pattern: torch.Tensor, *, seed: int = 0) -> Transmission:
         if len(nodes[0]) > LARGEST:
             parameters = dimension = None
             break
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         members = [
             random_member(factor[after[:, None], before], generator)
             for factor, before, after in zip(allowed, nodes, nodes[1:])

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from .._runtime import checks
 
 if TYPE_CHECKING:
-    from .linear_adapter import LinearAdapter
+    from .adapter_parameters import HasAdapter
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local(grad_placements=[Partial()] if is_whole else None)
 
 
-def cut_adapter(adapter: LinearAdapter, weight: DTensor) -> None:
+def cut_adapter(adapter: HasAdapter, weight: DTensor) -> None:
     """Cut the parameters of an adapter as the weight of its base is cut, which is only called.
 
     A base that is cut along its rows gives back the sum of the ranks' gradients of its inputs, and

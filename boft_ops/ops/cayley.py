@@ -160,9 +160,9 @@ def flops_of_cayley(skew: torch.Tensor, *_: object) -> int:
     return 2 * b**3 * math.prod(skew.shape[:-1])
 
 
-def flops_of_products(blocks: torch.Tensor, n_products: int) -> int:
-    """The flops of ``n_products`` matrix products with each block."""
-    return 2 * n_products * blocks.numel() * blocks.shape[-1]
+def flops_of_cayley_backward(blocks: torch.Tensor, *_: object) -> int:
+    """The flops of two matrix products with each block."""
+    return 4 * blocks.numel() * blocks.shape[-1]
 
 
 def _flops_of_neumann5(n_products: int) -> Callable[..., int]:
@@ -193,7 +193,7 @@ cayley_backward = Op(
         "triton": Kernel(_gpu_supports_blocks, "cayley:cayley_backward", "config:CAYLEY_BACKWARD"),
     },
     shape_class=ShapeClass(("block_size",), ("blocks",), _class_of_blocks),
-    flops=lambda blocks, *_: flops_of_products(blocks, 2),
+    flops=flops_of_cayley_backward,
 )
 neumann5_forward = Op(
     "cayley_neumann5(Tensor skew) -> Tensor",

@@ -25,7 +25,7 @@ from .cayley import (
     fake_cayley,
     fake_cayley_backward,
     flops_of_cayley,
-    flops_of_products,
+    flops_of_cayley_backward,
     neumann5_backward,
     neumann5_forward,
 )
@@ -126,7 +126,7 @@ def _class_of(skew: torch.Tensor, _: object) -> tuple[tuple, tuple]:
 
 def flops_of_skew_gradient(blocks: torch.Tensor) -> int:
     """The flops of the gradient of the skew from that of the stage."""
-    return 2 * flops_of_compose(blocks) + flops_of_products(blocks, 2)
+    return 2 * flops_of_compose(blocks) + flops_of_cayley_backward(blocks)
 
 
 def flops_of_stage_from_skew(skew: torch.Tensor, *_: object) -> int:

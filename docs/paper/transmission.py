@@ -13,7 +13,6 @@ from _page import fill, table
 from boft_ops.analysis import graph
 from boft_ops.analysis.transmission import (
     analyze,
-    block_diagonal_pattern,
     butterfly_pattern,
     edges_pattern,
     product,
@@ -39,7 +38,7 @@ def structures(quick: bool) -> dict[str, torch.Tensor]:
         "one dense matrix, d = 4": torch.ones(1, 4, 4, dtype=torch.bool),
         "five exchanges (Figure 2), d = 4": figure_2(),
         "butterfly, d = 4": butterfly_pattern(4, 2, 2),
-        "block-diagonal (Figure 3), d = 4": block_diagonal_pattern(4, 2),
+        "block-diagonal (Figure 3), d = 4": butterfly_pattern(4, 2, 1),
         "butterfly (Figure 4), d = 8": butterfly_pattern(8, 2, 3),
     }
     d = 16 if quick else 64
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     write_csv(folder / DATA, rows)
     figures = {
         "figure2.svg": (figure_2(), "d = 4, m = 5, ten free edges"),
-        "figure3.svg": (block_diagonal_pattern(4, 2), "OFT, d = 4, b = 2"),
+        "figure3.svg": (butterfly_pattern(4, 2, 1), "OFT, d = 4, b = 2"),
         "figure4.svg": (butterfly_pattern(8, 2, 3), "BOFT(3, 2), d = 8"),
     }
     for file, (pattern, title) in figures.items():

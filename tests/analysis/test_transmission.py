@@ -16,7 +16,6 @@ from boft_ops.analysis.__main__ import main
 from boft_ops.analysis.manifold import components, random_member, usable
 from boft_ops.analysis.transmission import (
     analyze,
-    block_diagonal_pattern,
     butterfly_pattern,
     edges_pattern,
     kaleidoscope_pattern,
@@ -134,7 +133,7 @@ def test_usable_entries_are_those_in_a_permutation(seed):
 
 def test_components_follow_permutations_from_level_to_level():
     pattern = torch.eye(6, dtype=torch.bool).roll(1, 0)[None]
-    pattern = torch.cat([pattern, block_diagonal_pattern(6, 2)])
+    pattern = torch.cat([pattern, butterfly_pattern(6, 2, 1)])
     parts = sorted(tuple(nodes.tolist() for nodes in part) for part in components(pattern))
     assert parts[0] == ([0, 5], [0, 1], [0, 1])
     assert len(parts) == 3

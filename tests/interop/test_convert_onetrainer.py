@@ -10,6 +10,7 @@ from torch import nn
 
 from boft_ops import load_adapter
 from boft_ops.interop.convert import convert, read_checkpoint
+from boft_ops.interop.serve import adapter_rows, load_adapters
 
 
 class Block(nn.Module):
@@ -113,6 +114,20 @@ def test_scaled(dtype, tmp_path):
     close(mine(X), theirs(base, vectors, scaled=True))
     with pytest.raises(ValueError, match="expected the format sd-scripts, got that of onetrainer"):
         read_checkpoint(path, base=base, source_format="sd-scripts")
+
+
+def test_the_linear_layers_of_a_file_are_served(tmp_path):
+    base, vectors = Block(), {"attn.to_q": weights()["attn.to_q"]}
+    path = written(tmp_path / "ot.safetensors", vectors)
+    want = theirs(base, vectors)
+    options = {"base": copy.deepcopy(base), "prefix": "lora_unet"}
+    model = load_adapters(base.eval(), {"ann": path}, **options)
+    with adapter_rows(model, ["ann", None, "ann"]):
+        got = model(X)
+    close(got[[0, 2]], want[[0, 2]])
+    close(got[1], options["base"](X).double()[1])
+    with pytest.raises(ValueError, match=r"expected base=, the pretrained model"):
+        load_adapters(Block(), {"ann": path})
 
 
 def test_files_in_bfloat16(tmp_path):
