@@ -77,6 +77,15 @@ inline boft::Stage stage_of(const Tensor& x, const Tensor& stage, int64_t chunk,
   return shape;
 }
 
+// Contiguous factors of the rows of x, (rows,) in the compute dtype of x, or none.
+inline std::optional<Tensor> factor_of(const Tensor& x, const std::optional<Tensor>& factor) {
+  if (!factor) return std::nullopt;
+  STD_TORCH_CHECK(factor->dim() == 1 && factor->size(0) == x.size(0) &&
+                      factor->scalar_type() == compute_dtype(x),
+                  "rotate: factor: expected (rows,) in the dtype of x (float32 for halves)");
+  return dense(*factor);
+}
+
 // Layout of the stage of many adapters: `stages` is (n_adapters, d / size, size, size), and `index`
 // has the number of an adapter for each row of x.
 inline boft::Stage stage_of(const Tensor& x, const Tensor& stages, const Tensor& index,
@@ -106,13 +115,13 @@ inline boft::Stage stage_of_segments(const Tensor& x, const Tensor& grad, const 
 }
 
 // Checks the arguments of scale_backward: grad and x (rows, n), scale and center (n,).
-inline void check_scale(const Tensor& grad, const Tensor& x, const Tensor& scale,
+inline void check_scale(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& scale,
                         const std::optional<Tensor>& center) {
   STD_TORCH_CHECK(x.dim() == 2 && alike(x, grad),
                   "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
-  for (const Tensor* vector : {&scale, center ? &*center : &scale})
-    STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == x.size(1) &&
-                        vector->scalar_type() == compute_dtype(x),
+  for (const auto* vector : {&scale, &center})
+    STD_TORCH_CHECK(!*vector || ((*vector)->dim() == 1 && (*vector)->size(0) == x.size(1) &&
+                                 (*vector)->scalar_type() == compute_dtype(x)),
                     "scale_backward: scale, center: expected (n,) in the dtype of x (float32 for "
                     "halves)");
 }

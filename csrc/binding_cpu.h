@@ -13,8 +13,8 @@ void make_stage_backward(const Butterfly& shape, const void* blocks, const bool*
                          const void* grad, void* blocks_grad, void* skew_grad, boft::DType dtype);
 
 // boft::cpu::rotate and rotate_backward for all rows, and scale and scale_backward.
-void rotate_rows(const void* x, const void* stages, void* y, int64_t rows, int64_t d,
-                 boft::Stage stage, boft::DType dtype);
+void rotate_rows(const void* x, const void* stages, const void* factor, void* y, int64_t rows,
+                 int64_t d, boft::Stage stage, boft::DType dtype);
 void rotate_rows_backward(const void* grad, const void* x, const void* stages, void* x_grad,
                           void* stages_grad, int64_t rows, int64_t d, boft::Stage stage,
                           bool transpose, boft::DType dtype);

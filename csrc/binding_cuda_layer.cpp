@@ -29,7 +29,8 @@ class Cuda {
                                                      queue_));
   }
   void rotate(const void* x, const void* stage, void* y, const LayerShape& s) const {
-    check_launch(op_, cuda::rotate(x, stage, y, s.rows, s.d, stage_of(s), false, dtype_, queue_));
+    check_launch(op_, cuda::rotate(x, stage, nullptr, y, s.rows, s.d, stage_of(s), false, dtype_,
+                                     queue_));
   }
   void rotate_backward(const void* grad, const void* x, const void* stage, void* x_grad,
                        void* partials, const LayerShape& s, int64_t splits) const {

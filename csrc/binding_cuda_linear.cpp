@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> rotated_linear_cuda(const Tensor& x, const Tensor& we
                   "rotated_linear: bias_in_z: expected true without a scale");
   check_square(stage, 3, "rotated_linear: stage");
   const auto center = bias_in_z ? bias : std::nullopt;
-  const Tensor z = linear(rotate_cuda(x, stage, stage.size(2), 1, false), weight, center);
+  const Tensor z = linear(rotate_cuda(x, stage, stage.size(2), 1, false, std::nullopt), weight, center);
   const Tensor none = new_tensor(x, {0, weight.size(0)});
   if (!scale) return {z, none};
   return {scale_cuda(z, *scale, center, bias), save ? z : none};

@@ -34,16 +34,18 @@ Tensor gram_of(const char* op, const Tensor& grad_, const Tensor& x_, const boft
 }  // namespace
 
 Tensor rotate_cuda(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
-                   bool transpose) {
+                   bool transpose, const MaybeTensor& factor_) {
   const auto dtype = cuda_dtype_of(x_, "rotate: x");
   const auto shape = stage_of(x_, stage_, chunk, stride);
   check_size("rotate", shape);
-  check_device("rotate", x_, {&stage_});
+  check_device("rotate", x_, {&stage_, given(factor_)});
   const Tensor x = dense(x_), stage = dense(stage_);
+  const auto factor = factor_of(x, factor_);
   Tensor y = new_like(x);
   check_launch("rotate", boft::cuda::rotate(x.const_data_ptr(), stage.const_data_ptr(),
-                                            y.mutable_data_ptr(), x.size(0), x.size(1), shape,
-                                            transpose, dtype, queue_of(x)));
+                                            pointer<void>(factor), y.mutable_data_ptr(),
+                                            x.size(0), x.size(1), shape, transpose, dtype,
+                                            queue_of(x)));
   return y;
 }
 

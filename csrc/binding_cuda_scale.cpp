@@ -37,25 +37,25 @@ Tensor scale_cuda(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cen
 }
 
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad_, const Tensor& x_,
-                                                       const Tensor& scale_,
+                                                       const MaybeTensor& scale_,
                                                        const MaybeTensor& center_) {
   const auto dtype = cuda_dtype_of(x_, "scale_backward: x");
   STD_TORCH_CHECK(x_.dim() == 2 && alike(x_, grad_),
                   "scale_backward: grad: expected the shape and dtype of x, (rows, n)");
-  check_device("scale_backward", grad_, {&x_, &scale_, given(center_)});
+  check_device("scale_backward", grad_, {&x_, given(scale_), given(center_)});
   const Tensor grad = dense(grad_), x = dense(x_);
   const auto scale = wide_vector(x, scale_, "scale_backward: scale");
   const auto center = wide_vector(x, center_, "scale_backward: center");
   const int64_t rows = x.size(0), n = x.size(1);
-  Tensor x_grad = new_like(x);
-  Tensor scale_grad = new_like(*scale);
-  Tensor bias_grad = new_like(*scale);
-  Tensor partials =
-      new_tensor(*scale, {boft::cuda::scale_splits(rows, n), 2, n});
+  const auto wide = compute_dtype(x);
+  Tensor x_grad = new_tensor(x, {scale ? rows : 0, n});
+  Tensor scale_grad = new_tensor(x, {n}, wide), bias_grad = new_tensor(x, {n}, wide);
+  Tensor partials = new_tensor(x, {boft::cuda::scale_splits(rows, n), 2, n}, wide);
   check_launch("scale_backward",
                boft::cuda::scale_backward(
-                   grad.const_data_ptr(), x.const_data_ptr(), scale->const_data_ptr(), 0,
-                   pointer<void>(center), x_grad.mutable_data_ptr(), partials.mutable_data_ptr(),
+                   grad.const_data_ptr(), x.const_data_ptr(), pointer<void>(scale), 0,
+                   pointer<void>(center), scale ? x_grad.mutable_data_ptr() : nullptr,
+                   partials.mutable_data_ptr(),
                    scale_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), rows, n, dtype,
                    queue_of(x)));
   return {x_grad, scale_grad, bias_grad};

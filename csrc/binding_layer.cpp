@@ -58,7 +58,7 @@ struct Cpu {
     binding::make_stage_backward(r, blocks, drop, partials, blocks_grad, skew_grad, dtype);
   }
   void rotate(const void* x, const void* stage, void* y, const LayerShape& s) const {
-    rotate_rows(x, stage, y, s.rows, s.d, {s.size(), s.size(), 1}, dtype);
+    rotate_rows(x, stage, nullptr, y, s.rows, s.d, {s.size(), s.size(), 1}, dtype);
   }
   void rotate_backward(const void* grad, const void* x, const void* stage, void* x_grad,
                        void* partials, const LayerShape& s, int64_t) const {

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> stage_from_skew_cpu(const Tensor& skew, const MaybeTe
 Tensor stage_from_skew_backward_cpu(const Tensor& blocks, const MaybeTensor& drop,
                                     const Tensor& grad);
 Tensor rotate_cpu(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
-                  bool transpose);
+                  bool transpose, const MaybeTensor& factor);
 Tensor rotate_indexed_cpu(const Tensor& x, const Tensor& stages, const Tensor& index, int64_t chunk,
                           int64_t stride, bool transpose);
 std::tuple<Tensor, Tensor> rotate_backward_cpu(const Tensor& grad, const Tensor& x,
@@ -29,7 +29,7 @@ Tensor segment_stage_grads_cpu(const Tensor& x, const Tensor& grad, const Tensor
 Tensor scale_cpu(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                  const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad, const Tensor& x,
-                                                      const Tensor& scale,
+                                                      const MaybeTensor& scale,
                                                       const MaybeTensor& center);
 std::tuple<Tensor, Tensor> rotated_linear_cpu(const Tensor& x, const Tensor& weight,
                                               const Tensor& stage, const MaybeTensor& scale,
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> stage_from_skew_cuda(const Tensor& skew, const MaybeT
 Tensor stage_from_skew_backward_cuda(const Tensor& blocks, const MaybeTensor& drop,
                                      const Tensor& grad);
 Tensor rotate_cuda(const Tensor& x, const Tensor& stage, int64_t chunk, int64_t stride,
-                   bool transpose);
+                   bool transpose, const MaybeTensor& factor);
 Tensor rotate_indexed_cuda(const Tensor& x, const Tensor& stages, const Tensor& index,
                            int64_t chunk, int64_t stride, bool transpose);
 std::tuple<Tensor, Tensor> rotate_backward_cuda(const Tensor& grad, const Tensor& x,
@@ -68,7 +68,7 @@ Tensor segment_stage_grads_cuda(const Tensor& x, const Tensor& grad, const Tenso
 Tensor scale_cuda(const Tensor& x, const Tensor& scale, const MaybeTensor& center,
                   const MaybeTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cuda(const Tensor& grad, const Tensor& x,
-                                                       const Tensor& scale,
+                                                       const MaybeTensor& scale,
                                                        const MaybeTensor& center);
 std::tuple<Tensor, Tensor> rotated_linear_cuda(const Tensor& x, const Tensor& weight,
                                                const Tensor& stage, const MaybeTensor& scale,

@@ -15,11 +15,11 @@ Tensor as_applied(const Tensor& stage, bool transpose) {
 
 }  // namespace
 
-void rotate_rows(const void* x, const void* stages, void* y, int64_t rows, int64_t d,
-                 boft::Stage stage, boft::DType dtype) {
+void rotate_rows(const void* x, const void* stages, const void* factor, void* y, int64_t rows,
+                 int64_t d, boft::Stage stage, boft::DType dtype) {
   const int64_t grain = std::max<int64_t>(8, boft::cpu::grain_of(d * stage.size));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    boft::cpu::rotate(x, stages, y, d, stage, begin, end, dtype);
+    boft::cpu::rotate(x, stages, factor, y, d, stage, begin, end, dtype);
   });
 }
 
@@ -53,13 +53,14 @@ void scale_rows_backward(const void* grad, const void* x, const void* scale, con
 }
 
 Tensor rotate_cpu(const Tensor& x_, const Tensor& stage_, int64_t chunk, int64_t stride,
-                  bool transpose) {
+                  bool transpose, const MaybeTensor& factor_) {
   const auto dtype = dtype_of(x_, "rotate: x");
   const auto shape = stage_of(x_, stage_, chunk, stride);
   const Tensor x = dense(x_), stage = as_applied(stage_, transpose);
+  const auto factor = factor_of(x, factor_);
   Tensor y = new_like(x);
-  rotate_rows(x.const_data_ptr(), stage.const_data_ptr(), y.mutable_data_ptr(), x.size(0),
-              x.size(1), shape, dtype);
+  rotate_rows(x.const_data_ptr(), stage.const_data_ptr(), pointer<void>(factor),
+              y.mutable_data_ptr(), x.size(0), x.size(1), shape, dtype);
   return y;
 }
 
@@ -180,21 +181,21 @@ Tensor scale_cpu(const Tensor& x_, const Tensor& scale_, const MaybeTensor& cent
 }
 
 std::tuple<Tensor, Tensor, Tensor> scale_backward_cpu(const Tensor& grad_, const Tensor& x_,
-                                                      const Tensor& scale_,
+                                                      const MaybeTensor& scale_,
                                                       const MaybeTensor& center_) {
   const auto dtype = dtype_of(x_, "scale_backward: x");
   check_scale(grad_, x_, scale_, center_);
   const Tensor grad = dense(grad_), x = dense(x_);
-  const Tensor scale = dense(scale_);
-  const Tensor center = center_ ? dense(*center_)
-                                : torch::stable::new_zeros(scale, {scale.size(0)});
-  Tensor x_grad = new_like(x);
-  Tensor scale_grad = new_like(scale);
-  Tensor bias_grad = new_like(scale);
-  scale_rows_backward(grad.const_data_ptr(), x.const_data_ptr(), scale.const_data_ptr(),
-                      center.const_data_ptr(), x_grad.mutable_data_ptr(),
-                      scale_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), x.size(0),
-                      x.size(1), dtype);
+  const int64_t rows = x.size(0), n = x.size(1);
+  const auto wide = compute_dtype(x);
+  const auto scale = scale_ ? MaybeTensor(dense(*scale_)) : std::nullopt;
+  const Tensor center =
+      center_ ? dense(*center_) : torch::stable::new_zeros(x, {n}, wide);
+  Tensor x_grad = new_tensor(x, {scale ? rows : 0, n});
+  Tensor scale_grad = new_tensor(x, {n}, wide), bias_grad = new_tensor(x, {n}, wide);
+  scale_rows_backward(grad.const_data_ptr(), x.const_data_ptr(), pointer<void>(scale),
+                      center.const_data_ptr(), scale ? x_grad.mutable_data_ptr() : nullptr,
+                      scale_grad.mutable_data_ptr(), bias_grad.mutable_data_ptr(), rows, n, dtype);
   return {x_grad, scale_grad, bias_grad};
 }
 

@@ -87,8 +87,9 @@ int stage_from_skew_backward(const void* blocks, const bool* drop, const void* g
 // stage.
 //   x, y:   (rows, d)
 //   stages: (d / size, size, size), float32 for halves; size <= kMaxStage
-int rotate(const void* x, const void* stages, void* y, int64_t rows, int64_t d, Stage stage,
-           bool transpose, DType dtype, Queue queue);
+//   factor: (rows,), of each row of y, in the dtype of the stages; null stands for ones
+int rotate(const void* x, const void* stages, const void* factor, void* y, int64_t rows, int64_t d,
+           Stage stage, bool transpose, DType dtype, Queue queue);
 // Computes the gradients of `rotate`.
 //   grad, x:  (rows, d), the gradient of y, and x
 //   stages:   as for `rotate`; unused if x_grad is null
@@ -132,7 +133,8 @@ int64_t scale_splits(int64_t rows, int64_t n);
 // Computes the gradients of y = (scale_base + scale) * (x - center) + bias.
 //   grad, x:               (rows, n), the gradient of y, and x
 //   scale, center:         (n,), float32 for halves; a center of null is 0
-//   x_grad:                (rows, n), output: grad * (scale_base + scale)
+//   x_grad:                (rows, n), output: grad * (scale_base + scale); null if it is not wanted,
+//                          and scale is unused then
 //   partials:              (scale_splits(rows, n), 2, n) in the dtype of scale, scratch memory
 //   scale_grad, bias_grad: (n,) in the dtype of scale, output: sums over the rows of
 //                          grad * (x - center) and of grad

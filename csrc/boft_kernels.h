@@ -79,10 +79,11 @@ void compose_backward(const void* factors, const void* grad, void* factors_grad,
 // Computes rows [begin, end) of y = x R, where R is block-diagonal over the groups of the stage.
 //   x, y:   (rows, d)
 //   stages: (d / size, size, size), the matrices as they are applied: transposed for x R^T
+//   factor: (rows,), of each row of y, in the dtype of the stages; null stands for ones
 //   dtype:  of x and y. The stages have the same dtype, but float32 if it is bfloat16; the products
 //           are computed in the dtype of the stages.
-void rotate(const void* x, const void* stages, void* y, int64_t d, Stage stage, int64_t begin,
-            int64_t end, DType dtype);
+void rotate(const void* x, const void* stages, const void* factor, void* y, int64_t d, Stage stage,
+            int64_t begin, int64_t end, DType dtype);
 // Computes the same with an adapter for each row: row i is multiplied by the matrices of adapter
 // index[i]. It is copied if index[i] is -1, and filled with NaN if it is any other number outside
 // of [0, n_adapters), since the index is not checked before the kernel runs.
@@ -180,10 +181,10 @@ void scale(const void* x, const void* scale, const void* shift, void* y, int64_t
 
 // Computes columns [begin, end) of the gradients of y = scale * (x - center) + bias.
 //   grad, x:       (rows, n) in `dtype`
-//   scale, center: (n,) in `dtype`, but float32 if it is bfloat16
-//   x_grad:        (rows, n), output: grad * scale
-//   scale_grad:    (n,), output: sums of grad * (x - center) over the rows, in the dtype of scale
-//   bias_grad:     (n,), output: sums of grad, in the dtype of scale
+//   scale, center: (n,) in `dtype`, but float32 if it is bfloat16; scale is unused without x_grad
+//   x_grad:        (rows, n), output: grad * scale; null if it is not wanted
+//   scale_grad:    (n,), output: sums of grad * (x - center) over the rows, in the dtype of center
+//   bias_grad:     (n,), output: sums of grad, in the dtype of center
 void scale_backward(const void* grad, const void* x, const void* scale, const void* center,
                     void* x_grad, void* scale_grad, void* bias_grad, int64_t rows, int64_t n,
                     int64_t begin, int64_t end, DType dtype);

@@ -57,7 +57,7 @@ TILES = TileTable(
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
 def rotate_kernel(
-    x_ptr, stage_ptr, y_ptr, n_rows, d, rows_per_program,
+    x_ptr, stage_ptr, factor_ptr, y_ptr, n_rows, d, rows_per_program,
     SIZE: tl.constexpr, CHUNK: tl.constexpr, STRIDE: tl.constexpr, TRANSPOSE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BANDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -69,6 +69,7 @@ def rotate_kernel(
     Args:
         x_ptr: (n_rows, d); any float dtype.
         stage_ptr: (d/SIZE, SIZE, SIZE) matrices of the groups; float32 or float64.
+        factor_ptr: (n_rows,), of each row of y; float32 or float64. None counts as ones.
         y_ptr: (n_rows, d) result; dtype of x.
         n_rows: rows of x.
         d: features of x.
@@ -128,6 +129,9 @@ def rotate_kernel(
                     SIZE, TRANSPOSE, INTERPRETED, BANDS,
                 )  # fmt: skip
                 y = product(x, stage, y, BANDS, INTERPRETED)
+        if factor_ptr is not None:
+            factor = tl.load(factor_ptr + start + row, mask=row < last - start, other=0.0)
+            y *= rows_axis(factor, BANDS)
         tl.store(y_ptr + base + out, round_to(y, dtype, INTERPRETED), mask=out_mask)
 
 
@@ -137,6 +141,7 @@ def rotate(
     chunk: int,
     stride: int,
     transpose: bool,
+    factor: torch.Tensor | None = None,
     *,
     tile: MeasuredTile = (),
 ) -> torch.Tensor:
@@ -148,6 +153,7 @@ def rotate(
         chunk: neighboring features of a group.
         stride: groups whose chunks alternate.
         transpose: True to multiply by the transposed matrices.
+        factor: (N,), of each row of the result, or None for ones.
         tile: measured fields of ``Tile``.
 
     Returns:
@@ -159,9 +165,12 @@ def rotate(
     size = stage.shape[-1]
     expect("stage", stage, x.shape[1] // size, size, size)
     x, stage = x.contiguous(), stage.contiguous()
+    if factor is not None:
+        expect("factor", factor, x.shape[0])
+        factor = factor.contiguous()
     y = torch.empty_like(x)
     structure = size, chunk, stride, transpose
-    _rotate_launch(x.get_device(), x.dtype, *x.shape, *structure, tile)(x, stage, y)
+    _rotate_launch(x.get_device(), x.dtype, *x.shape, *structure, tile)(x, stage, factor, y)
     return y
 
 

@@ -72,14 +72,15 @@ def scale_backward_kernel(
     """x_grad = scale * grad, and partial gradients of scale and bias, in COLUMNS features.
 
     A program takes the rows of one split: it writes their x_grad, and their sums of
-    grad * (x - center), the gradient of the scale, and of grad, that of the bias.
+    grad * (x - center), the gradient of the scale, and of grad, that of the bias. Without a scale
+    it writes no x_grad, and reads only.
 
     Args:
         grad_ptr: (n_rows, n) gradient of y; any float dtype.
         x_ptr: (n_rows, n); any float dtype.
-        scale_ptr: (n,); any float dtype.
+        scale_ptr: (n,); any float dtype. None if x_grad is not wanted.
         center_ptr: (n,); any float dtype. None counts as 0.
-        x_grad_ptr: (n_rows, n) result; dtype of x.
+        x_grad_ptr: (n_rows, n) result; dtype of x. None without a scale.
         sums_ptr: (splits, 2, n) results; float32, or float64 if x is.
         n_rows: rows of x.
         n: features of x.
@@ -93,7 +94,8 @@ def scale_backward_kernel(
     split = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < n
-    scale = _columns(scale_ptr, column, inside, dtype)
+    if scale_ptr is not None:
+        scale = _columns(scale_ptr, column, inside, dtype)
     if center_ptr is not None:
         center = _columns(center_ptr, column, inside, dtype)
     # Summed over the rows of the tile at the very end: until then each thread needs only its own
@@ -109,8 +111,9 @@ def scale_backward_kernel(
         at = start * n + offset
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(dtype)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(dtype)
-        x_grad = round_to(grad * scale[None, :], x_grad_ptr.dtype.element_ty, INTERPRETED)
-        tl.store(x_grad_ptr + at, x_grad, mask=mask)
+        if scale_ptr is not None:
+            x_grad = round_to(grad * scale[None, :], x_grad_ptr.dtype.element_ty, INTERPRETED)
+            tl.store(x_grad_ptr + at, x_grad, mask=mask)
         if center_ptr is not None:
             x -= center[None, :]
         scale_sum += grad * x
@@ -165,7 +168,7 @@ def _scale_launch(n_rows: int, n: int, tile: MeasuredTile) -> Launch:
 def scale_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None,
     center: torch.Tensor | None,
     *,
     tile: MeasuredTile = (),
@@ -175,12 +178,13 @@ def scale_backward(
     Args:
         grad: (N, n) gradient of y.
         x: (N, n).
-        scale: (n,).
+        scale: (n,), or None if the gradient of x is not wanted.
         center: (n,), or None for 0.
         tile: measured fields of ``ScaleConfig``.
 
     Returns:
-        Gradients of x, like x, and of scale and bias, like scale.
+        Gradients of x, like x, or (0, n) without a scale; and of scale and bias, in the dtype of
+        scale, or in at least float32 without one.
 
     Raises:
         ValueError: a shape is not the one above.
@@ -188,18 +192,20 @@ def scale_backward(
     expect("grad", grad, *x.shape)
     expect("scale", scale, x.shape[1])
     expect("center", center, x.shape[1])
-    grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
+    grad, x = grad.contiguous(), x.contiguous()
+    scale = None if scale is None else scale.contiguous()
     center = None if center is None else center.contiguous()
-    x_grad = torch.empty_like(x)
-    if x.numel() == 0:
-        return x_grad, torch.zeros_like(scale), torch.zeros_like(scale)
-    splits, launch = _backward_launch(x.get_device(), *x.shape, tile)
     sum_dtype = COMPUTE[x.dtype]
+    dtype = sum_dtype if scale is None else scale.dtype
+    x_grad = torch.empty_like(x) if scale is not None else x.new_empty(0, x.shape[1])
+    if x.numel() == 0:
+        return x_grad, *x.new_zeros(2, x.shape[1], dtype=dtype)
+    splits, launch = _backward_launch(x.get_device(), *x.shape, tile)
     sums = x.new_empty(splits, 2, x.shape[1], dtype=sum_dtype)
-    launch(grad, x, scale, center, x_grad, sums)
+    launch(grad, x, scale, center, None if scale is None else x_grad, sums)
     scale_grad, bias_grad = sums.sum(0)
-    if scale.dtype != sum_dtype:
-        scale_grad, bias_grad = scale_grad.to(scale.dtype), bias_grad.to(scale.dtype)
+    if dtype != sum_dtype:
+        scale_grad, bias_grad = scale_grad.to(dtype), bias_grad.to(dtype)
     return x_grad, scale_grad, bias_grad
 
 

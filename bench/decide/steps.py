@@ -27,7 +27,7 @@ class Step(NamedTuple):
         layer: one of contestants.NAMES.
         label: name for a reader.
         scaled: False to leave the trained scale out.
-        merged: multiply by the merged weight, "made" in each step or "kept"; "" for the layer.
+        keeps: True to multiply by a merged weight that is made once.
         within: returns a context that makes the layer be computed so.
     """
 
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     layer: str
     label: str
     scaled: bool = True
-    merged: str = ""
+    keeps: bool = False
     within: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -47,19 +47,18 @@ STEPS = (
     Step(FLOOR, FLOOR, LABELS[FLOOR]),
     Step(LORA, LORA, LABELS[LORA]),
     Step("input side", OURS, "BOFT(2,8), x rotated", within=_side(False)),
-    Step("weight side", OURS, "BOFT(2,8), W rotated", within=_side(True)),
+    Step("merged", OURS, "BOFT(2,8), W rotated and scaled", within=_side(True)),
     Step(
-        "input side, no scale", OURS, "BOFT(2,8) without scale, x rotated", False, "", _side(False)
+        "input side, no scale",
+        OURS,
+        "BOFT(2,8) without scale, x rotated",
+        False,
+        within=_side(False),
     ),
-    Step(
-        "weight side, no scale", OURS, "BOFT(2,8) without scale, W rotated", False, "", _side(True)
-    ),
-    Step("merged", OURS, "BOFT(2,8), W' made", merged="made"),
-    Step("merged, kept", OURS, "BOFT(2,8), W' kept", merged="kept"),
-    Step("merged, no scale", OURS, "BOFT(2,8) without scale, W' made", False, "made"),
+    Step("merged, no scale", OURS, "BOFT(2,8) without scale, W rotated", False, within=_side(True)),
+    Step("merged, kept", OURS, "BOFT(2,8), W' kept", keeps=True),
     Step("boft-dense", "boft-dense", "BOFT(10,8)"),
-    Step("weight side dense", "boft-dense", "BOFT(10,8), W rotated", within=_side(True, 2)),
-    Step("merged dense", "boft-dense", "BOFT(10,8), W' made", merged="made"),
+    Step("merged dense", "boft-dense", "BOFT(10,8), W rotated and scaled", within=_side(True, 2)),
 )
 
 
@@ -79,8 +78,8 @@ def _measure(shape: Shape, setting: Setting, writer: Writer, seconds: float) -> 
         entry = build(step.layer, base)
         if not step.scaled:
             entry.layer.scale_offset = None
-        if step.merged:
-            entry.layer = MergedLayer(entry.layer, step.merged == "kept")
+        if step.keeps:
+            entry.layer = MergedLayer(entry.layer)
         return training_steps(entry, sets)
 
     rivals = [

@@ -157,26 +157,15 @@ RULES = (
         "steps", "input side", 1.20, "linear", BULK,
     ),
     Rule(
-        f"{LAYER} at 4096x4096x8192, device alone: rotating W at most {FASTER} of rotating x",
-        "the weight is rotated on a GPU from so many rows on",
-        "steps", "weight side", FASTER, "input side", BULK,
-    ),
-    Rule(
         f"{LAYER}, no scale, at 4096x4096x8192, device alone: at most 1.10 times the frozen layer",
         "a trained scale is what the rest costs",
-        "steps", "weight side, no scale", 1.10, "linear", BULK,
+        "steps", "merged, no scale", 1.10, "linear", BULK,
     ),
     Rule(
         "BOFT(10,8), forward and backward at 4096x4096x8192, device alone: at most 1.5 times the "
         "frozen layer",
         "wide butterflies need no kernel of their own",
         "steps", "boft-dense", 1.5, "linear", BULK,
-    ),
-    Rule(
-        "BOFT(10,8), forward and backward at 4096x4096x8192, device alone: rotating W in two "
-        f"stages at most {FASTER} of rotating x",
-        "layers of several stages rotate W on a GPU from so many rows on",
-        "steps", "weight side dense", FASTER, "boft-dense", BULK,
     ),
     *(
         Rule(
@@ -188,12 +177,12 @@ RULES = (
         for layer, way, name, most, peer, then in (
             (
                 "BOFT(2,8)", "made in the step", "merged", FASTER, "input side",
-                "layers make W' themselves where it moves less, and rotate gets a factor per row",
+                "a GPU rotates W where it moves less (planner.rotates_weight)",
             ),
             (
                 "BOFT(2,8)", "made in the step, no scale", "merged, no scale", FASTER,
                 "input side, no scale",
-                "layers without scale make W' themselves where it moves less",
+                "a GPU rotates W of layers without scale where it moves less",
             ),
             (
                 "BOFT(2,8)", "kept", "merged, kept", 0.90, "input side",
@@ -201,7 +190,7 @@ RULES = (
             ),
             (
                 "BOFT(10,8)", "made in the step", "merged dense", 0.90, "boft-dense",
-                "layers of several stages make W' themselves from two rows an output on",
+                "a GPU rotates W in several stages from two rows an output on",
             ),
         )
     ),

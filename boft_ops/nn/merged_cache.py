@@ -21,6 +21,7 @@ from ..ops.merged_linear import (
     serves_training,
 )
 from ..ops.planner import plan_for
+from ..ops.rotation import SkewRotation
 from ..ops.scale import scale_of
 from ..ops.stages import plan
 from .changes import Source
@@ -116,7 +117,8 @@ class KeptWeight:
             return None
         if not needs_gradients:
             return F.linear(x, entry.numbers, bias)
-        return merged_linear(x, weight, skew, offset, bias, entry.rotation)
+        operands = x, weight, SkewRotation(skew), offset, bias, entry.rotation
+        return merged_linear(*operands, scale_base=1, keeps=True)
 
 
 def _is_now(entry: _Entry, key: tuple, layer: Any) -> bool:
@@ -144,7 +146,8 @@ def _make(layer: Any, key: tuple) -> _Entry:
         matrix = weight.to(dtype)
         stages = plan_for(matrix, layer.n_factors, layer.block_size)
         scale = scale_of(offset)
-        rotation = merged_with_rotation(matrix, skew, scale, stages, is_scale_trained)
+        operands = matrix, SkewRotation(skew), scale, stages, is_scale_trained
+        rotation = merged_with_rotation(*operands)
     return _Entry(key, sources, rotation.numbers, rotation)
 
 

@@ -5,7 +5,7 @@ A rotated layer is computed by one of four strategies, for rows x and a frozen w
 - ``fused``: one C++ kernel rotates x, multiplies by W^T, scales and adds the bias.
 - ``batched``: one call makes the launches of rotate, linear and scale.
 - ``separate``: rotate, linear and scale are called one by one.
-- ``rotate_weight``: W goes through the stages instead of x.
+- ``rotate_weight``: W goes through the stages instead of x, and is scaled on its way.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .._runtime.dtypes import COMPUTE, HALVES, widest
 from .composed_linear import composed_linear
 from .dropout import draw_mask
 from .linear_from_skew import LinearFromSkew, NativeCall, linear_from_skew_forward
+from .merged_linear import merged_linear, merged_with_rotation, serves_training
 from .planner import WEIGHT_SIDE_ROWS, layer_plan
 from .product_choice import Fused, faster_products
 from .rotate import rotate_backward, rotate_rows
@@ -112,7 +113,7 @@ def choose_strategy(
 
 
 def _decide(x: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> Plan:
-    # rotate_weight computes the gradient of R as that of an orthogonal matrix
+    # merged_linear computes the gradient of R as that of an orthogonal matrix
     outputs = weight.shape[0] if rotation.is_orthogonal() else None
     stages, rotates_weight = layer_plan(x, *rotation.factors(), outputs)
     if rotates_weight:
@@ -367,17 +368,25 @@ def rotated_linear(
             return _apply(x, weight, scale, bias, skew, drop_mask, native)
         call = x, weight, skew, drop_mask, scale, scale_base, bias, False, native.fused
         return native.forward(*call)[0]
+    is_dense = isinstance(rotation, DenseRotation)
+    # the fused kernel and a merged W round differently from torch's linear where R is I
+    if strategy in ("fused", "rotate_weight") and not is_dense and not is_rotated(rotation.skew):
+        strategy = "separate"
+    if strategy == "rotate_weight":
+        trained = scale if scale is not None and scale.requires_grad else None
+        if serves_training(x.dtype, trained):
+            operands = weight, rotation, scale_of(scale, scale_base), stages, trained is not None
+            merged = merged_with_rotation(*operands)
+            return merged_linear(x, weight, rotation, scale, bias, merged, scale_base=scale_base)
+        strategy = "separate"
     scale = scale_of(scale, scale_base)
     if as_torch and scale is not None:
         strategy = "identity"
-    if isinstance(rotation, DenseRotation):
+    if is_dense:
         plan = None, stages, strategy
         y = RotatedLinear.apply(x, weight, scale, bias, None, None, rotation.matrix, plan)
     else:
         skew, method, drop_mask = rotation
-        # the fused kernel and a rotated W round differently from torch's linear where R is I
-        if strategy in ("fused", "rotate_weight") and not is_rotated(skew):
-            strategy = "separate"
         plan = method, stages, strategy
         y = RotatedLinear.apply(x, weight, scale, bias, skew, drop_mask, None, plan)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])

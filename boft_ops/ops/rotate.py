@@ -39,7 +39,12 @@ def _ungroup(groups: torch.Tensor, chunk: int, stride: int) -> torch.Tensor:
 
 
 def rotate_reference(
-    x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, transpose: bool
+    x: torch.Tensor,
+    stage: torch.Tensor,
+    chunk: int,
+    stride: int,
+    transpose: bool,
+    factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     size = stage.shape[-1]
     groups = _groups(x, size, chunk, stride)
@@ -48,8 +53,10 @@ def rotate_reference(
         stage = stage - torch.eye(size, dtype=stage.dtype, device=stage.device)
     stage = (stage.mT if transpose else stage).to(x.dtype)
     if torch.finfo(x.dtype).bits < 32:
-        return _ungroup(torch.baddbmm(groups, groups, stage), chunk, stride)
-    return _ungroup(torch.bmm(groups, stage), chunk, stride)
+        y = _ungroup(torch.baddbmm(groups, groups, stage), chunk, stride)
+    else:
+        y = _ungroup(torch.bmm(groups, stage), chunk, stride)
+    return y if factor is None else (y * factor[:, None]).to(x.dtype)
 
 
 def rotate_stage_grad_reference(
@@ -78,7 +85,12 @@ def rotate_backward_reference(
 
 
 def fake_rotate(
-    x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, transpose: bool
+    x: torch.Tensor,
+    stage: torch.Tensor,
+    chunk: int,
+    stride: int,
+    transpose: bool,
+    factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -132,6 +144,8 @@ def _sample_stages(w: Workload) -> Iterator[tuple[Stage, torch.Tensor]]:
 def _samples(w: Workload) -> Iterator[tuple]:
     for stage, matrix in _sample_stages(w):
         yield w.x(), matrix, stage.chunk, stage.stride, False
+    factor = 1 + w.tensor(w.rows, std=0.1, dtype=w.compute_dtype)
+    yield w.x(), matrix, stage.chunk, stage.stride, True, factor
 
 
 def _stage_grad_samples(w: Workload) -> Iterator[tuple]:
@@ -154,7 +168,7 @@ def class_of_rows(size: int, chunk: int, stride: int, x: torch.Tensor) -> tuple[
     return (size, size if stride == 1 else chunk, stride), tuple(x.shape)
 
 
-def _class_of(x, stage, chunk, stride, transpose) -> tuple[tuple, tuple]:
+def _class_of(x, stage, chunk, stride, *_) -> tuple[tuple, tuple]:
     return class_of_rows(stage.shape[-1], chunk, stride, x)
 
 
@@ -188,7 +202,9 @@ def _triton_supports_backward(grad, x, stage, *_: int) -> bool:
 
 # Groups of 32 features that lie apart, in half precision: on an H200 they take less time than by
 # Triton's kernels, both ways (docs/cuda.md).
-def _cuda_prefers(x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, *_: bool) -> bool:
+def _cuda_prefers(
+    x: torch.Tensor, stage: torch.Tensor, chunk: int, stride: int, *_: object
+) -> bool:
     return stride > 1 and stage.shape[-1] == 32 and x.dtype.itemsize == 2
 
 
@@ -202,8 +218,12 @@ def flops_of_rotate(x: torch.Tensor, stage: torch.Tensor, *_: object) -> int:
 
 
 ROWS = ShapeClass(("size", "chunk", "stride"), ("rows", "features"), _class_of)
+# y_i = factor_i (x_i R), or x_i R^T if `transpose`, of the groups R of one stage.
+#   x (rows, d); stage (d/size, size, size); factor (rows,) in the compute dtype of x, None for ones
+#     It is multiplied in before y is rounded: so a weight meets rotation and scale in one pass.
 rotate_rows = Op(
-    "rotate(Tensor x, Tensor stage, int chunk, int stride, bool transpose) -> Tensor",
+    "rotate(Tensor x, Tensor stage, int chunk, int stride, bool transpose, Tensor? factor=None)"
+    " -> Tensor",
     reference=rotate_reference,
     fake=fake_rotate,
     samples=_samples,
@@ -257,12 +277,20 @@ rotate_backward = Op(
 
 
 def apply_stages(
-    x: torch.Tensor, matrices: Sequence[torch.Tensor], plan: tuple[Stage, ...], transpose: bool
+    x: torch.Tensor,
+    matrices: Sequence[torch.Tensor],
+    plan: tuple[Stage, ...],
+    transpose: bool,
+    factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiply rows x (N, d) by all the stages, outside of autograd."""
-    for i in order_of(plan, transpose):
+    """Multiply rows x (N, d) by all the stages, and by a factor (N,) each, outside of autograd."""
+    *others, last = order_of(plan, transpose)
+    for i in others:
         x = rotate_rows(x, matrices[i], plan[i].chunk, plan[i].stride, transpose)
-    return x
+    layout = plan[last].chunk, plan[last].stride, transpose
+    if factor is None:  # the shorter call takes the host less time
+        return rotate_rows(x, matrices[last], *layout)
+    return rotate_rows(x, matrices[last], *layout, factor)
 
 
 def apply_stages_backward(

@@ -24,7 +24,6 @@ from .rotate import (
     apply_stages,
     apply_stages_backward,
     flops_of_rotate,
-    gradients_of_orthogonal_stages,
     rotate_backward,
     rotate_rows,
 )
@@ -210,10 +209,7 @@ def _forward(layer: Layer, strategy: str, save_z: bool) -> tuple[torch.Tensor, t
     if strategy == "batched":
         in_z = center is bias
         return rotated_linear_forward(rows, weight, matrices[0], scale, bias, in_z, save_z)
-    if strategy == "rotate_weight":
-        z = F.linear(rows, apply_stages(weight, matrices, stages, True), center)
-    else:
-        z = F.linear(apply_stages(rows, matrices, stages, False), weight, center)
+    z = F.linear(apply_stages(rows, matrices, stages, False), weight, center)
     return z if scale is None else Scale.forward(z, scale, center, bias), z
 
 
@@ -269,27 +265,6 @@ def _backward_separate(
         rows_grad = grad @ weight
     saved = rows if needs.rotation else None
     x_grad, partials = apply_stages_backward(rows_grad, saved, matrices, stages, False, needs.x)
-    return x_grad, partials, scale_grad, bias_grad
-
-
-def _backward_rotate_weight(
-    layer: Layer, grad: torch.Tensor, z: torch.Tensor | None, needs: Needs
-) -> _Gradients:
-    """The gradients of y = x (W R^T)^T.
-
-    W R^T is computed again: saved, it would take as much memory as W. R is orthogonal, so that its
-    gradient comes from x and dL/dx, see ``gradients_of_orthogonal_stages``.
-    """
-    rows, weight, _, _, matrices, stages = layer
-    grad, scale_grad, bias_grad = _backward_scale(layer, grad, z, needs)
-    if not (needs.x or needs.rotation):
-        return None, [], scale_grad, bias_grad
-    partials = []
-    rotated = apply_stages(weight, matrices, stages, True)
-    with autocast.disabled(grad.device.type):
-        x_grad = grad @ rotated
-        if needs.rotation:
-            partials = gradients_of_orthogonal_stages(rows, x_grad, matrices, stages)
     return x_grad, partials, scale_grad, bias_grad
 
 
@@ -352,8 +327,6 @@ class RotatedLinear(torch.autograd.Function):
         method, stages, strategy = ctx.decided
         if strategy == "fused":
             backward = _backward_fused
-        elif strategy == "rotate_weight":
-            backward = _backward_rotate_weight
         elif strategy == "batched" and need_x and need_rotation:
             backward = _backward_batched
         else:

@@ -57,13 +57,15 @@ def _fake_scale(
 
 
 def scale_backward_reference(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = COMPUTE[x.dtype]
+    dtype = wide if scale is None else scale.dtype
     # x - center before the sum: sum(grad x) - center sum(grad) would cancel where center is large
     centered = x.to(wide) if center is None else x.to(wide) - center.to(wide)
-    scale_grad = torch.sum(grad.to(wide) * centered, 0).to(scale.dtype)
-    return _times(grad, scale), scale_grad, torch.sum(grad, 0, dtype=wide).to(scale.dtype)
+    scale_grad = torch.sum(grad.to(wide) * centered, 0).to(dtype)
+    x_grad = grad.new_empty(0, grad.shape[1]) if scale is None else _times(grad, scale)
+    return x_grad, scale_grad, torch.sum(grad, 0, dtype=wide).to(dtype)
 
 
 def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -74,8 +76,11 @@ def _times(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_scale_backward(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, center: torch.Tensor | None
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor | None, center: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    n = x.shape[1]
+    if scale is None:
+        return x.new_empty(0, n), *(x.new_empty(n, dtype=COMPUTE[x.dtype]) for _ in range(2))
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
     return x_grad, torch.empty_like(scale), torch.empty_like(scale)
 
@@ -97,6 +102,7 @@ def _backward_samples(w: Workload) -> Iterator[tuple]:
     grad = w.tensor(w.rows, w.n, salt=1)
     yield grad, x, scale, center
     yield grad, x, scale, None
+    yield grad, x, None, None
 
 
 def _sample_vectors(w: Workload) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,8 +145,9 @@ scale_forward = Op(
     shape_class=_CLASS,
 )
 scale_backward = Op(
-    # without a center it is 0; the sums of grad, the gradient of the bias, are as wide as scale
-    "scale_backward(Tensor grad, Tensor x, Tensor scale, Tensor? center)"
+    # Without a center it is 0. Without a scale the gradient of x is not wanted: it is (0, n). The
+    # sums of grad, the gradient of the bias, are as wide as scale, or as COMPUTE without one.
+    "scale_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? center)"
     " -> (Tensor, Tensor, Tensor)",
     reference=scale_backward_reference,
     fake=_fake_scale_backward,

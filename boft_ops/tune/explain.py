@@ -17,7 +17,7 @@ HEADER = ("stages", "sizes", "side", "MB", "GFLOP", "")
 def work(
     rows: int, d: int, n: int, stages: Sequence[Stage], b: int, width: int, weight_side: bool
 ) -> tuple[int, int]:
-    """Bytes and flops of a training step of a layer, without its products with W.
+    """Bytes and flops of a training step of a layer with a scale, without its products with W.
 
     Args:
         rows, d, n: rows of x, features, outputs.
@@ -29,12 +29,14 @@ def work(
     size = sum(stage.size for stage in stages)
     count, others = len(stages), size - stages[0].size  # x meets stage 0 last
     if weight_side:  # W twice, forward and backward; then x and its gradient, and Gram matrices
+        scale = 4 * rows * n  # a copy of the output, which is then read with its gradient
         passes = 4 * n * count + rows * (5 * count - 3)
         products = 4 * n * size + rows * (2 * size + 4 * others)
     else:  # forward; the inputs of all stages but the first; backward with the Gram matrix
+        scale = 5 * rows * n
         passes = rows * (5 * count + 2 * (count - 1))
         products = rows * (6 * size + 2 * others)
-    return d * (12 * size + passes * width), d * (6 * b * size + products)
+    return d * (12 * size + passes * width) + scale * width, d * (6 * b * size + products)
 
 
 def show(

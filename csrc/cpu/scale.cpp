@@ -21,8 +21,8 @@ BOFT_INLINE void forward(const T* x, const C* __restrict scale, const C* __restr
       y[i * n + j] = narrow<T>(widen(x[i * n + j]) * scale[j] + shift[j]);
 }
 
-// Columns [begin, end) of the gradients, over all rows.
-template <class T, class C = Compute<T>>
+// Columns [begin, end) of the gradients, over all rows; that of x if X_GRAD.
+template <bool X_GRAD, class T, class C = Compute<T>>
 BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
                           const C* __restrict scale, const C* __restrict center,
                           T* __restrict x_grad, C* __restrict scale_grad, C* __restrict bias_grad,
@@ -36,7 +36,7 @@ BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
       for (int64_t i = top; i < bottom; ++i)
         for (int64_t j = first; j < last; ++j) {
           const C g = widen(grad[i * n + j]);
-          x_grad[i * n + j] = narrow<T>(g * scale[j]);
+          if (X_GRAD) x_grad[i * n + j] = narrow<T>(g * scale[j]);
           scale_sum[j - first] += g * (widen(x[i * n + j]) - center[j]);
           bias_sum[j - first] += g;
         }
@@ -61,7 +61,12 @@ BOFT_INLINE void backward(const T* __restrict grad, const T* __restrict x,
                                 const Compute<T>* center, T* x_grad, Compute<T>* scale_grad,   \
                                 Compute<T>* bias_grad, int64_t rows, int64_t n, int64_t begin, \
                                 int64_t end) {                                                 \
-    backward(grad, x, scale, center, x_grad, scale_grad, bias_grad, rows, n, begin, end);      \
+    if (x_grad)                                                                                \
+      backward<true>(grad, x, scale, center, x_grad, scale_grad, bias_grad, rows, n, begin,    \
+                     end);                                                                     \
+    else                                                                                       \
+      backward<false>(grad, x, scale, center, x_grad, scale_grad, bias_grad, rows, n, begin,   \
+                      end);                                                                    \
   }
 #define BOFT_DTYPES(SUFFIX, BYTES, TARGET) \
   BOFT_DTYPE(SUFFIX, TARGET, float)        \

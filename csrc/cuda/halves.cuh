@@ -183,10 +183,12 @@ __device__ __forceinline__ uint4 get(const Rows<Width>& rows, int high, int vect
   return {from[0], from[1], from[2], from[3]};
 }
 
-// Computes rows (I + M), where `words` is the arranged matrix M.
-template <class T, int Width>
+// Computes rows (I + M), where `words` is the arranged matrix M, with row g times factors[0] and
+// row g + 8 times factors[1] if Factor.
+template <class T, int Width, bool Factor = false>
 __device__ __forceinline__ Rows<Width> rotated(const Rows<Width>& rows,
-                                               const uint32_t (&words)[kWords<Width>]) {
+                                               const uint32_t (&words)[kWords<Width>],
+                                               const float* factors = nullptr) {
   Rows<Width> out;
 #pragma unroll
   for (int first = 0; first < Width / 8; first += 4) {  // 4 tiles: no registers for more sums
@@ -208,6 +210,9 @@ __device__ __forceinline__ Rows<Width> rotated(const Rows<Width>& rows,
     }
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
+      if constexpr (Factor)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[q][i] *= factors[i / 2];
       out.at[0][first + q] = pack<T>(sums[q][0], sums[q][1]);
       out.at[1][first + q] = pack<T>(sums[q][2], sums[q][3]);
     }
@@ -218,10 +223,11 @@ __device__ __forceinline__ Rows<Width> rotated(const Rows<Width>& rows,
 // Computes y = x S, or x S^T if `transpose`. Warps do not wait for each other after the matrix is
 // arranged; each has 4 KB of loads under way at a time.
 //   x, y: (n_rows, d);  matrices: (d / size, size, size)
-template <class T, int Width>
+//   factor: (n_rows,), of each row of y; unused unless Factor
+template <class T, int Width, bool Factor>
 __global__ void __launch_bounds__(kThreads, kResident<Width>)
-    rotate_halves_kernel(const T* x, const float* matrices, T* y, Pieces p, int n_rows, int64_t d,
-                         int rows_per_block, bool transpose) {
+    rotate_halves_kernel(const T* x, const float* matrices, const float* factor, T* y, Pieces p,
+                         int n_rows, int64_t d, int rows_per_block, bool transpose) {
   constexpr int kAcross = kLine / Width, kTiles = 128 / Width, kEach = Width / 32;
   const int warp = int(threadIdx.x) / 32, g = int(threadIdx.x) % 32 / 4;
   const int tiles = (p.count + kAcross - 1) / kAcross;
@@ -254,7 +260,16 @@ __global__ void __launch_bounds__(kThreads, kResident<Width>)
   while (left + g > 0) {  // true for all lanes of a warp or for none
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      if (i % 2 == 0) rows[i / 2] = rotated<T, Width>(rows[i / 2], words);
+      if constexpr (Factor) {
+        if (i % 2 == 0) {
+          const int64_t row = first + rows_here - left + 8 * i;
+          const float factors[2] = {8 * i < left ? factor[row] : 1.0f,
+                                    8 * i + 8 < left ? factor[row + 8] : 1.0f};
+          rows[i / 2] = rotated<T, Width, true>(rows[i / 2], words, factors);
+        }
+      } else if (i % 2 == 0) {
+        rows[i / 2] = rotated<T, Width>(rows[i / 2], words);
+      }
 #pragma unroll
       for (int v = 0; v < kEach; ++v)
         if (origin.exists[v] && 8 * i < left)

@@ -32,12 +32,12 @@ int64_t blocks_across(const Pieces& pieces) {
 template <int Width>
 constexpr size_t kArrangeBytes = sizeof(uint32_t) * (kLine / Width) * kArrange<Width>;
 
-// Launches rotate() for elements of type T.
-template <class T>
-int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d, Stage stage,
-              bool transpose, Queue queue) {
+// Launches rotate() for elements of type T, with factors if Factor.
+template <class T, bool Factor>
+int rotate_as(const T* x, const Wide<T>* matrices, const Wide<T>* factor, T* y, int64_t rows,
+              int64_t d, Stage stage, bool transpose, Queue queue) {
   const uintptr_t pointers = address(x) | address(y);
-  if constexpr (is_half<T>) {
+  if constexpr (is_half<T> && !Factor) {
     if (takes_strided<T>(stage, rows, d, pointers)) {
       const int64_t block = strided_rows(rows, d);
       return launch(rotate_strided_kernel<T>, d / kStripRow * divide_up(rows, block), kApartThreads,
@@ -49,17 +49,17 @@ int rotate_as(const T* x, const Wide<T>* matrices, T* y, int64_t rows, int64_t d
     constexpr int kWidth = decltype(width)::value;
     const int64_t tiles = blocks_across<kWidth>(pieces);
     const int64_t block = rows_of(tiles, rows, stage.size, 128);
-    return launch(rotate_halves_kernel<T, kWidth>, tiles * divide_up(rows, block), kThreads,
-                  kArrangeBytes<kWidth>, queue, x, matrices, y, pieces, int(rows), d, int(block),
-                  transpose);
+    return launch(rotate_halves_kernel<T, kWidth, Factor>, tiles * divide_up(rows, block), kThreads,
+                  kArrangeBytes<kWidth>, queue, x, matrices, factor, y, pieces, int(rows), d,
+                  int(block), transpose);
   });
   if (done >= 0) return done;
   return with_columns<kMostColumns<T>>(stage.size, [&](auto columns) {
     constexpr int kColumns = decltype(columns)::value;
     int64_t blocks;
     const Job job = job_of<T, kColumns>(stage, rows, d, transpose, pointers, 2, &blocks);
-    return launch(rotate_kernel<T, kColumns>, blocks, 32 * kWarps<T>, shared_of<T, kColumns>(job),
-                  queue, x, matrices, y, job);
+    return launch(rotate_kernel<T, kColumns, Factor>, blocks, 32 * kWarps<T>,
+                  shared_of<T, kColumns>(job), queue, x, matrices, factor, y, job);
   });
 }
 
@@ -92,13 +92,18 @@ int gram_as(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<
 
 }  // namespace
 
-int rotate(const void* x, const void* stages, void* y, int64_t rows, int64_t d, Stage stage,
-           bool transpose, DType dtype, Queue queue) {
+int rotate(const void* x, const void* stages, const void* factor, void* y, int64_t rows, int64_t d,
+           Stage stage, bool transpose, DType dtype, Queue queue) {
   if (rows == 0) return 0;
   return with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return rotate_as(static_cast<const T*>(x), static_cast<const Wide<T>*>(stages),
-                     static_cast<T*>(y), rows, d, stage, transpose, queue);
+    const auto run = [&](auto with_factor) {
+      return rotate_as<T, decltype(with_factor)::value>(
+          static_cast<const T*>(x), static_cast<const Wide<T>*>(stages),
+          static_cast<const Wide<T>*>(factor), static_cast<T*>(y), rows, d, stage, transpose,
+          queue);
+    };
+    return factor == nullptr ? run(std::false_type{}) : run(std::true_type{});
   });
 }
 
@@ -116,7 +121,7 @@ int rotate_backward(const void* grad, const void* x, const void* stages, void* x
     if (x_grad == nullptr) return gram(std::false_type{});
     if (stage.size <= kPositions<T>) return gram(std::true_type{});
     // A group is too large for one tile: two launches, each of which reads grad.
-    const int error = rotate(grad, stages, x_grad, rows, d, stage, !transpose, dtype, queue);
+    const int error = rotate(grad, stages, nullptr, x_grad, rows, d, stage, !transpose, dtype, queue);
     return error != 0 ? error : gram(std::false_type{});
   });
 }

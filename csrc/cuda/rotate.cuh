@@ -113,11 +113,17 @@ struct AllRows {
   __device__ bool operator()(int) const { return true; }
 };
 
-// Multiplies a warp's 16 rows by the stage in place: columns [from, from + Columns) of every band,
-// of those rows for which select(row) is true.
-template <class T, int Columns, class Select = AllRows>
+// Factor of one for every row.
+struct NoFactor {
+  __device__ int operator()(int) const { return 1; }
+};
+
+// Multiplies a warp's 16 rows by the stage, and row i by factor(i), in place: columns
+// [from, from + Columns) of every band, of those rows for which select(row) is true.
+template <class T, int Columns, class Select = AllRows, class Factor = NoFactor>
 __device__ void rotate_in_place(T* rows, int pitch, const T* stage, int stage_pitch,
-                                const Layout& l, int from, Select select = {}) {
+                                const Layout& l, int from, Select select = {},
+                                Factor factor = {}) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   for (int band = 0; band < l.bands; ++band) {
     T* left = rows + band * l.padded;
@@ -139,7 +145,8 @@ __device__ void rotate_in_place(T* rows, int pitch, const T* stage, int stage_pi
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (8 * n < columns && select(g + i / 2 * 8))
-          out[i / 2 * 8 * pitch + 8 * n + i % 2] = narrow<T>(sums[n][i]);
+          out[i / 2 * 8 * pitch + 8 * n + i % 2] =
+              narrow<T>(sums[n][i] * Wide<T>(factor(g + i / 2 * 8)));
   }
 }
 
@@ -152,10 +159,11 @@ __device__ void clear(T* memory, int64_t count) {
 // Computes y = x S, or x S^T if job.transpose. Warps do not wait for each other after the stage is
 // loaded: each loads, multiplies and stores 16 rows at a time, in buffers of its own.
 //   x, y: (n_rows, d);  matrices: (d / size, size, size)
+//   factor: (n_rows,), of each row of y; unused unless Factor
 //   Columns: columns of a part, so that `parts` blocks of threads share the columns of a band
-template <class T, int Columns>
+template <class T, int Columns, bool Factor>
 __global__ void __launch_bounds__(32 * kWarps<T>, 1)
-    rotate_kernel(const T* x, const Wide<T>* matrices, T* y, Job job) {
+    rotate_kernel(const T* x, const Wide<T>* matrices, const Wide<T>* factor, T* y, Job job) {
   static_assert(Columns % 16 == 0 && Columns <= 128);
   const Layout& l = job.layout;
   const int warp = int(threadIdx.x) / 32;
@@ -192,7 +200,12 @@ __global__ void __launch_bounds__(32 * kWarps<T>, 1)
     }
     __syncwarp();
     T* rows = buffers + turn % job.buffers * kRows * pitch;
-    rotate_in_place<T, Columns>(rows, pitch, stage, stage_pitch, l, from);
+    if constexpr (Factor)
+      rotate_in_place<T, Columns>(rows, pitch, stage, stage_pitch, l, from, AllRows{}, [&](int i) {
+        return row + i < last ? factor[row + i] : Wide<T>(1);
+      });
+    else
+      rotate_in_place<T, Columns>(rows, pitch, stage, stage_pitch, l, from);
     __syncwarp();
     store_rows(rows, pitch, y, row, last, job.d, l, origin, job.parts > 1 ? from : 0, until, kRows);
     __syncwarp();  // before it is loaded again

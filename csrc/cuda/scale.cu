@@ -60,11 +60,14 @@ int scale_backward(const void* grad, const void* x, const void* scale, int scale
     const int error = with_vector<T>(n, pointers, [&](auto vector) {
       constexpr int kVector = decltype(vector)::value;
       const int64_t across = divide_up(n, kVector * kScaleThreads);
-      return launch(scale_backward_kernel<T, kVector>, across * splits, kScaleThreads, 0, queue,
-                    static_cast<const T*>(grad), static_cast<const T*>(x),
-                    static_cast<const W*>(scale), scale_base, static_cast<const W*>(center),
-                    static_cast<T*>(x_grad), static_cast<W*>(partials), rows, n, rows_per_block,
-                    int(across));
+      const auto run = [&](auto with_x_grad) {
+        return launch(scale_backward_kernel<T, kVector, decltype(with_x_grad)::value>,
+                      across * splits, kScaleThreads, 0, queue, static_cast<const T*>(grad),
+                      static_cast<const T*>(x), static_cast<const W*>(scale), scale_base,
+                      static_cast<const W*>(center), static_cast<T*>(x_grad),
+                      static_cast<W*>(partials), rows, n, rows_per_block, int(across));
+      };
+      return x_grad == nullptr ? run(std::false_type{}) : run(std::true_type{});
     });
     if (error != 0) return error;
     return launch(sum_kernel<W>, divide_up(2 * n, kScaleThreads), kScaleThreads, 0, queue,

@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   }
 }
 
-// Computes x_grad (rows, n) and partials (splits, 2, n): for each range of rows the sums of
-// grad * (x - center) and of grad. A center of null is 0.
-template <class T, int Vector>
+// Computes partials (splits, 2, n): for each range of rows the sums of grad * (x - center) and of
+// grad. A center of null is 0. If XGrad, it also computes x_grad (rows, n); else scale is unused.
+template <class T, int Vector, bool XGrad>
 __global__ void __launch_bounds__(kScaleThreads, 1)
     scale_backward_kernel(const T* grad, const T* x, const Wide<T>* scale, int scale_base,
                           const Wide<T>* center, T* x_grad, Wide<T>* partials, int64_t rows,
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
   W scales[Vector], centers[Vector], scale_sums[Vector] = {}, bias_sums[Vector] = {};
 #pragma unroll
   for (int i = 0; i < Vector; ++i) {
-    scales[i] = W(scale_base) + scale[column + i];
+    scales[i] = XGrad ? W(scale_base) + scale[column + i] : W(0);
     centers[i] = center == nullptr ? W(0) : center[column + i];
   }
   for (int64_t row = first; row < last; row += kScaleAhead) {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1)
         scale_sums[i] += upstream * (widen(v[a].at[i]) - centers[i]);
         bias_sums[i] += upstream;
       }
-      *reinterpret_cast<Columns<T, Vector>*>(x_grad + at + a * n) = out;
+      if constexpr (XGrad) *reinterpret_cast<Columns<T, Vector>*>(x_grad + at + a * n) = out;
     }
   }
 #pragma unroll

@@ -36,9 +36,9 @@ def contests():
         for features in (4096, 2 << 20):
             facts = {"op": op, "features": features, "block_size": 8}
             yield "kernels", f"{op} {features}", facts, ("triton", "cuda")
-    ways = ("input side", "weight side", "merged")
+    ways = ("input side", "merged")
     sides = ("linear", "boft-dense", *ways, *(f"{way}, no scale" for way in ways))
-    sides += ("merged, kept", "merged dense", "weight side dense")
+    sides += ("merged, kept", "merged dense")
     for shape in SHAPES:
         yield "steps", shape, {}, sides
         yield "layers", shape, {}, ("boft-2-8", "lora-r16", "peft-oft", "peft-boft")
@@ -47,9 +47,8 @@ def contests():
 
 def figures(changed=lambda figure: 1.0):
     """Make figures with times that meet every rule, each times what ``changed`` returns."""
-    fast = dict.fromkeys(("boft-2-8", "boft-2-8 cuda", "boft-2-8 triton", "weight side"), 0.5)
+    fast = dict.fromkeys(("boft-2-8", "boft-2-8 cuda", "boft-2-8 triton"), 0.5)
     fast |= dict.fromkeys(("merged", "merged, no scale", "merged, kept", "merged dense"), 0.5)
-    fast["weight side dense"] = 0.5
     made = []
     for section, part, facts, names in contests():
         for name in names:

@@ -178,6 +178,12 @@ def check_rotate(cuda, size, chunk, stride, n_groups, rows, transpose, dtype, sp
         rotate_reference(x, stage, *layout, transpose),
         rotate_reference(truth[1], truth[2], *layout, transpose),
     )
+    factor = torch.randn(rows, dtype=exact)
+    check(
+        cuda.rotate(x, stage, *layout, transpose, factor),
+        rotate_reference(x, stage, *layout, transpose, factor),
+        rotate_reference(truth[1], truth[2], *layout, transpose, factor.double()),
+    )
     x_grad, gram = cuda.rotate_backward(grad, x, stage, *layout, transpose, splits)
     want, sums = rotate_backward_reference(grad, x, stage, *layout, transpose, 1)
     exact_grad, exact_sums = rotate_backward_reference(*truth, *layout, transpose, 1)
@@ -429,6 +435,9 @@ def test_scale(cuda, rows, n, dtype):
         wanted = scale_backward_reference(grad, x, scale, middle), scale_backward_reference(*truth)
         for ours, want, real in zip(got, *wanted, strict=True):
             check(ours, want, real)
+        none, *sums = cuda.scale_backward(grad, x, None, middle)
+        assert none.shape == (0, n)
+        assert all(map(torch.equal, sums, got[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -521,6 +530,11 @@ INDEXED = torch.zeros(3, 16), torch.zeros(4, 2, 8, 8), torch.zeros(3, dtype=torc
         ("rotate", (torch.zeros(3, 12), torch.zeros(1, 8, 8), 4, 1, False), "does not fit"),
         ("rotate", (torch.zeros(3, 16), torch.zeros(2, 8, 8).double(), 4, 1, False), "dtype of x"),
         ("rotate", (torch.zeros(1, 512), torch.zeros(1, 512, 512), 4, 1, False), "at most 256"),
+        (
+            "rotate",
+            (torch.zeros(3, 8), torch.zeros(2, 4, 4), 4, 1, False, torch.zeros(2)),
+            r"factor: expected \(rows,\)",
+        ),
         ("rotate_indexed", (*INDEXED[:2], torch.zeros(3), 4, 1, False), "int32 for each row"),
         ("rotate_indexed", (*INDEXED[:2], INDEXED[2][1:], 4, 1, False), "int32 for each row"),
         ("rotate_indexed", (INDEXED[0], INDEXED[1][:, 1:], INDEXED[2], 4, 1, False), "adapters, d"),

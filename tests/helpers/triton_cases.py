@@ -176,6 +176,8 @@ def rotate_cases(limits: Limits) -> Iterator[Case]:
         for tile, structure in reachable_tiles(op, limits):
             if tile is not None:
                 yield rotate_case(op, tile, structure)
+                if op == "rotate" and structure["dtype"] == "bfloat16" and structure["stride"] == 1:
+                    yield factor_case(rotate_case(op, tile, structure))
 
 
 def reachable_tiles(op: str, limits: Limits) -> Iterator[tuple[Tile | None, dict[str, Any]]]:
@@ -188,6 +190,14 @@ def reachable_tiles(op: str, limits: Limits) -> Iterator[tuple[Tile | None, dict
                 structure = dict(zip(("size", "chunk", "stride"), layout, strict=True))
                 tile = TABLES[op].default(structure, dtype, limits)
                 yield tile, structure | {"dtype": dtype}
+
+
+def factor_case(case: Case) -> Case:
+    """Case of rotate with a factor for each row, as a merged weight has it."""
+    constants = {k: v for k, v in case.constants.items() if k != "factor_ptr"}
+    constants["TRANSPOSE"] = True
+    pointers = case.pointers | {"factor_ptr": "fp32"}
+    return case._replace(constants=constants, pointers=pointers, everywhere=False)
 
 
 def rotate_case(op: str, tile: Tile, structure: dict[str, Any]) -> Case:
@@ -206,6 +216,8 @@ def rotate_case(op: str, tile: Tile, structure: dict[str, Any]) -> Case:
         pointers = {"x_ptr": row_type, "stage_ptr": sum_type, "y_ptr": row_type}
         if op == "rotate_indexed":
             pointers["index_ptr"] = "i32"
+        else:
+            constants["factor_ptr"] = None
     elif op == "segment_stage_grads":
         del constants["TRANSPOSE"]
         pointers = {"x_ptr": row_type, "grad_ptr": row_type, "partials_ptr": sum_type}
@@ -246,3 +258,8 @@ def scale_cases() -> Iterator[Case]:
             launch = tile.num_warps, tile.num_stages
             everywhere = row_type in ("bf16", "fp32")
             yield Case(f"scale:{op}_kernel", constants, pointers, *launch, everywhere)
+            if op == "scale_backward":  # the sums alone
+                names = "scale_ptr", "center_ptr", "x_grad_ptr"
+                left = {name: kind for name, kind in pointers.items() if name not in names}
+                none = constants | dict.fromkeys(names)
+                yield Case(f"scale:{op}_kernel", none, left, *launch, False)

@@ -52,7 +52,7 @@ int main(int count, char** arguments) {
   cpu::linear(packed.data(), weight.data(), scale.data(), bias.data(), nullptr, y.data(), z.data(),
               rows, d, n, 0, cpu::linear_units(rows, n, 1));
   Floats rotated(rows * d);
-  cpu::rotate(x.data(), stages.data(), rotated.data(), d, {size, size, 1}, 0, rows, kFloat);
+  cpu::rotate(x.data(), stages.data(), nullptr, rotated.data(), d, {size, size, 1}, 0, rows, kFloat);
 
   Floats scale_sums(panels * n), bias_sums(panels * n), x_grad(rows * d);
   packed.assign(panels * n * panel, 0);

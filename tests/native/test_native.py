@@ -66,16 +66,20 @@ def test_rotate_and_its_gradients(n, b, first, rows, dtype):
     stage /= stage.shape[-1] ** 0.5
     d, chunk, stride = factors.shape[1] * b, b // 2, 1 << first
     x, g = torch.randn(rows, d, dtype=dtype), torch.randn(d, rows, dtype=dtype).T
+    factor = torch.randn(2 * rows, dtype=wide(dtype))[::2]
     for transpose in (False, True):
         if dtype != torch.bfloat16:  # whose reference rounds R - I: compared with float64 below
             agree("rotate", x, stage, chunk, stride, transpose)
             agree("rotate", g, stage.mT, chunk, stride, transpose)
+            agree("rotate", x, stage, chunk, stride, transpose, factor)
             agree("rotate_backward", g, x, stage, chunk, stride, transpose, 1)
             continue
         exact = raw.rotate(x.double(), stage.double(), chunk, stride, transpose)
         y = raw.rotate(x, stage, chunk, stride, transpose)
         assert y.dtype == dtype
         assert torch.equal(y, exact.to(dtype)) or close_in_bfloat16(y, exact)
+        y = raw.rotate(x, stage, chunk, stride, transpose, factor)
+        assert close_in_bfloat16(y, exact * factor[:, None])  # rounded once
         dx, gram = raw.rotate_backward(g, x, stage, chunk, stride, transpose, 1)
         exact = raw.rotate_backward(
             g.double(), x.double(), stage.double(), chunk, stride, transpose, 1
@@ -269,6 +273,9 @@ def test_scale_backward(rows, n, offset, seed):
         grad, x = grad.to(dtype), x.to(dtype)
         x_grad, scale_grad, bias_grad = raw.scale_backward(grad, x, scale, center)
         assert torch.equal(x_grad, (grad * scale).to(dtype))
+        none, *sums = raw.scale_backward(grad, x, None, center)
+        assert none.shape == (0, n)
+        assert all(map(torch.equal, sums, (scale_grad, bias_grad)))
         # a sum may cancel: its error is measured by the size of what is summed
         for got, terms in ((scale_grad, grad.double() * (x.double() - center)), (bias_grad, grad)):
             bound = 16 * torch.finfo(torch.float32).eps * terms.double().abs().sum(0)
@@ -422,6 +429,17 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, wanted):
             "shape and dtype of x",
         ),
         ("scale_backward", (*[torch.zeros(3, 4)] * 2, *[torch.zeros(3)] * 2), "scale"),
+        ("scale_backward", (*[torch.zeros(3, 4)] * 2, None, torch.zeros(3)), "scale"),
+        (
+            "rotate",
+            (torch.zeros(3, 8), torch.zeros(2, 4, 4), 4, 1, False, torch.zeros(2)),
+            r"factor: expected \(rows,\)",
+        ),
+        (
+            "rotate",
+            (torch.zeros(3, 8), torch.zeros(2, 4, 4), 4, 1, False, torch.zeros(3).double()),
+            r"factor: expected \(rows,\)",
+        ),
         (
             "rotated_linear",
             (torch.zeros(3, 8), torch.zeros(4, 9), torch.zeros(2, 4, 4), None, None, False, False),

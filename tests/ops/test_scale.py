@@ -73,6 +73,11 @@ def test_backward(backend, centered, rows, n, dtype):
     wanted = scale_backward_reference(grad, x, scale, center), scale_backward_reference(*exact)
     for one, reference, truth in zip(got, *wanted, strict=True):
         assert_as_good(one, reference, truth)
+    with torch.no_grad():
+        none, *sums = scale_backward(grad, x, None, center)
+    assert none.shape == (0, n)
+    for one, reference, truth in zip(sums, *(w[1:] for w in wanted), strict=True):
+        assert_as_good(one, reference, truth)
 
 
 def test_gradients(backend):

@@ -20,6 +20,7 @@ CASES = {  # file, launcher, argument -> arguments
     ("scale", "scale_backward", "scale"): (X, X, HALF, None),
     ("scale", "scale_backward", "center"): (X, X, SCALE, HALF),
     ("rotate", "rotate", "stage"): (X, CUT, *LAYOUT),
+    ("rotate", "rotate", "factor"): (X, STAGE, *LAYOUT, INDEX[:2].float()),
     ("rotate_indexed", "rotate_indexed", "stages"): (X, CUT[None], INDEX, *LAYOUT),
     ("rotate_indexed", "rotate_indexed", "index"): (X, STAGE[None], INDEX[:2], *LAYOUT),
     ("rotate_backward", "rotate_backward", "stage"): (X, X, CUT, *LAYOUT, 1),

@@ -99,6 +99,12 @@ def check(size, chunk, stride, n_groups, rows, transpose, dtype, splits):
         rotate.rotate_reference(x, stage, *layout, transpose),
         y,
     )
+    factor = torch.randn(rows, device=DEVICE, dtype=stage.dtype)
+    assert_as_good(
+        kernels.rotate(x, stage, *layout, transpose, factor),
+        rotate.rotate_reference(x, stage, *layout, transpose, factor),
+        y * factor[:, None],
+    )
     x_grad, partials = backward_kernels.rotate_backward(grad, x, stage, *layout, transpose, splits)
     true_x_grad, true_gram = gradients(*truth)
     reference_x_grad, _ = gradients(x, grad, stage)

@@ -49,7 +49,8 @@ def test_bytes_and_flops_of_the_input_side():
     n_bytes, flops = explain.work(1000, 64, 32, stages, 8, 2, False)
     x = 1000 * 64
     compose = 12 * 64 * (16 + 16)  # stages in float32, read and written both ways
-    assert n_bytes == compose + 2 * x * (2 * 2 + 2 + 2 * 3)  # forward, again, backward
+    scale = 1000 * 32 * (2 + 3)  # forward and backward
+    assert n_bytes == compose + 2 * x * (2 * 2 + 2 + 2 * 3) + 2 * scale  # forward, again, backward
     assert flops == 6 * 8 * 64 * 32 + 2 * x * 16 * 2 + 2 * x * 16 + 4 * x * 16 * 2
 
 
@@ -57,7 +58,7 @@ def test_bytes_and_flops_of_the_weight_side():
     (stage,) = plan(1, 8)
     n_bytes, flops = explain.work(1000, 64, 32, [stage], 8, 4, True)
     weight, x = 32 * 64, 1000 * 64
-    assert n_bytes == 12 * 64 * 8 + 4 * (2 * 2 * weight + 2 * x)
+    assert n_bytes == 12 * 64 * 8 + 4 * (2 * 2 * weight + 2 * x + 4 * 1000 * 32)
     assert flops == 6 * 8 * 64 * 8 + 2 * 2 * weight * 8 + 2 * x * 8
 
 
@@ -65,7 +66,8 @@ def test_bytes_and_flops_of_the_weight_side_in_two_stages():
     """W passes both, twice. x and its gradient pass one, and each stage takes a Gram matrix."""
     n_bytes, flops = explain.work(1000, 64, 32, plan(4, 8, "cpu", 2), 8, 2, True)
     weight, x = 32 * 64, 1000 * 64
-    assert n_bytes == 12 * 64 * 32 + 2 * (2 * 2 * 2 * weight + (3 + 2 + 2) * x)
+    rows = (3 + 2 + 2) * x + 4 * 1000 * 32
+    assert n_bytes == 12 * 64 * 32 + 2 * (2 * 2 * 2 * weight + rows)
     assert flops == 6 * 8 * 64 * 32 + 2 * 2 * 2 * weight * 16 + (4 + 2 + 2) * x * 16
 
 

@@ -37,7 +37,7 @@ void Rotation::forward(const float* skew, const float* x, float* y, int64_t rows
     boft::cpu::compose(blocks_.get(), stages_.get(), m_, n_blocks, b_, 1, begin, end, kFloat);
   });
   in_parts(rows, [&](int64_t begin, int64_t end) {
-    boft::cpu::rotate(x, stages_.get(), y, d_, {size_, size_, 1}, begin, end, kFloat);
+    boft::cpu::rotate(x, stages_.get(), nullptr, y, d_, {size_, size_, 1}, begin, end, kFloat);
   });
 }
 

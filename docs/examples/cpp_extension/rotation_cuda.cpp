@@ -32,7 +32,7 @@ void Rotation::forward(const float* skew, const float* x, float* y, int64_t rows
     throw std::invalid_argument("m, b: expected b * 2^(m-1) <= 64");
   check(boft::cuda::stage_from_skew(skew, nullptr, blocks_.get(), stages_.get(), m_, d_ / b_, b_,
                                     kFloat, queue()));
-  check(boft::cuda::rotate(x, stages_.get(), y, rows, d_, {size_, size_, 1}, false, kFloat,
+  check(boft::cuda::rotate(x, stages_.get(), nullptr, y, rows, d_, {size_, size_, 1}, false, kFloat,
                            queue()));
 }
 
