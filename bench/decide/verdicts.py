@@ -159,7 +159,7 @@ RULES = (
     Rule(
         f"{LAYER}, no scale, at 4096x4096x8192, device alone: at most 1.10 times the frozen layer",
         "a trained scale is what the rest costs",
-        "steps", "merged, no scale", 1.10, "linear", BULK,
+        "steps", "weight side, no scale", 1.10, "linear", BULK,
     ),
     Rule(
         "BOFT(10,8), forward and backward at 4096x4096x8192, device alone: at most 1.5 times the "
@@ -180,7 +180,7 @@ RULES = (
                 "a GPU rotates W where it moves less (planner.rotates_weight)",
             ),
             (
-                "BOFT(2,8)", "made in the step, no scale", "merged, no scale", FASTER,
+                "BOFT(2,8)", "made in the step, no scale", "weight side, no scale", FASTER,
                 "input side, no scale",
                 "a GPU rotates W of layers without scale where it moves less",
             ),
