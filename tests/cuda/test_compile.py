@@ -1,4 +1,7 @@
-"""Every CUDA kernel, compiled for GPUs that are not there: no warning, nothing is spilled."""
+"""Every CUDA kernel, compiled for GPUs that are not there: no warning, nothing is spilled.
+
+Files that the committed table proves, because their sources are the same, are compiled as a sample.
+"""
 
 import cuda_resources
 import pytest
@@ -12,16 +15,20 @@ nvcc = build.find_nvcc()
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(nvcc is None, reason="no nvcc on PATH or in CUDA_HOME")
 def test_kernels_compile_without_warnings_and_spills():
-    rows = cuda_resources.resources(nvcc)
-    assert {arch for arch, _ in rows} == set(cuda_resources.ARCHS)
+    unproven, proven = cuda_resources.sorted_jobs(nvcc)
+    jobs = [*unproven, *proven[:: cuda_resources.SAMPLE]]
+    rows = cuda_resources.resources(nvcc, jobs)
     for name, used in rows.items():
         assert used["stack"] == 0, (name, used)
         assert used["spills"] == 0, (name, used)
     version, table = cuda_resources.read_table()
     if version != cuda_resources.release(nvcc):
+        assert {arch for arch, _ in rows} == set(cuda_resources.ARCHS)
         return  # another compiler: its registers tell nothing about a change here
     hint = "python tests/helpers/cuda_resources.py --write"
-    assert rows.keys() == table.keys(), hint
+    done = {(source.name, arch) for source, arch in jobs}
+    proven_rows = {key for key, row in table.items() if (row["file"], key[0]) not in done}
+    assert rows.keys() | proven_rows == table.keys(), hint
     for name, used in rows.items():
         before = table[name]
         assert used["registers"] <= 1.1 * before["registers"], (name, used, before, hint)
