@@ -5,6 +5,7 @@ import sys
 import types
 
 import hypothesis
+import interpreter
 import pytest
 import torch
 
@@ -39,10 +40,12 @@ def pytest_collection_modifyitems(items):
 def _seed_and_poison():
     """Fixed seed, and torch.empty full of NaN: an element that a kernel forgets is seen."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms imports torch.compile, a third of the time of a short run
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    interpreter.be_quick()
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])

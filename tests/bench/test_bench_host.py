@@ -37,10 +37,10 @@ def test_a_training_step_calls_few_functions(no_launches):
     assert host.count_calls(job.both) <= MOST_CALLS
 
 
-def test_the_native_call_takes_the_host_less_time_than_lora(no_launches, request, tmp_path_factory):
+def test_the_native_call_takes_the_host_less_time_than_lora(no_launches):
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("emulated with GCC on Linux")
-    library = cuda_emulation.build_once(request.config, tmp_path_factory) / cuda_emulation.LIB
+    library = cuda_emulation.build_once() / cuda_emulation.LIB
     with host.native_calls(cuda_emulation.register(library, "boft_host"), library):
         (job,) = host.jobs([host.OURS])
         for _ in range(2):

@@ -46,7 +46,7 @@ class OnDevice:
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("device", marks=pytest.mark.gpu)])
-def cuda(request, tmp_path_factory):
+def cuda(request):
     """The operators; a library built beforehand is that of BOFT_EMULATED_LIBRARY."""
     if request.param == "device":
         if not torch.cuda.is_available():
@@ -57,7 +57,7 @@ def cuda(request, tmp_path_factory):
         pytest.skip("emulated with GCC on Linux")
     built = os.environ.get("BOFT_EMULATED_LIBRARY")
     if built is None:
-        built = cuda_emulation.build_once(request.config, tmp_path_factory) / cuda_emulation.LIB
+        built = cuda_emulation.build_once() / cuda_emulation.LIB
     return cuda_emulation.register(Path(built), "boft_emulated")
 
 

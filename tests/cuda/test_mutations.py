@@ -210,9 +210,9 @@ MUTATIONS = {
 
 
 @pytest.fixture(scope="module")
-def whole(request, tmp_path_factory):
+def whole():
     """The folder of the unbroken library, whose objects the others share."""
-    return cuda_emulation.build_once(request.config, tmp_path_factory)
+    return cuda_emulation.build_once()
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -116,9 +116,9 @@ np.savez("results", y=y, x_grad=x_grad, skew_grad=skew_grad, grad=grad)
 
 
 @pytest.mark.exhaustive
-def test_the_rotation_on_a_gpu_is_the_packages(extension, pytestconfig, tmp_path_factory):
+def test_the_rotation_on_a_gpu_is_the_packages(extension):
     """The sources of the CUDA extension, with the kernels emulated on the CPU."""
-    emulated = cuda_emulation.build_once(pytestconfig, tmp_path_factory)
+    emulated = cuda_emulation.build_once()
     (extension / "cuda_runtime_api.h").write_text(CUDA_RUNTIME)
     asked = [sys.executable, "-m", "pybind11", "--includes"]
     includes = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()

@@ -7,8 +7,10 @@ flags.
 """
 
 import ctypes
+import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from boft_ops._runtime import build as build_tools
 from boft_ops._runtime import paths
 
 TESTS = Path(__file__).resolve().parents[1]
+BUILDS = TESTS.parent / "build" / "emulated-by-digest"
 LIB = "libboft_emulated.so"
 # Without optimization, because the tests take longer to compile than to run: -O1 takes 1.5 to 2.8
 # times as long to compile and 0.6 to 0.8 times as long to run.
@@ -71,20 +74,33 @@ def build(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile, sources))
-    out = folder / LIB
-    link = ["-shared", "-o", str(out), *map(str, objects)]
+    part = folder / f"{LIB}.part"  # a build that is ended leaves no library
+    link = ["-shared", "-o", str(part), *map(str, objects)]
     _run([*compiler, *link, f"-L{torch.root / 'lib'}", "-ltorch_cpu"])
-    return out
+    return part.replace(folder / LIB)
 
 
-def build_once(config, tmp_path_factory) -> Path:
-    """Build the unchanged sources once for all processes of a run of pytest; returns the folder."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if hasattr(config, "workerinput") else base) / "emulated"
-    with FileLock(f"{folder}.lock"):
+def build_once() -> Path:
+    """Build the unchanged sources unless an earlier run of the tests has; returns the folder."""
+    folder = BUILDS / _digest()
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILDS / "lock"):
         if not (folder / LIB).exists():
+            for old in BUILDS.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
             build(paths.csrc(), folder)
     return folder
+
+
+def _digest() -> str:
+    """Digest of all that makes the library."""
+    version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+    everything = hashlib.sha256(version + repr(build_tools.find_torch()).encode())
+    ours = [Path(__file__), *(TESTS / "cuda").glob("*.h"), TESTS / "cuda" / "binding.cpp"]
+    for file in sorted([*ours, *filter(Path.is_file, paths.csrc().rglob("*"))]):
+        everything.update(str(file).encode() + b"\0" + file.read_bytes())
+    return everything.hexdigest()[:16]
 
 
 def _run(command: list[str]) -> None:
