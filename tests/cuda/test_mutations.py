@@ -1,13 +1,12 @@
 """Broken CUDA kernels must fail the emulated tests: each of these is wrong in one place."""
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import cuda_emulation
 import pytest
+from forked import run_pytest
 
 from boft_ops._runtime import paths
 
@@ -226,16 +225,10 @@ def test_the_tests_notice(name, whole, tmp_path):
     source.write_text(text.replace(before, after))
     built = tmp_path / "built"
     library = cuda_emulation.build(csrc, built, reuse=whole, changed=f"/cuda/{file}")
-    run = subprocess.run(
-        [
-            *[sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests],
-            *["--import-mode=importlib", str(TESTS / "cuda" / "test_kernels.py")],
-        ],
-        cwd=TESTS.parent,
-        env={**os.environ, "BOFT_EMULATED_LIBRARY": str(library)},
-        capture_output=True,
-        text=True,
-    )
+    log = tmp_path / "log"
+    arguments = ["-k", tests, "--import-mode=importlib", str(TESTS / "cuda" / "test_kernels.py")]
+    status = run_pytest(arguments, TESTS.parent, log, BOFT_EMULATED_LIBRARY=str(library))
+    text = log.read_text()
     # a wrong number, nothing else; or the emulation, that ended the process
-    noticed = run.returncode == 1 and "AssertionError" in run.stdout
-    assert noticed or run.returncode < 0, (run.returncode, run.stdout[-2000:])
+    noticed = status == 1 and "AssertionError" in text
+    assert noticed or status < 0, (status, text[-2000:])

@@ -1,11 +1,9 @@
 """Broken kernels must fail the tests: each of these takes one line away and runs a few of them."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
+from forked import run_pytest
 
 from boft_ops._runtime import backend, paths
 
@@ -52,13 +50,10 @@ MUTATIONS = {
 
 
 def run_in_copy(folder, *tests):
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    """Return the exit status of these tests and what they print."""
+    paths = [f"tests/{name}" for name in tests]
+    status = run_pytest(paths, folder, folder / "log", TRITON_INTERPRET="1")
+    return status, (folder / "log").read_text()
 
 
 @pytest.fixture
@@ -73,8 +68,8 @@ def checkout(tmp_path):
 def test_a_copy_passes(checkout):
     """Without it, the broken copies could fail for another reason."""
     tests = {mutation[-1] for mutation in MUTATIONS.values()}
-    run = run_in_copy(checkout, *(f"tests/{name}" for name in tests))
-    assert run.returncode == 0, run.stdout[-2000:]
+    status, text = run_in_copy(checkout, *tests)
+    assert status == 0, text[-2000:]
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -84,7 +79,7 @@ def test_the_tests_notice(name, checkout):
     text = source.read_text()
     assert before in text, f"{file}: expected {before!r}"
     source.write_text(text.replace(before, after))
-    run = run_in_copy(checkout, f"tests/{tests}")
+    status, text = run_in_copy(checkout, tests)
     # a wrong number, nothing else; or an access beyond a tensor that ended the process
-    noticed = run.returncode == 1 and "AssertionError" in run.stdout
-    assert noticed or run.returncode < 0, (run.returncode, run.stdout[-2000:])
+    noticed = status == 1 and "AssertionError" in text
+    assert noticed or status < 0, (status, text[-2000:])
