@@ -59,6 +59,7 @@ SECTIONS = (
     Section("errors", "errors:parts", 40),
     Section("layers", "rivals:layer_parts", 70),
     Section("model", "model:parts", 60),
+    Section("cublas", "cublas:parts", 20),
     Section("checks", "checks:parts", 600),
 )
 WARM_UP = "warm-up"

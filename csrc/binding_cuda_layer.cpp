@@ -34,7 +34,7 @@ class Cuda {
   }
   void rotate_backward(const void* grad, const void* x, const void* stage, void* x_grad,
                        void* partials, const LayerShape& s, int64_t splits) const {
-    check_launch(op_, cuda::rotate_backward(grad, x, stage, x_grad, partials, s.rows, s.d,
+    check_launch(op_, cuda::rotate_backward(grad, x, stage, x_grad, partials, nullptr, s.rows, s.d,
                                             stage_of(s), false, splits, dtype_, queue_));
   }
   void multiply(Tensor& out, const Tensor& a, const Tensor& b, const MaybeTensor& bias) const {

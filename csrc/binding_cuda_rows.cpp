@@ -23,11 +23,17 @@ Tensor gram_of(const char* op, const Tensor& grad_, const Tensor& x_, const boft
   const int64_t rows = x.size(0), d = x.size(1);
   Tensor partials = new_tensor(x, {splits, d / shape.size, shape.size, shape.size},
                                              compute_dtype(x));
+  const int64_t ranges = boft::cuda::rotate_backward_ranges(rows, d, shape, splits, dtype);
+  std::optional<Tensor> scratch;
+  if (ranges > 1)
+    scratch = new_tensor(x, {splits * ranges, d / shape.size, shape.size, shape.size},
+                         compute_dtype(x));
   check_launch(op, boft::cuda::rotate_backward(
                        grad.const_data_ptr(), x.const_data_ptr(),
                        stage ? stage->const_data_ptr() : nullptr,
                        x_grad ? x_grad->mutable_data_ptr() : nullptr, partials.mutable_data_ptr(),
-                       rows, d, shape, transpose, splits, dtype, queue_of(x)));
+                       scratch ? scratch->mutable_data_ptr() : nullptr, rows, d, shape, transpose,
+                       splits, dtype, queue_of(x)));
   return partials;
 }
 

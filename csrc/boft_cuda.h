@@ -97,9 +97,13 @@ int rotate(const void* x, const void* stages, const void* factor, void* y, int64
 //   partials: (splits, d / size, size, size), output in the dtype of the stages. Each split has the
 //             sum over its part of the rows of x^T grad, or of grad^T x if `transpose`; the sum of
 //             all splits is the gradient of the stages.
+//   scratch:  (splits rotate_backward_ranges(..), d / size, size, size) in the dtype of the stages, or
+//             null: then the kernels have fewer blocks of threads than are fastest
 int rotate_backward(const void* grad, const void* x, const void* stages, void* x_grad,
-                    void* partials, int64_t rows, int64_t d, Stage stage, bool transpose,
-                    int64_t splits, DType dtype, Queue queue);
+                    void* partials, void* scratch, int64_t rows, int64_t d, Stage stage,
+                    bool transpose, int64_t splits, DType dtype, Queue queue);
+// Ranges of rows that `rotate_backward` cuts each split into; 1 if it needs no scratch memory.
+int64_t rotate_backward_ranges(int64_t rows, int64_t d, Stage stage, int64_t splits, DType dtype);
 
 // Computes row i of y = x R, or x R^T if `transpose`, with the R of adapter index[i]. The row is
 // copied if index[i] is -1, and filled with NaN if it is any other number outside of

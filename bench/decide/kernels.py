@@ -77,7 +77,7 @@ def cases(setting: Setting) -> list[Case]:
         found += _of_rows(workload, *butterfly, "rotate", "rotate_backward")
     model = replace(workload, d=sum(setting.linears))
     found += [_sample(model, name) for name in (*small, "cayley", "cayley_backward")]
-    for butterfly in CONTIGUOUS:  # the weight side takes these in their place
+    for butterfly in (*CONTIGUOUS, *STRIDED):  # the weight side takes these in their place
         found += _of_rows(workload, *butterfly, "rotate_stage_grad")
     return found
 

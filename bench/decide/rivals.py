@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -70,8 +71,11 @@ def ways(device: torch.device) -> list[Way]:
 
 
 def host_parts(setting: Setting, writer: Writer) -> Iterator[Part]:
-    """Yield the host's time of a training step, then loops of steps, for each number of rows."""
-    seconds = setting.seconds / (2 * len(setting.rows))
+    """Yield the host's time of a training step, then loops of steps, for each number of rows.
+
+    Last come loops in float32, for the least and the largest number.
+    """
+    seconds = setting.seconds / (2 * len(setting.rows) + 2)
     for rows in setting.rows:
         shape = Shape(setting.width, setting.width, rows)
         part = f"enqueued, {shape}"
@@ -81,6 +85,11 @@ def host_parts(setting: Setting, writer: Writer) -> Iterator[Part]:
         loop = partial(by_clock, calls=CALLS[setting.device.type])
         part = f"loop, {shape}"
         yield part, partial(_host, writer, part, shape, setting, seconds, loop)
+    wide = replace(setting, dtype=torch.float32)
+    for rows in (setting.rows[0], setting.rows[-1]):
+        shape = Shape(setting.width, setting.width, rows)
+        part = f"loop in float32, {shape}"
+        yield part, partial(_host, writer, part, shape, wide, seconds, loop)
 
 
 def layer_parts(setting: Setting, writer: Writer) -> Iterator[Part]:

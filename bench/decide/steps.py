@@ -10,7 +10,7 @@ from typing import NamedTuple
 from contestants import FLOOR, LORA, Shape, batch, build, frozen, names
 from device_time import batches, training_steps
 
-from boft_ops._runtime import tuned
+from boft_ops._runtime import backend, tuned
 from boft_ops.ops.planner import PLAN, plan_choice
 
 from .contest import Part, Rival, Setting, on_device
@@ -39,8 +39,10 @@ class Step(NamedTuple):
     within: Callable[[], AbstractContextManager] = nullcontext
 
 
-def _side(weight: bool, stages: int = 1) -> Callable[[], AbstractContextManager]:
-    return lambda: tuned.pinned(**{PLAN.name: plan_choice(stages, weight)})
+def _side(
+    weight: bool, stages: int = 1, **others: tuned.Choice
+) -> Callable[[], AbstractContextManager]:
+    return lambda: tuned.pinned(**{PLAN.name: plan_choice(stages, weight)}, **others)
 
 
 STEPS = (
@@ -64,6 +66,12 @@ STEPS = (
     ),
     Step("merged, kept", OURS, "BOFT(2,8), W' kept", keeps=True),
     Step("boft-dense", "boft-dense", "BOFT(10,8)"),
+    Step(
+        "boft-dense in 3 stages",
+        "boft-dense",
+        "BOFT(10,8), three stages by C++",
+        within=_side(False, 3, rotate=backend.CUDA, rotate_backward=backend.CUDA),
+    ),
     Step("merged dense", "boft-dense", "BOFT(10,8), W rotated and scaled", within=_side(True, 2)),
 )
 

@@ -86,6 +86,12 @@ RULES = (
         "small layers are no slower than LoRA's",
         "host", "boft-2-8", 1.0, "lora-r16", _part(HOST),
     ),
+    Rule(
+        f"loops of BOFT(2,8) in float32 by C++ at most {FASTER} of those of the default, for few "
+        "rows and many",
+        "layers in float32 make one native call too",
+        "host", "boft-2-8 cuda", FASTER, "boft-2-8", _part("loop in float32"),
+    ),
     *(
         Rule(
             f"{op} in groups of 16 and 64: C++ at most 1.02 times Triton",
@@ -125,10 +131,25 @@ RULES = (
             ("rotate_backward", (128,), 1.5, 0.80),
         )
     ),
-    Rule(
-        "rotate in groups of 64 that lie apart: C++ at most 1.02 times Triton",
-        "C++ becomes the default kernel for them",
-        "kernels", "cuda", 1.02, "triton", _newer(_pass("rotate", (64,), strided=True)),
+    *(
+        Rule(
+            f"{op} in groups of 64 that lie apart: C++ at most 1.02 times Triton",
+            "C++ becomes the default kernel for them",
+            "kernels", "cuda", 1.02, "triton", _newer(_pass(op, (64,), strided=True)),
+        )
+        for op in ("rotate", "rotate_backward", "rotate_stage_grad")
+    ),
+    *(
+        Rule(
+            f"{op} in groups of {size} that lie apart: C++ at most 2.5 clones",
+            then,
+            "kernels", "cuda", 2.5, "clone", _newer(_pass(op, (size,), strided=True)),
+        )
+        for op in ("rotate", "rotate_backward")
+        for size, then in (
+            (32, "they keep the C++ kernel; else that of groups of 64 is extended to them"),
+            (64, "the C++ kernel suffices; else it needs further work"),
+        )
     ),
     Rule(
         "rotate in groups of 32 and 64 that lie apart: at most 2.5 clones",
@@ -166,6 +187,12 @@ RULES = (
         "frozen layer",
         "wide butterflies need no kernel of their own",
         "steps", "boft-dense", 1.5, "linear", BULK,
+    ),
+    Rule(
+        "BOFT(10,8), forward and backward at 4096x4096x8192, device alone: three stages by C++ at "
+        f"most {FASTER} of two by Triton",
+        "wide butterflies get three stages on a GPU, and C++ kernels where they lie apart",
+        "steps", "boft-dense in 3 stages", FASTER, "boft-dense", BULK,
     ),
     *(
         Rule(
@@ -210,6 +237,15 @@ RULES = (
         "a training step of the model: at least as many tokens a second as with LoRA",
         "the page of benchmarks may say so",
         "model", "boft-2-8", 1.0, "lora-r16",
+    ),
+    *(
+        Rule(
+            f"cublasLt has an algorithm for a product with the scale as alpha{words}: at most 1.01 "
+            "times the plain product",
+            "the forward pass of the scale can go into the product: it is built",
+            "cublas", f"alpha vector{bias}", 1.01, f"plain{bias}",
+        )
+        for words, bias in (("", ""), (" and a bias", ", bias"))
     ),
 )  # fmt: skip
 

@@ -56,6 +56,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return pair;
 }
 
+// Makes a pair of the low halves of two pairs, or of the high halves.
+__device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) {
+  return __byte_perm(a, b, 0x5410);
+}
+__device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) {
+  return __byte_perm(a, b, 0x7632);
+}
+
 // Loads four 8 x 8 matrices of halves from shared memory, transposed, for a warp. Lane 8m + r
 // passes the address of row r of matrix m, a multiple of 16 bytes. With g = lane / 4 and
 // t = lane % 4, out[m] becomes the entries of column g of matrix m in rows 2t and 2t + 1.
@@ -77,6 +85,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(Bytes)
                  : "memory");
+}
+// Starts a copy of 16 bytes as copy_async() does, or one of 16 bytes of zeros if `from` does not
+// exist. There is no branch, and nothing is read where it does not.
+__device__ __forceinline__ void copy_async_or_zeros(void* to, const void* from, bool exists) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
 }
 // Makes a group of the copies that this thread has started since the last call.
 __device__ __forceinline__ void close_copies() {

@@ -1,6 +1,6 @@
-// Launches of rotate.cuh, halves.cuh and strided.cuh, and the choice among them.
+// Launches of rotate.cuh, halves.cuh and strided_gram.cuh, and the choice among them.
 #include "cuda/halves.cuh"
-#include "cuda/strided.cuh"
+#include "cuda/strided_gram.cuh"
 
 namespace boft::cuda {
 namespace {
@@ -66,8 +66,26 @@ int rotate_as(const T* x, const Wide<T>* matrices, const Wide<T>* factor, T* y, 
 // Launches rotate_backward() for elements of type T, with x_grad if XGrad.
 template <class T, bool XGrad>
 int gram_as(const T* x, const T* grad, const Wide<T>* matrices, T* x_grad, Wide<T>* partials,
-            int64_t rows, int64_t d, Stage stage, bool transpose, int64_t splits, Queue queue) {
+            Wide<T>* scratch, int64_t rows, int64_t d, Stage stage, bool transpose, int64_t splits,
+            Queue queue) {
   const uintptr_t pointers = address(x) | address(grad) | address(x_grad);
+  if constexpr (is_half<T>) {
+    // No range goes beyond the last row by more than this.
+    const int64_t beyond = kPairRows * (splits + kStridedBlocks);
+    if (takes_strided<T>(stage, rows + beyond, d, pointers)) {
+      const int64_t ranges = scratch == nullptr ? 1 : strided_ranges(rows, d, splits);
+      const int64_t block = divide_up(divide_up(rows, splits * ranges), kPairRows) * kPairRows;
+      Wide<T>* const to = ranges == 1 ? partials : scratch;
+      const int error = launch(gram_strided_kernel<T, XGrad>, d / kStripRow * splits * ranges,
+                               kApartThreads, kStridedGramShared, queue, x, grad, matrices, x_grad,
+                               to, int(rows), int(d), int(stage.stride), int(block), transpose);
+      if (error != 0 || ranges == 1) return error;
+      const int64_t count = d * stage.size / 4;
+      return launch(sum_ranges_kernel, divide_up(splits * count, kApartThreads), kApartThreads, 0,
+                    queue, reinterpret_cast<const FourSums*>(to),
+                    reinterpret_cast<FourSums*>(partials), count, splits, int(ranges));
+    }
+  }
   const int done = with_pieces<T>(stage, rows, d, pointers, [&](auto pieces, auto width) {
     constexpr int kWidth = decltype(width)::value;
     const int64_t block = divide_up(divide_up(rows, splits), kGramRows) * kGramRows;
@@ -107,16 +125,22 @@ int rotate(const void* x, const void* stages, const void* factor, void* y, int64
   });
 }
 
+int64_t rotate_backward_ranges(int64_t rows, int64_t d, Stage stage, int64_t splits, DType dtype) {
+  const bool half = dtype == DType::BF16 || dtype == DType::F16;
+  return half && takes_strided<bf16>(stage, rows, d, 0) ? strided_ranges(rows, d, splits) : 1;
+}
+
 int rotate_backward(const void* grad, const void* x, const void* stages, void* x_grad,
-                    void* partials, int64_t rows, int64_t d, Stage stage, bool transpose,
-                    int64_t splits, DType dtype, Queue queue) {
+                    void* partials, void* scratch, int64_t rows, int64_t d, Stage stage,
+                    bool transpose, int64_t splits, DType dtype, Queue queue) {
   return with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto gram = [&](auto fused) {
       return gram_as<T, decltype(fused)::value>(
           static_cast<const T*>(x), static_cast<const T*>(grad),
           static_cast<const Wide<T>*>(stages), static_cast<T*>(x_grad),
-          static_cast<Wide<T>*>(partials), rows, d, stage, transpose, splits, queue);
+          static_cast<Wide<T>*>(partials), static_cast<Wide<T>*>(scratch), rows, d, stage,
+          transpose, splits, queue);
     };
     if (x_grad == nullptr) return gram(std::false_type{});
     if (stage.size <= kPositions<T>) return gram(std::true_type{});

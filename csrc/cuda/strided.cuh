@@ -32,9 +32,10 @@ constexpr int kApartWords = kApart / 16 * (kApart / 8) * 2;
 
 // Place in a row of its vector number `unit`. Vectors are exchanged within lines of 8, so that neither
 // copies nor the lanes of a warp meet in one bank more often than they have to.
-__device__ __forceinline__ int exchanged(int unit, int row) {
-  const int k = row + unit / (kTogether / 2) * 2;
-  return unit ^ (k % 2 * 4 + k / 2 % 4);
+// Both are unsigned, because then the divisions are shifts.
+__device__ __forceinline__ int exchanged(unsigned unit, unsigned row) {
+  const unsigned k = row + unit / (kTogether / 2) * 2;
+  return int(unit ^ (k % 2 * 4 + k / 2 % 4));
 }
 
 // Loads the operands of one group: the entries of R - I, or of its transpose. y = x + x (R - I) is
@@ -59,25 +60,36 @@ __device__ __forceinline__ void load_operands(uint32_t (&words)[kApartWords], co
       }
 }
 
-// Rotates 16 rows of a group in place, for a warp. at(row, chunk) is the address of 4 halves.
-template <class T, class At>
-__device__ __forceinline__ void rotate_group(const uint32_t (&words)[kApartWords], At at) {
-  const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+// Place in a strip of a chunk of the group that a warp has.
+__device__ __forceinline__ int group_at(unsigned row, unsigned chunk, unsigned warp) {
+  return int(row * kStripRow + warp % 2 * 4) +
+         exchanged(chunk * (kTogether / 2) + warp / 2, row) * 8;
+}
+
+// Adds two numbers to a pair of halves.
+template <class T>
+__device__ __forceinline__ uint32_t add(uint32_t pair, const float* numbers) {
+  float low, high;
+  unpack<T>(pair, low, high);
+  return pack<T>(low + numbers[0], high + numbers[1]);
+}
+
+// Rotates 16 rows of a group in place, for a warp. `own` is the address of chunk t in row g; 4
+// chunks or 8 rows on, `exchanged` is the same.
+template <class T>
+__device__ __forceinline__ void rotate_group(const uint32_t (&words)[kApartWords], T* own) {
+  const auto at = [&](int s, int high) {
+    return reinterpret_cast<uint2*>(own + s * (kStripRow / 4) + 8 * high * kStripRow);
+  };
   uint2 rows[kApart / 16][2];
 #pragma unroll
   for (int s = 0; s < kApart / 16; ++s)
 #pragma unroll
-    for (int high = 0; high < 2; ++high)
-      rows[s][high] = *reinterpret_cast<const uint2*>(at(g + 8 * high, 4 * s + t));
+    for (int high = 0; high < 2; ++high) rows[s][high] = *at(s, high);
   // A lane overwrites what it has read itself, and nothing else.
 #pragma unroll
   for (int j = 0; j < kApart / 16; ++j) {
-    float sums[2][4];
-#pragma unroll
-    for (int high = 0; high < 2; ++high) {
-      unpack<T>(rows[j][high].x, sums[0][2 * high], sums[0][2 * high + 1]);
-      unpack<T>(rows[j][high].y, sums[1][2 * high], sums[1][2 * high + 1]);
-    }
+    float sums[2][4] = {};
 #pragma unroll
     for (int s = 0; s < kApart / 16; ++s) {
       const uint32_t a[4] = {rows[s][0].x, rows[s][1].x, rows[s][0].y, rows[s][1].y};
@@ -89,10 +101,20 @@ __device__ __forceinline__ void rotate_group(const uint32_t (&words)[kApartWords
     }
 #pragma unroll
     for (int high = 0; high < 2; ++high)
-      *reinterpret_cast<uint2*>(at(g + 8 * high, 4 * j + t)) = {
-          pack<T>(sums[0][2 * high], sums[0][2 * high + 1]),
-          pack<T>(sums[1][2 * high], sums[1][2 * high + 1])};
+      *at(j, high) = {add<T>(rows[j][high].x, sums[0] + 2 * high),
+                      add<T>(rows[j][high].y, sums[1] + 2 * high)};
   }
+}
+
+// First feature of the 8 groups of tile number `tile`, in a row of d features. The groups are those
+// from 8 `tile` on.
+__device__ __forceinline__ int tile_origin(int tile, int stride) {
+  const int across = stride / kTogether;  // tiles whose chunks alternate
+  return (tile / across * kChunks * stride + tile % across * kTogether) * 4;
+}
+// Distance from there of vector number `unit` of a row of a strip.
+__device__ __forceinline__ int unit_offset(unsigned unit, int stride) {
+  return int(unit / (kTogether / 2)) * stride * 4 + int(unit % (kTogether / 2)) * 8;
 }
 
 // Computes y = x S, or x S^T if `transpose`.
@@ -101,18 +123,15 @@ template <class T>
 __global__ void __launch_bounds__(kApartThreads, 1)
     rotate_strided_kernel(const T* x, const float* matrices, T* y, int n_rows, int64_t d,
                           int stride, int rows_per_block, bool transpose) {
-  const int across = stride / kTogether, tiles = int(d / kStripRow);
-  const int tile = int(blockIdx.x) % tiles, first_group = tile % across * kTogether;
-  const int64_t period = tile / across;  // of 64 stride features
+  const int tiles = int(d / kStripRow), tile = int(blockIdx.x) % tiles;
   const int first = int(blockIdx.x) / tiles * rows_per_block;
   const int rows_here = n_rows - first < rows_per_block ? n_rows - first : rows_per_block;
-  const int warp = int(threadIdx.x) / 32;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   T* const strips = reinterpret_cast<T*>(shared_memory());
   // This thread copies vector `unit` of rows row, row + 4, ..
   const int unit = int(threadIdx.x) % kUnits, row = int(threadIdx.x) / kUnits;
-  const int chunk = unit / (kTogether / 2), rest = unit % (kTogether / 2);
-  const int64_t own = (first + row) * d + (period * kChunks + chunk) * stride * 4 +
-                      first_group * 4 + rest * 8;
+  const int64_t own =
+      (first + row) * d + tile_origin(tile, stride) + unit_offset(unit, stride);
   const auto place = [&](int i) {  // four rows on, `exchanged` differs in one bit
     const int even = row * kStripRow + exchanged(unit, row) * 8;
     return (i % 2 == 0 ? even : even ^ 16) + i * kRowStep * kStripRow;
@@ -129,8 +148,8 @@ __global__ void __launch_bounds__(kApartThreads, 1)
 #pragma unroll
   for (int i = 0; i < kStrips - 1; ++i) load(i * kStripRows, i);
   uint32_t words[kApartWords];
-  load_operands<T>(words, matrices + (period * stride + first_group + warp) * kApart * kApart,
-                   transpose);
+  load_operands<T>(words, matrices + int64_t(tile * kTogether + warp) * kApart * kApart, transpose);
+  const int rotated = group_at(lane / 4, lane % 4, warp);
   for (int from = 0, turn = 0; from < rows_here; from += kStripRows, ++turn) {
     await_copies<kStrips - 2>();
     __syncthreads();  // the rows are there, and every thread has stored those before
@@ -138,11 +157,7 @@ __global__ void __launch_bounds__(kApartThreads, 1)
     T* const rows = strips + turn % kStrips * kStripRows * kStripRow;
 #pragma unroll 1
     for (int half = 0; half < kStripRows / 16; ++half)
-      rotate_group<T>(words, [&](int r, int c) {
-        const int at = 16 * half + r;
-        return rows + at * kStripRow + exchanged(c * (kTogether / 2) + warp / 2, at) * 8 +
-               warp % 2 * 4;
-      });
+      rotate_group<T>(words, rows + 16 * half * kStripRow + rotated);
     __syncthreads();  // every warp has rotated its group
 #pragma unroll
     for (int i = 0; i < kMoves; ++i)
@@ -162,7 +177,7 @@ template <class T>
 bool takes_strided(const Stage& stage, int64_t rows, int64_t d, uintptr_t pointers) {
   return is_half<T> && stage.size == kApart && stage.chunk == 4 && stage.stride > 1 &&
          stage.stride % kTogether == 0 && rows < INT32_MAX - kStrips * kStripRows &&
-         d < INT32_MAX && pointers % 16 == 0;
+         d < 1 << 24 && pointers % 16 == 0;
 }
 
 // Rows of a block of threads: no less than have as many bytes as the matrices that it loads.

@@ -79,7 +79,7 @@ constexpr size_t kMaxShared = 227 * 1024;  // of a block, on sm_90
 
 enum class State { ready, at_barrier, in_warp, done };
 
-struct Copy {  // that was started but not waited for, or the end of a group of them
+struct Copy {  // that was started but not waited for (zeros if `from` is null), or the end of some
   void* to;
   const void* from;
   int bytes;

@@ -38,6 +38,9 @@ uint32_t pack(float low, float high) {
   return pair;
 }
 
+inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
+inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+
 inline void load_transposed(uint32_t (&out)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulation::fail("ldmatrix: unaligned");
   const auto slots = emulation::exchange(&row, sizeof(row));
@@ -58,6 +61,10 @@ void copy_async(void* to, const void* from) {
     emulation::fail("cp.async: unaligned");
   emulation::current().copies.push_back({to, from, Bytes, false});
 }
+inline void copy_async_or_zeros(void* to, const void* from, bool exists) {
+  copy_async<16>(to, from);
+  if (!exists) emulation::current().copies.back().from = nullptr;
+}
 inline void close_copies() {
   emulation::current().copies.push_back({nullptr, nullptr, 0, true});
 }
@@ -70,6 +77,7 @@ void await_copies() {
     const auto copy = copies.front();
     copies.pop_front();
     if (copy.closes) --groups;
+    else if (copy.from == nullptr) std::memset(copy.to, 0, size_t(copy.bytes));
     else std::memcpy(copy.to, copy.from, size_t(copy.bytes));
   }
 }

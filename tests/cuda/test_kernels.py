@@ -205,22 +205,48 @@ def test_rotate(cuda, structure, dtype):
     check_rotate(cuda, *structure, dtype)
 
 
+@pytest.mark.exhaustive_if(condition=lambda rows, **_: rows > 500)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("stride", "n_groups", "rows", "transpose"),
-    [(8, 8, 1, False), (8, 24, 70, True), (16, 16, 32, False), (8, 8, 300, True)],
+    ("stride", "n_groups", "rows", "transpose", "splits"),
+    [
+        (8, 8, 0, True, 2),
+        (8, 8, 1, False, 1),
+        (8, 16, 70, True, 3),
+        (16, 16, 32, False, 1),
+        (8, 8, 260, True, 1),  # two ranges of rows in one split
+        (8, 8, 530, False, 2),
+    ],
 )
-def test_rotate_of_eight_neighboring_groups(cuda, stride, n_groups, rows, transpose, dtype):
+def test_rotate_of_eight_neighboring_groups(cuda, stride, n_groups, rows, transpose, splits, dtype):
     """One range of rows and several, whose last rows do not fill a strip."""
-    x = torch.randn(rows, 64 * n_groups).to(dtype)
-    skew = 0.3 * torch.randn(n_groups, 64, 64, dtype=torch.float64) / 8
-    stage = torch.matrix_exp(skew - skew.mT).float()
-    more = 4, stride, transpose
-    got = cuda.rotate(x, stage, *more)
-    truth = rotate_reference(x.double(), stage.double(), *more)
-    check(got, rotate_reference(x, stage, *more), truth)
-    # the kernel for any stage gives the same but for the order of its sums
-    torch.testing.assert_close(got, cuda.rotate(shifted(x), stage, *more), rtol=2e-2, atol=2e-2)
+    check_rotate(cuda, 64, 4, stride, n_groups, rows, transpose, dtype, splits)
+    x, grad = torch.randn(2, rows, 64 * n_groups).to(dtype)
+    stage = torch.randn(n_groups, 64, 64) / 8
+    more = stage, 4, stride, transpose
+    results = cuda.rotate(x, *more), *cuda.rotate_backward(grad, x, *more, splits)
+    # the kernels for any stage, in the place of those for aligned rows
+    x, grad = shifted(x), shifted(grad)
+    others = cuda.rotate(x, *more), *cuda.rotate_backward(grad, x, *more, splits)
+    for got, other in zip(results[:2], others[:2], strict=True):
+        torch.testing.assert_close(got, other, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(results[2].sum(0), others[2].sum(0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_gram_matrices_of_neighboring_groups(cuda, transpose):
+    """Each has the sums of its own group, also beside one with numbers that are not finite."""
+    x, grad = torch.zeros(2, 5, 1024).bfloat16()
+    x[:, 8 * 4 + 5], grad[:, 8 * 4 + 7] = 1, 2  # features 5 and 7 of group 1, in its chunk 1
+    x[:, 3] = grad[:, 3] = float("inf")  # feature 3 of group 0
+    stage = torch.eye(64).expand(16, 64, 64).contiguous()
+    x_grad, gram = cuda.rotate_backward(grad, x, stage, 4, 8, transpose, 1)
+    want = torch.zeros(16, 64, 64)
+    at = (7, 5) if transpose else (5, 7)
+    want[1][at] = 5 * 2
+    assert torch.equal(gram[0, 1:], want[1:])
+    finite = [t.view(5, 2, 16, 8, 4)[:, :, :, 1:] for t in (x_grad, grad)]
+    assert torch.equal(*finite)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -605,6 +631,8 @@ def test_the_same_bits_in_every_order_of_threads(cuda, monkeypatch):
     """And in every run on a GPU: partial sums are added up in a fixed order, without atomics."""
     x, grad = torch.randn(2, 150, 64).bfloat16()
     skew = torch.randn(2, 8, 28)
+    wide, wide_grad = torch.randn(2, 260, 512).bfloat16()
+    apart = torch.randn(8, 64, 64)
     results = []
     for order in ORDERS:
         monkeypatch.setenv("BOFT_EMULATION_ORDER", order)
@@ -614,6 +642,7 @@ def test_the_same_bits_in_every_order_of_threads(cuda, monkeypatch):
         rows = cuda.rotate_indexed(x, stage[None], torch.zeros(150, dtype=torch.int32), 4, 1, False)
         ends = torch.tensor([90, 150], dtype=torch.int32)
         more = x_grad, rows, cuda.segment_stage_grads(x, grad, ends, 16, 4, 1, 2), *sums
+        more = *more, *cuda.rotate_backward(wide_grad, wide, apart, 4, 8, False, 1)
         results.append([blocks, cuda.stage_from_skew_backward(blocks, None, gram), *more])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -139,6 +139,48 @@ MUTATIONS = {
         "q % 2 * 2 + 1 - g % 2",
         "test_rotate_of_eight_neighboring_groups",
     ),
+    "strided rows are summed before they are there": (
+        "strided_gram.cuh",
+        "await_copies<kStrips - 2>();",
+        "await_copies<kStrips - 1>();",
+        "test_rotate_of_eight_neighboring_groups",
+    ),
+    "strided rows are loaded over those that are summed": (
+        "strided_gram.cuh",
+        "    __syncthreads();  // the rows are there, and every thread has stored those before",
+        "",
+        "test_rotate_of_eight_neighboring_groups",
+    ),
+    "gradients of strided rows are stored before all are rotated": (
+        "strided_gram.cuh",
+        "      __syncthreads();  // every warp has rotated its group",
+        "",
+        "test_rotate_of_eight_neighboring_groups",
+    ),
+    "strided rows of the next range": (
+        "strided_gram.cuh",
+        "at, exists);",
+        "at, true);",
+        "test_rotate_of_eight_neighboring_groups and 8-8-260",
+    ),
+    "the other rows of a pair": (
+        "strided_gram.cuh",
+        "const int odd = at ^ 16;",
+        "const int odd = at;",
+        "test_rotate_of_eight_neighboring_groups",
+    ),
+    "another column of a strided Gram matrix": (
+        "strided_gram.cuh",
+        "? sums[n][2 * j + half]",
+        "? sums[j][2 * n + half]",
+        "test_gram_matrices_of_neighboring_groups",
+    ),
+    "a range of strided rows left out": (
+        "strided_gram.cuh",
+        "term < terms; ++term",
+        "term < 1; ++term",
+        "test_rotate_of_eight_neighboring_groups and 8-8-260",
+    ),
     "dropout without its mask": (
         "stage_from_skew.cuh",
         "active && drop != nullptr && drop[block]",

@@ -36,6 +36,7 @@ try:
     import summary
     import test_layer
     from decide import contest as decide_contest
+    from decide import cublas as decide_cublas
     from decide import errors as decide_errors
     from decide import kernels as decide_kernels
     from decide import lines as decide_lines
@@ -50,6 +51,7 @@ __all__ = [
     "contestants",
     "correctness",
     "decide_contest",
+    "decide_cublas",
     "decide_errors",
     "decide_kernels",
     "decide_lines",
