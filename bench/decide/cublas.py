@@ -84,7 +84,7 @@ class Product:
         (rows, d), n = x.shape, weight.shape[0]
         self._y = x.new_empty(rows, n)
         self._workspace = x.new_empty(WORKSPACE, dtype=torch.uint8)
-        self._handle = self._made("cublasLtCreate")
+        self._session = self._made("cublasLtCreate")
         type_ = TYPES[x.dtype]
         self._desc = self._made("cublasLtMatmulDescCreate", COMPUTE_32F, TYPES[torch.float32])
         self._set(DESC_TRANSA, ctypes.c_int32(OP_T))
@@ -110,7 +110,7 @@ class Product:
         self._found, count = Heuristic(), ctypes.c_int(0)
         a, b, c = self._layouts
         self._status = library.cublasLtMatmulAlgoGetHeuristic(
-            self._handle, self._desc, a, b, c, c, preference, 1,
+            self._session, self._desc, a, b, c, c, preference, 1,
             ctypes.byref(self._found), ctypes.byref(count),
         )  # fmt: skip
         self.algorithms = count.value if self._status == 0 and self._found.state == 0 else 0
@@ -128,7 +128,7 @@ class Product:
         pointer = ctypes.c_void_p
         self._call(
             "cublasLtMatmul",
-            self._handle, self._desc, pointer(self._factors[0]), pointer(weight.data_ptr()), a,
+            self._session, self._desc, pointer(self._factors[0]), pointer(weight.data_ptr()), a,
             pointer(x.data_ptr()), b, pointer(self._factors[1]), pointer(self._y.data_ptr()), c,
             pointer(self._y.data_ptr()), c, ctypes.byref(self._found),
             pointer(self._workspace.data_ptr()), ctypes.c_size_t(WORKSPACE), pointer(stream),

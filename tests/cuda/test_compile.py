@@ -35,6 +35,19 @@ def test_kernels_compile_without_warnings_and_spills():
         assert used["barriers"] == before["barriers"], (name, used, before, hint)
 
 
+def test_the_page_has_the_registers_of_rows_that_lie_apart():
+    _, table = cuda_resources.read_table()
+    page = (cuda_resources.ROOT / "docs" / "cuda.md").read_text()
+    kernels = {
+        "rotate": "rotate_strided_kernel<bfloat16>",
+        "rotate_backward": "gram_strided_kernel<bfloat16, true>",
+        "rotate_stage_grad": "gram_strided_kernel<bfloat16, false>",
+    }
+    for name, kernel in kernels.items():
+        found = [table[arch, kernel]["registers"] for arch in cuda_resources.ARCHS]
+        assert f"| {name} | {' | '.join(map(str, found))} |" in page
+
+
 def test_the_table_has_every_kernel_for_every_architecture():
     """No kernel spills, and none has more registers than a launch allows."""
     _, table = cuda_resources.read_table()
