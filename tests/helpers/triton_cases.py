@@ -258,8 +258,3 @@ def scale_cases() -> Iterator[Case]:
             launch = tile.num_warps, tile.num_stages
             everywhere = row_type in ("bf16", "fp32")
             yield Case(f"scale:{op}_kernel", constants, pointers, *launch, everywhere)
-            if op == "scale_backward":  # the sums alone
-                names = "scale_ptr", "center_ptr", "x_grad_ptr"
-                left = {name: kind for name, kind in pointers.items() if name not in names}
-                none = constants | dict.fromkeys(names)
-                yield Case(f"scale:{op}_kernel", none, left, *launch, False)
