@@ -38,8 +38,9 @@ void Rotation::forward(const float* skew, const float* x, float* y, int64_t rows
 
 void Rotation::backward(const float* x, const float* grad, float* x_grad, float* skew_grad,
                         int64_t rows) {
-  check(boft::cuda::rotate_backward(grad, x, stages_.get(), x_grad, stages_grad_.get(), rows, d_,
-                                    {size_, size_, 1}, false, kSplits, kFloat, queue()));
+  check(boft::cuda::rotate_backward(grad, x, stages_.get(), x_grad, stages_grad_.get(), nullptr,
+                                    rows, d_, {size_, size_, 1}, false, kSplits, kFloat,
+                                    queue()));
   check(boft::cuda::stage_from_skew_backward(blocks_.get(), nullptr, stages_grad_.get(),
                                              blocks_grad_.get(), skew_grad, m_, d_ / b_, b_,
                                              kSplits, kFloat, queue()));
