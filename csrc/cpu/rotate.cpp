@@ -90,11 +90,11 @@ BOFT_INLINE void scatter(T* y, int64_t d, const Stage& s, int64_t g, int64_t row
   BOFT_CHUNKS(scatter_chunks, y, d, s, g, rows, buffer)
 }
 
-// Rotates rows [begin, end), and multiplies each by its factor unless `factor` is null. SIZE is the
-// size of the stage if it is known at compile time, else 0; `buffer` holds two tiles of kRows rows.
-template <int BYTES, int64_t SIZE, class T, class C = Compute<T>>
-BOFT_INLINE void rotate_all(const T* x, const C* stages, const C* factor, T* y, int64_t d, Stage s,
-                            int64_t begin, int64_t end, C* buffer) {
+// Rotates rows [begin, end), and multiplies each by its factor if FACTOR. SIZE is the size of the
+// stage if it is known at compile time, else 0; `buffer` holds two tiles of kRows rows.
+template <int BYTES, int64_t SIZE, bool FACTOR = false, class T, class C = Compute<T>>
+BOFT_INLINE void rotate_all(const T* x, const C* stages, T* y, int64_t d, Stage s, int64_t begin,
+                            int64_t end, C* buffer, const C* factor = nullptr) {
   if (SIZE) s.size = SIZE;
   for (int64_t n = begin; n < end; n += kRows) {
     const int64_t rows = end - n < kRows ? end - n : kRows;
@@ -103,7 +103,7 @@ BOFT_INLINE void rotate_all(const T* x, const C* stages, const C* factor, T* y, 
       const Tile<C> out = target(y + n * d, d, s, g, buffer + kRows * s.size);
       multiply<BYTES>(in.data, in.stride, stages + g * s.size * s.size, out.data, out.stride, rows,
                       s.size);
-      for (int64_t i = 0; factor && i < rows; ++i)  // while they are in the first-level cache
+      for (int64_t i = 0; FACTOR && i < rows; ++i)  // while they are in the first-level cache
         for (int64_t e = 0; e < s.size; ++e) out.data[i * out.stride + e] *= factor[n + i];
       scatter(y + n * d, d, s, g, rows, out.data);
     }
@@ -166,9 +166,15 @@ BOFT_INLINE void backward_all(const T* grad, const T* x, const C* stages, T* x_g
     default: return FUNCTION<BYTES, 0>(__VA_ARGS__); \
   }
 #define BOFT_DTYPE(SUFFIX, BYTES, TARGET, T, C)                                                   \
-  TARGET void rotate_##SUFFIX(const T* x, const C* stages, const C* factor, T* y, int64_t d,      \
-                              const Stage& s, int64_t begin, int64_t end, C* buffer) {            \
-    BOFT_SIZES(rotate_all, C, BYTES, x, stages, factor, y, d, s, begin, end, buffer)              \
+  TARGET void rotate_##SUFFIX(const T* x, const C* stages, T* y, int64_t d, const Stage& s,       \
+                              int64_t begin, int64_t end, C* buffer) {                            \
+    BOFT_SIZES(rotate_all, C, BYTES, x, stages, y, d, s, begin, end, buffer)                      \
+  }                                                                                               \
+  /* A function of its own, as even an unused factor makes rotate_ slower. */                     \
+  TARGET void rotate_scaled_##SUFFIX(const T* x, const C* stages, T* y, int64_t d,                \
+                                     const Stage& s, int64_t begin, int64_t end, C* buffer,       \
+                                     const C* factor) {                                           \
+    rotate_all<BYTES, 0, true>(x, stages, y, d, s, begin, end, buffer, factor);                   \
   }                                                                                               \
   TARGET void backward_##SUFFIX(const T* grad, const T* x, const C* stages, T* x_grad,            \
                                 C* stages_grad, int64_t rows, int64_t d, const Stage& s,          \
@@ -187,8 +193,13 @@ void rotate_as(const void* x, const void* stages, const void* factor, void* y, i
                const Stage& s, int64_t begin, int64_t end) {
   using C = Compute<T>;
   std::vector<C> buffer(size_t(2 * kRows * s.size));
-  BOFT_RUN(rotate, static_cast<const T*>(x), static_cast<const C*>(stages),
-           static_cast<const C*>(factor), static_cast<T*>(y), d, s, begin, end, buffer.data());
+  if (factor) {
+    BOFT_RUN(rotate_scaled, static_cast<const T*>(x), static_cast<const C*>(stages),
+             static_cast<T*>(y), d, s, begin, end, buffer.data(), static_cast<const C*>(factor));
+  } else {
+    BOFT_RUN(rotate, static_cast<const T*>(x), static_cast<const C*>(stages), static_cast<T*>(y),
+             d, s, begin, end, buffer.data());
+  }
 }
 
 template <class T>
