@@ -59,7 +59,8 @@ STEPS = {
     "linear": "frozen `nn.Linear`",
     "input side, no scale": "BOFT(2, 8), without a scale",
     "input side": "BOFT(2, 8)",
-    "weight side": "BOFT(2, 8), rotating the weight instead",
+    "merged": "BOFT(2, 8), rotating and scaling the weight instead",
+    "weight side": "BOFT(2, 8), rotating the weight instead, the scale as a pass of its own",
     LORA: "LoRA r=16",
     "boft-dense": "BOFT(10, 8), dense",
 }

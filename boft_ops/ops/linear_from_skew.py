@@ -33,8 +33,9 @@ from .stages import plan
 # kLeastScale in csrc/binding_layer.cpp. Below, the rounding of the output beside its bias would be
 # too large a part of the result.
 LEAST_SCALE = 1 / 1024
-# Backends whose backward takes the output in the place of z. On a GPU nobody looks whether a scale
-# is zero, which would cost a sync.
+# Devices on which the output is kept in the place of z. On a GPU nobody looks whether a scale is
+# zero, which would cost a sync, and kernels of other packages write into outputs without raising
+# their version.
 KEEP_OUTPUT = ("cpu",)
 
 

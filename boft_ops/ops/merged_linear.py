@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from .._runtime import autocast, internals
 from .._runtime.dtypes import COMPUTE, widest
 from .composed_linear import differentiable_gradients
+from .linear_from_skew import KEEP_OUTPUT
 from .rotate import apply_stages, gradients_of_orthogonal_stages
 from .rotation import DenseRotation, Rotation
 from .scale import scale_backward
@@ -28,8 +29,6 @@ from .stages import Stage
 # In the place of a zero in a scale that is trained: outputs of this part of their size are far
 # below the rounding of others, and dividing by it loses nothing. float16 has no such number.
 LEAST_FACTOR = 2.0**-30
-# Devices on which y serves as z: where no kernel writes into it without raising its version.
-KEEP_OUTPUT = ("cpu",)
 
 
 class MergedWeight(NamedTuple):

@@ -50,17 +50,6 @@ def _rotate_indexed(
     return y
 
 
-def _fake_rotate_indexed(
-    x: torch.Tensor,
-    stages: torch.Tensor,
-    index: torch.Tensor,
-    chunk: int,
-    stride: int,
-    transpose: bool,
-) -> torch.Tensor:
-    return fake_rotate(x, stages, chunk, stride, transpose)
-
-
 def _samples(w: Workload) -> Iterator[tuple]:
     """Rows of SAMPLE_ADAPTERS adapters, those of one adapter side by side."""
     index = torch.arange(w.rows, device=w.device) * SAMPLE_ADAPTERS // max(1, w.rows)
@@ -79,7 +68,7 @@ rotate_indexed_rows = Op(
     "rotate_indexed(Tensor x, Tensor stages, Tensor index, int chunk, int stride, bool transpose)"
     " -> Tensor",
     reference=_rotate_indexed,
-    fake=_fake_rotate_indexed,
+    fake=fake_rotate,
     samples=_samples,
     kernels={
         "cpu": Kernel(cpu_supports_stage),

@@ -37,7 +37,7 @@ template <class T, bool Factor>
 int rotate_as(const T* x, const Wide<T>* matrices, const Wide<T>* factor, T* y, int64_t rows,
               int64_t d, Stage stage, bool transpose, Queue queue) {
   const uintptr_t pointers = address(x) | address(y);
-  if constexpr (is_half<T> && !Factor) {
+  if constexpr (is_half<T> && !Factor) {  // that kernel has no register left for factors
     if (takes_strided<T>(stage, rows, d, pointers)) {
       const int64_t block = strided_rows(rows, d);
       return launch(rotate_strided_kernel<T>, d / kStripRow * divide_up(rows, block), kApartThreads,
